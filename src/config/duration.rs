@@ -1,0 +1,64 @@
+//! Durations in the configuration: `"90s"`, `"5m"`, `"1h 30m"`.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::Duration;
+
+/// A duration that reads and prints like people write it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Span(Duration);
+
+/// The text is no duration.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is no duration like \"90s\", \"5m\" or \"1h 30m\"")]
+pub struct BadSpan(String);
+
+impl Span {
+    /// Whole seconds.
+    #[must_use]
+    pub const fn from_secs(seconds: u64) -> Self {
+        Self(Duration::from_secs(seconds))
+    }
+
+    /// Milliseconds, for tests.
+    #[must_use]
+    pub const fn from_millis(millis: u64) -> Self {
+        Self(Duration::from_millis(millis))
+    }
+
+    /// The duration.
+    #[must_use]
+    pub const fn get(self) -> Duration {
+        self.0
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = BadSpan;
+    fn try_from(text: String) -> Result<Self, BadSpan> {
+        let parsed: Result<jiff::SignedDuration, _> = text.parse();
+        parsed.ok().and_then(|d| Duration::try_from(d).ok()).map(Self).ok_or(BadSpan(text))
+    }
+}
+
+impl From<Span> for String {
+    fn from(span: Span) -> Self {
+        span.to_string()
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match jiff::SignedDuration::try_from(self.0) {
+            Ok(duration) => write!(f, "{duration:#}"),
+            Err(_) => write!(f, "{}s", self.0.as_secs()),
+        }
+    }
+}
+
+impl fmt::Debug for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

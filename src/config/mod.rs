@@ -1,0 +1,146 @@
+//! What are we told to do, and by which source?
+//!
+//! Defaults, then the file, then the environment (`DAYFLY_…`), validated, then immutable. Sections
+//! are defined next to the code that obeys them; here they are put together. Unknown keys are
+//! errors. Secrets come from files only, so a `Config` may be printed.
+
+mod duration;
+mod load;
+
+pub use duration::Span;
+pub use load::{ConfigError, Loaded};
+
+use crate::{capacity, job, network, telemetry, vm};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use url::Url;
+
+/// The whole configuration. `config.example.toml` explains each key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Journal and spools; survives a reboot.
+    pub state_directory: PathBuf,
+    /// Payloads, passes, sockets; a tmpfs that survives a restart of the service, not a reboot.
+    pub runtime_directory: PathBuf,
+    /// Base images, one directory each.
+    pub image_directory: PathBuf,
+    /// Jobs at once, over all runners.
+    pub concurrent: u32,
+    /// Section `[log]`.
+    pub log: telemetry::Config,
+    /// Section `[hypervisor]`.
+    pub hypervisor: vm::libvirt::Config,
+    /// Section `[network]`.
+    pub network: network::Config,
+    /// Section `[capacity]`.
+    pub capacity: capacity::Config,
+    /// Section `[limits]`.
+    pub limits: job::Limits,
+    /// `[[class]]`: machine classes.
+    pub class: Vec<Class>,
+    /// `[[runner]]`: registered runners.
+    pub runner: Vec<Runner>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            state_directory: "/var/lib/dayfly".into(),
+            runtime_directory: "/run/dayfly".into(),
+            image_directory: "/var/lib/dayfly/images".into(),
+            concurrent: 1,
+            log: telemetry::Config::default(),
+            hypervisor: vm::libvirt::Config::default(),
+            network: network::Config::default(),
+            capacity: capacity::Config::default(),
+            limits: job::Limits::default(),
+            class: Vec::new(),
+            runner: Vec::new(),
+        }
+    }
+}
+
+/// `[[class]]`: a kind of machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Class {
+    /// Its name, for `[[runner]]`.
+    pub name: String,
+    /// Name of the base image.
+    pub image: String,
+    /// Virtual CPUs.
+    #[serde(default = "defaults::cpus")]
+    pub cpus: u32,
+    /// Guest memory, MiB.
+    #[serde(default = "defaults::memory_mib")]
+    pub memory_mib: u64,
+    /// Virtual disk, GiB.
+    #[serde(default = "defaults::disk_gib")]
+    pub disk_gib: u64,
+    /// Whether jobs run as root in the guest.
+    #[serde(default)]
+    pub run_as_root: bool,
+    /// Whether an image that holds the stand-in runner is good enough. For trials only.
+    #[serde(default)]
+    pub allow_standin_runner: bool,
+}
+
+/// `[[runner]]`: one registered runner of one GitLab.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Runner {
+    /// Its name: unique here, and the one that job logs show.
+    pub name: String,
+    /// GitLab's URL.
+    pub url: Url,
+    /// File with the runner authentication token, mode 0600.
+    pub token_file: PathBuf,
+    /// Its machine class.
+    pub class: String,
+    /// Jobs at once of this runner; none: `concurrent` alone limits it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+    /// GitLab's CA chain, PEM; also given to the guest for git.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_ca_file: Option<PathBuf>,
+    /// Client certificate, PEM. Stays on the host, like its key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_cert_file: Option<PathBuf>,
+    /// Key of the client certificate, PEM, mode 0600.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_key_file: Option<PathBuf>,
+    /// GitLab's URL as guests reach it; none: `url`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_url: Option<Url>,
+    /// Allows `http://`: the tokens go in the clear.
+    #[serde(default)]
+    pub allow_insecure_http: bool,
+    /// Lets guests fetch artifacts straight from object storage.
+    #[serde(default)]
+    pub direct_download: bool,
+    /// Pause between polls that found nothing.
+    #[serde(default = "defaults::poll_interval")]
+    pub poll_interval: Span,
+}
+
+mod defaults {
+    use super::Span;
+
+    pub(super) fn cpus() -> u32 {
+        2
+    }
+
+    pub(super) fn memory_mib() -> u64 {
+        2048
+    }
+
+    pub(super) fn disk_gib() -> u64 {
+        20
+    }
+
+    /// The official runner's `check_interval`.
+    pub(super) fn poll_interval() -> Span {
+        Span::from_secs(3)
+    }
+}

@@ -1,0 +1,207 @@
+//! Files in memory, and files whose N-th call fails.
+
+use super::{Entry, Files};
+use crate::BoxFuture;
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A file system in memory. Clones share it, so it survives a simulated crash of the daemon.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryFiles(Arc<Mutex<Memory>>);
+
+#[derive(Debug)]
+struct Memory {
+    /// `None`: a directory.
+    nodes: BTreeMap<PathBuf, Option<Vec<u8>>>,
+    free_bytes: u64,
+    calls: u64,
+    fail: Option<(u64, io::ErrorKind)>,
+    history: Vec<String>,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { nodes: BTreeMap::new(), free_bytes: 1 << 40, calls: 0, fail: None, history: Vec::new() }
+    }
+}
+
+impl MemoryFiles {
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets call number `n` from now (1 is the next) fail with `kind`, once.
+    pub fn fail_call(&self, n: u64, kind: io::ErrorKind) {
+        let mut memory = self.memory();
+        memory.fail = Some((memory.calls + n, kind));
+    }
+
+    /// Whether the failure asked for by [`MemoryFiles::fail_call`] has not happened yet.
+    #[must_use]
+    pub fn failure_pending(&self) -> bool {
+        self.memory().fail.is_some()
+    }
+
+    /// Calls so far.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.memory().calls
+    }
+
+    /// Sets what [`Files::free_bytes`] answers.
+    pub fn set_free_bytes(&self, bytes: u64) {
+        self.memory().free_bytes = bytes;
+    }
+
+    /// All paths of files (not directories) below `dir`.
+    #[must_use]
+    pub fn paths_below(&self, dir: &Path) -> Vec<PathBuf> {
+        self.memory().nodes.iter().filter(|(p, n)| n.is_some() && p.starts_with(dir)).map(|(p, _)| p.clone()).collect()
+    }
+
+    /// Every byte kept, for canary searches.
+    #[must_use]
+    pub fn contents(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        self.memory().nodes.iter().filter_map(|(p, n)| n.clone().map(|n| (p.clone(), n))).collect()
+    }
+
+    /// One line per call, for failure reports.
+    #[must_use]
+    pub fn history(&self) -> Vec<String> {
+        self.memory().history.clone()
+    }
+
+    fn call<T>(&self, what: &str, path: &Path, work: impl FnOnce(&mut Memory) -> io::Result<T>) -> BoxFuture<'static, io::Result<T>>
+    where
+        T: Send + 'static,
+    {
+        let mut memory = self.memory();
+        memory.calls += 1;
+        let result = match memory.fail {
+            Some((n, kind)) if memory.calls >= n => {
+                memory.fail = None;
+                Err(io::Error::new(kind, "injected"))
+            }
+            _ => work(&mut memory),
+        };
+        let line = format!("{what} {} {}", path.display(), if result.is_ok() { "ok" } else { "failed" });
+        memory.history.push(line);
+        Box::pin(std::future::ready(result))
+    }
+}
+
+fn not_found() -> io::Error {
+    io::Error::from(io::ErrorKind::NotFound)
+}
+
+impl Memory {
+    fn file(&mut self, path: &Path) -> io::Result<&mut Vec<u8>> {
+        self.nodes.get_mut(path).and_then(Option::as_mut).ok_or_else(not_found)
+    }
+
+    fn parent_exists(&self, path: &Path) -> io::Result<()> {
+        match path.parent().map(|p| self.nodes.get(p)) {
+            Some(Some(None)) => Ok(()),
+            _ => Err(not_found()),
+        }
+    }
+}
+
+impl Files for MemoryFiles {
+    fn read<'a>(&'a self, path: &'a Path, bytes_max: u64) -> BoxFuture<'a, io::Result<Vec<u8>>> {
+        self.call("read", path, |m| {
+            let bytes = m.file(path)?.clone();
+            if bytes.len() as u64 > bytes_max { Err(io::Error::from(io::ErrorKind::InvalidData)) } else { Ok(bytes) }
+        })
+    }
+
+    fn read_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: usize) -> BoxFuture<'a, io::Result<Vec<u8>>> {
+        self.call("read_at", path, |m| {
+            let file = m.file(path)?;
+            let start = usize::try_from(offset).unwrap_or(usize::MAX).min(file.len());
+            Ok(file[start..start.saturating_add(bytes).min(file.len())].to_vec())
+        })
+    }
+
+    fn replace<'a>(&'a self, path: &'a Path, bytes: Vec<u8>) -> BoxFuture<'a, io::Result<()>> {
+        self.call("replace", path, |m| {
+            m.parent_exists(path)?;
+            m.nodes.insert(path.to_owned(), Some(bytes));
+            Ok(())
+        })
+    }
+
+    fn write_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: Bytes) -> BoxFuture<'a, io::Result<()>> {
+        self.call("write_at", path, |m| {
+            m.parent_exists(path)?;
+            if offset == 0 && !m.nodes.contains_key(path) {
+                m.nodes.insert(path.to_owned(), Some(Vec::new()));
+            }
+            let file = m.file(path)?;
+            let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+            if file.len() < offset {
+                return Err(io::Error::from(io::ErrorKind::InvalidData));
+            }
+            file.truncate(offset);
+            file.extend_from_slice(&bytes);
+            Ok(())
+        })
+    }
+
+    fn sync<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("sync", path, |m| m.file(path).map(|_| ()))
+    }
+
+    fn length<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<Option<u64>>> {
+        self.call("length", path, |m| Ok(m.file(path).ok().map(|f| f.len() as u64)))
+    }
+
+    fn create_dir<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("create_dir", path, |m| {
+            for dir in path.ancestors() {
+                m.nodes.entry(dir.to_owned()).or_insert(None);
+            }
+            Ok(())
+        })
+    }
+
+    fn remove<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("remove", path, |m| {
+            m.nodes.retain(|p, _| !p.starts_with(path));
+            Ok(())
+        })
+    }
+
+    fn rename<'a>(&'a self, from: &'a Path, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("rename", from, |m| {
+            m.parent_exists(to)?;
+            let moved: Vec<PathBuf> = m.nodes.keys().filter(|p| p.starts_with(from)).cloned().collect();
+            if moved.is_empty() {
+                return Err(not_found());
+            }
+            for path in moved {
+                let node = m.nodes.remove(&path).flatten();
+                let rest = path.strip_prefix(from).expect("filtered by this prefix");
+                m.nodes.insert(if rest.as_os_str().is_empty() { to.to_owned() } else { to.join(rest) }, node);
+            }
+            Ok(())
+        })
+    }
+
+    fn list<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<Vec<Entry>>> {
+        self.call("list", path, |m| {
+            Ok(m.nodes
+                .iter()
+                .filter(|(p, _)| p.parent() == Some(path))
+                .filter_map(|(p, n)| Some(Entry { name: p.file_name()?.to_str()?.to_owned(), is_dir: n.is_none() }))
+                .collect())
+        })
+    }
+
+    fn free_bytes<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<u64>> {
+        self.call("free_bytes", path, |m| Ok(m.free_bytes))
+    }
+}

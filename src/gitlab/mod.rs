@@ -1,0 +1,111 @@
+//! How we speak GitLab's runner API. The only module that knows its URLs, headers and statuses.
+//!
+//! Split by what a caller may hold: [`RunnerApi`] has the runner token and is for `poller` and
+//! `register`; [`JobClient`] has one job's token and is all that `job` and `guest` ever see.
+//! Both speak through [`Transport`], the seam. Source of outside facts: GitLab's runner API as
+//! described in docs/protocol.md.
+
+mod job_client;
+mod payload;
+mod runner_api;
+mod runner_token;
+mod tls;
+pub mod transport;
+
+pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, UpdateAnswer, Verdict};
+pub use payload::{Dependency, JobPayload, PayloadError};
+pub use runner_api::{Poll, RunnerApi, RunnerInfo, Verified};
+pub use runner_token::{RunnerToken, TokenFileError};
+pub use transport::{Body, Call, Connection, Endpoint, OpenTransport, Transport, TransportError};
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::Duration;
+
+/// GitLab's id of one CI job. Unique within one GitLab only.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct JobId(pub u64);
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What GitLab's newest answer said about the job, from its `Job-Status` header or a 403.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobStatus {
+    /// It counts on us.
+    #[default]
+    Running,
+    /// Somebody canceled it; `after_script` may still run.
+    Canceling,
+    /// It is over at GitLab, by cancel, timeout, deletion; nothing of ours is wanted any more.
+    Over,
+}
+
+/// Why a call to GitLab did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum GitlabError {
+    /// No complete answer, or 408, 404 on a job route, 5xx; transient.
+    #[error("reach GitLab{}", status.map(|s| format!(" (status {s})")).unwrap_or_default())]
+    Unavailable {
+        /// Status, if there was one.
+        status: Option<u16>,
+        /// `Retry-After` or `RateLimit-ResetTime`, clamped to 5 min.
+        retry_after: Option<Duration>,
+        /// Cause.
+        #[source]
+        source: Option<TransportError>,
+    },
+    /// 429; transient.
+    #[error("GitLab limits our requests")]
+    RateLimited {
+        /// When to come back, clamped to 5 min.
+        retry_after: Duration,
+    },
+    /// 401 or 403 to a runner token: revoked, removed or never valid. Not transient.
+    #[error("GitLab refuses the runner token (status {status}); check `token_file` or register anew")]
+    Forbidden {
+        /// The status.
+        status: u16,
+    },
+    /// 409: a conflict that another try resolves; transient.
+    #[error("GitLab reports a conflict")]
+    Conflict,
+    /// Any other answer that makes no sense here.
+    #[error("GitLab answered {status} to {what}: {message}")]
+    Unexpected {
+        /// The call.
+        what: &'static str,
+        /// The status.
+        status: u16,
+        /// GitLab's message, cleaned of control characters, at most 200 characters.
+        message: String,
+    },
+    /// A 201 that cannot be read; the job is lost to us unless id and token can be made out.
+    #[error("read the job that GitLab assigned")]
+    UnreadableJob {
+        /// Id and token, where they could be made out.
+        job: Option<Box<(JobId, crate::secret::Secret)>>,
+        /// Cause.
+        #[source]
+        source: PayloadError,
+    },
+}
+
+impl GitlabError {
+    /// Whether trying again may help without anybody's doing.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unavailable { .. } | Self::RateLimited { .. } | Self::Conflict)
+    }
+}

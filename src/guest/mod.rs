@@ -1,0 +1,181 @@
+//! What may a guest say to us? The door: one listener per VM, the greeting, then HTTP.
+//!
+//! The guest is hostile from its first instruction. Nothing is read as HTTP before the greeting;
+//! every size, count and duration has a limit ([`Limits`]); a guest can name only its own job.
+//! PATCH and PUT end here, in spool and outbox; artifacts stream through `gitlab::JobClient`.
+//! This module knows no runner token. Used by `job`, which owns the pass.
+
+mod door;
+mod greeting;
+mod handler;
+mod routes;
+
+use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};
+use crate::job::spool::SpoolWriter;
+use crate::secret::Secret;
+use crate::vm::{DoorListener, VmId};
+use bytes::Bytes;
+use dayfly_guest_config::Pass;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Limits towards a guest (safety.md §6.5). Configuration, so that tests can use short ones.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// The whole greeting, from the accept.
+    pub greeting: Duration,
+    /// Connections that have not shown the pass; the oldest is closed first.
+    pub greeting_connections: usize,
+    /// Connections after the greeting.
+    pub connections: usize,
+    /// A request's head.
+    pub head: Duration,
+    /// Longest pause in a body, either way.
+    pub stall: Duration,
+    /// An idle kept-alive connection.
+    pub idle: Duration,
+    /// A local request in all (PATCH, PUT).
+    pub local_total: Duration,
+    /// An artifact transfer in all.
+    pub transfer_total: Duration,
+    /// Longest hold of a poll.
+    pub poll_hold: Duration,
+    /// Requests a second, and their burst.
+    pub requests_per_second: u32,
+    /// See `requests_per_second`.
+    pub requests_burst: u32,
+    /// Trace bytes a second, and their burst.
+    pub trace_bytes_per_second: u64,
+    /// See `trace_bytes_per_second`.
+    pub trace_bytes_burst: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        const MIB: u64 = 1024 * 1024;
+        Self {
+            greeting: Duration::from_secs(5),
+            greeting_connections: 16,
+            connections: 64,
+            head: Duration::from_secs(10),
+            stall: Duration::from_secs(60),
+            idle: Duration::from_secs(75),
+            local_total: Duration::from_secs(60),
+            transfer_total: Duration::from_secs(3600),
+            poll_hold: Duration::from_secs(20),
+            requests_per_second: 50,
+            requests_burst: 100,
+            trace_bytes_per_second: 32 * MIB,
+            trace_bytes_burst: 64 * MIB,
+        }
+    }
+}
+
+/// Everything that a door needs to serve one VM.
+pub struct Admission {
+    /// The VM.
+    pub vm: VmId,
+    /// Where its connections come from; bound already.
+    pub listener: Box<dyn DoorListener>,
+    /// What each connection must prove.
+    pub pass: Pass,
+    /// What `jobs/request` and `verify` must carry.
+    pub guest_token: Secret,
+    /// Its job.
+    pub job: JobId,
+    /// What all job routes must carry.
+    pub job_token: Secret,
+    /// Other jobs whose artifacts it may fetch.
+    pub dependencies: Vec<Dependency>,
+    /// Where the trace goes.
+    pub spool: SpoolWriter,
+    /// Where artifacts go.
+    pub client: JobClient,
+    /// Whether `direct_download=true` may reach GitLab (and its 302 the guest).
+    pub direct_download: bool,
+    /// What the guest does; the job listens. Bounded; the door waits for room.
+    pub events: mpsc::Sender<GuestEvent>,
+    /// What the job knows; the door passes it on with the guest's next call.
+    pub view: watch::Receiver<GuestView>,
+    /// Limits.
+    pub limits: Limits,
+}
+
+/// What a door must know of the job, at any time.
+#[derive(Clone, Debug)]
+pub struct GuestView {
+    /// GitLab's newest word on the job.
+    pub status: JobStatus,
+    /// The job has a verdict: PATCH and a different final PUT get 403, polls 204.
+    pub verdict: Option<Verdict>,
+    /// `X-GitLab-Trace-Update-Interval` for the guest, whole seconds, 1–3.
+    pub update_interval: Duration,
+}
+
+/// What a guest did.
+#[derive(Debug)]
+pub enum GuestEvent {
+    /// A connection has proven the pass for the first time.
+    Greeted,
+    /// It asks for its job; the job answers with the payload, or `None` for 204. The door sends
+    /// 204 by itself if the answer takes longer than [`Limits::poll_hold`].
+    AsksForJob {
+        /// `info` of its request, raw: what an image's boot test learns.
+        info: Option<RunnerInfo>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Option<HandOut>>,
+    },
+    /// Any authenticated PUT, PATCH or artifact call of its job: sign of life, sent at most once a second.
+    Spoke,
+    /// The guest said `debug_trace=true`; sent once.
+    DebugTrace,
+    /// Its final PUT. The job answers once spool and record are on disk.
+    Verdict {
+        /// What it says.
+        verdict: Verdict,
+        /// Where the answer goes.
+        reply: oneshot::Sender<VerdictAnswer>,
+    },
+}
+
+/// The payload to hand out.
+#[derive(Clone, Debug)]
+pub struct HandOut {
+    /// The body, whole.
+    pub payload: Bytes,
+    /// `X-Request-Id` for the answer.
+    pub request_id: Option<String>,
+}
+
+/// The job's answer to a final PUT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VerdictAnswer {
+    /// Taken and on disk (again, if it is the same one): 200.
+    Taken,
+    /// The job has another end already: 403.
+    Over,
+    /// It could not be written; ask again: 503 with `Retry-After: 1`.
+    Later,
+}
+
+/// The right of one guest to its door. Dropping it closes the listener and all connections.
+pub struct GuestPass {
+    stop: tokio_util::sync::DropGuard,
+    served: tokio::task::JoinHandle<()>,
+}
+
+impl GuestPass {
+    /// Closes the door and waits until no task of it is left.
+    pub async fn revoke(self) {
+        drop(self.stop);
+        // The serving task has no other way to end than the stop; a panic in it is logged by Tokio.
+        let _ = self.served.await;
+    }
+}
+
+/// Opens the door: serves `admission` until the pass is dropped.
+#[must_use]
+pub fn admit(admission: Admission) -> GuestPass {
+    let _ = admission;
+    unimplemented!()
+}

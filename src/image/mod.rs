@@ -1,0 +1,7 @@
+//! Which disk does the VM start from?
+//!
+//! An image is a directory: `image.toml`, a qcow2 disk, and for direct boot kernel and initrd.
+
+pub mod build;
+pub mod manifest;
+pub mod store;

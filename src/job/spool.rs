@@ -1,0 +1,231 @@
+//! What is the job's trace? An append-only file that holds every byte GitLab gets.
+//!
+//! Our lines stand before the first and after the last byte of the guest, never between, so
+//! offset, CRC-32 and size of the trace are functions of this one file (design D4). Two writers in
+//! turn: the job for our lines, the door ([`SpoolWriter`]) for the guest's; one reader, the
+//! uploader ([`Spool::reader`]). The lock is held across one write, so writes are serialised.
+
+use crate::files::Files;
+use bytes::Bytes;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::{Mutex, watch};
+
+/// What the uploader sees: how much there is, and its CRC-32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpoolView {
+    /// Bytes written.
+    pub length: u64,
+    /// CRC-32 (IEEE) over them.
+    pub crc: u32,
+}
+
+/// The spool of one job. Clones share it.
+#[derive(Clone)]
+pub struct Spool(Arc<Shared>);
+
+struct Shared {
+    files: Arc<dyn Files>,
+    path: PathBuf,
+    bytes_max: u64,
+    state: Mutex<State>,
+    view: watch::Sender<SpoolView>,
+}
+
+struct State {
+    length: u64,
+    crc: crc32fast::Hasher,
+    /// Where the guest's bytes begin; `None`: not handed out yet.
+    guest_base: Option<u64>,
+    /// Bytes that the guest has sent, those beyond the bound included.
+    guest_length: u64,
+    /// The guest writes no more.
+    guest_closed: bool,
+    /// The bound was met and its notice written.
+    full: bool,
+    /// Whether the last byte is a line break (or there is none).
+    line_ended: bool,
+}
+
+/// What became of a guest's piece of trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Appended {
+    /// Written; the guest's next offset.
+    Taken(u64),
+    /// Its offset is not where the guest's bytes end: 416 with this size.
+    WrongOffset(u64),
+    /// The guest may write no more, or not yet: 403.
+    Closed,
+}
+
+/// Room that is kept beyond the bound for the notice and our last lines.
+const OWN_LINES_BYTES: u64 = 64 * 1024;
+
+impl Spool {
+    /// Opens the spool of a new job, or of one that lived before a restart; then `guest_base` is
+    /// from its record, and length and CRC are those of the file.
+    ///
+    /// # Errors
+    /// The file layer's.
+    pub async fn open(files: Arc<dyn Files>, path: &Path, bytes_max: u64, guest_base: Option<u64>) -> io::Result<Self> {
+        let mut crc = crc32fast::Hasher::new();
+        let mut length = 0;
+        let mut line_ended = true;
+        if files.length(path).await?.is_none() {
+            files.write_at(path, 0, Bytes::new()).await?;
+        }
+        loop {
+            let piece = files.read_at(path, length, 1024 * 1024).await?;
+            let Some(last) = piece.last() else { break };
+            line_ended = *last == b'\n';
+            crc.update(&piece);
+            length += piece.len() as u64;
+        }
+        let (view, _) = watch::channel(SpoolView { length, crc: crc.clone().finalize() });
+        let guest_length = guest_base.map_or(0, |base| length.saturating_sub(base));
+        let state = State { length, crc, guest_base, guest_length, guest_closed: false, full: false, line_ended };
+        Ok(Self(Arc::new(Shared { files, path: path.to_owned(), bytes_max, state: Mutex::new(state), view })))
+    }
+
+    /// Appends lines of ours, whole (`text` ends with a line break). A partial last line is ended
+    /// first. Not durable by itself.
+    ///
+    /// # Errors
+    /// The file layer's; nothing counts as written then.
+    pub async fn append_own(&self, text: &str) -> io::Result<()> {
+        let mut state = self.0.state.lock().await;
+        let text = if state.line_ended { text.to_owned() } else { format!("\n{text}") };
+        if state.length + text.len() as u64 > self.0.bytes_max + OWN_LINES_BYTES {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "spool is at its bound"));
+        }
+        self.0.write(&mut state, Bytes::from(text)).await
+    }
+
+    /// From here on the bytes are the guest's. Returns where they begin, for the record.
+    pub async fn begin_guest(&self) -> u64 {
+        let mut state = self.0.state.lock().await;
+        let length = state.length;
+        *state.guest_base.get_or_insert(length)
+    }
+
+    /// The guest writes no more; our last lines may follow.
+    pub async fn close_guest(&self) {
+        self.0.state.lock().await.guest_closed = true;
+    }
+
+    /// Makes all that was written durable.
+    ///
+    /// # Errors
+    /// The file layer's.
+    pub async fn sync(&self) -> io::Result<()> {
+        self.0.files.sync(&self.0.path).await
+    }
+
+    /// The door's half.
+    #[must_use]
+    pub fn writer(&self) -> SpoolWriter {
+        SpoolWriter(self.clone())
+    }
+
+    /// The uploader's half.
+    #[must_use]
+    pub fn reader(&self) -> SpoolReader {
+        SpoolReader { spool: self.clone(), view: self.0.view.subscribe() }
+    }
+
+    /// How much there is now.
+    #[must_use]
+    pub fn view(&self) -> SpoolView {
+        *self.0.view.borrow()
+    }
+}
+
+impl Shared {
+    async fn write(&self, state: &mut State, bytes: Bytes) -> io::Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // A write that failed half-way leaves bytes beyond `length`; the next write cuts them off.
+        self.files.write_at(&self.path, state.length, bytes.clone()).await?;
+        state.length += bytes.len() as u64;
+        state.crc.update(&bytes);
+        state.line_ended = bytes.ends_with(b"\n");
+        self.view.send_replace(SpoolView { length: state.length, crc: state.crc.clone().finalize() });
+        Ok(())
+    }
+}
+
+/// Writes the guest's bytes. Clones share the spool.
+#[derive(Clone)]
+pub struct SpoolWriter(Spool);
+
+impl SpoolWriter {
+    /// Takes a guest's piece at `offset` (its own count, from 0). Beyond the spool's bound one
+    /// notice is written and further bytes are counted and dropped; the job goes on.
+    ///
+    /// # Errors
+    /// The file layer's; nothing counts as taken then.
+    pub async fn append(&self, offset: u64, bytes: Bytes) -> io::Result<Appended> {
+        let shared = &self.0.0;
+        let mut state = shared.state.lock().await;
+        if state.guest_base.is_none() || state.guest_closed {
+            return Ok(Appended::Closed);
+        }
+        if offset != state.guest_length {
+            // Exactly the last piece again (its answer was lost) is a success, as at GitLab.
+            if offset.checked_add(bytes.len() as u64) == Some(state.guest_length) {
+                return Ok(Appended::Taken(state.guest_length));
+            }
+            return Ok(Appended::WrongOffset(state.guest_length));
+        }
+        let sent = bytes.len() as u64;
+        if !state.full {
+            let room = shared.bytes_max.saturating_sub(state.length);
+            let fits = usize::try_from(room).map_or(bytes.len(), |room| room.min(bytes.len()));
+            let whole = fits == bytes.len();
+            shared.write(&mut state, bytes.slice(..fits)).await?;
+            if !whole {
+                let notice = "\n\x1b[33;1mdayfly: this log reached the limit that this runner keeps. The job goes on, the rest of its log is dropped.\x1b[0;m\n";
+                state.full = true;
+                shared.write(&mut state, Bytes::from_static(notice.as_bytes())).await?;
+            }
+        }
+        state.guest_length += sent;
+        Ok(Appended::Taken(state.guest_length))
+    }
+
+    /// Bytes that the guest has sent.
+    pub async fn guest_length(&self) -> u64 {
+        self.0.0.state.lock().await.guest_length
+    }
+}
+
+/// Reads the spool for the uploader.
+pub struct SpoolReader {
+    spool: Spool,
+    view: watch::Receiver<SpoolView>,
+}
+
+impl SpoolReader {
+    /// How much there is now.
+    #[must_use]
+    pub fn view(&self) -> SpoolView {
+        *self.view.borrow()
+    }
+
+    /// Waits until there is more than `length`. Cancel safe.
+    pub async fn grown_beyond(&mut self, length: u64) {
+        // The sender lives in `spool`, which we hold, so this ends with the condition only.
+        let _ = self.view.wait_for(|view| view.length > length).await;
+    }
+
+    /// Up to `bytes` bytes from `offset`.
+    ///
+    /// # Errors
+    /// The file layer's.
+    pub async fn read(&self, offset: u64, bytes: usize) -> io::Result<Bytes> {
+        let shared = &self.spool.0;
+        Ok(Bytes::from(shared.files.read_at(&shared.path, offset, bytes).await?))
+    }
+}

@@ -1,0 +1,40 @@
+//! dayfly: each GitLab CI job in a fresh, throw-away virtual machine.
+//!
+//! The daemon looks like a runner to GitLab and like GitLab to the official gitlab-runner, and in
+//! between owns one fresh VM per job. The modules, in the order in which a job meets them:
+
+pub mod cli; // what did the operator ask for?
+pub mod config; // what are we told to do, and by which source?
+pub mod daemon; // who is wired to whom, and how do we stop?
+pub mod poller; // may we ask GitLab for a job now?
+pub mod capacity; // how much of the host is promised?
+pub mod job; // what happens to this one job?
+pub mod supply; // where does its machine come from, who takes it down?
+pub mod image; // which disk does the VM start from?
+pub mod vm; // how is a machine started, watched, ended?
+pub mod network; // which address and port has this machine?
+pub mod guest; // what may a guest say to us?
+pub mod gitlab; // how do we speak the runner API?
+pub mod recovery; // what exists, what should exist?
+pub mod status; // how are we doing?
+pub mod control; // what may the operator tell a running daemon?
+pub mod exec; // one job without a GitLab
+pub mod standin; // how does GitLab answer?
+pub mod files; // how do bytes get to disk for good?
+pub mod process; // how do we run another program?
+pub mod clock; // what time is it, for people and protocols?
+pub mod rng; // where do ids and jitter come from?
+pub mod retry; // when do we try again?
+pub mod secret; // what must never be printed?
+pub mod metrics; // what do we count?
+pub mod telemetry; // where do log lines go?
+
+use std::future::Future;
+use std::pin::Pin;
+
+/// A boxed future, for the traits of the seams, which must be usable as `dyn`.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// The marker that a release binary must not contain: a check greps for it.
+#[cfg(feature = "test-util")]
+pub const TEST_UTIL_MARKER: &str = "dayfly-built-with-test-util";

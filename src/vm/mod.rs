@@ -1,0 +1,328 @@
+//! How a machine is started, watched and ended: the hypervisor seam.
+//!
+//! The trait speaks in names and plain data; no handle outlives a call, so a VM that was adopted
+//! after a restart is no special case. Behind it: [`libvirt`], and a fake for tests.
+//! Used by `supply` (and `recovery`, which lists). No call blocks the async runtime, each has a
+//! deadline of its own, and each may run twice: "already there" and "already gone" are successes.
+
+pub mod console;
+pub mod domain_xml;
+#[cfg(any(test, feature = "test-util"))]
+pub mod fake;
+pub mod libvirt;
+
+use crate::BoxFuture;
+use crate::rng::Rng;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Identity of one VM: 80 random bits as 16 characters of lower-case base32 (`a-z2-7`).
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VmId(String);
+
+impl VmId {
+    /// A new one.
+    #[must_use]
+    pub fn random(rng: &Rng) -> Self {
+        const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+        let bits = rng.bytes::<10>().iter().fold(0_u128, |bits, byte| (bits << 8) | u128::from(*byte));
+        Self((0..16).rev().map(|i| char::from(ALPHABET[usize::try_from((bits >> (i * 5)) & 31).unwrap_or(0)])).collect())
+    }
+
+    /// The 16 characters.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The VM's MAC, in QEMU's range: derived, so that it needs no record.
+    #[must_use]
+    pub fn mac(&self) -> String {
+        let b = self.0.as_bytes();
+        let five = |i: usize| if b[i].is_ascii_lowercase() { b[i] - b'a' } else { b[i] - b'2' + 26 };
+        let byte = |i: usize| five(i) << 3 | five(i + 1) >> 2;
+        format!("52:54:00:{:02x}:{:02x}:{:02x}", byte(0), byte(2), byte(4))
+    }
+}
+
+/// The text is no VM id.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is no VM id (16 characters of a-z2-7)")]
+pub struct BadVmId(String);
+
+impl TryFrom<String> for VmId {
+    type Error = BadVmId;
+    fn try_from(text: String) -> Result<Self, BadVmId> {
+        if text.len() == 16 && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'2'..=b'7')) { Ok(Self(text)) } else { Err(BadVmId(text)) }
+    }
+}
+
+impl FromStr for VmId {
+    type Err = BadVmId;
+    fn from_str(text: &str) -> Result<Self, BadVmId> {
+        Self::try_from(text.to_owned())
+    }
+}
+
+impl From<VmId> for String {
+    fn from(id: VmId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for VmId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Name of a VM at the hypervisor, `df-` + id: follows from the id and parses back.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct VmName(VmId);
+
+impl VmName {
+    /// The id that the name was made from.
+    #[must_use]
+    pub fn id(&self) -> &VmId {
+        &self.0
+    }
+
+    /// `None`: not a name of ours.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        Some(Self(name.strip_prefix("df-")?.parse().ok()?))
+    }
+}
+
+impl From<VmId> for VmName {
+    fn from(id: VmId) -> Self {
+        Self(id)
+    }
+}
+
+impl fmt::Display for VmName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "df-{}", self.0)
+    }
+}
+
+impl fmt::Debug for VmName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "df-{}", self.0)
+    }
+}
+
+/// This installation of dayfly: 80 random bits, made once, in the metadata of each domain, so
+/// that clean-up never touches a machine of somebody else's.
+pub type InstallationId = VmId;
+
+/// Virtualisation that runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// Hardware virtualisation.
+    Kvm,
+    /// QEMU's translator: slow, and it isolates nothing.
+    Tcg,
+}
+
+/// How the guest's kernel is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// Kernel and initrd beside the disk, loaded by the hypervisor.
+    Direct {
+        /// Kernel image.
+        kernel: PathBuf,
+        /// Initial RAM disk.
+        initrd: PathBuf,
+        /// Kernel command line.
+        cmdline: String,
+    },
+    /// The disk's own boot loader.
+    Disk,
+}
+
+/// What the machine's network card is attached to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Attachment {
+    /// SLIRP: no host set-up, and no isolation from the host's loopback.
+    User,
+    /// A libvirt network, with this tap name.
+    Bridge {
+        /// libvirt's name of the network.
+        network: String,
+        /// Name of the tap device.
+        tap: String,
+    },
+}
+
+/// Everything that a VM is started from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmSpec {
+    /// Its id; name, MAC and UUID follow from it.
+    pub id: VmId,
+    /// Whose it is.
+    pub installation: InstallationId,
+    /// Runner entry and job, for people who read the domain's metadata; `None` while unbound.
+    pub bound: Option<(String, u64)>,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory, MiB.
+    pub memory_mib: u64,
+    /// How it runs.
+    pub accel: Accel,
+    /// How it boots.
+    pub boot: Boot,
+    /// Its overlay (qcow2).
+    pub overlay: PathBuf,
+    /// Its network card.
+    pub attachment: Attachment,
+    /// Directory for the unix sockets of channel and console.
+    pub socket_dir: PathBuf,
+}
+
+impl VmSpec {
+    /// Socket of the guest channel. Short: unix socket paths end at 107 bytes.
+    #[must_use]
+    pub fn channel_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
+        socket_dir.join(format!("df-{id}.guest"))
+    }
+
+    /// Socket of the serial console.
+    #[must_use]
+    pub fn console_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
+        socket_dir.join(format!("df-{id}.con"))
+    }
+}
+
+/// State of a VM as the hypervisor tells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmState {
+    /// It runs.
+    Running,
+    /// The hypervisor stopped its CPUs; only a disk error does that to ours.
+    Paused,
+    /// It is no more.
+    Gone,
+}
+
+/// One VM of ours that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmSummary {
+    /// Its name.
+    pub name: VmName,
+    /// Its state.
+    pub state: VmState,
+}
+
+/// What a host can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostInfo {
+    /// Hypervisor's own name and version, for people.
+    pub version: String,
+    /// CPUs of the host.
+    pub cpus: u32,
+    /// Memory of the host, MiB.
+    pub memory_mib: u64,
+    /// Whether the hypervisor says that it offers KVM (a boot has yet to prove it).
+    pub kvm_offered: bool,
+}
+
+/// Why a call to the hypervisor failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// Nobody answers at this address; transient.
+    #[error("connect to hypervisor `{uri}`")]
+    Unreachable {
+        /// libvirt URI.
+        uri: String,
+        /// Cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// It answered, and refused.
+    #[error("{what} `{name}`")]
+    Refused {
+        /// The call, in words: `start VM`.
+        what: &'static str,
+        /// VM or path.
+        name: String,
+        /// Cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// No answer within the deadline; the call may still take effect.
+    #[error("{what} `{name}`: no answer within {seconds} s")]
+    Deadline {
+        /// The call, in words.
+        what: &'static str,
+        /// VM or path.
+        name: String,
+        /// The deadline.
+        seconds: u64,
+    },
+}
+
+impl VmError {
+    /// Whether trying again may help without anybody's doing.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Deadline { .. })
+    }
+}
+
+/// A stream of bytes to or from a guest.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// Accepts the connections of one guest to its door. Dropping it closes the address.
+pub trait DoorListener: Send {
+    /// The next connection. Cancel safe.
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>>;
+}
+
+/// The hypervisor seam: a machine, its disk, its wires. See the module's rules.
+pub trait Hypervisor: Send + Sync + 'static {
+    /// Connects and says what this host can do.
+    fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>>;
+
+    /// Makes a qcow2 overlay of `disk_gib` GiB (no smaller than its base) on the base image.
+    /// Deadline 60 s. An existing file at this path is replaced.
+    fn create_overlay<'a>(&'a self, overlay: &'a Path, base: &'a Path, disk_gib: u64) -> BoxFuture<'a, Result<(), VmError>>;
+    /// Unlinks an overlay, never opening it: it is the guest's work by now.
+    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>>;
+    /// Paths of overlays `df-<id>.qcow2` in `dir`, sorted.
+    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>>;
+
+    /// Starts a transient VM. Deadline 60 s. One of this name and installation that runs already
+    /// counts as started.
+    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>>;
+    /// State of one VM. Deadline 10 s.
+    fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>>;
+    /// Ends a VM at once; one that is gone counts as ended. Deadline 30 s.
+    fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>>;
+    /// All VMs whose metadata carries this installation id, sorted by name. Deadline 10 s.
+    fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>>;
+
+    /// Connects to the guest channel of a VM. End of stream means that the VM is gone.
+    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>>;
+    /// Connects to the serial console of a VM. Must be drained, or the guest stands still.
+    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>>;
+    /// Removes what a VM leaves in `socket_dir`; none is fine.
+    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>>;
+
+    /// Listens where a guest reaches its door: part of this seam because the guest's wires are.
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>>;
+}

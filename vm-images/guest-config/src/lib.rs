@@ -1,0 +1,152 @@
+//! What a guest is told at hand-out, what it reports, and the greeting of its relay.
+//!
+//! The one crate that the daemon and the guest program share, so that both sides of each format
+//! stand in one place. No I/O: bytes in, bytes out.
+//!
+//! The guest config travels as one line of JSON over the virtio-serial port
+//! [`PORT_NAME`]; the guest's reports come back as short lines of text.
+
+mod greeting;
+mod identity;
+mod report;
+
+pub use greeting::{GREETING_LINE_MAX, Greeting, GreetingError, Nonce, PASS_BYTES, Pass};
+pub use identity::system_id;
+pub use report::{REPORT_LINE_MAX, Report};
+
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+
+/// Name of the virtio-serial port, as in `/sys/class/virtio-ports/*/name`.
+pub const PORT_NAME: &str = "org.dayfly.guest.0";
+
+/// Where the relay listens inside the guest: an address on `lo`, reachable from containers too.
+/// From TEST-NET-1 (RFC 5737), so it collides with no real network.
+pub const RELAY_ADDRESS: &str = "192.0.2.1:80";
+
+/// The URL that the guest runner's config.toml names.
+pub const RELAY_URL: &str = "http://192.0.2.1";
+
+/// The version of this format that this crate writes and the only one it reads.
+pub const VERSION: u32 = 1;
+
+/// Bytes of one guest config at most, its line break included.
+pub const CONFIG_BYTES_MAX: usize = 256 * 1024;
+
+/// Everything that a guest is told, once, at hand-out.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestConfig {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The VM's id, 16 characters of base32.
+    pub vm: String,
+    /// `address:port` of the door as the guest reaches it.
+    pub door: String,
+    /// The pass, base64url without padding. In the relay's memory only.
+    pub pass: String,
+    /// The guest's host name.
+    pub hostname: String,
+    /// This VM's machine-id, 32 hex digits, in force once the runner has read its files.
+    pub machine_id: String,
+    /// The installation's machine-id, in force while the runner starts, so that the runner's
+    /// system id is the one that GitLab shows (design D9).
+    pub runner_machine_id: String,
+    /// A fresh boot id (UUID), bind-mounted over the kernel's.
+    pub boot_id: String,
+    /// Random seed, hex.
+    pub seed: String,
+    /// Wall clock of the host, microseconds since 1970.
+    pub clock_us: i64,
+    /// Address and name servers.
+    pub network: GuestNetwork,
+    /// The guest runner.
+    pub runner: GuestRunner,
+    /// Seconds that the relay waits for a door that refuses, before it gives a connection up.
+    pub door_patience_s: u64,
+    /// Seconds after which a guest whose door has not answered powers off by itself.
+    pub power_off_after_s: u64,
+}
+
+/// The guest's side of its network.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestNetwork {
+    /// MAC to set, `52:54:00:…`; none: the device's own is right.
+    pub mac: Option<String>,
+    /// `address/prefix-length`.
+    pub address: String,
+    /// Default gateway.
+    pub gateway: IpAddr,
+    /// Name servers for resolv.conf; empty: resolution is off, and the file says so.
+    pub dns: Vec<IpAddr>,
+}
+
+/// How the guest starts its runner.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestRunner {
+    /// Whole text of the runner's config.toml.
+    pub config_toml: String,
+    /// GitLab's chain as PEM, written where config.toml's `tls-ca-file` points
+    /// ([`CA_FILE`]).
+    pub ca_pem: Option<String>,
+    /// The `name` in config.toml, for `-r`.
+    pub name: String,
+    /// The user that runs jobs; `root` only if the class says so.
+    pub user: String,
+    /// `--wait-timeout`, seconds.
+    pub wait_timeout_s: u64,
+}
+
+/// Where the guest program writes the runner's config.toml.
+pub const CONFIG_FILE: &str = "/etc/gitlab-runner/config.toml";
+/// Where the guest program writes GitLab's chain.
+pub const CA_FILE: &str = "/etc/gitlab-runner/gitlab-ca.pem";
+
+/// Why a guest config cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Not the JSON of this format.
+    #[error("parse guest config")]
+    Json(#[source] serde_json::Error),
+    /// Another version of dayfly wrote it.
+    #[error("guest config has version {0}, this program reads {VERSION}")]
+    Version(u32),
+}
+
+impl GuestConfig {
+    /// One line of JSON, its line break included.
+    ///
+    /// # Panics
+    /// Never: all members are strings and numbers.
+    #[must_use]
+    pub fn to_line(&self) -> Vec<u8> {
+        let mut line = serde_json::to_vec(self).expect("strings and numbers always serialise");
+        line.push(b'\n');
+        line
+    }
+
+    /// Reads what [`GuestConfig::to_line`] wrote.
+    ///
+    /// # Errors
+    /// [`ConfigError::Json`] for anything else, [`ConfigError::Version`] for another version.
+    pub fn from_line(line: &[u8]) -> Result<Self, ConfigError> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let versioned: Versioned = serde_json::from_slice(line).map_err(ConfigError::Json)?;
+        if versioned.version != VERSION {
+            return Err(ConfigError::Version(versioned.version));
+        }
+        serde_json::from_slice(line).map_err(ConfigError::Json)
+    }
+}
+
+impl std::fmt::Debug for GuestConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Pass, seed and config.toml (guest token) stay out of logs.
+        f.debug_struct("GuestConfig").field("vm", &self.vm).field("door", &self.door).finish_non_exhaustive()
+    }
+}
