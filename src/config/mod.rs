@@ -6,9 +6,13 @@
 
 mod duration;
 mod load;
+mod origin;
+mod validate;
 
 pub use duration::Span;
 pub use load::{ConfigError, Loaded};
+pub use origin::{Origin, Origins};
+pub use validate::{Problem, Problems};
 
 use crate::{capacity, job, network, telemetry, vm};
 use serde::{Deserialize, Serialize};
