@@ -1,1 +1,669 @@
-//! Under construction.
+//! libvirt's domain XML: written for a [`VmSpec`], and our metadata in it read back.
+//!
+//! Pure text, no I/O. The devices are exactly those that were proven to work, and no others: no
+//! balloon, USB, graphics, sound or shared folder (safety.md T15). Every text goes through the XML
+//! writer's escaping, and what XML cannot carry is refused or spelt out, never dropped.
+//! Called by [`super::libvirt`], which hands the text to libvirt.
+
+use super::{Accel, Attachment, Boot, InstallationId, VmId, VmName, VmSpec};
+use quick_xml::events::{BytesText, Event};
+use quick_xml::{Reader, Writer};
+use sha2::{Digest as _, Sha256};
+use std::io;
+use std::path::Path;
+
+/// Namespace of our element in a domain's metadata. Never dereferenced; the 1 is its version.
+pub const METADATA_NAMESPACE: &str = "urn:dayfly:vm:1";
+
+/// Name of the virtio-serial port that carries guest config and reports.
+pub const CHANNEL_NAME: &str = "org.dayfly.guest.0";
+
+/// TCG's translation cache. QEMU's own default grows without bound; 256 MiB cost no visible speed
+/// and are what design D3 reserves.
+const TB_CACHE_MIB: &str = "256";
+
+/// Characters of a runner's name kept in the metadata: it is for people.
+const RUNNER_CHARS_MAX: usize = 200;
+
+/// Bytes of metadata that are looked at. Ours have about 300 (a name of 200 characters that all
+/// need spelling out: 2 KiB); another's may be of any size.
+const METADATA_BYTES_MAX: usize = 16 * 1024;
+
+/// A path or text of the spec cannot stand in XML.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {text:?} is not absolute, or has characters that domain XML cannot carry")]
+pub struct BadSpec {
+    what: &'static str,
+    text: String,
+}
+
+/// How libvirt hands files to QEMU's user. Only a privileged libvirtd has such labels; `None`
+/// where libvirtd runs as ourselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ownership {
+    /// User that QEMU runs as.
+    pub qemu_uid: u32,
+    /// Group that may connect to the sockets of channel and console: the daemon's own.
+    pub socket_gid: u32,
+}
+
+/// Whose a domain is, from its metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metadata {
+    /// The installation that started it.
+    pub installation: InstallationId,
+    /// Its VM.
+    pub vm: VmId,
+    /// Runner entry (spelt as [`legible`] does) and job, once bound.
+    pub bound: Option<(String, u64)>,
+}
+
+/// The UUID that follows from a VM's id: version 8 (RFC 9562), so that two VMs never share one and
+/// a second start of the same VM is refused by libvirt rather than doubled.
+#[must_use]
+pub fn uuid(id: &VmId) -> String {
+    let digest = Sha256::new().chain_update(b"dayfly vm uuid\0").chain_update(id.as_str()).finalize();
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&digest[..16]);
+    bytes[6] = bytes[6] & 0x0f | 0x80;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// `text` with control characters, non-characters and backslashes spelt `\u{..}`, so that XML and
+/// terminals carry it, cut at 200 characters.
+#[must_use]
+pub fn legible(text: &str) -> String {
+    let plain = |c: char| c != '\\' && !c.is_control() && carried_by_xml(c);
+    text.chars()
+        .take(RUNNER_CHARS_MAX)
+        .map(|c| if plain(c) { c.to_string() } else { c.escape_unicode().to_string() })
+        .collect()
+}
+
+/// XML 1.0's `Char`, less the control characters that are checked apart.
+fn carried_by_xml(c: char) -> bool {
+    !matches!(c, '\u{fffe}' | '\u{ffff}')
+}
+
+fn carried(what: &'static str, text: &str) -> Result<String, BadSpec> {
+    if text.chars().all(|c| !c.is_control() && carried_by_xml(c)) {
+        Ok(text.to_owned())
+    } else {
+        Err(BadSpec { what, text: text.to_owned() })
+    }
+}
+
+fn absolute(what: &'static str, path: &Path) -> Result<String, BadSpec> {
+    match path.to_str() {
+        Some(text) if path.is_absolute() => carried(what, text),
+        _ => Err(BadSpec { what, text: path.to_string_lossy().into_owned() }),
+    }
+}
+
+/// The texts of a spec, checked, so that the writer below cannot fail on them.
+struct Texts {
+    overlay: String,
+    base: String,
+    channel: String,
+    console: String,
+    direct: Option<[String; 3]>,
+    bridge: Option<[String; 2]>,
+}
+
+impl Texts {
+    fn check(spec: &VmSpec) -> Result<Self, BadSpec> {
+        Ok(Self {
+            overlay: absolute("overlay", &spec.overlay)?,
+            base: absolute("base image", &spec.base)?,
+            channel: absolute("channel socket", &VmSpec::channel_socket(&spec.socket_dir, &spec.id))?,
+            console: absolute("console socket", &VmSpec::console_socket(&spec.socket_dir, &spec.id))?,
+            direct: match &spec.boot {
+                Boot::Direct { kernel, initrd, cmdline } => Some([
+                    absolute("kernel", kernel)?,
+                    absolute("initrd", initrd)?,
+                    carried("kernel command line", cmdline)?,
+                ]),
+                Boot::Disk => None,
+            },
+            bridge: match &spec.attachment {
+                Attachment::Bridge { network, tap } => Some([carried("network", network)?, carried("tap", tap)?]),
+                Attachment::User => None,
+            },
+        })
+    }
+}
+
+/// The domain XML of a VM. `ownership` is given when libvirtd is privileged.
+///
+/// # Errors
+/// [`BadSpec`]: a path is relative or no UTF-8, or a text has control characters.
+pub fn write(spec: &VmSpec, ownership: Option<Ownership>) -> Result<String, BadSpec> {
+    write_as(spec, ownership, if spec.accel == Accel::Kvm { "kvm" } else { "qemu" })
+}
+
+/// [`write`] with another type of domain: libvirt's test driver knows its own only.
+pub(super) fn write_as(spec: &VmSpec, ownership: Option<Ownership>, domain_type: &str) -> Result<String, BadSpec> {
+    let texts = Texts::check(spec)?;
+    let mut xml = Writer::new_with_indent(Vec::new(), b' ', 2);
+    xml.create_element("domain")
+        .with_attribute(("type", domain_type))
+        .write_inner_content(|w| domain(w, spec, &texts, ownership))
+        .expect("writing to memory does not fail");
+    Ok(String::from_utf8(xml.into_inner()).expect("made of strings"))
+}
+
+type Xml = Writer<Vec<u8>>;
+
+fn text(w: &mut Xml, element: &str, content: &str) -> io::Result<()> {
+    w.create_element(element).write_text_content(BytesText::new(content)).map(drop)
+}
+
+fn empty(w: &mut Xml, element: &str, attributes: &[(&str, &str)]) -> io::Result<()> {
+    w.create_element(element).with_attributes(attributes.iter().copied()).write_empty().map(drop)
+}
+
+fn domain(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership>) -> io::Result<()> {
+    text(w, "name", &VmName::from(spec.id.clone()).to_string())?;
+    text(w, "uuid", &uuid(&spec.id))?;
+    w.create_element("metadata").write_inner_content(|w| metadata(w, spec))?;
+    w.create_element("memory")
+        .with_attribute(("unit", "MiB"))
+        .write_text_content(BytesText::new(&spec.memory_mib.to_string()))?;
+    text(w, "vcpu", &spec.cpus.to_string())?;
+    w.create_element("os").write_inner_content(|w| {
+        let os = w.create_element("type").with_attributes([("arch", "x86_64"), ("machine", "q35")]);
+        os.write_text_content(BytesText::new("hvm"))?;
+        match &texts.direct {
+            Some([kernel, initrd, cmdline]) => {
+                text(w, "kernel", kernel)?;
+                text(w, "initrd", initrd)?;
+                text(w, "cmdline", cmdline)
+            }
+            None => empty(w, "boot", &[("dev", "hd")]),
+        }
+    })?;
+    w.create_element("features").write_inner_content(|w| {
+        empty(w, "acpi", &[])?;
+        if spec.accel == Accel::Tcg {
+            w.create_element("tcg").write_inner_content(|w| {
+                w.create_element("tb-cache")
+                    .with_attribute(("unit", "MiB"))
+                    .write_text_content(BytesText::new(TB_CACHE_MIB))
+                    .map(drop)
+            })?;
+        }
+        Ok(())
+    })?;
+    if spec.accel == Accel::Kvm {
+        empty(w, "cpu", &[("mode", "host-passthrough")])?;
+    }
+    empty(w, "clock", &[("offset", "utc")])?;
+    // A reboot ends the machine: the job that it ran is over either way (safety.md V5, V6).
+    for event in ["on_poweroff", "on_reboot", "on_crash"] {
+        text(w, event, "destroy")?;
+    }
+    w.create_element("devices").write_inner_content(|w| devices(w, spec, texts, ownership))?;
+    Ok(())
+}
+
+fn metadata(w: &mut Xml, spec: &VmSpec) -> io::Result<()> {
+    let mut ours = w.create_element("d:vm").with_attributes([
+        ("xmlns:d", METADATA_NAMESPACE),
+        ("installation", spec.installation.as_str()),
+        ("vm", spec.id.as_str()),
+    ]);
+    if let Some((runner, job)) = &spec.bound {
+        ours = ours.with_attributes([("runner", legible(runner).as_str()), ("job", job.to_string().as_str())]);
+    }
+    ours.write_empty().map(drop)
+}
+
+fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership>) -> io::Result<()> {
+    empty(w, "controller", &[("type", "usb"), ("model", "none")])?;
+    w.create_element("disk")
+        .with_attributes([("type", "file"), ("device", "disk")])
+        .write_inner_content(|w| disk(w, texts, ownership))?;
+    let kind = if texts.bridge.is_some() { "network" } else { "user" };
+    w.create_element("interface").with_attribute(("type", kind)).write_inner_content(|w| {
+        if let Some([network, _]) = &texts.bridge {
+            empty(w, "source", &[("network", network)])?;
+        }
+        empty(w, "mac", &[("address", &spec.id.mac())])?;
+        if let Some([_, tap]) = &texts.bridge {
+            empty(w, "target", &[("dev", tap)])?;
+        }
+        empty(w, "model", &[("type", "virtio")])?;
+        // Isolated bridge ports: guests do not see each other's frames.
+        if texts.bridge.is_some() { empty(w, "port", &[("isolated", "yes")]) } else { Ok(()) }
+    })?;
+    for (element, target) in [("serial", [("port", "0")].as_slice()), ("console", &[("type", "serial"), ("port", "0")])]
+    {
+        w.create_element(element).with_attribute(("type", "unix")).write_inner_content(|w| {
+            socket(w, &texts.console, ownership)?;
+            empty(w, "target", target)
+        })?;
+    }
+    w.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|w| {
+        socket(w, &texts.channel, ownership)?;
+        empty(w, "target", &[("type", "virtio"), ("name", CHANNEL_NAME)])
+    })?;
+    w.create_element("rng").with_attribute(("model", "virtio")).write_inner_content(|w| {
+        let backend = w.create_element("backend").with_attribute(("model", "random"));
+        backend.write_text_content(BytesText::new("/dev/urandom")).map(drop)
+    })?;
+    empty(w, "memballoon", &[("model", "none")])
+}
+
+fn disk(w: &mut Xml, texts: &Texts, ownership: Option<Ownership>) -> io::Result<()> {
+    empty(
+        w,
+        "driver",
+        &[
+            ("name", "qemu"),
+            ("type", "qcow2"),
+            // No overlay outlives its VM, so nothing in it need ever reach the platters.
+            ("cache", "unsafe"),
+            // A failing host disk pauses the guest, which we see, instead of failing its job (V11).
+            ("error_policy", "stop"),
+            ("discard", "unmap"),
+        ],
+    )?;
+    empty(w, "source", &[("file", &texts.overlay)])?;
+    // The whole chain is spelt out: no image's header decides what the host opens (T16).
+    w.create_element("backingStore").with_attribute(("type", "file")).write_inner_content(|w| {
+        empty(w, "format", &[("type", "qcow2")])?;
+        w.create_element("source").with_attribute(("file", texts.base.as_str())).write_inner_content(|w| {
+            // Else libvirt gives the base image to QEMU's user, and never takes it back: a QEMU
+            // that a guest has broken out into could then rewrite all later VMs' disk (T17).
+            if ownership.is_some() { empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")]) } else { Ok(()) }
+        })?;
+        empty(w, "backingStore", &[])
+    })?;
+    empty(w, "target", &[("dev", "vda"), ("bus", "virtio")])
+}
+
+fn socket(w: &mut Xml, path: &str, ownership: Option<Ownership>) -> io::Result<()> {
+    let source = w.create_element("source").with_attributes([("mode", "bind"), ("path", path)]);
+    match ownership {
+        None => source.write_empty().map(drop),
+        Some(Ownership { qemu_uid, socket_gid }) => source
+            .write_inner_content(|w| {
+                w.create_element("seclabel")
+                    .with_attributes([("model", "dac"), ("relabel", "yes")])
+                    .write_inner_content(|w| text(w, "label", &format!("+{qemu_uid}:+{socket_gid}")))
+                    .map(drop)
+            })
+            .map(drop),
+    }
+}
+
+/// Reads our element as libvirt hands it out (alone, its namespace prefix dropped or not).
+/// `None`: it is not ours, or not well-formed. Entities other than XML's five are an error there,
+/// so nothing expands.
+#[must_use]
+pub fn read_metadata(xml: &str) -> Option<Metadata> {
+    if xml.len() > METADATA_BYTES_MAX {
+        return None;
+    }
+    let mut reader = Reader::from_str(xml);
+    let element = loop {
+        match reader.read_event().ok()? {
+            Event::Start(element) | Event::Empty(element) => break element,
+            Event::Text(text) if text.trim().is_empty() => {}
+            _ => return None,
+        }
+    };
+    if element.local_name().as_ref() != "vm" {
+        return None;
+    }
+    let attribute = |name: &str| {
+        let attribute = element.try_get_attribute(name).ok()??;
+        attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok().map(|value| value.into_owned())
+    };
+    let bound = attribute("runner").zip(attribute("job").and_then(|job| job.parse().ok()));
+    Some(Metadata { installation: attribute("installation")?.parse().ok()?, vm: attribute("vm")?.parse().ok()?, bound })
+}
+
+/// QEMU's user as a privileged libvirtd's capabilities tell it: the base label of security model
+/// `dac`, `+uid:+gid`. `None`: libvirtd has no such model, so it runs QEMU as its own user.
+#[must_use]
+pub fn read_qemu_uid(capabilities: &str) -> Option<u32> {
+    let mut reader = Reader::from_str(capabilities);
+    let (mut path, mut dac) = (Vec::new(), false);
+    loop {
+        match reader.read_event().ok()? {
+            Event::Start(element) => path.push(element.local_name().as_ref().to_owned()),
+            Event::End(_) => drop(path.pop()),
+            Event::Text(text) => match path.join("/").as_str() {
+                "capabilities/host/secmodel/model" => dac = text.trim() == "dac",
+                "capabilities/host/secmodel/baselabel" if dac => {
+                    return text.trim().split(':').next()?.trim_start_matches('+').parse().ok();
+                }
+                _ => {}
+            },
+            Event::Eof => return None,
+            _ => {}
+        }
+    }
+}
+
+/// Whether capabilities offer KVM for guests of this architecture.
+#[must_use]
+pub fn offers_kvm(capabilities: &str) -> bool {
+    let mut reader = Reader::from_str(capabilities);
+    let mut x86_64 = false;
+    loop {
+        match reader.read_event() {
+            Ok(Event::Start(element) | Event::Empty(element)) => {
+                let is = |name: &str, value: &str| {
+                    element
+                        .try_get_attribute(name)
+                        .ok()
+                        .flatten()
+                        .is_some_and(|attribute| attribute.value.as_ref() == value)
+                };
+                match element.local_name().as_ref() {
+                    "arch" => x86_64 = is("name", "x86_64"),
+                    "domain" if x86_64 && is("type", "kvm") => return true,
+                    _ => {}
+                }
+            }
+            Ok(Event::Eof) | Err(_) => return false,
+            Ok(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    fn spec() -> VmSpec {
+        let directory = std::path::PathBuf::from("/var/lib/dayfly");
+        VmSpec {
+            id: "abcdefghijklmnop".parse().unwrap(),
+            installation: "qrstuvwxyz234567".parse().unwrap(),
+            bound: Some(("my <runner> \"1\" & co".into(), 4242)),
+            cpus: 2,
+            memory_mib: 2048,
+            accel: Accel::Tcg,
+            boot: Boot::Direct {
+                kernel: directory.join("images/d/vmlinuz"),
+                initrd: directory.join("images/d/initrd"),
+                cmdline: "console=ttyS0 root=/dev/vda rw quiet".into(),
+            },
+            overlay: directory.join("overlays/df-abcdefghijklmnop.qcow2"),
+            base: directory.join("images/d/disk.qcow2"),
+            attachment: Attachment::User,
+            socket_dir: "/run/dayfly".into(),
+        }
+    }
+
+    /// Elements (by path), their attributes and texts, without white space between elements.
+    #[derive(Debug, PartialEq, Eq)]
+    struct Tree(Vec<(String, BTreeMap<String, String>, String)>);
+
+    fn parse(xml: &str) -> Tree {
+        let mut reader = Reader::from_str(xml);
+        let (mut tree, mut open) = (Vec::new(), Vec::<usize>::new());
+        let push = |tree: &mut Vec<(String, BTreeMap<String, String>, String)>,
+                    open: &[usize],
+                    e: quick_xml::events::BytesStart| {
+            let parent = open.last().map_or(String::new(), |i| format!("{}/", tree[*i].0));
+            let attributes = e.attributes().map(|a| a.unwrap());
+            let attributes = attributes
+                .map(|a| {
+                    (
+                        a.key.as_ref().to_owned(),
+                        a.normalized_value(quick_xml::XmlVersion::Implicit1_0).unwrap().into_owned(),
+                    )
+                })
+                .collect();
+            tree.push((parent + e.local_name().as_ref(), attributes, String::new()));
+        };
+        loop {
+            match reader.read_event().unwrap() {
+                Event::Start(e) => {
+                    push(&mut tree, &open, e);
+                    open.push(tree.len() - 1);
+                }
+                Event::Empty(e) => push(&mut tree, &open, e),
+                Event::End(_) => drop(open.pop()),
+                Event::Text(t) => {
+                    let leaf = open.last().is_some_and(|i| *i == tree.len() - 1);
+                    if leaf || !t.trim().is_empty() {
+                        let i = *open.last().unwrap();
+                        tree[i].2 += &t.xml10_content();
+                    }
+                }
+                Event::GeneralRef(r) => {
+                    let text = quick_xml::escape::unescape(&format!("&{};", r.xml10_content())).unwrap().into_owned();
+                    let i = *open.last().unwrap();
+                    tree[i].2 += &text;
+                }
+                Event::Eof => break,
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        for entry in &mut tree {
+            if entry.2.trim().is_empty() {
+                entry.2.clear();
+            }
+        }
+        Tree(tree)
+    }
+
+    impl Tree {
+        fn attribute(&self, path: &str, name: &str) -> &str {
+            &self
+                .0
+                .iter()
+                .find(|e| e.0 == path && e.1.contains_key(name))
+                .unwrap_or_else(|| panic!("no {path} with {name}"))
+                .1[name]
+        }
+
+        fn text(&self, path: &str) -> &str {
+            &self.0.iter().find(|e| e.0 == path).unwrap_or_else(|| panic!("no {path}")).2
+        }
+    }
+
+    #[test]
+    fn a_direct_boot_under_tcg_with_user_network() {
+        insta::assert_snapshot!(write(&spec(), None).unwrap());
+    }
+
+    #[test]
+    fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
+        let spec = VmSpec {
+            bound: None,
+            accel: Accel::Kvm,
+            boot: Boot::Disk,
+            attachment: Attachment::Bridge { network: "dayfly".into(), tap: "dfabcdefghijkl".into() },
+            ..spec()
+        };
+        insta::assert_snapshot!(write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990 })).unwrap());
+    }
+
+    #[test]
+    fn t15_only_the_devices_of_the_allow_list_appear() {
+        const ALLOWED: &[&str] = &[
+            "domain",
+            "domain/name",
+            "domain/uuid",
+            "domain/metadata",
+            "domain/metadata/vm",
+            "domain/memory",
+            "domain/vcpu",
+            "domain/os",
+            "domain/os/type",
+            "domain/os/kernel",
+            "domain/os/initrd",
+            "domain/os/cmdline",
+            "domain/os/boot",
+            "domain/features",
+            "domain/features/acpi",
+            "domain/features/tcg",
+            "domain/features/tcg/tb-cache",
+            "domain/cpu",
+            "domain/clock",
+            "domain/on_poweroff",
+            "domain/on_reboot",
+            "domain/on_crash",
+            "domain/devices",
+            "domain/devices/controller",
+            "domain/devices/disk",
+            "domain/devices/disk/driver",
+            "domain/devices/disk/source",
+            "domain/devices/disk/backingStore",
+            "domain/devices/disk/backingStore/format",
+            "domain/devices/disk/backingStore/source",
+            "domain/devices/disk/backingStore/source/seclabel",
+            "domain/devices/disk/backingStore/backingStore",
+            "domain/devices/disk/target",
+            "domain/devices/interface",
+            "domain/devices/interface/mac",
+            "domain/devices/interface/source",
+            "domain/devices/interface/target",
+            "domain/devices/interface/model",
+            "domain/devices/interface/port",
+            "domain/devices/serial",
+            "domain/devices/serial/source",
+            "domain/devices/serial/source/seclabel",
+            "domain/devices/serial/source/seclabel/label",
+            "domain/devices/serial/target",
+            "domain/devices/console",
+            "domain/devices/console/source",
+            "domain/devices/console/source/seclabel",
+            "domain/devices/console/source/seclabel/label",
+            "domain/devices/console/target",
+            "domain/devices/channel",
+            "domain/devices/channel/source",
+            "domain/devices/channel/source/seclabel",
+            "domain/devices/channel/source/seclabel/label",
+            "domain/devices/channel/target",
+            "domain/devices/rng",
+            "domain/devices/rng/backend",
+            "domain/devices/memballoon",
+        ];
+        let mut seen = BTreeSet::new();
+        for accel in [Accel::Kvm, Accel::Tcg] {
+            for boot in [spec().boot, Boot::Disk] {
+                for attachment in [Attachment::User, Attachment::Bridge { network: "n".into(), tap: "t".into() }] {
+                    for ownership in [None, Some(Ownership { qemu_uid: 1, socket_gid: 2 })] {
+                        let spec = VmSpec { accel, boot: boot.clone(), attachment: attachment.clone(), ..spec() };
+                        let tree = parse(&write(&spec, ownership).unwrap());
+                        assert!(tree.0.iter().all(|e| ALLOWED.contains(&e.0.as_str())), "{tree:?}");
+                        assert_eq!(tree.attribute("domain/devices/controller", "model"), "none");
+                        let user = tree.attribute("domain/devices/interface", "type") == "user";
+                        assert_eq!(user, spec.attachment == Attachment::User);
+                        assert_eq!(tree.attribute("domain", "type") == "kvm", accel == Accel::Kvm);
+                        seen.extend(tree.0.into_iter().map(|e| e.0));
+                    }
+                }
+            }
+        }
+        assert_eq!(seen, ALLOWED.iter().map(|s| (*s).to_owned()).collect(), "the allow-list is exact");
+    }
+
+    proptest! {
+        #[test]
+        fn t28_any_text_parses_back_to_the_same_tree(runner in ".*", file in "[^/\\pC\u{fffe}\u{ffff}]{1,40}", cmdline in "[^\\pC]{0,80}", job: u64) {
+            let plain = parse(&write(&spec(), None).unwrap());
+            let spec = VmSpec {
+                bound: Some((runner.clone(), job)),
+                overlay: Path::new("/o").join(&file),
+                base: Path::new("/b").join(&file),
+                boot: Boot::Direct { kernel: Path::new("/k").join(&file), initrd: Path::new("/i").join(&file), cmdline: cmdline.clone() },
+                ..spec()
+            };
+            let tree = parse(&write(&spec, None).unwrap());
+            let shape = |t: &Tree| t.0.iter().map(|e| (e.0.clone(), e.1.keys().cloned().collect::<Vec<_>>())).collect::<Vec<_>>();
+            prop_assert_eq!(shape(&tree), shape(&plain));
+            prop_assert_eq!(tree.attribute("domain/metadata/vm", "runner"), legible(&runner));
+            prop_assert_eq!(tree.attribute("domain/metadata/vm", "job"), job.to_string());
+            prop_assert_eq!(tree.attribute("domain/devices/disk/source", "file"), format!("/o/{file}"));
+            prop_assert_eq!(tree.attribute("domain/devices/disk/backingStore/source", "file"), format!("/b/{file}"));
+            prop_assert_eq!(tree.text("domain/os/kernel"), format!("/k/{file}"));
+            if !cmdline.trim().is_empty() {
+                prop_assert_eq!(tree.text("domain/os/cmdline"), cmdline);
+            }
+        }
+
+        #[test]
+        fn metadata_of_any_runner_reads_back(runner in ".*", job: u64) {
+            let spec = VmSpec { bound: Some((runner.clone(), job)), ..spec() };
+            let xml = write(&spec, None).unwrap();
+            let start = xml.find("<d:vm").unwrap();
+            let element = &xml[start..start + xml[start..].find("/>").unwrap() + 2];
+            let ours = Metadata { installation: spec.installation, vm: spec.id, bound: Some((legible(&runner), job)) };
+            prop_assert_eq!(read_metadata(element), Some(ours));
+        }
+
+        #[test]
+        fn hostile_metadata_is_nobodys_and_never_a_panic(text in ".*", inner in "[<>&a-z'\"=/ !\\[\\]-]*") {
+            prop_assert_eq!(read_metadata(&text), None);
+            let element = format!("<vm {inner} installation='abcdefghijklmnop'/>");
+            prop_assert_eq!(read_metadata(&element).filter(|m| m.vm.as_str() != "abcdefghijklmnop"), None);
+        }
+    }
+
+    #[test]
+    fn foreign_or_broken_metadata_is_not_ours() {
+        let ids = "installation='abcdefghijklmnop' vm='qrstuvwxyz234567'";
+        let ours = Metadata {
+            installation: "abcdefghijklmnop".parse().unwrap(),
+            vm: "qrstuvwxyz234567".parse().unwrap(),
+            bound: None,
+        };
+        let check = |xml: &str, expected: Option<&Metadata>| assert_eq!(read_metadata(xml).as_ref(), expected, "{xml}");
+        check(&format!("<vm {ids}/>"), Some(&ours));
+        check(&format!("<vm {ids}></vm>"), Some(&ours));
+        check(&format!("<vm {ids} runner='r' job='x'/>"), Some(&ours));
+        check(&format!("<other {ids}/>"), None);
+        check("<vm installation='abcdefghijklmnop'/>", None);
+        check("<vm installation='../../etc/passwd' vm='qrstuvwxyz234567'/>", None);
+        check(&format!("<!DOCTYPE vm [<!ENTITY a 'b'>]><vm {ids}/>"), None);
+        check("<vm installation='&a;' vm='qrstuvwxyz234567'/>", None);
+        check("", None);
+        check(&format!("{}<vm {ids}/>", " ".repeat(METADATA_BYTES_MAX)), None);
+    }
+
+    #[test]
+    fn what_xml_cannot_carry_is_refused_by_name() {
+        let check = |spec: VmSpec, says: &str| {
+            let error = write(&spec, None).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        };
+        check(VmSpec { overlay: "relative.qcow2".into(), ..spec() }, "overlay \"relative.qcow2\"");
+        check(VmSpec { base: "/a\nb".into(), ..spec() }, "base image \"/a\\nb\"");
+        check(VmSpec { socket_dir: "/a\u{1}".into(), ..spec() }, "channel socket");
+        let boot = Boot::Direct { kernel: "/k".into(), initrd: "/i".into(), cmdline: "quiet\0".into() };
+        check(VmSpec { boot, ..spec() }, "kernel command line");
+    }
+
+    #[test]
+    fn uuids_differ_and_stay() {
+        assert_eq!(uuid(&spec().id), uuid(&spec().id));
+        assert_ne!(uuid(&spec().id), uuid(&spec().installation));
+        assert_eq!(uuid(&spec().id).len(), 36);
+        assert_eq!(&uuid(&spec().id)[14..15], "8");
+    }
+
+    #[test]
+    fn capabilities_tell_qemus_user_and_kvm() {
+        let capabilities = "<capabilities><host><secmodel><model>apparmor</model><doi>0</doi></secmodel>\
+            <secmodel><model>dac</model><doi>0</doi><baselabel type='kvm'>+64055:+107</baselabel><baselabel type='qemu'>+64055:+107</baselabel>\
+            </secmodel></host><guest><os_type>hvm</os_type><arch name='x86_64'><domain type='qemu'/><domain type='kvm'/></arch></guest></capabilities>";
+        assert_eq!(read_qemu_uid(capabilities), Some(64055));
+        assert!(offers_kvm(capabilities));
+        let session = "<capabilities><host/><guest><arch name='i686'><domain type='kvm'/></arch></guest>\
+            <guest><arch name='x86_64'><domain type='qemu'/></arch></guest></capabilities>";
+        assert_eq!(read_qemu_uid(session), None);
+        assert!(!offers_kvm(session));
+    }
+}

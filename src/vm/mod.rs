@@ -32,7 +32,9 @@ impl VmId {
     pub fn random(rng: &Rng) -> Self {
         const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
         let bits = rng.bytes::<10>().iter().fold(0_u128, |bits, byte| (bits << 8) | u128::from(*byte));
-        Self((0..16).rev().map(|i| char::from(ALPHABET[usize::try_from((bits >> (i * 5)) & 31).unwrap_or(0)])).collect())
+        Self(
+            (0..16).rev().map(|i| char::from(ALPHABET[usize::try_from((bits >> (i * 5)) & 31).unwrap_or(0)])).collect(),
+        )
     }
 
     /// The 16 characters.
@@ -59,7 +61,11 @@ pub struct BadVmId(String);
 impl TryFrom<String> for VmId {
     type Error = BadVmId;
     fn try_from(text: String) -> Result<Self, BadVmId> {
-        if text.len() == 16 && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'2'..=b'7')) { Ok(Self(text)) } else { Err(BadVmId(text)) }
+        if text.len() == 16 && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'2'..=b'7')) {
+            Ok(Self(text))
+        } else {
+            Err(BadVmId(text))
+        }
     }
 }
 
@@ -187,6 +193,8 @@ pub struct VmSpec {
     pub boot: Boot,
     /// Its overlay (qcow2).
     pub overlay: PathBuf,
+    /// The overlay's base image (qcow2): named, so that no header has to be believed.
+    pub base: PathBuf,
     /// Its network card.
     pub attachment: Attachment,
     /// Directory for the unix sockets of channel and console.
@@ -300,7 +308,12 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Makes a qcow2 overlay of `disk_gib` GiB (no smaller than its base) on the base image.
     /// Deadline 60 s. An existing file at this path is replaced.
-    fn create_overlay<'a>(&'a self, overlay: &'a Path, base: &'a Path, disk_gib: u64) -> BoxFuture<'a, Result<(), VmError>>;
+    fn create_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>>;
     /// Unlinks an overlay, never opening it: it is the guest's work by now.
     fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>>;
     /// Paths of overlays `df-<id>.qcow2` in `dir`, sorted.

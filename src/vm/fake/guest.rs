@@ -1,0 +1,142 @@
+//! The inside of a fake VM: a script that a test writes, and what it holds.
+
+use super::FakeHypervisor;
+use super::wire::GuestEnd;
+use crate::BoxFuture;
+use crate::vm::{Stream, VmId, VmName, VmSpec};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+/// What a guest does once it has booted. A closure `|machine| async move { .. }` is one.
+///
+/// The future is dropped when the VM ends, and is not polled while it is paused; when it returns,
+/// the guest powers off. Keep everything of the guest inside it (`join!`, not `spawn`).
+pub trait GuestScript: Send + Sync + 'static {
+    /// Runs in one VM.
+    fn run(&self, machine: GuestMachine) -> BoxFuture<'static, ()>;
+}
+
+impl<F, Fut> GuestScript for F
+where
+    F: Fn(GuestMachine) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    fn run(&self, machine: GuestMachine) -> BoxFuture<'static, ()> {
+        Box::pin(self(machine))
+    }
+}
+
+/// What a guest has.
+#[derive(Debug)]
+pub struct GuestMachine {
+    /// What it was started from.
+    pub spec: VmSpec,
+    /// The port that the guest config comes through.
+    pub channel: GuestEnd,
+    /// Its serial console.
+    pub console: GuestEnd,
+    /// Its network: the doors of the host. (Any door: user mode separates guests by the pass only.)
+    pub doors: Doors,
+    /// Its power button, and worse.
+    pub power: Power,
+}
+
+/// Reaches the host's doors.
+#[derive(Clone, Debug)]
+pub struct Doors(pub(super) FakeHypervisor);
+
+impl Doors {
+    /// Connects to a door.
+    ///
+    /// # Errors
+    /// `ConnectionRefused` while nobody listens there, or its backlog is full.
+    pub fn connect(&self, address: SocketAddr) -> io::Result<Box<dyn Stream>> {
+        self.0.connect(address)
+    }
+}
+
+/// Ends or stops one VM. The calling script is dropped at its next await.
+#[derive(Clone, Debug)]
+pub struct Power {
+    pub(super) hypervisor: FakeHypervisor,
+    pub(super) id: VmId,
+}
+
+impl Power {
+    /// The guest powers off.
+    pub fn off(&self) {
+        self.end("powered off");
+    }
+
+    /// QEMU dies.
+    pub fn crash(&self) {
+        self.end("crashed");
+    }
+
+    /// The guest reboots, which ends the machine (`on_reboot=destroy`).
+    pub fn reboot(&self) {
+        self.end("rebooted");
+    }
+
+    /// QEMU pauses the VM, as it does when the host's disk fails.
+    pub fn pause(&self) {
+        self.hypervisor.pause(&self.id);
+    }
+
+    fn end(&self, how: &str) {
+        self.hypervisor.end(&VmName::from(self.id.clone()), how);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Switch {
+    paused: bool,
+    off: bool,
+    waker: Option<Waker>,
+}
+
+/// Pauses and ends a script from outside; clones share it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Control(Arc<Mutex<Switch>>);
+
+impl Control {
+    pub(super) fn set(&self, paused: bool, off: bool) {
+        let mut switch = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        switch.paused = paused;
+        switch.off |= off;
+        if let Some(waker) = switch.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// `None`: go on. Else what to answer instead of polling the script.
+    fn check(&self, cx: &Context<'_>) -> Option<Poll<()>> {
+        let mut switch = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        switch.waker = Some(cx.waker().clone());
+        if switch.off { Some(Poll::Ready(())) } else { switch.paused.then_some(Poll::Pending) }
+    }
+}
+
+/// A script under a [`Control`].
+pub(super) struct Controlled {
+    pub(super) control: Control,
+    pub(super) script: BoxFuture<'static, ()>,
+}
+
+impl Future for Controlled {
+    type Output = ();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(answer) = self.control.check(cx) {
+            return answer;
+        }
+        let polled = self.script.as_mut().poll(cx);
+        // The script may have switched itself off in this very poll.
+        match self.control.check(cx) {
+            Some(Poll::Ready(())) => Poll::Ready(()),
+            _ => polled,
+        }
+    }
+}
