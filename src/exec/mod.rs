@@ -1,1 +1,3 @@
-//! Under construction.
+//! What happens to one job without a GitLab?
+
+pub mod pipeline;
