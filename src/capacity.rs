@@ -18,6 +18,8 @@ pub struct Config {
     pub cpus: Option<u32>,
     /// Memory, MiB; none: the host's memory less 1 GiB.
     pub memory_mib: Option<u64>,
+    /// Virtual disks in all, GiB; none: what is free at the start, less `disk_reserve_gib`.
+    pub disk_gib: Option<u64>,
     /// Disk that must stay free where overlays and spools are, GiB. Below it no job is asked for.
     pub disk_reserve_gib: u64,
 }
@@ -29,6 +31,8 @@ pub struct Resources {
     pub cpus: u32,
     /// Memory, MiB, the hypervisor's own share included.
     pub memory_mib: u64,
+    /// Virtual disk, GiB.
+    pub disk_gib: u64,
 }
 
 /// The bounds.
@@ -40,6 +44,8 @@ pub struct Bounds {
     pub cpus: u32,
     /// Memory in all, MiB.
     pub memory_mib: u64,
+    /// Virtual disks in all, GiB.
+    pub disk_gib: u64,
 }
 
 /// What is promised now.
@@ -82,7 +88,10 @@ pub struct Reservation {
 
 /// A class that no host state could ever satisfy.
 #[derive(Debug, thiserror::Error)]
-#[error("a job needs {} CPUs and {} MiB, this host has {} and {} for all jobs", needs.cpus, needs.memory_mib, bounds.cpus, bounds.memory_mib)]
+#[error(
+    "a job needs {} CPUs, {} MiB memory and {} GiB disk; this host has {}, {} MiB and {} GiB for all jobs (section `capacity`)",
+    needs.cpus, needs.memory_mib, needs.disk_gib, bounds.cpus, bounds.memory_mib, bounds.disk_gib
+)]
 pub struct NeverFits {
     needs: Resources,
     bounds: Bounds,
@@ -106,7 +115,8 @@ impl Capacity {
         let granted = {
             let mut accounts = self.lock();
             let bounds = accounts.bounds;
-            if resources.cpus > bounds.cpus || resources.memory_mib > bounds.memory_mib || bounds.jobs == 0 {
+            let empty = Promised::default();
+            if !empty.has_room(&bounds, resources) {
                 return Err(NeverFits { needs: resources, bounds });
             }
             let (grant, granted) = oneshot::channel();
@@ -163,7 +173,7 @@ impl Capacity {
                     index += 1;
                     continue;
                 }
-                if !accounts.fits(waiter.resources) {
+                if !accounts.promised.has_room(&accounts.bounds, waiter.resources) {
                     break;
                 }
                 let Some(waiter) = accounts.queue.remove(index) else { break };
@@ -178,20 +188,20 @@ impl Capacity {
     }
 }
 
-impl Accounts {
-    fn fits(&self, resources: Resources) -> bool {
-        let (p, b) = (&self.promised, &self.bounds);
-        p.jobs < b.jobs
-            && p.resources.cpus.saturating_add(resources.cpus) <= b.cpus
-            && p.resources.memory_mib.saturating_add(resources.memory_mib) <= b.memory_mib
-    }
-}
-
 impl Promised {
+    fn has_room(&self, bounds: &Bounds, more: Resources) -> bool {
+        let now = &self.resources;
+        self.jobs < bounds.jobs
+            && now.cpus.saturating_add(more.cpus) <= bounds.cpus
+            && now.memory_mib.saturating_add(more.memory_mib) <= bounds.memory_mib
+            && now.disk_gib.saturating_add(more.disk_gib) <= bounds.disk_gib
+    }
+
     fn add(&mut self, runner: &str, resources: Resources) {
         self.jobs += 1;
         self.resources.cpus += resources.cpus;
         self.resources.memory_mib += resources.memory_mib;
+        self.resources.disk_gib += resources.disk_gib;
         *self.by_runner.entry(runner.to_owned()).or_default() += 1;
     }
 
@@ -199,6 +209,7 @@ impl Promised {
         self.jobs -= 1;
         self.resources.cpus -= resources.cpus;
         self.resources.memory_mib -= resources.memory_mib;
+        self.resources.disk_gib -= resources.disk_gib;
         if let Some(count) = self.by_runner.get_mut(runner) {
             *count -= 1;
             if *count == 0 {
@@ -220,10 +231,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const ONE: Resources = Resources { cpus: 1, memory_mib: 100 };
+    const ONE: Resources = Resources { cpus: 1, memory_mib: 100, disk_gib: 1 };
 
     fn capacity(jobs: u32) -> Capacity {
-        Capacity::new(Bounds { jobs, cpus: 100, memory_mib: 1000 })
+        Capacity::new(Bounds { jobs, cpus: 100, memory_mib: 1000, disk_gib: 50 })
     }
 
     #[tokio::test]
@@ -252,7 +263,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_class_larger_than_the_host_is_refused_at_once() {
-        let error = capacity(1).reserve("a", 9, Resources { cpus: 101, memory_mib: 1 }).await.unwrap_err();
+        let error = capacity(1).reserve("a", 9, Resources { cpus: 101, memory_mib: 1, disk_gib: 1 }).await.unwrap_err();
         assert!(error.to_string().contains("needs 101 CPUs"));
     }
 
@@ -302,7 +313,7 @@ mod tests {
     proptest! {
         #[test]
         fn never_more_is_promised_than_the_bounds_say(steps in prop::collection::vec((0..3_u8, 1..4_u32, 1..5_u64), 1..60)) {
-            let bounds = Bounds { jobs: 3, cpus: 6, memory_mib: 8 };
+            let bounds = Bounds { jobs: 3, cpus: 6, memory_mib: 8, disk_gib: 9 };
             let capacity = Capacity::new(bounds);
             let mut waiting = Vec::new();
             let mut held = Vec::new();
@@ -310,7 +321,7 @@ mod tests {
                 match what {
                     0 => {
                         let capacity = capacity.clone();
-                        waiting.push(Box::pin(async move { capacity.reserve("r", 9, Resources { cpus, memory_mib }).await }));
+                        waiting.push(Box::pin(async move { capacity.reserve("r", 9, Resources { cpus, memory_mib, disk_gib: 4 }).await }));
                     }
                     1 => drop(held.pop()),
                     _ => drop(waiting.pop()),

@@ -215,12 +215,12 @@ impl Poller {
             return;
         }
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
-        self.parts.metrics.job_assigned();
+        self.parts.metrics.job().assigned.inc();
         match job::accept(&self.parts, self.runner.clone(), payload, self.resources, reservation).await {
             Ok(handle) => self.jobs.add(handle),
             Err(error) => {
                 tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started, and GitLab will fail it");
-                self.parts.metrics.job_lost();
+                self.parts.metrics.job().lost.inc();
             }
         }
     }
@@ -238,7 +238,7 @@ impl Poller {
             GitlabError::Conflict => self.runner.config.poll_interval.get(),
             GitlabError::UnreadableJob { .. } => {
                 tracing::error!(runner, error = chain(error), "GitLab assigned a job that cannot be read");
-                self.parts.metrics.job_unreadable();
+                self.parts.metrics.job().unreadable.inc();
                 self.runner.config.poll_interval.get()
             }
             error => {

@@ -80,6 +80,8 @@ impl ControlHandler for Handler {
                 cpus_max: (bounds.cpus != u32::MAX).then_some(bounds.cpus),
                 memory_mib: promised.resources.memory_mib,
                 memory_mib_max: bounds.memory_mib,
+                disk_gib: promised.resources.disk_gib,
+                disk_gib_max: bounds.disk_gib,
             },
             jobs: jobs.collect(),
             runners,

@@ -111,6 +111,16 @@ pub enum GitlabError {
 }
 
 impl GitlabError {
+    /// The answer's status, if there was one that says something of its own.
+    #[must_use]
+    pub fn status(&self) -> Option<u16> {
+        match self {
+            Self::Unavailable { status, .. } => *status,
+            Self::Forbidden { status } | Self::Unexpected { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
     /// Whether trying again may help without anybody's doing.
     #[must_use]
     pub fn is_transient(&self) -> bool {

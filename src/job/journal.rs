@@ -366,7 +366,7 @@ mod tests {
             trace_sections: true,
             knows_interrupted: true,
             class: "small".into(),
-            resources: crate::capacity::Resources { cpus: 1, memory_mib: 512 },
+            resources: crate::capacity::Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
             machine: None,
             guest_base: None,
             state: State::Accepted,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// Opens the collapsed section of the boot.
 #[must_use]
-pub fn boot_section_start(now: Timestamp, sections: bool) -> String {
+pub(super) fn boot_section_start(now: Timestamp, sections: bool) -> String {
     let title = "\x1b[0K\x1b[36;1mdayfly: preparing a fresh virtual machine\x1b[0;m";
     if sections {
         let start = format!("section_start:{}:dayfly_boot[collapsed=true]\r\x1b[0K", now.as_second());
@@ -24,26 +24,26 @@ pub fn boot_section_start(now: Timestamp, sections: bool) -> String {
 
 /// Closes it.
 #[must_use]
-pub fn boot_section_end(now: Timestamp, sections: bool) -> String {
+pub(super) fn boot_section_end(now: Timestamp, sections: bool) -> String {
     if sections { line(now, &format!("section_end:{}:dayfly_boot\r\x1b[0K", now.as_second())) } else { String::new() }
 }
 
 /// One phase of the boot and when it was reached.
 #[must_use]
-pub fn phase(now: Timestamp, what: &str, since_received: Duration) -> String {
+pub(super) fn phase(now: Timestamp, what: &str, since_received: Duration) -> String {
     line(now, &format!("  {:>7.2} s  {what}", since_received.as_secs_f64()))
 }
 
 /// A plain line.
 #[must_use]
-pub fn note(now: Timestamp, text: &str) -> String {
+pub(super) fn note(now: Timestamp, text: &str) -> String {
     line(now, text)
 }
 
 /// What the author reads when we had to end the job: what happened and whose move it is, then a
 /// line to hand to the operators.
 #[must_use]
-pub fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duration) -> String {
+pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duration) -> String {
     let limit = people(limit);
     let (what, whose) = match failure {
         Failure::NoMachine => ("no virtual machine could be started".into(), NOT_YOURS),
@@ -88,7 +88,7 @@ const DIED: &str = "If it used up the machine's memory or powered it off, change
 
 /// The console's last lines, for a machine that never asked for its job. `tail` is escaped already.
 #[must_use]
-pub fn console(now: Timestamp, tail: &str) -> String {
+pub(super) fn console(now: Timestamp, tail: &str) -> String {
     if tail.trim().is_empty() {
         return line(now, "dayfly: the machine's console printed nothing.");
     }
@@ -111,7 +111,7 @@ fn line(now: Timestamp, text: &str) -> String {
 
 /// A duration in the words of people: `90 s`, `5 min`, `1 h 30 min`.
 #[must_use]
-pub fn people(duration: Duration) -> String {
+pub(super) fn people(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match (seconds / 3600, seconds % 3600 / 60, seconds % 60) {
         (0, 0, _) => format!("{:.0} s", duration.as_secs_f64()),

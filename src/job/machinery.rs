@@ -80,7 +80,7 @@ impl Machinery {
         let (events, uploads) = mpsc::channel(EVENTS_MAX);
         let mut tasks = JoinSet::new();
         let upload_parts = Upload {
-            client: JobClient::new(runner.transport.clone(), record.key.id, record.job_token.clone()),
+            client: JobClient::new(runner.transport.clone(), record.key.id, record.job_token.clone(), parts.rng.clone()),
             spool: spool.reader(),
             outbox: outbox_in,
             events,
@@ -293,7 +293,7 @@ impl Machinery {
         if self.record.guest_base.is_none() {
             self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
             self.end_boot_section().await;
-            self.parts.metrics.phase("hand-out", elapsed);
+            self.parts.metrics.job().phase("hand-out", elapsed);
             tracing::info!(elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX), "job handed to its guest");
             self.record.guest_base = Some(self.spool.begin_guest().await);
         }
@@ -334,7 +334,12 @@ impl Machinery {
             job_token: self.record.job_token.clone(),
             dependencies: payload.dependencies.clone(),
             spool: self.spool.writer(),
-            client: JobClient::new(self.runner.transport.clone(), self.record.key.id, self.record.job_token.clone()),
+            client: JobClient::new(
+                self.runner.transport.clone(),
+                self.record.key.id,
+                self.record.job_token.clone(),
+                self.parts.rng.clone(),
+            ),
             direct_download: self.runner.config.direct_download,
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),

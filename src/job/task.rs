@@ -216,7 +216,7 @@ impl Job {
             Command::ResumeMachine => self.m.take_machine(true).await.err(),
             Command::ReplaceMachine => {
                 self.m.own_line(|now| lines::note(now, "dayfly: the machine was lost before it was ready; taking another.")).await;
-                self.m.metrics().machine_replaced();
+                self.m.metrics().job().machines_replaced.inc();
                 if self.m.release_for_another() { None } else { self.m.take_machine(false).await.err() }
             }
             // The payload itself goes out in `guest`, which holds the reply.
@@ -285,7 +285,7 @@ impl Job {
     async fn deliver(&mut self) {
         self.m.sync_spool().await;
         if let State::Releasing { verdict: Some(verdict), .. } = &self.m.record.state {
-            self.m.metrics().job_ended(verdict);
+            self.m.metrics().job().verdicts.inc(if verdict.success { "success" } else { "failed" });
             self.m.outbox(verdict.clone());
         }
     }
@@ -395,7 +395,7 @@ impl Job {
         });
         if self.m.record.guest_base.is_none() && matches!(self.m.record.state, State::Booting { .. }) {
             let since = self.m.elapsed();
-            self.m.metrics().phase(what, since);
+            self.m.metrics().job().phase(what, since);
             tracing::info!(phase = what, elapsed_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX), "boot goes on");
             self.m.own_line(|now| lines::phase(now, what, since)).await;
         }

@@ -74,7 +74,7 @@ pub(super) async fn upload(upload: Upload) {
         last_answer: None,
         last_patch: None,
         status: JobStatus::Running,
-        marked_debug: *upload.debug_trace.borrow(),
+        marked_debug: false,
         backoff: Backoff::uploader(),
         not_before: Instant::now(),
         not_found_since: None,
@@ -82,6 +82,7 @@ pub(super) async fn upload(upload: Upload) {
         truncated_at: None,
         upload,
     };
+    uploader.marked_debug = *uploader.upload.debug_trace.borrow();
     let mut verdict_since = None;
     loop {
         let end = match uploader.step().await {

@@ -204,6 +204,7 @@ impl Driver {
                 accel: place.accel,
                 boot: order.boot.clone(),
                 overlay,
+                base: order.base.clone(),
                 attachment: self.record.lease.attachment(),
                 socket_dir: place.socket_dir.clone(),
             };
