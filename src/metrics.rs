@@ -143,22 +143,6 @@ impl GuestMetrics {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_text_names_each_metric_with_its_prefix_and_label() {
-        let metrics = Metrics::new();
-        metrics.clone().guest().refused.inc("other_job");
-        metrics.guest().trace_bytes.inc_by(7);
-        let text = metrics.to_text();
-        assert!(text.contains("dayfly_guest_requests_refused_total{reason=\"other_job\"} 1\n"), "{text}");
-        assert!(text.contains("dayfly_guest_trace_bytes_total 7\n"), "{text}");
-        assert_eq!(metrics.guest().refused.get("other_job"), 1);
-    }
-}
-
 /// What pollers and jobs count.
 #[derive(Clone, Debug)]
 pub struct JobMetrics {
@@ -206,5 +190,21 @@ impl JobMetrics {
     /// Notes that a boot reached `phase` this long after GitLab's 201.
     pub fn phase(&self, phase: &'static str, since: Duration) {
         self.phases.get_or_create(&[("phase", phase)]).observe(since.as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_names_each_metric_with_its_prefix_and_label() {
+        let metrics = Metrics::new();
+        metrics.clone().guest().refused.inc("other_job");
+        metrics.guest().trace_bytes.inc_by(7);
+        let text = metrics.to_text();
+        assert!(text.contains("dayfly_guest_requests_refused_total{reason=\"other_job\"} 1\n"), "{text}");
+        assert!(text.contains("dayfly_guest_trace_bytes_total 7\n"), "{text}");
+        assert_eq!(metrics.guest().refused.get("other_job"), 1);
     }
 }
