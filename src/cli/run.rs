@@ -16,7 +16,7 @@ pub(super) fn run(config: &Path) -> anyhow::Result<()> {
     for warning in &loaded.warnings {
         tracing::warn!("configuration: {warning}");
     }
-    daemon::main(loaded)
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(daemon::main(loaded))
 }
 
 /// Tokens and payloads are in our memory: no core dump, no debugger of the same user (safety.md T36).

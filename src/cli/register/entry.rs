@@ -199,7 +199,7 @@ fn write_token(path: &Path, token: &Secret) -> io::Result<()> {
 }
 
 /// Gives `path` to whom `like` belongs. Only root can, and only root needs to.
-fn give(path: &Path, like: &std::fs::Metadata) -> io::Result<()> {
+pub(super) fn give(path: &Path, like: &std::fs::Metadata) -> io::Result<()> {
     if rustix::process::geteuid().is_root() { std::os::unix::fs::chown(path, Some(like.uid()), Some(like.gid())) } else { Ok(()) }
 }
 

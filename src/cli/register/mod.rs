@@ -5,6 +5,7 @@
 //! of the host could read it.
 
 mod entry;
+mod real;
 
 use super::{Usage, prompt};
 use crate::config::{self, Config, Runner};
@@ -64,8 +65,13 @@ pub(super) struct Args {
     token: Option<Option<OsString>>,
 }
 
+/// Runs the command against the real GitLab.
+pub(super) async fn with_gitlab(file: &Path, args: Args) -> anyhow::Result<()> {
+    register(file, args, real::verify).await
+}
+
 /// Runs the command. `verify` asks GitLab whether it knows the token.
-pub(super) async fn register<V>(file: &Path, args: Args, verify: V) -> anyhow::Result<()>
+async fn register<V>(file: &Path, args: Args, verify: V) -> anyhow::Result<()>
 where
     V: AsyncFnOnce(&Config, &Runner, RunnerToken) -> anyhow::Result<Verified>,
 {
@@ -92,8 +98,8 @@ where
     Ok(())
 }
 
-/// What [`register`] is to ask GitLab in the real world; refusals name their remedy.
-pub(super) fn explain(error: GitlabError) -> anyhow::Error {
+/// A refusal, with its remedy.
+fn explain(error: GitlabError) -> anyhow::Error {
     match error {
         GitlabError::Forbidden { status } => anyhow!(
             "GitLab refuses the token (status {status}): use the runner authentication token (glrt-…) that GitLab showed when the runner was \
