@@ -65,10 +65,7 @@ impl Config {
     /// [`ConfigError`], naming key and source.
     pub fn load(file: &Path) -> Result<Loaded, ConfigError> {
         let text = read(file).map_err(|source| ConfigError::Read { path: file.to_owned(), source })?;
-        Self::assemble(
-            Some((absolute(file), text)),
-            std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))),
-        )
+        Self::assemble(Some((absolute(file), text)), environment())
     }
 
     /// Like [`Config::load`], for the commands that can do without a file (`image`, `doctor`).
@@ -77,10 +74,7 @@ impl Config {
     /// As [`Config::load`], but for a file that does not exist.
     pub fn load_or_default(file: &Path) -> Result<Loaded, ConfigError> {
         match Self::load(file) {
-            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Self::assemble(
-                None,
-                std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))),
-            ),
+            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Self::assemble(None, environment()),
             other => other,
         }
     }
@@ -134,6 +128,11 @@ impl Config {
             }
         }
     }
+}
+
+/// The variables of this process. Those that are no text cannot be ours.
+pub fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
 fn read(file: &Path) -> io::Result<String> {
