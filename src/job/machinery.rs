@@ -344,6 +344,9 @@ impl Machinery {
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),
             limits: self.parts.door_limits.clone(),
+            rng: self.parts.rng.clone(),
+            clock: self.parts.clock.clone(),
+            metrics: self.parts.metrics.clone(),
         }));
         let class = &self.runner.class;
         self.machine = Some(self.parts.supply.take(Order {

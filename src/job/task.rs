@@ -300,6 +300,7 @@ impl Job {
                 self.spoke = true;
                 self.m.last_spoke = Instant::now();
             }
+            GuestEvent::HandOutLost => self.last_hand_out = None,
             GuestEvent::DebugTrace => self.m.mark_debug(),
             GuestEvent::AsksForJob { reply, .. } => self.asked(reply).await,
             GuestEvent::Verdict { verdict, reply } => {
