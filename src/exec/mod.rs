@@ -1,3 +1,5 @@
 //! What happens to one job without a GitLab?
 
+pub mod archive;
 pub mod pipeline;
+pub mod unpack;
