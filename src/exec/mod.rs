@@ -2,4 +2,5 @@
 
 pub mod archive;
 pub mod pipeline;
+pub mod repository;
 pub mod unpack;
