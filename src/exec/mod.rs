@@ -1,3 +1,6 @@
 //! What happens to one job without a GitLab?
 
+pub mod archive;
 pub mod pipeline;
+pub mod repository;
+pub mod unpack;

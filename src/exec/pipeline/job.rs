@@ -12,7 +12,7 @@
 use super::artifacts;
 use super::duration;
 use super::error::Fault;
-use super::model::{AllowFailure, Image, Job, Note, Variable};
+use super::model::{AllowFailure, Artifacts, Image, Job, Note, Variable};
 use super::node::{Entry, Kind, Node, Pairs};
 use std::rc::Rc;
 
@@ -115,7 +115,7 @@ pub(super) fn read(entry: &Entry, context: &Context<'_>) -> Result<Read, Fault> 
         after_script: Vec::new(),
         variables: Vec::new(),
         image: None,
-        artifacts: Vec::new(),
+        artifacts: Artifacts::default(),
         timeout: None,
         allow_failure: AllowFailure::No,
         pre_get_sources_script: Vec::new(),
@@ -144,9 +144,9 @@ pub(super) fn read(entry: &Entry, context: &Context<'_>) -> Result<Read, Fault> 
                 );
                 job.image = Some(i);
             }),
-            "artifacts" => artifacts::read(value).map(|(list, ignored)| {
+            "artifacts" => artifacts::read(value).map(|(artifacts, ignored)| {
                 ignored.iter().for_each(|e| notes.add(e, *own, "is ignored: it is about GitLab's pages".into()));
-                job.artifacts = list;
+                job.artifacts = artifacts;
             }),
             "timeout" => timeout(value).map(|t| job.timeout = Some(t)),
             "allow_failure" => allow_failure(value).map(|a| job.allow_failure = a),

@@ -23,7 +23,7 @@ mod resolve;
 mod tests;
 
 pub use error::{Fault, PipelineError};
-pub use model::{AllowFailure, Artifact, Image, Job, Note, Plan, Variable, When};
+pub use model::{AllowFailure, Artifacts, Image, Job, Note, Plan, Variable, When};
 
 use node::Entry;
 use resolve::Resolver;

@@ -29,8 +29,8 @@ pub struct Job {
     pub variables: Vec<Variable>,
     /// `image`, for images whose runner has an executor that obeys it.
     pub image: Option<Image>,
-    /// The archive and the reports.
-    pub artifacts: Vec<Artifact>,
+    /// `artifacts`.
+    pub artifacts: Artifacts,
     /// `timeout`.
     pub timeout: Option<Duration>,
     /// `allow_failure`.
@@ -86,31 +86,30 @@ impl AllowFailure {
     }
 }
 
-/// One thing that the runner uploads: the archive, or a report.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Artifact {
-    /// `archive`, or the report's type.
-    pub kind: String,
-    /// `zip`, `gzip` or `raw`.
-    pub format: &'static str,
-    /// Name of the uploaded file; empty: the runner's default.
+/// `artifacts`: the archive, if there are `paths` or `untracked`, and the reports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Artifacts {
+    /// Name of the archive; empty: the runner's default.
     pub name: String,
-    /// `artifacts:untracked`.
-    pub untracked: bool,
     /// What goes in.
     pub paths: Vec<String>,
     /// What stays out.
     pub exclude: Vec<String>,
-    /// `on_success`, `on_failure`, `always`.
+    /// Whether files go in that git does not know.
+    pub untracked: bool,
+    /// When the archive is uploaded.
     pub when: When,
     /// How long GitLab would keep it, as written.
     pub expire_in: Option<String>,
+    /// Reports: their type, as the runner uploads it, and their files.
+    pub reports: Vec<(String, Vec<String>)>,
 }
 
 /// When the runner uploads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum When {
     /// If the script succeeded.
+    #[default]
     OnSuccess,
     /// If it failed.
     OnFailure,
