@@ -52,10 +52,10 @@ pub struct CapacityStatus {
     pub memory_mib: u64,
     /// Bound, MiB.
     pub memory_mib_max: u64,
-    /// Disk that is free where overlays and spools are, GiB.
-    pub disk_free_gib: u64,
-    /// What must stay free, GiB; below it no job is asked for.
-    pub disk_reserve_gib: u64,
+    /// Disk promised, GiB.
+    pub disk_gib: u64,
+    /// Bound, GiB: what is free, less the reserve.
+    pub disk_gib_max: u64,
 }
 
 /// One `[[runner]]`.
@@ -146,8 +146,8 @@ impl fmt::Display for StatusReport {
         let cpus_max = c.cpus_max.map_or(String::new(), |max| format!(" of {max}"));
         writeln!(
             f,
-            "promised: {} of {} jobs, {}{cpus_max} CPUs, {} of {} MiB memory, {} GiB disk free (reserve {})",
-            c.jobs, c.jobs_max, c.cpus, c.memory_mib, c.memory_mib_max, c.disk_free_gib, c.disk_reserve_gib
+            "promised: {} of {} jobs, {}{cpus_max} CPUs, {} of {} MiB memory, {} of {} GiB disk",
+            c.jobs, c.jobs_max, c.cpus, c.memory_mib, c.memory_mib_max, c.disk_gib, c.disk_gib_max
         )?;
         writeln!(f)?;
         let runners = self.runners.iter().map(|r| {
@@ -249,7 +249,8 @@ mod tests {
                 cpus_max: Some(8),
                 memory_mib: 2048,
                 memory_mib_max: 15_000,
-                disk_free_gib: 400, disk_reserve_gib: 20,
+                disk_gib: 20,
+                disk_gib_max: 400,
             },
             runners: vec![
                 RunnerStatus {
@@ -288,7 +289,7 @@ mod tests {
         let expected = "\
 dayfly 0.1.0, process 7, since 2026-01-02T03:04:05Z, draining
 problem: libvirt does not answer
-promised: 1 of 4 jobs, 2 of 8 CPUs, 2048 of 15000 MiB memory, 400 GiB disk free (reserve 20)
+promised: 1 of 4 jobs, 2 of 8 CPUs, 2048 of 15000 MiB memory, 20 of 400 GiB disk
 
 RUNNER  GITLAB                       CLASS  JOBS  ANSWERED  STATE
 ci      https://gitlab.example.com/  small  1     3 s ago   polling
