@@ -52,9 +52,9 @@ pub struct CapacityStatus {
     pub memory_mib: u64,
     /// Bound, MiB.
     pub memory_mib_max: u64,
-    /// Virtual disks promised, GiB.
+    /// Disk promised, GiB.
     pub disk_gib: u64,
-    /// Bound, GiB.
+    /// Bound, GiB: what is free, less the reserve.
     pub disk_gib_max: u64,
 }
 
@@ -249,7 +249,8 @@ mod tests {
                 cpus_max: Some(8),
                 memory_mib: 2048,
                 memory_mib_max: 15_000,
-                disk_gib: 20, disk_gib_max: 400,
+                disk_gib: 20,
+                disk_gib_max: 400,
             },
             runners: vec![
                 RunnerStatus {
