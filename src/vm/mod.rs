@@ -10,6 +10,7 @@ pub mod domain_xml;
 #[cfg(any(test, feature = "test-util"))]
 pub mod fake;
 pub mod libvirt;
+pub mod proof;
 
 use crate::BoxFuture;
 use crate::rng::Rng;

@@ -1,0 +1,144 @@
+//! Overlays: made by `qemu-img` on a base image that is looked at first, and from then on only
+//! ever unlinked, for a used one is the guest's work (safety.md T16).
+
+use crate::process::{ProcessError, Program};
+use crate::vm::{VmError, VmName};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::AsyncReadExt as _;
+
+/// `qemu-img create` takes 15 ms; a host whose disk is that busy is of no use.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Says nothing but errors.
+const OUTPUT_BYTES_MAX: usize = 64 * 1024;
+
+const GIB: u64 = 1 << 30;
+
+/// The part of a qcow2 header that is looked at: version 2's 72 bytes, then version 3's
+/// incompatible features. (QEMU's `docs/interop/qcow2.txt`.)
+const HEADER_BYTES: usize = 80;
+
+/// Version 3: data in another file. The other incompatible features are about this file alone.
+const EXTERNAL_DATA: u64 = 1 << 2;
+
+/// Why a base image is not to be used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BaseError {
+    #[error("read base image `{}`", .path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("base image `{}` {fault}", .path.display())]
+    Unfit { path: PathBuf, fault: &'static str },
+}
+
+fn refused(what: &'static str, path: &Path, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
+    VmError::Refused { what, name: path.display().to_string(), source: source.into() }
+}
+
+/// Makes and removes overlays with this `qemu-img`.
+#[derive(Clone, Debug)]
+pub(super) struct Disks {
+    pub(super) qemu_img: PathBuf,
+}
+
+impl Disks {
+    /// Makes an overlay of `disk_gib` GiB, or of its base's size if that is more, readable by
+    /// nobody but us and, once a VM has it, QEMU's user.
+    pub(super) async fn create(&self, overlay: &Path, base: &Path, disk_gib: u64) -> Result<(), VmError> {
+        const WHAT: &str = "create overlay";
+        for path in [overlay, base] {
+            // qemu-img would look for a protocol or an option in anything else.
+            if !path.is_absolute() {
+                return Err(refused(WHAT, path, "the path is not absolute"));
+            }
+        }
+        let bytes = virtual_bytes(base).await.map_err(|error| refused(WHAT, overlay, error))?;
+        let bytes = bytes.max(disk_gib.saturating_mul(GIB));
+        self.remove(overlay).await?;
+        claim(overlay).await.map_err(|error| refused(WHAT, overlay, error))?;
+        let made = Program::new(&self.qemu_img, DEADLINE)
+            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+            .arg(base)
+            .arg(overlay)
+            .arg(bytes.to_string())
+            .output_bytes_max(OUTPUT_BYTES_MAX)
+            .run()
+            .await;
+        let Err(error) = made else { return Ok(()) };
+        self.remove(overlay).await?;
+        Err(match error {
+            ProcessError::Deadline { deadline, .. } => {
+                VmError::Deadline { what: WHAT, name: overlay.display().to_string(), seconds: deadline.as_secs() }
+            }
+            error => refused(WHAT, overlay, error),
+        })
+    }
+
+    pub(super) async fn remove(&self, overlay: &Path) -> Result<(), VmError> {
+        match tokio::fs::remove_file(overlay).await {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(refused("remove overlay", overlay, error)),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) async fn list(&self, dir: &Path) -> Result<Vec<PathBuf>, VmError> {
+        let failed = |error| refused("list overlays in", dir, error);
+        let mut entries = match tokio::fs::read_dir(dir).await {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(failed)?,
+        };
+        let mut overlays = Vec::new();
+        while let Some(entry) = entries.next_entry().await.map_err(failed)? {
+            let name = entry.file_name();
+            let name = name.to_str().and_then(|name| name.strip_suffix(".qcow2"));
+            if name.is_some_and(|name| VmName::parse(name).is_some()) {
+                overlays.push(entry.path());
+            }
+        }
+        overlays.sort();
+        Ok(overlays)
+    }
+}
+
+/// Makes the empty file that qemu-img will fill: it would leave it readable to all, and a guest's
+/// disk holds what the job was given.
+async fn claim(overlay: &Path) -> io::Result<()> {
+    let overlay = overlay.to_owned();
+    let made = tokio::task::spawn_blocking(move || {
+        std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(overlay).map(drop)
+    });
+    made.await.map_err(io::Error::other)?
+}
+
+/// Reads the size of the disk that a base image is, and makes sure that it leads to no other file.
+async fn virtual_bytes(base: &Path) -> Result<u64, BaseError> {
+    let unreadable = |source| BaseError::Read { path: base.to_owned(), source };
+    let unfit = |fault| Err(BaseError::Unfit { path: base.to_owned(), fault });
+    let mut header = Vec::with_capacity(HEADER_BYTES);
+    let file = tokio::fs::File::open(base).await.map_err(unreadable)?;
+    if !file.metadata().await.map_err(unreadable)?.is_file() {
+        return unfit("is no file");
+    }
+    file.take(HEADER_BYTES as u64).read_to_end(&mut header).await.map_err(unreadable)?;
+    let number = |at: usize, bytes: usize| header[at..at + bytes].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
+    if header.len() < HEADER_BYTES || header[..4] != *b"QFI\xfb" {
+        return unfit("is no qcow2 image");
+    }
+    let version = number(4, 4);
+    match version {
+        2 | 3 if number(8, 8) != 0 => unfit("has a backing file of its own"),
+        2 | 3 if number(32, 4) != 0 => unfit("is encrypted"),
+        3 if number(72, 8) & EXTERNAL_DATA != 0 => unfit("has its data in another file"),
+        2 | 3 => Ok(number(24, 8)),
+        _ => unfit("is of an unknown qcow2 version"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

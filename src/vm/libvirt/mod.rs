@@ -1,0 +1,238 @@
+//! The real hypervisor: QEMU by libvirt. Only this directory says `virt::`, and no type of it leaves.
+//!
+//! ## Who owns what
+//!
+//! At a **session** libvirtd (`qemu:///session`) QEMU runs as ourselves, and there is nothing to
+//! arrange. At the **system** one (`qemu:///system`) libvirtd is root, QEMU runs as another user
+//! (Debian: `libvirt-qemu`, 64055), and we are an unprivileged member of group `libvirt`, which
+//! may call it. Tried on Debian 12, libvirt 9.0, with a `dayfly` user in no other group:
+//!
+//! | Thing | Needs | Why |
+//! | --- | --- | --- |
+//! | overlay | directory `0711`, and every one above it passable to others | we make it `0600`; libvirtd gives it to QEMU's user for the VM's life (`dynamic_ownership`) and back at its end; QEMU opens it by path. We unlink it, as the directory is ours |
+//! | base image, kernel, initrd | readable to others (`0644` in `0755`) | the base stays ours: its label says `relabel='no'`, or else QEMU's user could rewrite it for all VMs to come. libvirtd does give kernel and initrd to QEMU's user while a VM runs, and has no switch for it; AppArmor or SELinux, where it is on, lets QEMU read them only |
+//! | sockets | directory ours, `0700` will do | libvirtd binds them as root and passes them to QEMU, mode `0775`, owner QEMU's user, group **our own**: the label in the XML asks for it. Without it the group would be QEMU's and we could not connect. libvirtd unlinks them with the VM |
+//!
+//! A file that QEMU cannot open makes [`Hypervisor::start`] fail with QEMU's own "Permission denied".
+//! The domain's description (paths, installation, runner, job) can be read by every user of the
+//! host at libvirtd's read-only socket; it holds no secret.
+
+mod calls;
+mod disk;
+mod workers;
+
+use super::{Accel, DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use crate::BoxFuture;
+use disk::Disks;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::net::{TcpListener, UnixStream};
+use tokio::time::timeout;
+use workers::Workers;
+
+/// A libvirtd that has just been started asks each QEMU what it can: seconds, once.
+const PROBE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Takes 0.35 s on an idle host.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Takes 0.2 s; libvirt itself gives QEMU 15 s from SIGTERM over SIGKILL to giving up.
+const DESTROY_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Takes milliseconds.
+const LOOK_DEADLINE: Duration = Duration::from_secs(10);
+
+/// QEMU accepts from its event loop; a guest under TCG can delay that.
+const SOCKET_DEADLINE: Duration = Duration::from_secs(5);
+
+/// `sun_path` has 108 bytes, the last of them NUL.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Section `[hypervisor]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// `qemu:///system`, `qemu:///session`, or another QEMU URI.
+    pub uri: String,
+    /// Which virtualisation runs guests.
+    pub accel: AccelChoice,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { uri: "qemu:///session".into(), accel: AccelChoice::Auto }
+    }
+}
+
+/// Wish for [`Accel`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccelChoice {
+    /// KVM where a boot proves it, else refuse (design D16).
+    Auto,
+    /// KVM, unproven.
+    Kvm,
+    /// QEMU's translator: slow, no isolation.
+    Tcg,
+}
+
+impl AccelChoice {
+    /// What it comes to, once `kvm_proven` is known.
+    #[must_use]
+    pub fn resolve(self, kvm_proven: bool) -> Option<Accel> {
+        match self {
+            Self::Kvm => Some(Accel::Kvm),
+            Self::Tcg => Some(Accel::Tcg),
+            Self::Auto if kvm_proven => Some(Accel::Kvm),
+            Self::Auto => None,
+        }
+    }
+}
+
+/// libvirt at one URI. Connects when first asked, and again whenever the connection is lost.
+pub struct Libvirt {
+    workers: Workers,
+    disks: Disks,
+    domain_type: Option<String>,
+}
+
+impl fmt::Debug for Libvirt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Libvirt")
+    }
+}
+
+impl Libvirt {
+    /// Nothing is connected to yet.
+    #[must_use]
+    pub fn new(config: &Config) -> Self {
+        // Else libvirt prints its errors itself, past our log.
+        virt::error::clear_error_callback();
+        Self { workers: Workers::new(&config.uri), disks: Disks { qemu_img: "qemu-img".into() }, domain_type: None }
+    }
+
+    /// For `test:///default`, whose driver knows domains of type `test` only.
+    #[cfg(any(test, feature = "test-util"))]
+    #[must_use]
+    pub fn with_domain_type(mut self, domain_type: &str) -> Self {
+        self.domain_type = Some(domain_type.to_owned());
+        self
+    }
+
+    /// Another `qemu-img`: for tests of a missing, failing or hanging one.
+    #[cfg(any(test, feature = "test-util"))]
+    #[must_use]
+    pub fn with_qemu_img(mut self, program: &Path) -> Self {
+        self.disks = Disks { qemu_img: program.to_owned() };
+        self
+    }
+}
+
+/// The socket path is too long for the kernel.
+#[derive(Debug, thiserror::Error)]
+#[error("socket path `{path}` has {bytes} bytes, of {SOCKET_PATH_BYTES_MAX} that Linux allows: choose a shorter runtime directory")]
+struct SocketPathTooLong {
+    path: String,
+    bytes: usize,
+}
+
+fn check_socket_path(path: &Path) -> Result<(), SocketPathTooLong> {
+    let bytes = path.as_os_str().len();
+    if bytes <= SOCKET_PATH_BYTES_MAX { Ok(()) } else { Err(SocketPathTooLong { path: path.display().to_string(), bytes }) }
+}
+
+async fn connect(path: PathBuf) -> io::Result<Box<dyn Stream>> {
+    check_socket_path(&path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    let stream = timeout(SOCKET_DEADLINE, UnixStream::connect(path)).await.map_err(|_| io::ErrorKind::TimedOut)??;
+    Ok(Box::new(stream))
+}
+
+async fn unlink(path: &Path) -> io::Result<()> {
+    match tokio::fs::remove_file(path).await {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+impl Hypervisor for Libvirt {
+    fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>> {
+        Box::pin(self.workers.call("probe", "host".into(), PROBE_DEADLINE, |link| link.probe()))
+    }
+
+    fn create_overlay<'a>(&'a self, overlay: &'a Path, base: &'a Path, disk_gib: u64) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(self.disks.create(overlay, base, disk_gib))
+    }
+
+    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(self.disks.remove(overlay))
+    }
+
+    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
+        Box::pin(self.disks.list(dir))
+    }
+
+    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(async move {
+            let name = VmName::from(spec.id.clone()).to_string();
+            for path in [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)] {
+                check_socket_path(&path)
+                    .map_err(|error| VmError::Refused { what: "start VM", name: name.clone(), source: error.into() })?;
+            }
+            let (spec, domain_type) = (spec.clone(), self.domain_type.clone());
+            let start = move |link: &mut calls::Link| link.start(&spec, domain_type.as_deref());
+            self.workers.call("start VM", name, START_DEADLINE, start).await
+        })
+    }
+
+    fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
+        let wanted = name.clone();
+        Box::pin(self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, move |link| link.state(&wanted)))
+    }
+
+    fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        let wanted = name.clone();
+        Box::pin(self.workers.call("destroy VM", name.to_string(), DESTROY_DEADLINE, move |link| link.destroy(&wanted)))
+    }
+
+    fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
+        let wanted = installation.clone();
+        Box::pin(self.workers.call("list VMs of", installation.to_string(), LOOK_DEADLINE, move |link| link.list(&wanted)))
+    }
+
+    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        Box::pin(connect(VmSpec::channel_socket(socket_dir, id)))
+    }
+
+    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        Box::pin(connect(VmSpec::console_socket(socket_dir, id)))
+    }
+
+    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            unlink(&VmSpec::channel_socket(socket_dir, id)).await?;
+            unlink(&VmSpec::console_socket(socket_dir, id)).await
+        })
+    }
+
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+        Box::pin(async move { Ok(Box::new(TcpDoor(TcpListener::bind(address).await?)) as Box<dyn DoorListener>) })
+    }
+}
+
+/// A door on a TCP address.
+struct TcpDoor(TcpListener);
+
+impl DoorListener for TcpDoor {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+        Box::pin(async {
+            let (stream, _) = self.0.accept().await?;
+            // Small answers are on the way to a runner that waits for them.
+            stream.set_nodelay(true)?;
+            Ok(Box::new(stream) as Box<dyn Stream>)
+        })
+    }
+}
