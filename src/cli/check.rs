@@ -35,11 +35,14 @@ mod tests {
         std::fs::write(dir.path().join("token"), "glrt-secret").unwrap();
         let text = "[[class]]\nname = \"s\"\nimage = \"i\"\n[[runner]]\nname = \"ci\"\nurl = \"http://g.example\"\nallow_insecure_http = true\ntoken_file = \"token\"\nclass = \"s\"\n";
         let file = dir.path().join("config.toml");
-        let loaded = Config::assemble(Some((file.clone(), text.into())), [("DAYFLY_CONCURRENT".into(), "4".into())]).unwrap();
+        let loaded =
+            Config::assemble(Some((file.clone(), text.into())), [("DAYFLY_CONCURRENT".into(), "4".into())]).unwrap();
         let mut out = Vec::new();
         show(&loaded, &mut out).unwrap();
         let out = String::from_utf8(out).unwrap();
-        let line = |start: &str| out.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}: {out}")).to_owned();
+        let line = |start: &str| {
+            out.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}: {out}")).to_owned()
+        };
         assert!(line("concurrent ").ends_with(" = 4  (environment variable DAYFLY_CONCURRENT)"));
         assert!(line("limits.keepalive ").ends_with(" = \"30s\"  (default)"));
         assert!(line("runner.0.class ").ends_with(&format!(" = \"s\"  ({}, line 9)", file.display())));

@@ -11,6 +11,8 @@ mod register;
 mod run;
 
 use crate::config::ConfigError;
+use crate::daemon::DaemonError;
+use crate::job::journal::JournalError;
 use crate::telemetry::printable;
 use clap::Parser as _;
 use std::ffi::OsString;
@@ -39,7 +41,7 @@ enum Command {
     /// Run the daemon
     Run,
     /// Register a runner of GitLab's here
-    Register(register::Args),
+    Register(Box<register::Args>),
     /// Check the configuration and show its values with their sources
     Check,
     /// Show how the running daemon is doing
@@ -89,7 +91,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let config = cli.config;
     match cli.command {
         Command::Run => run::run(&config)?,
-        Command::Register(args) => wait_for(register::with_gitlab(&config, args))?,
+        Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
         Command::Check => check::check(&config)?,
         Command::Status { json } => wait_for(operate::status(&config, json))?,
         Command::Drain => wait_for(operate::drain(&config))?,
@@ -100,14 +102,27 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
 
 /// The exit code that an error stands for, by its type anywhere in the chain.
 fn exit_code(error: &anyhow::Error) -> u8 {
-    let mut causes = error.chain();
-    if causes.any(|cause| cause.is::<ConfigError>()) {
+    if error.chain().any(needs_a_change) {
         EXIT_CONFIG
     } else if error.is::<Usage>() {
         EXIT_USAGE
     } else {
         1
     }
+}
+
+/// Whether somebody must change configuration or journal before another start makes sense.
+fn needs_a_change(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let daemon = cause.downcast_ref::<DaemonError>().is_some_and(|error| {
+        matches!(
+            error,
+            DaemonError::Installation { .. }
+                | DaemonError::Token { .. }
+                | DaemonError::Endpoint { .. }
+                | DaemonError::NoKvm(_)
+        )
+    });
+    daemon || cause.is::<ConfigError>() || cause.is::<JournalError>()
 }
 
 /// Runs one short command on a runtime of its own.
@@ -162,15 +177,24 @@ mod tests {
         let file = dir.path().join("config.toml");
         std::fs::write(&file, "runtime_directory = \".\"\n").unwrap();
         for command in [&["status"][..], &["status", "--json"], &["drain"], &["kill", "1"]] {
-            assert_eq!(exit_of(&[command, &["--config", file.to_str().unwrap()]].concat()), ExitCode::from(1), "{command:?}");
+            assert_eq!(
+                exit_of(&[command, &["--config", file.to_str().unwrap()]].concat()),
+                ExitCode::from(1),
+                "{command:?}"
+            );
         }
     }
 
     #[test]
     fn the_kind_of_error_decides_wherever_it_stands_in_the_chain() {
-        let config = || anyhow::Error::new(crate::config::Config::load(Path::new("/nonexistent/config.toml")).unwrap_err());
+        let config =
+            || anyhow::Error::new(crate::config::Config::load(Path::new("/nonexistent/config.toml")).unwrap_err());
         assert_eq!(exit_code(&config()), 78);
         assert_eq!(exit_code(&config().context("do something")), 78);
+        let newer = DaemonError::Journal(JournalError::Newer { path: "x".into(), version: 9 });
+        assert_eq!(exit_code(&anyhow::Error::new(newer).context("run")), 78);
+        assert_eq!(exit_code(&DaemonError::NoKvm("no byte came".into()).into()), 78);
+        assert_eq!(exit_code(&DaemonError::Locked { directory: "x".into(), pid: "7".into() }.into()), 1);
         assert_eq!(exit_code(&Usage("no".into()).into()), 64);
         assert_eq!(exit_code(&anyhow::anyhow!("broken")), 1);
     }

@@ -20,7 +20,9 @@ pub(super) async fn status(config: &Path, json: bool) -> anyhow::Result<()> {
 /// Begins a drain; does not wait for its end.
 pub(super) async fn drain(config: &Path) -> anyhow::Result<()> {
     match ask(config, &Request::Drain).await? {
-        Answer::Draining => writeln!(io::stdout(), "draining: no more jobs are taken; the daemon ends after its last one")?,
+        Answer::Draining => {
+            writeln!(io::stdout(), "draining: no more jobs are taken; the daemon ends after its last one")?
+        }
         other => return unexpected(&other),
     }
     Ok(())
@@ -29,8 +31,12 @@ pub(super) async fn drain(config: &Path) -> anyhow::Result<()> {
 /// Tells one job to end; does not wait for its end.
 pub(super) async fn kill(config: &Path, job: u64, runner: Option<String>) -> anyhow::Result<()> {
     match ask(config, &Request::Kill { job: JobId(job), runner }).await? {
-        Answer::Kill { outcome: KillOutcome::Told { runner } } => writeln!(io::stdout(), "job {job} of runner `{runner}` is being ended")?,
-        Answer::Kill { outcome: KillOutcome::Unknown } => bail!("kill job {job}: no such job is here; `dayfly status` lists them"),
+        Answer::Kill { outcome: KillOutcome::Told { runner } } => {
+            writeln!(io::stdout(), "job {job} of runner `{runner}` is being ended")?
+        }
+        Answer::Kill { outcome: KillOutcome::Unknown } => {
+            bail!("kill job {job}: no such job is here; `dayfly status` lists them")
+        }
         Answer::Kill { outcome: KillOutcome::Ambiguous { runners } } => {
             bail!("kill job {job}: runners {} each have one; say which by --runner", runners.join(", "))
         }

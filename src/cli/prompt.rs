@@ -79,11 +79,14 @@ fn read_keys(keys: &mut impl Read) -> io::Result<Secret> {
             (_, CTRL_C) => return Err(io::Error::new(io::ErrorKind::Interrupted, "interrupted")),
             (_, CTRL_U) => answer.clear(),
             (_, 8 | 127) => drop(answer.pop()),
-            _ if answer.len() >= ANSWER_BYTES_MAX => return Err(io::Error::new(io::ErrorKind::InvalidData, "answer is too long")),
+            _ if answer.len() >= ANSWER_BYTES_MAX => {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "answer is too long"));
+            }
             (_, byte) => answer.push(byte),
         }
     }
-    let answer = String::from_utf8(answer).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "answer is no text"))?;
+    let answer =
+        String::from_utf8(answer).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "answer is no text"))?;
     Ok(Secret::new(answer))
 }
 
@@ -93,7 +96,9 @@ mod tests {
 
     #[test]
     fn keys_become_the_answer() {
-        for (keys, answer) in [("glrt-abc\n", "glrt-abc"), ("x\x15glrt-b\x7fabc\rrest", "glrt-abc"), ("\x08a\x04", "a"), ("", "")] {
+        for (keys, answer) in
+            [("glrt-abc\n", "glrt-abc"), ("x\x15glrt-b\x7fabc\rrest", "glrt-abc"), ("\x08a\x04", "a"), ("", "")]
+        {
             assert_eq!(read_keys(&mut keys.as_bytes()).unwrap().expose(), answer);
         }
     }

@@ -36,8 +36,15 @@ mod tests {
 
     /// A class and a runner with every key set. A new key does not compile until it stands here.
     fn full() -> (Class, Runner) {
-        let class =
-            Class { name: "n".into(), image: "i".into(), cpus: 1, memory_mib: 1, disk_gib: 1, run_as_root: true, allow_standin_runner: true };
+        let class = Class {
+            name: "n".into(),
+            image: "i".into(),
+            cpus: 1,
+            memory_mib: 1,
+            disk_gib: 1,
+            run_as_root: true,
+            allow_standin_runner: true,
+        };
         let runner = Runner {
             name: "n".into(),
             url: "https://a.example".parse().unwrap(),
@@ -106,7 +113,10 @@ mod tests {
         let minimal = "[[class]]\nname = \"default\"\nimage = \"debian-12-shell\"\n[[runner]]\nname = \"ci\"\nurl = \"https://gitlab.example.com\"\ntoken_file = \"tokens/ci\"\nclass = \"default\"\n";
         let minimal = load(minimal);
         // What is not set is left out of a serialised runner.
-        for (shown, default) in [(object(&config.class[0]), object(&minimal.class[0])), (object(&config.runner[0]), object(&minimal.runner[0]))] {
+        for (shown, default) in [
+            (object(&config.class[0]), object(&minimal.class[0])),
+            (object(&config.runner[0]), object(&minimal.runner[0])),
+        ] {
             for (key, default) in default {
                 assert_eq!(shown[&key], default, "{key}");
             }

@@ -74,7 +74,9 @@ impl Config {
     /// As [`Config::load`], but for a file that does not exist.
     pub fn load_or_default(file: &Path) -> Result<Loaded, ConfigError> {
         match Self::load(file) {
-            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Self::assemble(None, environment()),
+            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Self::assemble(None, environment())
+            }
             other => other,
         }
     }

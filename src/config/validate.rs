@@ -133,6 +133,7 @@ fn general(config: &Config, report: &mut Report<'_>) {
     report.not_zero("concurrent", config.concurrent == 0);
     report.not_zero("capacity.cpus", config.capacity.cpus == Some(0));
     report.not_zero("capacity.memory_mib", config.capacity.memory_mib == Some(0));
+    report.not_zero("capacity.disk_gib", config.capacity.disk_gib == Some(0));
     if let Err(error) = config.log.filter() {
         report.error("log.level", chain(&error), "use error, warn, info, debug or trace");
     }

@@ -249,7 +249,8 @@ mod tests {
                 cpus_max: Some(8),
                 memory_mib: 2048,
                 memory_mib_max: 15_000,
-                disk_gib: 20, disk_gib_max: 400,
+                disk_gib: 20,
+                disk_gib_max: 400,
             },
             runners: vec![
                 RunnerStatus {

@@ -43,7 +43,8 @@ impl Entry {
     /// Reads and judges `file`.
     pub(super) fn open(file: &Path) -> anyhow::Result<Self> {
         // A link stays a link: what it points to is replaced.
-        let file = std::fs::canonicalize(file).or_else(|_| std::path::absolute(file)).context("find the current directory")?;
+        let file =
+            std::fs::canonicalize(file).or_else(|_| std::path::absolute(file)).context("find the current directory")?;
         let text = match std::fs::read_to_string(&file) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => EXAMPLE.to_owned(),
@@ -65,7 +66,10 @@ impl Entry {
     pub(super) fn refuse_duplicates(&self, runner: &Runner) -> anyhow::Result<()> {
         let file = self.file.display();
         if self.loaded.config.runner.iter().any(|other| other.name == runner.name) {
-            bail!("register `{}`: {file} has a runner of this name; choose another --name, or remove that entry first", runner.name);
+            bail!(
+                "register `{}`: {file} has a runner of this name; choose another --name, or remove that entry first",
+                runner.name
+            );
         }
         Ok(())
     }
@@ -85,7 +89,11 @@ impl Entry {
         let prepared = Prepared { file: self.file, text, loaded, index };
         let token = &prepared.runner().token_file;
         if token.exists() {
-            bail!("register `{}`: `{}` exists already; choose another --name, or remove it first", runner.name, token.display());
+            bail!(
+                "register `{}`: `{}` exists already; choose another --name, or remove it first",
+                runner.name,
+                token.display()
+            );
         }
         Ok(prepared)
     }
@@ -103,7 +111,11 @@ fn written_form(runner: &Runner) -> String {
     if let Some(limit) = runner.limit {
         set("limit", value(i64::from(limit)));
     }
-    let files = [("tls_ca_file", &runner.tls_ca_file), ("tls_cert_file", &runner.tls_cert_file), ("tls_key_file", &runner.tls_key_file)];
+    let files = [
+        ("tls_ca_file", &runner.tls_ca_file),
+        ("tls_cert_file", &runner.tls_cert_file),
+        ("tls_key_file", &runner.tls_key_file),
+    ];
     for (key, file) in files {
         if let Some(file) = file {
             set(key, path(file));
@@ -112,7 +124,8 @@ fn written_form(runner: &Runner) -> String {
     if let Some(clone_url) = &runner.clone_url {
         set("clone_url", value(clone_url.as_str()));
     }
-    for (key, on) in [("allow_insecure_http", runner.allow_insecure_http), ("direct_download", runner.direct_download)] {
+    for (key, on) in [("allow_insecure_http", runner.allow_insecure_http), ("direct_download", runner.direct_download)]
+    {
         if on {
             set(key, value(true));
         }
@@ -141,7 +154,8 @@ impl Prepared {
         let made = self.make_directory(&path).with_context(in_token_file)?;
         let written = write_token(&path, token).with_context(in_token_file);
         let written = written.and_then(|()| {
-            let configured = self.write_config().with_context(|| format!("write configuration `{}`", self.file.display()));
+            let configured =
+                self.write_config().with_context(|| format!("write configuration `{}`", self.file.display()));
             configured.inspect_err(|_| {
                 // The error that is reported is the one that matters.
                 let _ = std::fs::remove_file(&path);
@@ -177,7 +191,9 @@ impl Prepared {
                 new.as_file().set_permissions(old.permissions())?;
                 give(new.path(), &old)?;
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => new.as_file().set_permissions(Permissions::from_mode(0o644))?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                new.as_file().set_permissions(Permissions::from_mode(0o644))?
+            }
             Err(error) => return Err(error),
         }
         new.as_file().sync_all()?;
@@ -200,7 +216,11 @@ fn write_token(path: &Path, token: &Secret) -> io::Result<()> {
 
 /// Gives `path` to whom `like` belongs. Only root can, and only root needs to.
 pub(super) fn give(path: &Path, like: &std::fs::Metadata) -> io::Result<()> {
-    if rustix::process::geteuid().is_root() { std::os::unix::fs::chown(path, Some(like.uid()), Some(like.gid())) } else { Ok(()) }
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(path, Some(like.uid()), Some(like.gid()))
+    } else {
+        Ok(())
+    }
 }
 
 fn parent(path: &Path) -> io::Result<&Path> {

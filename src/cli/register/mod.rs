@@ -93,7 +93,12 @@ where
     let name = prepared.runner().name.clone();
     let written = prepared.write(&token)?;
     let id = verified.id.map_or(String::new(), |id| format!(" (GitLab's runner {id})"));
-    writeln!(io::stdout(), "registered runner `{name}`{id} in {}, its token in {}", written.config.display(), written.token.display())?;
+    writeln!(
+        io::stdout(),
+        "registered runner `{name}`{id} in {}, its token in {}",
+        written.config.display(),
+        written.token.display()
+    )?;
     writeln!(io::stdout(), "a daemon that runs takes it up with: systemctl restart dayfly (running jobs live on)")?;
     Ok(())
 }
@@ -115,7 +120,9 @@ fn wish(args: &Args, entry: &Entry) -> anyhow::Result<Runner> {
     let missing = |flag: &str| Usage(format!("--{flag} is missing, and there is no terminal to ask on"));
     let url = match &args.url {
         Some(url) => url.clone(),
-        None if interactive => prompt::line("GitLab's address", Some("https://gitlab.com"))?.parse().context("read the address")?,
+        None if interactive => {
+            prompt::line("GitLab's address", Some("https://gitlab.com"))?.parse().context("read the address")?
+        }
         None => return Err(missing("url").into()),
     };
     let name = match &args.name {
@@ -126,13 +133,19 @@ fn wish(args: &Args, entry: &Entry) -> anyhow::Result<Runner> {
     let classes: Vec<&str> = entry.config().class.iter().map(|class| class.name.as_str()).collect();
     let class = match (&args.class, classes.as_slice()) {
         (Some(class), _) => class.clone(),
-        (None, []) => bail!("choose a machine class: {} has no [[class]]; config.example.toml shows one", entry.file().display()),
+        (None, []) => {
+            bail!("choose a machine class: {} has no [[class]]; config.example.toml shows one", entry.file().display())
+        }
         (None, [only]) => (*only).to_owned(),
-        (None, [first, ..]) if interactive => prompt::line(&format!("machine class, one of {}", classes.join(", ")), Some(first))?,
+        (None, [first, ..]) if interactive => {
+            prompt::line(&format!("machine class, one of {}", classes.join(", ")), Some(first))?
+        }
         (None, [first, ..]) => (*first).to_owned(),
     };
     // Flags are relative to where the operator stands, the file's paths to the file.
-    let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose().context("find the current directory");
+    let absolute = |path: &Option<PathBuf>| {
+        path.as_ref().map(std::path::absolute).transpose().context("find the current directory")
+    };
     Ok(Runner {
         token_file: entry::token_file(&name),
         name,
@@ -157,10 +170,17 @@ fn host_name() -> String {
 /// The token, from the file, the environment or the prompt, in this order.
 fn token(file: Option<&Path>) -> anyhow::Result<Secret> {
     let text = match (file, std::env::var(TOKEN_VARIABLE)) {
-        (Some(file), _) => Secret::new(read_token(file).with_context(|| format!("read the token from `{}`", file.display()))?),
+        (Some(file), _) => {
+            Secret::new(read_token(file).with_context(|| format!("read the token from `{}`", file.display()))?)
+        }
         (None, Ok(text)) => Secret::new(text),
         (None, Err(_)) if prompt::possible() => prompt::secret("runner authentication token")?,
-        (None, Err(_)) => return Err(Usage(format!("there is no terminal to ask for the token: use --token-file FILE or {TOKEN_VARIABLE}")).into()),
+        (None, Err(_)) => {
+            return Err(Usage(format!(
+                "there is no terminal to ask for the token: use --token-file FILE or {TOKEN_VARIABLE}"
+            ))
+            .into());
+        }
     };
     let token = text.expose().trim();
     if token.is_empty() || token.len() > TOKEN_MAX || !token.bytes().all(|b| b.is_ascii_graphic()) {

@@ -3,25 +3,24 @@
 
 use super::explain;
 use crate::config::{Config, Runner};
-use crate::daemon::Installation;
+use crate::daemon::{Installation, endpoint};
 use crate::files::RealFiles;
-use crate::gitlab::{Endpoint, OpenTransport as _, ProxyEnvironment, RealLimits, RealOpenTransport, RunnerApi, RunnerToken, Verified};
+use crate::gitlab::{
+    OpenTransport as _, ProxyEnvironment, RealLimits, RealOpenTransport, RunnerApi, RunnerToken, Verified,
+};
 use crate::rng::Rng;
 use anyhow::Context as _;
 use std::path::Path;
 
 /// Asks the runner's GitLab whether it knows the token.
 pub(super) async fn verify(config: &Config, runner: &Runner, token: RunnerToken) -> anyhow::Result<Verified> {
-    let endpoint = Endpoint {
-        url: runner.url.clone(),
-        tls_ca_file: runner.tls_ca_file.clone(),
-        tls_client: runner.tls_cert_file.clone().zip(runner.tls_key_file.clone()),
-        allow_insecure_http: runner.allow_insecure_http,
-    };
-    let transport = RealOpenTransport::new(RealLimits::default(), ProxyEnvironment::of_process()).open(&endpoint)?;
+    let transport =
+        RealOpenTransport::new(RealLimits::default(), ProxyEnvironment::of_process()).open(&endpoint(runner))?;
     let rng = Rng::system();
     let made = Made::before(&config.state_directory);
-    let installation = Installation::open(&RealFiles, &config.state_directory, &rng).await.context("find out who this installation is")?;
+    let installation = Installation::open(&RealFiles, &config.state_directory, &rng)
+        .await
+        .context("find out who this installation is")?;
     let answer = RunnerApi::new(transport, token, installation.system_id(), rng).verify(None).await;
     made.settle(answer.is_ok())?;
     answer.map_err(explain)
@@ -37,7 +36,11 @@ struct Made<'a> {
 
 impl<'a> Made<'a> {
     fn before(state_directory: &'a Path) -> Self {
-        Self { state_directory, directory: !state_directory.exists(), file: !state_directory.join("installation.json").exists() }
+        Self {
+            state_directory,
+            directory: !state_directory.exists(),
+            file: !state_directory.join("installation.json").exists(),
+        }
     }
 
     fn settle(self, keep: bool) -> anyhow::Result<()> {
@@ -47,11 +50,13 @@ impl<'a> Made<'a> {
         }
         if keep {
             let owner = std::fs::metadata(self.state_directory)?;
-            return super::entry::give(&file, &owner).with_context(|| format!("give `{}` to the daemon's user", file.display()));
+            return super::entry::give(&file, &owner)
+                .with_context(|| format!("give `{}` to the daemon's user", file.display()));
         }
         std::fs::remove_file(&file).with_context(|| format!("remove `{}`", file.display()))?;
         if self.directory {
-            std::fs::remove_dir(self.state_directory).with_context(|| format!("remove `{}`", self.state_directory.display()))?;
+            std::fs::remove_dir(self.state_directory)
+                .with_context(|| format!("remove `{}`", self.state_directory.display()))?;
         }
         Ok(())
     }

@@ -30,15 +30,26 @@ impl World {
         let token = self.path("token");
         let line = ["register", "--token-file", token.to_str().unwrap()].into_iter().chain(flags.iter().copied());
         let args = <Line as clap::Parser>::try_parse_from(line).unwrap().args;
-        register(&self.path("config.toml"), args, async |_: &Config, _: &Runner, _: RunnerToken| verified.map_err(explain)).await
+        register(&self.path("config.toml"), args, async |_: &Config, _: &Runner, _: RunnerToken| {
+            verified.map_err(explain)
+        })
+        .await
     }
 
     fn config(&self) -> Config {
-        Config::assemble(Some((self.path("config.toml"), std::fs::read_to_string(self.path("config.toml")).unwrap())), []).unwrap().config
+        Config::assemble(
+            Some((self.path("config.toml"), std::fs::read_to_string(self.path("config.toml")).unwrap())),
+            [],
+        )
+        .unwrap()
+        .config
     }
 
     fn names(&self) -> Vec<String> {
-        let mut names: Vec<_> = std::fs::read_dir(self.dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = std::fs::read_dir(self.dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -71,7 +82,10 @@ async fn another_runner_comes_behind_and_changes_nothing_before() {
     std::fs::write(world.path("config.toml"), before).unwrap();
     std::fs::set_permissions(world.path("config.toml"), std::fs::Permissions::from_mode(0o640)).unwrap();
     world.register(&[&URL[..], &["--name", "a"]].concat(), known()).await.unwrap();
-    world.register(&[&URL[..], &["--name", "b", "--direct-download", "--tls-ca-file", "/ca.pem"]].concat(), known()).await.unwrap();
+    world
+        .register(&[&URL[..], &["--name", "b", "--direct-download", "--tls-ca-file", "/ca.pem"]].concat(), known())
+        .await
+        .unwrap();
     assert!(std::fs::read_to_string(world.path("config.toml")).unwrap().starts_with(before));
     assert_eq!(std::fs::metadata(world.path("config.toml")).unwrap().permissions().mode() & 0o777, 0o640);
     let config = world.config();
@@ -85,7 +99,10 @@ async fn a_refused_token_leaves_nothing_behind() {
     let world = World::new();
     let error = world.register(&URL, Err(GitlabError::Forbidden { status: 403 })).await.unwrap_err();
     let text = chain(error.as_ref());
-    assert!(text.contains("GitLab refuses the token (status 403)") && text.contains("glrt-") && !text.contains("abcdefgh"), "{text}");
+    assert!(
+        text.contains("GitLab refuses the token (status 403)") && text.contains("glrt-") && !text.contains("abcdefgh"),
+        "{text}"
+    );
     assert_eq!(world.names(), ["token"]);
 }
 
