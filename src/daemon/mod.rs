@@ -40,10 +40,11 @@ use crate::rng::Rng;
 use crate::status::RunnerState;
 use crate::supply::{Place, Supply};
 use crate::telemetry::chain;
-use crate::vm::{Accel, Hypervisor, VmError, VmId};
+use crate::vm::proof::Places;
+use crate::vm::{Accel, Hypervisor, InstallationId, VmError, VmId};
 use handler::Handler;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -193,7 +194,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     }
     let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
     let host = backends.hypervisor.probe().await?;
-    let accel = accel(&config, &backends, &socket_dir).await?;
+    let accel = accel(&config, &backends, Places { disks: &overlay_dir, sockets: &socket_dir }, &installation.id).await?;
     let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
     let capacity = Capacity::new(Bounds {
         jobs: config.concurrent,
@@ -392,7 +393,7 @@ fn watch_task(tasks: &mut JoinSet<(job::journal::JobKey, bool)>, key: job::journ
 }
 
 /// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was.
-async fn accel(config: &Config, backends: &Backends, work_dir: &Path) -> Result<Accel, DaemonError> {
+async fn accel(config: &Config, backends: &Backends, places: Places<'_>, installation: &InstallationId) -> Result<Accel, DaemonError> {
     use crate::vm::libvirt::AccelChoice;
     match config.hypervisor.accel {
         AccelChoice::Kvm => Ok(Accel::Kvm),
@@ -400,8 +401,11 @@ async fn accel(config: &Config, backends: &Backends, work_dir: &Path) -> Result<
             tracing::warn!("guests run under TCG (`hypervisor.accel = \"tcg\"`): slow, and NO ISOLATION between a job and this host");
             Ok(Accel::Tcg)
         }
-        AccelChoice::Auto => match { let _ = (backends, work_dir); Ok::<(), VmError>(()) } {
-            Ok(()) => Ok(Accel::Kvm),
+        AccelChoice::Auto => match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
+            Ok(proof) => {
+                tracing::info!(took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX), "KVM runs guests here");
+                Ok(Accel::Kvm)
+            }
             Err(error) => Err(DaemonError::NoKvm(chain(&error))),
         },
     }

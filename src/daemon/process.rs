@@ -10,6 +10,7 @@ use crate::guest;
 use crate::image::store::ImageStore;
 use crate::rng::Rng;
 
+use crate::vm::libvirt::Libvirt;
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
 use std::path::Path;
@@ -57,7 +58,7 @@ impl Backends {
     pub fn real(config: &Config) -> Result<Self, DaemonError> {
         let rng = Rng::system();
         Ok(Self {
-            hypervisor: unimplemented!(),
+            hypervisor: Arc::new(Libvirt::new(&config.hypervisor)),
             transport: Arc::new(RealOpenTransport::default()),
             files: Arc::new(RealFiles),
             clock: Clock::system(),

@@ -5,4 +5,5 @@ pub struct Image { pub disk: std::path::PathBuf, pub boot: crate::vm::Boot, pub 
 #[derive(Debug, thiserror::Error)]
 #[error("x")]
 pub struct ImageError;
-impl ImageStore { pub fn new(_: &std::path::Path) -> Self { Self } pub async fn get(&self, _: &str) -> Result<Image, ImageError> { Err(ImageError) } }
+impl ImageStore { pub fn new(_: &std::path::Path) -> Self { Self } pub async fn get(&self, _: &str) -> Result<Image, ImageError> { Ok(Image{disk:"/images/test/disk.qcow2".into(), boot: crate::vm::Boot::Disk, manifest: super::manifest::Manifest{executor:"shell".into()}}) } }
+impl ImageStore { pub fn fixed(_: &str, _: &std::path::Path) -> Self { Self } }

@@ -186,7 +186,7 @@ impl World {
     pub async fn assert_clean(&mut self) {
         self.until_idle().await;
         let counts = self.hypervisor.counts();
-        assert!(counts.is_clean_but_for_listing(), "left behind: {counts:?}\n{}", self.histories());
+        assert!(counts.is_clean(), "left behind: {counts:?}\n{}", self.histories());
         let left: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|p| !p.ends_with("installation.json")).collect();
         assert!(left.is_empty(), "files are left: {left:?}");
         let running = self.daemon.as_ref().expect("a daemon runs");
