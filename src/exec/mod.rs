@@ -3,4 +3,5 @@
 pub mod archive;
 pub mod pipeline;
 pub mod repository;
+mod terminal;
 pub mod unpack;

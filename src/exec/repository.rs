@@ -367,7 +367,6 @@ mod tests {
         let dir = repository().await;
         let trap = dir.path().join("trap.sh");
         fs::write(&trap, format!("#!/bin/sh\ntouch {}/sprung\n", dir.path().display())).unwrap();
-        std::os::unix::fs::PermissionsExt::set_mode(&mut fs::metadata(&trap).unwrap().permissions(), 0o755);
         fs::set_permissions(&trap, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         run(dir.path(), &["config", "core.fsmonitor", trap.to_str().unwrap()]).await;
         Repository::find(dir.path()).await.unwrap().unwrap();
