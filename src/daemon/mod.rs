@@ -188,10 +188,12 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let files = backends.files.clone();
     let overlay_dir = config.state_directory.join("overlays");
     let socket_dir = config.runtime_directory.join("vm");
+    backends.hypervisor.prepare(&overlay_dir, &socket_dir).await.map_err(|source| DaemonError::Files {
+        what: "make the directories for VMs below",
+        path: config.state_directory.clone(),
+        source,
+    })?;
     let installation = Installation::open(&*files, &config.state_directory, &backends.rng).await?;
-    for path in [&overlay_dir, &socket_dir] {
-        files.create_dir(path).await.map_err(|source| DaemonError::Files { what: "make directory", path: path.clone(), source })?;
-    }
     let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
     let host = backends.hypervisor.probe().await?;
     let accel = accel(&config, &backends, Places { disks: &overlay_dir, sockets: &socket_dir }, &installation.id).await?;

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixStream};
@@ -215,6 +216,18 @@ impl Hypervisor for Libvirt {
         Box::pin(async move {
             unlink(&VmSpec::channel_socket(socket_dir, id)).await?;
             unlink(&VmSpec::console_socket(socket_dir, id)).await
+        })
+    }
+
+    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        let (overlay_dir, socket_dir) = (overlay_dir.to_owned(), socket_dir.to_owned());
+        Box::pin(async move {
+            let made = tokio::task::spawn_blocking(move || {
+                // Directories that are missing on the way are made passable too.
+                std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&overlay_dir)?;
+                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&socket_dir)
+            });
+            made.await.map_err(io::Error::other)?
         })
     }
 
