@@ -33,6 +33,10 @@ impl ProxyEnvironment {
 
     /// What reqwest is told, in order of precedence.
     pub(super) fn proxies(&self) -> Result<Vec<Proxy>, reqwest::Error> {
+        // reqwest holds `*` against names only, curl and Go against addresses too.
+        if self.none.as_deref().is_some_and(|none| none.split(',').any(|entry| entry.trim() == "*")) {
+            return Ok(Vec::new());
+        }
         let none = self.none.as_deref().and_then(NoProxy::from_string);
         let with_exceptions = |proxy: Proxy| proxy.no_proxy(none.clone());
         let https = self.https.as_deref().map(Proxy::https);

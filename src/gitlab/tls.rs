@@ -190,11 +190,13 @@ fn explain_certificate(error: &CertificateError) -> String {
              if the CA is there, the server does not send its intermediate certificates"
             .to_owned(),
         C::NotValidForName => "GitLab's certificate is for another name: check the host name in `url`".to_owned(),
-        C::NotValidForNameContext { expected, presented } => format!(
-            "GitLab's certificate is not for `{}` but for {}: check the host name in `url`",
-            expected.to_str(),
-            super::answers::clean(&presented.join(", "), 200),
-        ),
+        C::NotValidForNameContext { expected, presented } => {
+            // Written as `DnsName("gitlab.example")`, `IpAddress(...)`.
+            let plain = |name: &String| name.trim_start_matches("DnsName(\"").trim_end_matches("\")").to_owned();
+            let names = presented.iter().map(plain).collect::<Vec<_>>().join(", ");
+            let names = if names.is_empty() { "none".to_owned() } else { super::answers::clean(&names, 200) };
+            format!("GitLab's certificate is not for `{}` but for {names}: check the host name in `url`", expected.to_str())
+        }
         C::Expired | C::ExpiredContext { .. } => "GitLab's certificate has expired: renew it there (or this host's clock is wrong)".to_owned(),
         C::NotValidYet | C::NotValidYetContext { .. } => {
             "GitLab's certificate is not valid yet: check the clocks of this host and of the one that issued it".to_owned()
