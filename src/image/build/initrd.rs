@@ -120,7 +120,7 @@ mod tests {
         let bytes = cpio.finish().unwrap();
         let first = "07070100000001000021800000000000000000000000010000000000000000000000000000000000000005000000010000000c00000000dev/console\0";
         let second = "07070100000002000081a400000000000000000000000100000000000000050000000000000000000000000000000000000002\
-                      00000000a\0\0\0hello\0\0\0";
+                      00000000a\0hello\0\0\0";
         assert_eq!(&bytes[..first.len()], first.as_bytes());
         assert_eq!(first.len() % 4, 2);
         assert_eq!(&bytes[first.len() + 2..first.len() + 2 + second.len()], second.as_bytes());
