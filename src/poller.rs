@@ -153,12 +153,12 @@ impl Poller {
         let class = &self.runner.class;
         let mut said = false;
         loop {
-            let reason = match self.parts.images.get(&class.image).await {
+            let reason = match self.parts.images.load(&class.image).await {
                 Ok(image) if image.manifest.is_standin() && !class.allow_standin_runner => format!(
                     "image `{}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
                     class.image, class.name
                 ),
-                Ok(image) => match image.manifest.info() {
+                Ok(image) => match image.manifest.runner_info() {
                     Some(info) => return Some(info),
                     None => format!("image `{0}` was never boot-tested; run `dayfly image test {0}`", class.image),
                 },

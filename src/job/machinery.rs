@@ -312,7 +312,7 @@ impl Machinery {
             tracing::warn!("the job's payload did not survive; was the host restarted?");
             return Err(Event::CannotGoOn);
         };
-        let image = match self.parts.images.get(&self.runner.class.image).await {
+        let image = match self.parts.images.load(&self.runner.class.image).await {
             Ok(image) => image,
             Err(error) => {
                 tracing::error!(error = chain(&error), "the job's image cannot be used");

@@ -9,7 +9,8 @@ use dayfly::files::Files;
 use dayfly::files::fake::MemoryFiles;
 use dayfly::gitlab::JobId;
 use dayfly::guest::Limits;
-use dayfly::image::store::ImageStore;
+use dayfly::image::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, Manifest, RunnerOrigin};
+use dayfly::image::store::{Image, ImageStore};
 use dayfly::rng::Rng;
 use dayfly::standin::{JobSpec, JobState, ProjectId, Standin};
 use dayfly::vm::fake::{FakeHypervisor, Timing};
@@ -109,7 +110,7 @@ impl World {
             files: Arc::new(self.files.clone()),
             clock: self.clock.clone(),
             rng: self.rng.clone(),
-            images: ImageStore::fixed("test", Path::new("/images/test")),
+            images: ImageStore::fixed(image()),
             door_limits: Limits::default(),
         };
         let shutdown = Shutdown::new();
@@ -210,6 +211,32 @@ impl World {
             text.push_str(&format!("{entry:?}\n"));
         }
         text
+    }
+}
+
+/// An image that exists on no disk: the fake hypervisor reads none.
+fn image() -> Image {
+    let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
+    Image {
+        name: "test".into(),
+        dir: "/images/test".into(),
+        disk: "/images/test/disk.qcow2".into(),
+        disk_bytes: 1 << 30,
+        boot: dayfly::vm::Boot::Disk,
+        manifest: Manifest {
+            format_version: 1,
+            name: "test".into(),
+            architecture: "x86_64".into(),
+            boot: BootKind::Disk,
+            cmdline: None,
+            executor: "shell".into(),
+            info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
+            runner: ImageRunner { version: "19.3.0".into(), revision: None, origin: RunnerOrigin::Path, sha256: String::new() },
+            disk: file("disk.qcow2"),
+            kernel: None,
+            initrd: None,
+            build: BuildInputs::default(),
+        },
     }
 }
 

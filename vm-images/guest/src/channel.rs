@@ -73,6 +73,14 @@ impl Reporter {
         }
     }
 
+    /// Answers a line of the host with the last report. Not with `ready`: a host may answer that
+    /// with a config, and the two would go on for ever.
+    fn answer(&self) {
+        if *self.last.lock().unwrap_or_else(PoisonError::into_inner) != Some(Report::Ready) {
+            self.again();
+        }
+    }
+
     fn write(&self, line: &str) {
         if let Some(port) = &self.port {
             // EAGAIN: nobody there, or no room. A report is worth no wait.
@@ -81,8 +89,8 @@ impl Reporter {
     }
 }
 
-/// Reads the port for as long as the machine lives and sends each line that differs from the last
-/// one; for a repeated one, and for a host that comes back, the last report is sent again.
+/// Reads the port for as long as the machine lives and sends each line. A host that comes back gets
+/// the last report again; so does one that writes its config once more when it has been applied.
 ///
 /// # Errors
 /// If no thread can be made, or there is no port.
@@ -105,7 +113,7 @@ pub fn read_lines(reporter: &Reporter, lines: SyncSender<Line>) -> io::Result<()
                     for line in splitter.take(&buffer[..count]) {
                         // Nobody waits for lines once a config has been applied.
                         let _ = lines.try_send(line);
-                        reporter.again();
+                        reporter.answer();
                     }
                     connected = true;
                 }
@@ -221,8 +229,17 @@ mod tests {
         assert_eq!(drained.unwrap_err().kind(), io::ErrorKind::WouldBlock);
         assert!(!all.ends_with(b"ready\n"));
         reporter.again();
-        let mut said = [0; 16];
+        let mut said = [0; 64];
         let count = reporter.port.as_ref().unwrap().as_ref().read(&mut said).unwrap();
         assert_eq!(&said[..count], b"ready\n");
+        reporter.answer(); // to a config, which `ready` has asked for
+        assert_eq!(
+            reporter.port.as_ref().unwrap().as_ref().read(&mut said).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
+        reporter.report(Report::Applied);
+        reporter.answer();
+        let count = reporter.port.as_ref().unwrap().as_ref().read(&mut said).unwrap();
+        assert_eq!(&said[..count], b"applied\napplied\n");
     }
 }

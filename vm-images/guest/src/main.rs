@@ -133,6 +133,12 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
         }
     })?;
     start_runner(&config, reporter, events)?;
+    in_background("disk", || {
+        // A job may do with the small disk; the host sees why if it does not.
+        if let Err(error) = machine::grow_root() {
+            say(&format!("grow the root file system: {error}"));
+        }
+    })?;
     supervise(&config, reporter, &relay, target, &inbox)
 }
 
