@@ -5,6 +5,7 @@
 //! An error is printed once, here, with its causes.
 
 mod check;
+mod doctor;
 mod operate;
 mod prompt;
 mod register;
@@ -44,6 +45,8 @@ enum Command {
     Register(Box<register::Args>),
     /// Check the configuration and show its values with their sources
     Check,
+    /// Look at this host: libvirt, virtualisation, network, images, settings
+    Doctor,
     /// Show how the running daemon is doing
     Status {
         /// As JSON
@@ -93,6 +96,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run => run::run(&config)?,
         Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
         Command::Check => check::check(&config)?,
+        Command::Doctor => return wait_for(doctor::doctor(&config)),
         Command::Status { json } => wait_for(operate::status(&config, json))?,
         Command::Drain => wait_for(operate::drain(&config))?,
         Command::Kill { job, runner } => wait_for(operate::kill(&config, job, runner))?,
