@@ -6,6 +6,7 @@
 
 mod check;
 mod doctor;
+pub(crate) mod image;
 mod operate;
 mod prompt;
 mod register;
@@ -47,6 +48,8 @@ enum Command {
     Check,
     /// Look at this host: libvirt, virtualisation, network, images, settings
     Doctor,
+    /// Build, test, list and remove base images
+    Image(image::Args),
     /// Show how the running daemon is doing
     Status {
         /// As JSON
@@ -97,6 +100,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
         Command::Check => check::check(&config)?,
         Command::Doctor => return wait_for(doctor::doctor(&config)),
+        Command::Image(args) => wait_for(image::image(&config, args))?,
         Command::Status { json } => wait_for(operate::status(&config, json))?,
         Command::Drain => wait_for(operate::drain(&config))?,
         Command::Kill { job, runner } => wait_for(operate::kill(&config, job, runner))?,

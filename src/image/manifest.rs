@@ -136,7 +136,7 @@ impl Manifest {
     /// Whether the runner inside is not the official one.
     #[must_use]
     pub fn is_standin(&self) -> bool {
-        self.runner.origin == RunnerOrigin::Standin
+        self.runner.origin == RunnerOrigin::Standin || self.runner.version.contains("standin")
     }
 }
 

@@ -181,6 +181,22 @@ impl ImageStore {
         open(name, dir)
     }
 
+    /// Records what a boot test has learnt of an image in use: its runner's `info`, raw JSON.
+    ///
+    /// # Errors
+    /// [`ImageError::Directory`]; the manifest is then as it was.
+    pub fn set_info(&self, image: &Image, info: String) -> Result<(), ImageError> {
+        let path = image.dir.join(super::manifest::MANIFEST_FILE);
+        let failed = |source| ImageError::Directory { what: "write", path: path.clone(), source };
+        let manifest = Manifest { info: Some(info), ..image.manifest.clone() };
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(&image.dir).map_err(failed)?;
+        io::Write::write_all(&mut file, manifest.to_text().as_bytes()).map_err(failed)?;
+        fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).map_err(failed)?;
+        file.as_file().sync_all().map_err(failed)?;
+        file.persist(&path).map_err(|error| failed(error.error))?;
+        Ok(())
+    }
+
     /// All images, by name, each with what is wrong with it.
     ///
     /// # Errors
