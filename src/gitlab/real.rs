@@ -218,6 +218,9 @@ impl Inner {
         builder
             .tls_backend_preconfigured(tls.clone())
             .http1_only()
+            // Answers with more fields than hyper's own 100 are odd but whole; the head's size is
+            // bounded by its read buffer (about 400 KiB).
+            .http1_max_headers(512)
             .user_agent(OUR_USER_AGENT)
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
