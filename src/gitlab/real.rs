@@ -49,15 +49,21 @@ impl Default for RealLimits {
     }
 }
 
-/// Makes transports over real sockets.
-#[derive(Clone, Debug, Default)]
+/// Makes transports over real sockets. The default has the process's proxy environment.
+#[derive(Clone, Debug)]
 pub struct RealOpenTransport {
     limits: RealLimits,
     proxies: ProxyEnvironment,
 }
 
+impl Default for RealOpenTransport {
+    fn default() -> Self {
+        Self::new(RealLimits::default(), ProxyEnvironment::of_process())
+    }
+}
+
 impl RealOpenTransport {
-    /// `proxies` is [`ProxyEnvironment::of_process`] in the daemon.
+    /// With limits and proxies of one's own.
     #[must_use]
     pub fn new(limits: RealLimits, proxies: ProxyEnvironment) -> Self {
         Self { limits, proxies }
