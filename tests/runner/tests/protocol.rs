@@ -496,11 +496,27 @@ fn an_upload_refused_before_its_body_is_read_is_not_repeated() {
 }
 
 #[test]
-fn a_redirected_download_is_asked_for_twice() {
+fn a_redirected_download_is_asked_for_twice_and_then_followed() {
     let rule = |request: &Request, _: usize, _: &mut support::Stored| match (request.class, request.target.as_str()) {
-        ("download", target) if target.ends_with("direct_download=true") => {
-            Some(reply(302).with("Location", "http://127.0.0.1:1/storage"))
-        }
+        ("download", _) => Some(reply(302).with("Location", "/storage")),
+        ("other", "/storage") => Some(reply(200).body(zip(&[("dep.txt", "from the storage\n")]))),
+        _ => None,
+    };
+    let members =
+        json!({"dependencies": [{"id": 4100, "name": "prep", "token": "t", "artifacts_file": {"filename": "a.zip"}}]});
+    let mut world = World::new(&[job(&["cat dep.txt"], &members)], Box::new(rule));
+    world.start("", 0);
+    assert_eq!(world.wait(), 0);
+    assert_eq!(world.verdict()["state"], "success", "{}", world.trace());
+    assert!(world.trace().contains("01O from the storage\n"));
+    let targets: Vec<String> = world.requests("download").into_iter().map(|request| request.target).collect();
+    assert_eq!(targets, ["/api/v4/jobs/4100/artifacts?direct_download=true"; 2]);
+}
+
+#[test]
+fn a_download_that_fails_is_repeated_without_the_direct_way() {
+    let rule = |request: &Request, count: usize, _: &mut support::Stored| match (request.class, count) {
+        ("download", 1) => Some(reply(400)),
         ("download", _) => Some(reply(200).body(zip(&[("dep.txt", "from GitLab\n")]))),
         _ => None,
     };

@@ -49,7 +49,7 @@ pub(crate) struct Reply {
     status: u16,
     headers: Vec<(&'static str, String)>,
     body: Vec<u8>,
-    /// Answer as soon as the head of the request is read, and close soon after.
+    /// Answer as soon as the head of the request is read, and close.
     early: bool,
 }
 
@@ -336,8 +336,10 @@ fn serve(shared: &Shared, stream: &TcpStream, connection: usize) -> std::io::Res
             let preview = (shared.rule)(&request, 0, &mut shared.stored());
             if let Some(reply) = preview.filter(|reply| reply.early) {
                 shared.answer(request);
-                write_reply(&mut writer, &reply)?;
-                return stream.shutdown(std::net::Shutdown::Both);
+                write_reply(&mut writer, &reply.with("Connection", "close"))?;
+                stream.shutdown(std::net::Shutdown::Write)?;
+                // What the runner still sends is thrown away: a reset could overtake the answer.
+                return std::io::copy(&mut reader, &mut std::io::sink()).map(|_| ());
             }
         }
         request.body = read_body(&request, &mut reader)?;
