@@ -454,3 +454,30 @@ pub(crate) fn zip(entries: &[(&str, &str)]) -> Vec<u8> {
     }
     archive.finish().expect("in memory").into_inner()
 }
+
+/// A script that goes on only when a file is there.
+fn until(file: &Path) -> String {
+    format!("until [ -e {} ]; do sleep 0.05; done", file.display())
+}
+
+/// Members of a job with this `after_script`.
+pub(crate) fn after_script(script: &[&str]) -> serde_json::Value {
+    serde_json::json!({"steps": [{"name": "after_script", "script": script, "timeout": 3600, "when": "always"}]})
+}
+
+/// A GitLab without surprises.
+pub(crate) fn polite() -> Rule {
+    Box::new(|_, _, _| None)
+}
+
+/// A world whose rule may leave a file behind, for the job to see.
+pub(crate) fn world_with_file(
+    make_job: impl Fn(&str) -> serde_json::Value,
+    rule: impl Fn(&Request, usize, &mut Stored, &Path) -> Option<Reply> + Send + Sync + 'static,
+) -> (World, tempfile::TempDir) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("go-on");
+    let job = make_job(&until(&file));
+    let world = World::new(&[job], Box::new(move |request, count, stored| rule(request, count, stored, &file)));
+    (world, directory)
+}
