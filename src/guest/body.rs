@@ -149,6 +149,10 @@ where
                     }
                     let Ok(data) = frame.into_data() else { continue };
                     me.pace.bytes.inc_by(data.len() as u64);
+                    // With a length, nobody need ask for the end.
+                    if me.body.is_end_stream() {
+                        me.ended.store(true, Ordering::Release);
+                    }
                     return Poll::Ready(Some(Ok(Frame::data(data))));
                 }
             }

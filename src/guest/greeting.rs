@@ -169,7 +169,8 @@ mod tests {
             let _ = read_line(&mut relay).await;
             relay.write_all(format!("{}\r\n", "0".repeat(64)).as_bytes()).await.unwrap();
         };
-        let (result, ()) = tokio::join!(greet(&mut door, &Pass::new([1; 32]), [2; 16]), relay_side);
+        let pass = Pass::new([1; 32]);
+        let (result, ()) = tokio::join!(greet(&mut door, &pass, [2; 16]), relay_side);
         assert!(matches!(result, Err(Failure::WrongProof)));
         drop(door);
         assert_eq!(relay.read(&mut [0; 8]).await.unwrap(), 0);

@@ -223,14 +223,11 @@ impl Handler {
             tracing::info!(vm = %self.vm, job = %self.job, other = %id, "guest asked for another job");
             return self.refuse(StatusCode::FORBIDDEN, "other_job");
         }
-        let proven = match self.check_headers(&parts.headers, dependency.unwrap_or(&self.job_token)) {
-            Ok(proven) => proven,
-            Err(answer) => return answer,
-        };
         // 17.5 proves an update by the body only, so that one looks for itself.
-        if !proven && route != JobRoute::Update {
-            return self.refuse(StatusCode::UNAUTHORIZED, "token");
-        }
+        let proven = match check_headers(&parts.headers, dependency.unwrap_or(&self.job_token)) {
+            Ok(proven) if proven || route == JobRoute::Update => proven,
+            Ok(_) | Err(WrongToken) => return self.refuse(StatusCode::UNAUTHORIZED, "token"),
+        };
         match route {
             JobRoute::Update => self.locally(self.update(proven, body)).await,
             JobRoute::Trace => {
@@ -254,21 +251,6 @@ impl Handler {
         timeout(self.limits.local_total, work).await.map_err(late)?
     }
 
-    /// Checks each token that the headers hold; `true` if `JOB-TOKEN` proves the right one. They go
-    /// no further than this: what GitLab gets is ours (design D14).
-    fn check_headers(&self, headers: &HeaderMap, expected: &Secret) -> Result<bool, Answer> {
-        let mut proven = false;
-        for name in ["job-token", "private-token", "runner-token"] {
-            for value in headers.get_all(name) {
-                if !value.to_str().is_ok_and(|value| expected.matches(value)) {
-                    return Err(self.refuse(StatusCode::UNAUTHORIZED, "token"));
-                }
-                proven |= name == "job-token";
-            }
-        }
-        Ok(proven)
-    }
-
     /// Reads a small body, or answers why not.
     pub(super) async fn read(&self, body: &mut RequestBody, bytes_max: usize) -> Result<bytes::Bytes, Answer> {
         body.read(bytes_max, self.limits.stall).await.map_err(|fault| match fault {
@@ -284,10 +266,9 @@ impl Handler {
         let body = self.read(&mut body, RUNNER_BODY_BYTES_MAX).await?;
         let request: RunnerRequest =
             serde_json::from_slice(&body).map_err(|_| self.refuse(StatusCode::BAD_REQUEST, "body"))?;
-        if !self.guest_token.matches(&request.token) {
+        if !self.guest_token.matches(&request.token) || check_headers(&parts.headers, &self.guest_token).is_err() {
             return Err(self.refuse(StatusCode::UNAUTHORIZED, "token"));
         }
-        self.check_headers(&parts.headers, &self.guest_token)?;
         Ok(request)
     }
 
@@ -336,6 +317,24 @@ impl Handler {
         }
         self.tell(GuestEvent::Spoke).await;
     }
+}
+
+/// A header holds a token that is not the one expected.
+struct WrongToken;
+
+/// Checks each token that the headers hold; `true` if `JOB-TOKEN` proves the right one. They go no
+/// further than this: what GitLab gets is ours (design D14).
+fn check_headers(headers: &HeaderMap, expected: &Secret) -> Result<bool, WrongToken> {
+    let mut proven = false;
+    for name in ["job-token", "private-token", "runner-token"] {
+        for value in headers.get_all(name) {
+            if !value.to_str().is_ok_and(|value| expected.matches(value)) {
+                return Err(WrongToken);
+            }
+            proven |= name == "job-token";
+        }
+    }
+    Ok(proven)
 }
 
 /// The job's answer to a poll, until it is on its way to the guest. If the connection dies before

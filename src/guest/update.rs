@@ -80,16 +80,16 @@ impl Handler {
             return Err(self.refuse(StatusCode::UNAUTHORIZED, "token"));
         }
         self.spoke().await;
-        if update.state == State::Running { self.running() } else { self.verdict(update.verdict()).await }
+        if update.state == State::Running { Ok(self.running()) } else { self.verdict(update.verdict()).await }
     }
 
-    fn running(&self) -> Result<Answer, Answer> {
+    fn running(&self) -> Answer {
         let first = !self.running_answered.swap(true, Ordering::AcqRel);
         let view = self.view();
         if !first && is_over(&view) {
-            return Err(self.refuse_over());
+            return self.refuse_over();
         }
-        Ok(answer::with_job(answer::text(StatusCode::OK), &view))
+        answer::with_job(answer::text(StatusCode::OK), &view)
     }
 
     async fn verdict(&self, verdict: Verdict) -> Result<Answer, Answer> {

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
+mod door;
 mod gitlab_client;
 mod gitlab_connections;
 mod gitlab_polls;

@@ -1,0 +1,9 @@
+//! The door, from the guest's side: what it answers, what it never lets through, when it closes.
+//!
+//! Each connection begins with a right greeting, unless the test is about the greeting. The ids in
+//! the doc lines are those of the threat and fault tables.
+
+mod artifacts;
+mod calls;
+mod greeting;
+mod support;

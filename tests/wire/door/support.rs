@@ -1,0 +1,532 @@
+//! One door with fakes around it: a listener, a job that answers its events, a GitLab.
+
+use bytes::{Bytes, BytesMut};
+use dayfly::BoxFuture;
+use dayfly::clock::Clock;
+use dayfly::files::{Files as _, fake::MemoryFiles};
+use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
+use dayfly::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
+use dayfly::guest::{Admission, GuestEvent, GuestPass, GuestView, HandOut, Limits, VerdictAnswer, admit};
+use dayfly::job::spool::Spool;
+use dayfly::metrics::Metrics;
+use dayfly::rng::Rng;
+use dayfly::secret::Secret;
+use dayfly::vm::{DoorListener, Stream, VmId};
+use dayfly_guest_config::{Greeting, Pass};
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+pub(crate) const JOB: u64 = 42;
+pub(crate) const DEPENDENCY: u64 = 41;
+pub(crate) const JOB_TOKEN: &str = "glcbt-job-token";
+pub(crate) const DEPENDENCY_TOKEN: &str = "glcbt-dependency-token";
+pub(crate) const GUEST_TOKEN: &str = "glrt-guest-token";
+pub(crate) const PAYLOAD: &[u8] = br#"{"id":42,"token":"glcbt-job-token","unknown":[1]}"#;
+
+/// Nothing in these tests takes this long.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
+
+/// A door, and all that its test may look at or change.
+pub(crate) struct Door {
+    pub(crate) entrance: Entrance,
+    pub(crate) pass: Pass,
+    pub(crate) guest_pass: Option<GuestPass>,
+    pub(crate) job: Arc<Mutex<FakeJob>>,
+    pub(crate) view: watch::Sender<GuestView>,
+    pub(crate) gitlab: Arc<FakeGitlab>,
+    pub(crate) spool: Spool,
+    pub(crate) files: Arc<MemoryFiles>,
+    pub(crate) metrics: Metrics,
+}
+
+/// How a test reaches the door.
+#[derive(Clone)]
+pub(crate) enum Entrance {
+    Memory(mpsc::Sender<io::Result<Box<dyn Stream>>>),
+    Tcp(SocketAddr),
+}
+
+struct MemoryListener(mpsc::Receiver<io::Result<Box<dyn Stream>>>);
+
+impl DoorListener for MemoryListener {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+        Box::pin(async {
+            match self.0.recv().await {
+                Some(accepted) => accepted,
+                None => std::future::pending().await,
+            }
+        })
+    }
+}
+
+struct LoopbackListener(TcpListener);
+
+impl DoorListener for LoopbackListener {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+        Box::pin(async {
+            let (stream, _) = self.0.accept().await?;
+            Ok(Box::new(stream) as Box<dyn Stream>)
+        })
+    }
+}
+
+/// The job behind the door.
+#[derive(Default)]
+pub(crate) struct FakeJob {
+    /// What it was told, in short: `ask`, `spoke`, …
+    pub(crate) told: Vec<String>,
+    pub(crate) verdicts: Vec<Verdict>,
+    /// Whether the payload is there to be handed out; once.
+    pub(crate) payload: bool,
+    /// Holds polls instead of answering 204.
+    pub(crate) hold_polls: bool,
+    pub(crate) verdict_answer: Option<VerdictAnswer>,
+    held: Vec<tokio::sync::oneshot::Sender<Option<HandOut>>>,
+}
+
+impl FakeJob {
+    fn on(&mut self, event: GuestEvent) {
+        match event {
+            GuestEvent::Greeted => self.told.push("greeted".into()),
+            GuestEvent::Spoke => self.told.push("spoke".into()),
+            GuestEvent::DebugTrace => self.told.push("debug_trace".into()),
+            GuestEvent::HandOutLost => self.told.push("hand_out_lost".into()),
+            GuestEvent::AsksForJob { info, reply } => {
+                let info = info.map_or("none", |info| if info.0.get().starts_with('{') { "object" } else { "odd" });
+                self.told.push(format!("ask {info}"));
+                if self.hold_polls {
+                    self.held.push(reply);
+                } else {
+                    let hand_out = self.payload.then(hand_out);
+                    if reply.send(hand_out).is_ok() {
+                        self.payload = false;
+                    }
+                }
+            }
+            GuestEvent::Verdict { verdict, reply } => {
+                self.verdicts.push(verdict);
+                if let Some(answer) = self.verdict_answer {
+                    let _ = reply.send(answer);
+                }
+            }
+        }
+    }
+
+    /// Answers the oldest held poll.
+    pub(crate) fn answer_held(&mut self) -> bool {
+        self.held.remove(0).send(Some(hand_out())).is_ok()
+    }
+
+    pub(crate) fn count(&self, what: &str) -> usize {
+        self.told.iter().filter(|told| told.starts_with(what)).count()
+    }
+}
+
+fn hand_out() -> HandOut {
+    HandOut { payload: Bytes::from_static(PAYLOAD), request_id: Some("gitlab-request-1".into()) }
+}
+
+/// What GitLab saw: method, path with query, headers, and the body with how it ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) line: String,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Vec<u8>,
+    /// `None`: not read to its end. `Some(false)`: it ended in an error.
+    pub(crate) ended: Option<bool>,
+}
+
+type AnswerWith =
+    dyn Fn(http::Request<Body>) -> BoxFuture<'static, Result<http::Response<Body>, TransportError>> + Send + Sync;
+
+/// A GitLab that answers artifacts.
+pub(crate) struct FakeGitlab {
+    pub(crate) seen: Mutex<Vec<Seen>>,
+    answer: Mutex<Arc<AnswerWith>>,
+}
+
+impl FakeGitlab {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { seen: Mutex::default(), answer: Mutex::new(Arc::new(|_| unreachable!("no answer was set"))) })
+    }
+
+    /// Answers whatever comes by `answer`, which may read the body or not.
+    pub(crate) fn answer_with(
+        &self,
+        answer: impl Fn(http::Request<Body>) -> BoxFuture<'static, Result<http::Response<Body>, TransportError>>
+        + Send
+        + Sync
+        + 'static,
+    ) {
+        *self.answer.lock().unwrap() = Arc::new(answer);
+    }
+
+    /// Reads the whole body (recorded), then answers.
+    pub(crate) fn answer_after_body(
+        self: &Arc<Self>,
+        status: u16,
+        headers: &'static [(&'static str, &'static str)],
+        body: &'static str,
+    ) {
+        let me = Arc::downgrade(self);
+        self.answer_with(move |request| {
+            let me = me.upgrade().unwrap();
+            Box::pin(async move {
+                let mut body_in = request.into_body();
+                let index = me.seen.lock().unwrap().len() - 1;
+                while let Some(frame) = http_body_util::BodyExt::frame(&mut body_in).await {
+                    match frame {
+                        Ok(frame) => me.seen.lock().unwrap()[index].body.extend(frame.into_data().unwrap()),
+                        Err(error) => {
+                            me.seen.lock().unwrap()[index].ended = Some(false);
+                            return Err(TransportError::Broken(error));
+                        }
+                    }
+                }
+                me.seen.lock().unwrap()[index].ended = Some(true);
+                let mut response = http::Response::builder().status(status);
+                for (name, value) in headers {
+                    response = response.header(*name, *value);
+                }
+                Ok(response.body(full(body)).unwrap())
+            })
+        });
+    }
+
+    pub(crate) fn contacts(&self) -> usize {
+        self.seen.lock().unwrap().len()
+    }
+}
+
+impl Transport for FakeGitlab {
+    fn call(&self, call: Call) -> BoxFuture<'static, Result<http::Response<Body>, TransportError>> {
+        let headers = call.request.headers().iter();
+        let headers = headers.map(|(k, v)| (k.to_string(), v.to_str().unwrap().to_owned())).collect();
+        let line = format!("{} {}", call.request.method(), call.request.uri());
+        self.seen.lock().unwrap().push(Seen { line, headers, body: Vec::new(), ended: None });
+        (self.answer.lock().unwrap())(call.request)
+    }
+}
+
+/// A body that a test feeds piece by piece; it ends with its sender.
+pub(crate) struct Feed(mpsc::Receiver<Result<Bytes, BodyError>>);
+
+impl Feed {
+    pub(crate) fn new() -> (mpsc::Sender<Result<Bytes, BodyError>>, Self) {
+        let (sender, receiver) = mpsc::channel(1);
+        (sender, Self(receiver))
+    }
+}
+
+impl http_body::Body for Feed {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, BodyError>>> {
+        self.0.poll_recv(cx).map(|piece| piece.map(|piece| piece.map(http_body::Frame::data)))
+    }
+}
+
+/// How to open the door.
+pub(crate) struct Setup {
+    pub(crate) limits: Limits,
+    pub(crate) tcp: bool,
+    pub(crate) direct_download: bool,
+    pub(crate) seed: u64,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { limits: Limits::default(), tcp: false, direct_download: false, seed: 1 }
+    }
+}
+
+impl Setup {
+    pub(crate) async fn open(self) -> Door {
+        let rng = Rng::seeded(self.seed);
+        let files = Arc::new(MemoryFiles::default());
+        files.create_dir(Path::new("/spool")).await.unwrap();
+        let spool = Spool::open(files.clone(), Path::new("/spool/trace"), 8 * 1024 * 1024, None).await.unwrap();
+        spool.append_own("ours\n").await.unwrap();
+        spool.begin_guest().await;
+        let view = GuestView { status: JobStatus::Running, verdict: None, update_interval: Duration::from_secs(2) };
+        let (view, view_receiver) = watch::channel(view);
+        let (events, mut told) = mpsc::channel(64);
+        let job = Arc::new(Mutex::new(FakeJob { verdict_answer: Some(VerdictAnswer::Taken), ..FakeJob::default() }));
+        let listening = Arc::clone(&job);
+        #[expect(clippy::disallowed_methods, reason = "ends with the door, which holds its sender")]
+        tokio::spawn(async move {
+            while let Some(event) = told.recv().await {
+                listening.lock().unwrap().on(event);
+            }
+        });
+        let (listener, entrance): (Box<dyn DoorListener>, Entrance) = if self.tcp {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            (Box::new(LoopbackListener(listener)), Entrance::Tcp(address))
+        } else {
+            let (sender, receiver) = mpsc::channel(8);
+            (Box::new(MemoryListener(receiver)), Entrance::Memory(sender))
+        };
+        let gitlab = FakeGitlab::new();
+        let pass = Pass::new(rng.bytes());
+        let metrics = Metrics::new();
+        let job_token = Secret::new(JOB_TOKEN);
+        let guest_pass = admit(Admission {
+            vm: VmId::random(&rng),
+            listener,
+            pass: pass.clone(),
+            guest_token: Secret::new(GUEST_TOKEN),
+            job: JobId(JOB),
+            job_token: job_token.clone(),
+            dependencies: vec![Dependency { id: JobId(DEPENDENCY), token: Secret::new(DEPENDENCY_TOKEN) }],
+            spool: spool.writer(),
+            client: JobClient::new(gitlab.clone(), JobId(JOB), job_token, rng.clone()),
+            direct_download: self.direct_download,
+            events,
+            view: view_receiver,
+            limits: self.limits,
+            rng: rng.clone(),
+            clock: Clock::system(),
+            metrics: metrics.clone(),
+        });
+        Door { entrance, pass, guest_pass: Some(guest_pass), job, view, gitlab, spool, files, metrics }
+    }
+}
+
+impl Door {
+    pub(crate) async fn new() -> Self {
+        Setup::default().open().await
+    }
+
+    /// An accepted connection, not greeted.
+    pub(crate) async fn connect(&self) -> Guest {
+        Guest { stream: self.entrance.connect().await, read: BytesMut::new() }
+    }
+
+    /// A greeted connection.
+    pub(crate) async fn guest(&self) -> Guest {
+        let mut guest = self.connect().await;
+        guest.greet(&self.pass, b"").await;
+        guest
+    }
+
+    /// One request on a connection of its own.
+    pub(crate) async fn ask(&self, request: impl AsRef<[u8]>) -> Reply {
+        let mut guest = self.guest().await;
+        guest.send(request).await;
+        guest.reply().await
+    }
+
+    pub(crate) fn told(&self) -> Vec<String> {
+        self.job.lock().unwrap().told.clone()
+    }
+
+    /// Waits until the job was told `count` times of `what`.
+    pub(crate) async fn wait_told(&self, what: &str, count: usize) {
+        let told = async {
+            while self.job.lock().unwrap().count(what) < count {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(LIMIT, told).await.unwrap_or_else(|_| panic!("not told {count} × {what}: {:?}", self.told()));
+    }
+
+    pub(crate) fn set_status(&self, status: JobStatus) {
+        self.view.send_modify(|view| view.status = status);
+    }
+
+    pub(crate) fn set_verdict(&self, verdict: Option<Verdict>) {
+        self.view.send_modify(|view| view.verdict = verdict);
+    }
+
+    /// What stands in the spool behind our own first line.
+    pub(crate) async fn guest_bytes(&self) -> Vec<u8> {
+        let whole = self.files.read(Path::new("/spool/trace"), u64::MAX).await.unwrap();
+        whole.strip_prefix(b"ours\n").unwrap().to_vec()
+    }
+}
+
+impl Entrance {
+    pub(crate) async fn connect(&self) -> Box<dyn Stream> {
+        match self {
+            Self::Memory(sender) => {
+                let (ours, theirs) = tokio::io::duplex(256 * 1024);
+                sender.send(Ok(Box::new(theirs))).await.expect("the door accepts");
+                Box::new(ours)
+            }
+            Self::Tcp(address) => Box::new(TcpStream::connect(address).await.unwrap()),
+        }
+    }
+}
+
+/// The guest's end of a connection.
+pub(crate) struct Guest {
+    pub(crate) stream: Box<dyn Stream>,
+    read: BytesMut,
+}
+
+/// An answer.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    /// Names in lower case.
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Vec<u8>,
+    /// Whether the body came whole, by its own framing.
+    pub(crate) whole: bool,
+}
+
+impl Reply {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+}
+
+impl Guest {
+    /// The relay's half of the greeting, `first` in one segment with its last line.
+    pub(crate) async fn greet(&mut self, pass: &Pass, first: &[u8]) {
+        let nonce = [7; 16];
+        self.send(format!("{}\r\n", Greeting::opening(&nonce))).await;
+        let line = self.line().await.expect("the door's line");
+        let greeting = Greeting::relay(pass, nonce, &line).expect("the door holds the pass");
+        let mut last = format!("{}\r\n", greeting.relay_line()).into_bytes();
+        last.extend_from_slice(first);
+        self.send(last).await;
+    }
+
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).await.unwrap();
+    }
+
+    /// Sends what the door may not wait for.
+    pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
+        timeout(LIMIT, self.stream.write_all(bytes.as_ref())).await.is_ok_and(|sent| sent.is_ok())
+    }
+
+    async fn fill(&mut self) -> usize {
+        let read = timeout(LIMIT, self.stream.read_buf(&mut self.read)).await.expect("something within the limit");
+        // A reset is an end, too.
+        read.unwrap_or_default()
+    }
+
+    /// A line without its CR LF; `None` at the end.
+    pub(crate) async fn line(&mut self) -> Option<String> {
+        loop {
+            if let Some(at) = self.read.iter().position(|byte| *byte == b'\n') {
+                let line = self.read.split_to(at + 1);
+                return Some(String::from_utf8(line.strip_suffix(b"\r\n").unwrap().to_vec()).unwrap());
+            }
+            if self.fill().await == 0 {
+                return None;
+            }
+        }
+    }
+
+    /// All bytes until the door closes.
+    pub(crate) async fn rest(&mut self) -> Vec<u8> {
+        while self.fill().await > 0 {}
+        self.read.split().to_vec()
+    }
+
+    pub(crate) async fn reply(&mut self) -> Reply {
+        self.try_reply().await.expect("an answer")
+    }
+
+    /// The next answer; `None` if the door closed instead.
+    pub(crate) async fn try_reply(&mut self) -> Option<Reply> {
+        let line = self.line().await?;
+        let status = line.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)).unwrap_or_else(|| panic!("{line}"));
+        let mut reply = Reply { status: status.parse().unwrap(), headers: Vec::new(), body: Vec::new(), whole: true };
+        loop {
+            let line = self.line().await?;
+            let Some((name, value)) = line.split_once(": ") else { break };
+            reply.headers.push((name.to_ascii_lowercase(), value.to_owned()));
+        }
+        if let Some(length) = reply.header("content-length").map(|length| length.parse().unwrap()) {
+            reply.whole = self.take(length, &mut reply.body).await;
+        } else if reply.header("transfer-encoding").is_some() {
+            loop {
+                let Some(size) = self.line().await else {
+                    reply.whole = false;
+                    break;
+                };
+                let size = usize::from_str_radix(&size, 16).unwrap();
+                if !self.take(size, &mut reply.body).await || self.line().await.is_none() {
+                    reply.whole = false;
+                    break;
+                }
+                if size == 0 {
+                    break;
+                }
+            }
+        }
+        Some(reply)
+    }
+
+    async fn take(&mut self, length: usize, into: &mut Vec<u8>) -> bool {
+        while self.read.len() < length {
+            if self.fill().await == 0 {
+                into.extend_from_slice(&self.read.split());
+                return false;
+            }
+        }
+        into.extend_from_slice(&self.read.split_to(length));
+        true
+    }
+}
+
+/// A request with a body and the usual headers.
+pub(crate) fn request(method: &str, path: &str, headers: &[(&str, &str)], body: impl AsRef<[u8]>) -> Vec<u8> {
+    let body = body.as_ref();
+    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\n");
+    for (name, value) in headers {
+        text += &format!("{name}: {value}\r\n");
+    }
+    if !body.is_empty() || matches!(method, "POST" | "PUT" | "PATCH") {
+        text += &format!("Content-Length: {}\r\n", body.len());
+    }
+    let mut bytes = (text + "\r\n").into_bytes();
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+/// `jobs/request` as 19.3 sends it.
+pub(crate) fn poll(token: &str) -> Vec<u8> {
+    let body = format!(r#"{{"info":{{"name":"gitlab-runner"}},"token":"{token}","system_id":"s_0123456789ab"}}"#);
+    request("POST", "/api/v4/jobs/request", &[("Content-Type", "application/json"), ("Runner-Token", token)], body)
+}
+
+/// A PATCH as 19.3 sends it.
+pub(crate) fn patch(offset: u64, bytes: &[u8]) -> Vec<u8> {
+    let range = format!("{offset}-{}", offset + bytes.len() as u64 - 1);
+    let headers = [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", JOB_TOKEN)];
+    request("PATCH", &format!("/api/v4/jobs/{JOB}/trace?debug_trace=false"), &headers, bytes)
+}
+
+/// A PUT as 19.3 sends it; `members` behind the token.
+pub(crate) fn put(members: &str) -> Vec<u8> {
+    let body = format!(r#"{{"info":{{}},"token":"{JOB_TOKEN}",{members}}}"#);
+    request(
+        "PUT",
+        &format!("/api/v4/jobs/{JOB}"),
+        &[("Content-Type", "application/json"), ("Job-Token", JOB_TOKEN)],
+        body,
+    )
+}
