@@ -138,6 +138,47 @@ mod tests {
         check("0a;x=y\r\n0123456789\r\n00\r\nT: v\r\n\r\n!", Ok(32));
     }
 
+    proptest::proptest! {
+        /// B13: a body of any chunks, with anything behind it, ends where its last chunk says,
+        /// however it is cut.
+        #[test]
+        fn how_a_body_is_cut_into_pieces_does_not_matter(
+            chunks in proptest::collection::vec(proptest::collection::vec(proptest::num::u8::ANY, 1..40), 0..6),
+            behind in proptest::collection::vec(proptest::num::u8::ANY, 0..20),
+            cuts in proptest::collection::vec(1_usize..30, 0..40),
+        ) {
+            let mut bytes = Vec::new();
+            for chunk in &chunks {
+                bytes.extend(format!("{:X}\r\n", chunk.len()).into_bytes());
+                bytes.extend(chunk);
+                bytes.extend(b"\r\n");
+            }
+            bytes.extend(b"0\r\n\r\n");
+            let end = bytes.len();
+            bytes.extend(behind);
+            let (mut body, mut taken, mut at) = (Chunks::new(), 0, 0);
+            for cut in cuts.into_iter().chain([bytes.len()]) {
+                let until = bytes.len().min(at + cut);
+                taken += body.follow(&bytes[at..until]).unwrap();
+                at = until;
+                if body.is_done() {
+                    break;
+                }
+            }
+            proptest::prop_assert!(body.is_done());
+            proptest::prop_assert_eq!(taken, end);
+        }
+
+        /// B13: any bytes: no panic, and an end is only seen behind a last chunk.
+        #[test]
+        fn no_bytes_confuse_it(bytes in "[0-9a-f;x\\r\\n]{0,60}") {
+            let mut body = Chunks::new();
+            if let Ok(taken) = body.follow(bytes.as_bytes()) && body.is_done() {
+                proptest::prop_assert!(bytes.as_bytes()[..taken].ends_with(b"\r\n"));
+            }
+        }
+    }
+
     #[test]
     fn broken_framing_is_refused() {
         for text in [

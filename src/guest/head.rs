@@ -231,6 +231,31 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// B13: any bytes, in any pieces: no panic, the same verdict, and never more than the bound.
+        #[test]
+        fn how_a_head_is_cut_into_pieces_does_not_matter(
+            text in "(GET|PUT|POST)? ?/?[a-z?#%]{0,8} ?(HTTP/1.1)?(\\r\\n)?((Host|Content-Length|Transfer-Encoding)?: ?[0-9a-z, ]{0,9}(\\r\\n|\\n|\\r)){0,4}[\\x00-\\xff]{0,4}(\\r\\n){0,2}",
+            cuts in proptest::collection::vec(1_usize..9, 0..40),
+        ) {
+            let bytes = text.as_bytes();
+            let whole = scan(bytes, &mut 0);
+            let (mut scanned, mut end, mut pieced) = (0, 0, Ok(Scan::Partial));
+            for cut in cuts.into_iter().chain([bytes.len()]) {
+                end = bytes.len().min(end + cut);
+                pieced = scan(&bytes[..end], &mut scanned);
+                if pieced != Ok(Scan::Partial) {
+                    break;
+                }
+            }
+            proptest::prop_assert_eq!(whole, pieced);
+            if let Ok(Scan::Whole(length)) = whole {
+                proptest::prop_assert!(bytes[..length].ends_with(b"\r\n\r\n"));
+                let _ = check(&bytes[..length]);
+            }
+        }
+    }
+
     #[test]
     fn bytes_that_no_head_holds_are_refused_at_once() {
         for text in [

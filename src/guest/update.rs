@@ -28,31 +28,36 @@ const UNKNOWN_FAILURE: &str = "unknown_failure";
 struct Update {
     #[serde(default)]
     token: Option<String>,
-    state: State,
+    #[serde(default)]
+    state: String,
     #[serde(default)]
     failure_reason: Option<String>,
     #[serde(default)]
     exit_code: Option<serde_json::Number>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum State {
+/// What an update says.
+#[derive(Debug, PartialEq, Eq)]
+enum Said {
     Running,
-    Success,
-    Failed,
+    Verdict(Verdict),
 }
 
 impl Update {
-    fn verdict(self) -> Verdict {
-        let success = self.state == State::Success;
-        let failure_reason = self.failure_reason.filter(|reason| !success && !reason.is_empty());
-        Verdict {
+    /// `None`: a state that no runner reports.
+    fn said(self) -> Option<Said> {
+        let success = match self.state.as_str() {
+            "running" => return Some(Said::Running),
+            "success" => true,
+            "failed" => false,
+            _ => return None,
+        };
+        let reason = self.failure_reason.filter(|reason| !success && !reason.is_empty());
+        Some(Said::Verdict(Verdict {
             success,
-            failure_reason: failure_reason
-                .map(|reason| if is_reason(&reason) { reason } else { UNKNOWN_FAILURE.into() }),
+            failure_reason: reason.map(|reason| if is_reason(&reason) { reason } else { UNKNOWN_FAILURE.into() }),
             exit_code: self.exit_code.as_ref().map(exit_code),
-        }
+        }))
     }
 }
 
@@ -80,7 +85,11 @@ impl Handler {
             return Err(self.refuse(StatusCode::UNAUTHORIZED, "token"));
         }
         self.spoke().await;
-        if update.state == State::Running { Ok(self.running()) } else { self.verdict(update.verdict()).await }
+        match update.said() {
+            Some(Said::Running) => Ok(self.running()),
+            Some(Said::Verdict(verdict)) => self.verdict(verdict).await,
+            None => Err(self.refuse(StatusCode::BAD_REQUEST, "state")),
+        }
     }
 
     fn running(&self) -> Answer {
@@ -114,13 +123,11 @@ mod tests {
     use super::*;
 
     fn check(body: &str, expected: Option<(bool, Option<&str>, Option<i64>)>) {
-        let verdict = serde_json::from_str::<Update>(body).ok().map(Update::verdict);
-        let expected = expected.map(|(success, reason, exit_code)| Verdict {
-            success,
-            failure_reason: reason.map(str::to_owned),
-            exit_code,
+        let said = serde_json::from_str::<Update>(body).ok().and_then(Update::said);
+        let expected = expected.map(|(success, reason, exit_code)| {
+            Said::Verdict(Verdict { success, failure_reason: reason.map(str::to_owned), exit_code })
         });
-        assert_eq!(verdict, expected, "{body}");
+        assert_eq!(said, expected, "{body}");
     }
 
     #[test]

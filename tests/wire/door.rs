@@ -6,4 +6,8 @@
 mod artifacts;
 mod calls;
 mod greeting;
+mod hygiene;
+mod limits;
+mod malformed;
+mod matrix;
 mod support;

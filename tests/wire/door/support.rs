@@ -245,11 +245,13 @@ pub(crate) struct Setup {
     pub(crate) tcp: bool,
     pub(crate) direct_download: bool,
     pub(crate) seed: u64,
+    /// Instead of [`FakeGitlab`].
+    pub(crate) transport: Option<Arc<dyn Transport>>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { limits: Limits::default(), tcp: false, direct_download: false, seed: 1 }
+        Self { limits: Limits::default(), tcp: false, direct_download: false, seed: 1, transport: None }
     }
 }
 
@@ -293,7 +295,12 @@ impl Setup {
             job_token: job_token.clone(),
             dependencies: vec![Dependency { id: JobId(DEPENDENCY), token: Secret::new(DEPENDENCY_TOKEN) }],
             spool: spool.writer(),
-            client: JobClient::new(gitlab.clone(), JobId(JOB), job_token, rng.clone()),
+            client: JobClient::new(
+                self.transport.unwrap_or_else(|| gitlab.clone()),
+                JobId(JOB),
+                job_token,
+                rng.clone(),
+            ),
             direct_download: self.direct_download,
             events,
             view: view_receiver,
@@ -313,7 +320,7 @@ impl Door {
 
     /// An accepted connection, not greeted.
     pub(crate) async fn connect(&self) -> Guest {
-        Guest { stream: self.entrance.connect().await, read: BytesMut::new() }
+        Guest::new(self.entrance.connect().await)
     }
 
     /// A greeted connection.
@@ -400,6 +407,17 @@ impl Reply {
 }
 
 impl Guest {
+    pub(crate) fn new(stream: impl Stream + 'static) -> Self {
+        Self { stream: Box::new(stream), read: BytesMut::new() }
+    }
+
+    /// One half to send by, and a guest that only reads.
+    pub(crate) fn split(self) -> (tokio::io::WriteHalf<Box<dyn Stream>>, Self) {
+        let (reading, sending) = tokio::io::split(self.stream);
+        let reading = tokio::io::join(reading, tokio::io::sink());
+        (sending, Self { stream: Box::new(reading), read: self.read })
+    }
+
     /// The relay's half of the greeting, `first` in one segment with its last line.
     pub(crate) async fn greet(&mut self, pass: &Pass, first: &[u8]) {
         let nonce = [7; 16];
