@@ -5,6 +5,7 @@
 
 mod artifacts;
 mod calls;
+mod client;
 mod greeting;
 mod hygiene;
 mod limits;
