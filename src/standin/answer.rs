@@ -1,6 +1,6 @@
 //! Answers as GitLab words them: JSON bodies, plain statuses, errors.
 
-use super::model::JobState;
+use super::job::JobState;
 use crate::gitlab::Body;
 use crate::gitlab::transport::full;
 use bytes::Bytes;

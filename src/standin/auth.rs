@@ -4,8 +4,10 @@
 //! token is judged before it is compared with the id in the path.
 
 use super::answer::Answer;
-use super::model::{JobState, LEGACY_SYSTEM_ID, Model, RunnerId};
+use super::job::JobState;
+use super::model::Model;
 use super::params::Params;
+use super::runner::{LEGACY_SYSTEM_ID, RunnerId};
 use crate::gitlab::JobId;
 use http::{HeaderMap, StatusCode};
 use jiff::Timestamp;

@@ -6,21 +6,19 @@ use super::artifacts;
 use super::auth;
 use super::fault::Fault;
 use super::history::{BODY_KEPT_BYTES, Recorded};
+use super::misbehave::{BodyFrame, misbehave, planned};
 use super::model::Model;
 use super::params::{Media, Params};
 use super::routes::{self, Route};
-use super::{git, queue, runners, trace, update};
+use super::{git, queue, runner_routes, trace, update};
 use crate::gitlab::{Body, JobId};
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
-use http_body::{Body as HttpBody, Frame};
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::Body as HttpBody;
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
-use std::future::Future as _;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
-use tokio::time::{Instant, Sleep};
 
 /// Largest body that is read whole. The official runner's pieces of trace are at most 1 MiB.
 const BODY_BYTES_MAX: usize = 64 << 20;
@@ -142,7 +140,8 @@ impl Standin {
         self.edit(|model| {
             if let Some(entry) = model.history.get_mut(number) {
                 entry.body_bytes = u64::try_from(all.len()).unwrap_or(u64::MAX);
-                entry.body = (all.len() <= BODY_KEPT_BYTES).then(|| all.clone());
+                let is_kept = all.len() <= BODY_KEPT_BYTES && entry.route != Route::AppendTrace;
+                entry.body = is_kept.then(|| all.clone());
             }
         });
         Ok(all)
@@ -177,12 +176,12 @@ impl Standin {
                 Route::AppendTrace => trace::append(model, job, &params, headers, &body, now),
                 Route::RuntimeEnvironmentKey => environment_key(model, job, &params, headers, now),
                 Route::AuthorizeArtifacts => authorize(model, job, &params, headers, now),
-                Route::VerifyRunner => runners::verify(model, &params, now),
-                Route::RegisterRunner => runners::register(model, &params, now),
-                Route::DeleteRunner => runners::delete(model, &params, headers, now),
-                Route::DeleteManager => runners::delete_manager(model, &params, headers, now),
-                Route::ResetToken => runners::reset(model, &params, now),
-                Route::Discovery => runners::discovery(model, headers, now),
+                Route::VerifyRunner => runner_routes::verify(model, &params, now),
+                Route::RegisterRunner => runner_routes::register(model, &params, now),
+                Route::DeleteRunner => runner_routes::delete(model, &params, headers, now),
+                Route::DeleteManager => runner_routes::delete_manager(model, &params, headers, now),
+                Route::ResetToken => runner_routes::reset(model, &params, now),
+                Route::Discovery => runner_routes::discovery(model, headers, now),
                 _ => Err(Answer::error(StatusCode::NOT_FOUND, "404 Not Found")),
             }
         })
@@ -253,6 +252,7 @@ fn queue_is_at(model: &Model, token: &str, last_update: &str) -> bool {
 /// What comes before parameters and authentication: migrations, then rate limits.
 fn gate(model: &mut Model, head: &Head, params: &Params, now: jiff::Timestamp) -> Result<(), Answer> {
     model.reap(now);
+    model.caller = caller(model, &head.request.headers);
     if model.settings.migrations_backoff {
         let message = "Executing database migrations. Please retry later.";
         return Err(Answer::message(StatusCode::TOO_MANY_REQUESTS, message).with("retry-after", "60"));
@@ -269,6 +269,17 @@ fn gate(model: &mut Model, head: &Head, params: &Params, now: jiff::Timestamp) -
     };
     let Model { throttle, settings, .. } = model;
     throttle.count(&settings.rate_limits, limiter, token.as_deref(), now)
+}
+
+/// The last address in `X-Forwarded-For` that is no proxy's of the house, if that header is trusted.
+fn caller(model: &Model, headers: &HeaderMap) -> Option<String> {
+    let list = auth::header(headers, "x-forwarded-for").filter(|_| model.settings.trust_forwarded_for)?;
+    let addresses = list.split(',').rev().filter_map(|address| address.trim().parse::<std::net::IpAddr>().ok());
+    let foreign = |address: &std::net::IpAddr| match address {
+        std::net::IpAddr::V4(ip) => !(ip.is_loopback() || ip.is_private()),
+        std::net::IpAddr::V6(ip) => !(ip.is_loopback() || ip.is_unique_local()),
+    };
+    addresses.into_iter().find(foreign).map(|address| address.to_string())
 }
 
 /// `GET /jobs/:id/runtime_environment_key`
@@ -318,64 +329,6 @@ fn authorize(
     Ok(answer.with("content-type", "application/vnd.gitlab-workhorse+json"))
 }
 
-/// The answer of [`Fault::Status`].
-fn planned(code: u16, headers: &[(String, String)], body: Bytes) -> Response<Body> {
-    let mut answer = Answer::empty(StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR));
-    answer.body = crate::gitlab::transport::full(body);
-    let mut response = answer.into_response();
-    add_headers(&mut response, headers);
-    response
-}
-
-fn add_headers(response: &mut Response<Body>, headers: &[(String, String)]) {
-    for (name, value) in headers {
-        if let (Ok(name), Ok(value)) =
-            (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_bytes(value.as_bytes()))
-        {
-            response.headers_mut().insert(name, value);
-        }
-    }
-}
-
-/// What happens to an answer on its way.
-async fn misbehave(fault: Fault, mut response: Response<Body>) -> Result<Response<Body>, Cut> {
-    match fault {
-        Fault::ApplyThenDrop => Err(Cut),
-        Fault::DelayAnswer(duration) => {
-            tokio::time::sleep(duration).await;
-            Ok(response)
-        }
-        Fault::TruncateBody(bytes) => {
-            // The promised length stays, so that the client can see what it missed.
-            let length = response.body().size_hint().exact();
-            if let Some(length) = length {
-                add_headers(&mut response, &[("content-length".into(), length.to_string())]);
-            }
-            Ok(response.map(|body| Truncated { body, left: bytes }.boxed_unsync()))
-        }
-        Fault::DribbleBody { piece, every } => {
-            let (parts, body) = response.into_parts();
-            let whole = body.collect().await.map_err(|_| Cut)?.to_bytes();
-            let pause = Box::pin(tokio::time::sleep(every));
-            let dribbled = Dribbled { whole, piece: piece.max(1), every, pause }.boxed_unsync();
-            Ok(Response::from_parts(parts, dribbled))
-        }
-        Fault::AnswerHeaders(headers) => {
-            add_headers(&mut response, &headers);
-            Ok(response)
-        }
-        Fault::ReplaceBody(bytes) => {
-            response.headers_mut().remove(http::header::CONTENT_LENGTH);
-            Ok(response.map(|_| crate::gitlab::transport::full(bytes)))
-        }
-        Fault::Status { .. } | Fault::DropBeforeApply | Fault::DropInBody(_) | Fault::Delay(_) | Fault::Silence => {
-            Ok(response)
-        }
-    }
-}
-
-type BodyFrame = Option<Result<Frame<Bytes>, crate::gitlab::transport::BodyError>>;
-
 /// Counts an upload's bytes into the history.
 struct Counted {
     body: Body,
@@ -400,58 +353,5 @@ impl HttpBody for Counted {
             });
         }
         polled
-    }
-}
-
-/// Breaks off after some bytes.
-struct Truncated {
-    body: Body,
-    left: u64,
-}
-
-impl HttpBody for Truncated {
-    type Data = Bytes;
-    type Error = crate::gitlab::transport::BodyError;
-
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<BodyFrame> {
-        if self.left == 0 {
-            return Poll::Ready(Some(Err(Cut.into())));
-        }
-        Pin::new(&mut self.body).poll_frame(context).map(|frame| match frame {
-            Some(Ok(frame)) => {
-                let data = frame.into_data().unwrap_or_default();
-                let part = usize::try_from(self.left).unwrap_or(usize::MAX).min(data.len());
-                self.left -= u64::try_from(part).unwrap_or(self.left);
-                Some(Ok(Frame::data(data.slice(..part))))
-            }
-            Some(Err(error)) => Some(Err(error)),
-            None => Some(Err(Cut.into())),
-        })
-    }
-}
-
-/// Comes in pieces.
-struct Dribbled {
-    whole: Bytes,
-    piece: usize,
-    every: Duration,
-    pause: Pin<Box<Sleep>>,
-}
-
-impl HttpBody for Dribbled {
-    type Data = Bytes;
-    type Error = crate::gitlab::transport::BodyError;
-
-    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<BodyFrame> {
-        if self.whole.is_empty() {
-            return Poll::Ready(None);
-        }
-        if self.pause.as_mut().poll(context).is_pending() {
-            return Poll::Pending;
-        }
-        let next = Instant::now() + self.every;
-        self.pause.as_mut().reset(next);
-        let piece = self.piece.min(self.whole.len());
-        Poll::Ready(Some(Ok(Frame::data(self.whole.split_to(piece)))))
     }
 }

@@ -33,7 +33,7 @@ pub struct Recorded {
     pub job: Option<JobId>,
     /// All its headers.
     pub headers: HeaderMap,
-    /// Its body, if it was read whole and is at most 64 KiB.
+    /// Its body, if it was read whole, is at most 64 KiB and no piece of trace.
     pub body: Option<Bytes>,
     /// Bytes of its body that were read.
     pub body_bytes: u64,

@@ -20,13 +20,18 @@ mod exchange;
 mod fault;
 mod git;
 mod history;
+mod job;
+mod misbehave;
 mod model;
 mod params;
 mod payload;
+mod project;
 mod queue;
 mod routes;
-mod runners;
+mod runner;
+mod runner_routes;
 mod serve;
+mod settings;
 mod spec;
 mod throttle;
 mod trace;
@@ -40,15 +45,14 @@ pub use artifacts::ArtifactContent;
 pub use exchange::Cut;
 pub use fault::{Fault, Hook, Matcher};
 pub use history::{History, Recorded};
-pub use model::{
-    Acknowledgement, Artifact, ArtifactKeep, Chunks, InnerFault, Job, JobState, LEGACY_SYSTEM_ID, Manager, Metrics,
-    Model, PendingState, Persist, Project, ProjectId, Runner, RunnerId, RunnerType, Settings, TOKEN_LEEWAY, Trace,
-    User,
-};
+pub use job::{Acknowledgement, Artifact, Chunks, Job, JobState, PendingState, TOKEN_LEEWAY, Trace, User};
+pub use model::{InnerFault, Metrics, Model};
 pub use payload::FAILURE_REASONS;
-pub use queue::manager;
+pub use project::{Project, ProjectId};
 pub use routes::Route;
+pub use runner::{LEGACY_SYSTEM_ID, Manager, Runner, RunnerId, RunnerType, manager};
 pub use serve::{Served, serve};
+pub use settings::{ArtifactKeep, Persist, Settings};
 pub use spec::{JobSpec, Variable};
 
 use crate::BoxFuture;
@@ -229,7 +233,7 @@ impl Standin {
         });
     }
 
-    /// A job as it is now.
+    /// A copy of a job as it is now, its log included; for large logs look with [`Standin::read`].
     #[must_use]
     pub fn job(&self, id: JobId) -> Option<Job> {
         self.read(|model| model.jobs.get(&id).cloned())

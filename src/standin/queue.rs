@@ -2,11 +2,11 @@
 
 use super::answer::Answer;
 use super::auth;
-use super::model::{
-    Acknowledgement, InnerFault, Job, JobState, LEGACY_SYSTEM_ID, Manager, Model, Runner, RunnerId, RunnerType,
-};
+use super::job::{Acknowledgement, Job, JobState};
+use super::model::{InnerFault, Model};
 use super::params::Params;
 use super::payload;
+use super::runner::{LEGACY_SYSTEM_ID, Runner, RunnerId, RunnerType};
 use crate::gitlab::JobId;
 use bytes::Bytes;
 use http::StatusCode;
@@ -205,17 +205,4 @@ fn is_local(url: &str) -> bool {
             }
             None => false,
         }
-}
-
-/// A manager as it would be after a first contact; for tests that start in the middle.
-#[must_use]
-pub fn manager(system_id: &str, features: Map<String, Value>, now: Timestamp) -> Manager {
-    Manager {
-        system_id: system_id.to_owned(),
-        features,
-        labels: Map::new(),
-        info: Map::new(),
-        contacted_at: Some(now),
-        updated_at: now,
-    }
 }

@@ -3,7 +3,7 @@
 //! Structured members (`image`, `services`, `artifacts`, `cache`…) have the shape that they have in
 //! `.gitlab-ci.yml`, as JSON; [`super::payload`] turns them into what a runner gets.
 
-use super::model::User;
+use super::job::User;
 use crate::gitlab::JobId;
 use crate::secret::Secret;
 use bytes::Bytes;

@@ -6,8 +6,10 @@
 
 use super::answer::Answer;
 use super::auth::{self, Expired};
-use super::model::{Chunks, Job, JobState, Model, Persist, age};
+use super::job::{Chunks, Job, JobState};
+use super::model::{Model, age};
 use super::params::Params;
+use super::settings::Persist;
 use super::update::TOUCH_AGE;
 use crate::gitlab::JobId;
 use http::{HeaderMap, StatusCode};

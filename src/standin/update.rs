@@ -5,9 +5,11 @@
 
 use super::answer::Answer;
 use super::auth::{self, Expired};
-use super::model::{Chunks, Job, JobState, Model, PendingState, Persist, age};
+use super::job::{Chunks, Job, JobState, PendingState};
+use super::model::{Metrics, Model, age};
 use super::params::{self, Params};
 use super::payload::FAILURE_REASONS;
+use super::settings::Persist;
 use crate::gitlab::JobId;
 use http::StatusCode;
 use jiff::Timestamp;
@@ -54,9 +56,7 @@ pub(super) fn update(model: &mut Model, id: JobId, params: &Params, now: Timesta
                 return Ok(wait(job, state.as_deref(), &report, now));
             }
         } else {
-            let (wrong_sum, wrong_size) = verify(job, &report);
-            metrics.trace_invalid += u64::from(wrong_sum);
-            metrics.trace_corrupted += u64::from(wrong_sum && wrong_size);
+            verify(job, &report, metrics);
         }
     }
     let status = apply(job, state.as_deref(), &report, now);
@@ -140,12 +140,18 @@ fn persist_if_due(job: &mut Job, persist: Persist, now: Timestamp) {
     }
 }
 
-/// Whether the reported checksum and size differ from the log's.
-fn verify(job: &Job, report: &Report) -> (bool, bool) {
+/// Counts what the report says about the log and is not so. GitLab does not look at empty logs.
+fn verify(job: &Job, report: &Report, metrics: &mut Metrics) {
     let crc = format!("crc32:{:08x}", crc32fast::hash(&job.trace.bytes));
-    let wrong_sum = report.checksum.as_deref().is_some_and(|checksum| !checksum.eq_ignore_ascii_case(&crc));
     let size = u64::try_from(job.trace.bytes.len()).unwrap_or(u64::MAX);
-    (wrong_sum, report.bytesize.is_some_and(|bytesize| bytesize != size))
+    let wrong_sum = report.checksum.as_deref().is_some_and(|checksum| !checksum.eq_ignore_ascii_case(&crc));
+    let wrong_size = report.bytesize.is_some_and(|bytesize| bytesize != size);
+    if job.trace.bytes.is_empty() {
+        metrics.trace_missing += u64::from(wrong_sum || wrong_size);
+        return;
+    }
+    metrics.trace_invalid += u64::from(wrong_sum);
+    metrics.trace_corrupted += u64::from(wrong_sum && wrong_size);
 }
 
 fn apply(job: &mut Job, state: Option<&str>, report: &Report, now: Timestamp) -> StatusCode {

@@ -2,7 +2,8 @@
 
 use super::super::answer::Answer;
 use super::super::auth;
-use super::super::model::{Artifact, Job, Model, User};
+use super::super::job::{Artifact, Job, User};
+use super::super::model::Model;
 use super::super::params::Params;
 use super::content::ArtifactContent;
 use crate::gitlab::JobId;

@@ -3,9 +3,11 @@
 use super::super::Standin;
 use super::super::answer::Answer;
 use super::super::auth::{self, Expired};
-use super::super::model::{Artifact, ArtifactKeep, InnerFault, Model, after};
+use super::super::job::Artifact;
+use super::super::model::{InnerFault, Model, after};
 use super::super::params::Params;
 use super::super::payload::artifact_format;
+use super::super::settings::ArtifactKeep;
 use super::content::ArtifactContent;
 use super::{dotenv, expiry};
 use crate::gitlab::{Body, JobId};

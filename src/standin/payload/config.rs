@@ -1,6 +1,6 @@
 //! From `.gitlab-ci.yml` shapes to payload shapes: image, services, artifacts, cache and the like.
 
-use crate::standin::model::Project;
+use crate::standin::project::Project;
 use crate::standin::spec::JobSpec;
 use serde_json::{Map, Value, json};
 

@@ -9,7 +9,10 @@ mod variables;
 
 pub(super) use config::artifact_format;
 
-use super::model::{Job, Model, Project, Runner, RunnerId, RunnerType};
+use super::job::Job;
+use super::model::Model;
+use super::project::Project;
+use super::runner::{Runner, RunnerId, RunnerType};
 use crate::gitlab::JobId;
 use bytes::Bytes;
 use jiff::Timestamp;

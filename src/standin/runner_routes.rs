@@ -2,8 +2,9 @@
 
 use super::answer::Answer;
 use super::auth;
-use super::model::{Model, Runner, RunnerId, RunnerType, after};
+use super::model::{Model, after};
 use super::params::Params;
+use super::runner::{Runner, RunnerId, RunnerType};
 use http::{HeaderMap, StatusCode};
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -114,6 +115,13 @@ pub(super) fn register(model: &mut Model, params: &Params, now: Timestamp) -> Re
         return Err(Answer::message(StatusCode::FORBIDDEN, "403 Forbidden - invalid token supplied"));
     }
     wanted.validate()?;
+    let limit = project.and_then(|id| model.projects.get(&id)).and_then(|project| project.runner_limit);
+    let registered =
+        model.runners.values().filter(|runner| project.is_some_and(|id| runner.projects.contains(&id))).count();
+    if limit.is_some_and(|limit| u64::try_from(registered).unwrap_or(u64::MAX) >= limit) {
+        let text = format!("Maximum number of ci registered project runners ({}) exceeded", limit.unwrap_or_default());
+        return Err(Answer::json(StatusCode::BAD_REQUEST, &json!({ "message": { "runner_projects.base": [text] } })));
+    }
     let id = model.add_runner("", project.as_slice(), now);
     let expiry = model.settings.runner_token_expiry;
     let runner = model.runners.get_mut(&id).ok_or_else(forbidden)?;
