@@ -21,7 +21,10 @@ mod calls;
 mod disk;
 mod workers;
 
-use super::{Accel, DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use super::{
+    Accel, DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState,
+    VmSummary,
+};
 use crate::BoxFuture;
 use disk::Disks;
 use serde::{Deserialize, Serialize};
@@ -134,7 +137,9 @@ impl Libvirt {
 
 /// The socket path is too long for the kernel.
 #[derive(Debug, thiserror::Error)]
-#[error("socket path `{path}` has {bytes} bytes, of {SOCKET_PATH_BYTES_MAX} that Linux allows: choose a shorter runtime directory")]
+#[error(
+    "socket path `{path}` has {bytes} bytes, of {SOCKET_PATH_BYTES_MAX} that Linux allows: choose a shorter runtime directory"
+)]
 struct SocketPathTooLong {
     path: String,
     bytes: usize,
@@ -142,7 +147,11 @@ struct SocketPathTooLong {
 
 fn check_socket_path(path: &Path) -> Result<(), SocketPathTooLong> {
     let bytes = path.as_os_str().len();
-    if bytes <= SOCKET_PATH_BYTES_MAX { Ok(()) } else { Err(SocketPathTooLong { path: path.display().to_string(), bytes }) }
+    if bytes <= SOCKET_PATH_BYTES_MAX {
+        Ok(())
+    } else {
+        Err(SocketPathTooLong { path: path.display().to_string(), bytes })
+    }
 }
 
 async fn connect(path: PathBuf) -> io::Result<Box<dyn Stream>> {
@@ -163,7 +172,12 @@ impl Hypervisor for Libvirt {
         Box::pin(self.workers.call("probe", "host".into(), PROBE_DEADLINE, |link| link.probe()))
     }
 
-    fn create_overlay<'a>(&'a self, overlay: &'a Path, base: &'a Path, disk_gib: u64) -> BoxFuture<'a, Result<(), VmError>> {
+    fn create_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(self.disks.create(overlay, base, disk_gib))
     }
 
@@ -178,9 +192,14 @@ impl Hypervisor for Libvirt {
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(async move {
             let name = VmName::from(spec.id.clone()).to_string();
-            for path in [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)] {
-                check_socket_path(&path)
-                    .map_err(|error| VmError::Refused { what: "start VM", name: name.clone(), source: error.into() })?;
+            for path in
+                [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)]
+            {
+                check_socket_path(&path).map_err(|error| VmError::Refused {
+                    what: "start VM",
+                    name: name.clone(),
+                    source: error.into(),
+                })?;
             }
             let (spec, domain_type) = (spec.clone(), self.domain_type.clone());
             let start = move |link: &mut calls::Link| link.start(&spec, domain_type.as_deref());
@@ -190,7 +209,9 @@ impl Hypervisor for Libvirt {
 
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
         let wanted = name.clone();
-        Box::pin(self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, move |link| link.state(&wanted)))
+        Box::pin(
+            self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, move |link| link.state(&wanted)),
+        )
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
@@ -200,7 +221,9 @@ impl Hypervisor for Libvirt {
 
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         let wanted = installation.clone();
-        Box::pin(self.workers.call("list VMs of", installation.to_string(), LOOK_DEADLINE, move |link| link.list(&wanted)))
+        Box::pin(
+            self.workers.call("list VMs of", installation.to_string(), LOOK_DEADLINE, move |link| link.list(&wanted)),
+        )
     }
 
     fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
