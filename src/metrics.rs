@@ -1,1 +1,210 @@
-//! Under construction.
+//! What do we count? One registry of typed counters, and a handle that everybody may clone.
+//!
+//! Each module that counts has a struct of its own here, with one public field per metric, so that
+//! `grep` for a metric's name ends in this file. Counting never blocks and never fails. Labels are
+//! words from our own source, never text from a guest or a server: their number stays bounded.
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// All metrics of this process. Clones share them.
+#[derive(Clone)]
+pub struct Metrics(Arc<Registered>);
+
+struct Registered {
+    registry: Registry,
+    guest: GuestMetrics,
+    job: JobMetrics,
+}
+
+impl Metrics {
+    /// A registry with every metric at zero.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("dayfly");
+        let guest = GuestMetrics::register(&mut registry);
+        let job = JobMetrics::register(&mut registry);
+        Self(Arc::new(Registered { registry, guest, job }))
+    }
+
+    /// What the doors count.
+    #[must_use]
+    pub fn guest(&self) -> &GuestMetrics {
+        &self.0.guest
+    }
+
+    /// What pollers and jobs count.
+    #[must_use]
+    pub fn job(&self) -> &JobMetrics {
+        &self.0.job
+    }
+
+    /// All of them in the OpenMetrics text format.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        encode(&mut text, &self.0.registry).expect("a String takes all");
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+/// One counter per word of one label.
+#[derive(Clone, Debug)]
+pub struct Labelled {
+    label: &'static str,
+    family: Family<[(&'static str, &'static str); 1], Counter>,
+}
+
+impl Labelled {
+    fn new(label: &'static str) -> Self {
+        Self { label, family: Family::default() }
+    }
+
+    /// Counts one more of `word`.
+    pub fn inc(&self, word: &'static str) {
+        self.family.get_or_create(&[(self.label, word)]).inc();
+    }
+
+    /// How many of `word` were counted.
+    #[must_use]
+    pub fn get(&self, word: &'static str) -> u64 {
+        self.family.get_or_create(&[(self.label, word)]).get()
+    }
+}
+
+/// What the doors count, over all VMs.
+#[derive(Clone, Debug)]
+pub struct GuestMetrics {
+    /// Connections that have proven the pass.
+    pub greetings: Counter,
+    /// Connections closed before that; `reason`: see `guest::greeting`.
+    pub greetings_failed: Labelled,
+    /// Connections closed for another `reason`: `too_many`, `head_timeout`, `idle`, `write_stall`.
+    pub connections_closed: Labelled,
+    /// Failed accepts.
+    pub accept_errors: Counter,
+    /// Requests by `route`.
+    pub requests: Labelled,
+    /// Requests refused by us, by `reason`.
+    pub refused: Labelled,
+    /// Query keys that were dropped on the way to GitLab.
+    pub query_keys_dropped: Counter,
+    /// Trace bytes taken.
+    pub trace_bytes: Counter,
+    /// Artifact bytes by `direction`: `up`, `down`.
+    pub artifact_up_bytes: Counter,
+    /// See `artifact_up_bytes`.
+    pub artifact_down_bytes: Counter,
+}
+
+impl GuestMetrics {
+    fn register(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("guest");
+        let counter = |registry: &mut Registry, name: &str, help: &str| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let labelled = |registry: &mut Registry, name: &str, help: &str, label| {
+            let labelled = Labelled::new(label);
+            registry.register(name, help, labelled.family.clone());
+            labelled
+        };
+        Self {
+            greetings: counter(registry, "greetings", "Connections that proved the pass"),
+            greetings_failed: labelled(registry, "greetings_failed", "Connections that did not", "reason"),
+            connections_closed: labelled(registry, "connections_closed", "Connections that we closed", "reason"),
+            accept_errors: counter(registry, "accept_errors", "Failed accepts at doors"),
+            requests: labelled(registry, "requests", "Requests of guests", "route"),
+            refused: labelled(registry, "requests_refused", "Requests of guests that were refused", "reason"),
+            query_keys_dropped: counter(registry, "query_keys_dropped", "Unknown query keys dropped"),
+            trace_bytes: counter(registry, "trace_bytes", "Trace bytes taken from guests"),
+            artifact_up_bytes: counter(registry, "artifact_up_bytes", "Artifact bytes from guests to GitLab"),
+            artifact_down_bytes: counter(registry, "artifact_down_bytes", "Artifact bytes from GitLab to guests"),
+        }
+    }
+}
+
+/// What pollers and jobs count.
+#[derive(Clone, Debug)]
+pub struct JobMetrics {
+    /// Jobs that GitLab assigned.
+    pub assigned: Counter,
+    /// Assigned jobs that could not be written down, so that GitLab will fail them.
+    pub lost: Counter,
+    /// Assigned jobs whose payload could not be read.
+    pub unreadable: Counter,
+    /// Jobs whose task panicked.
+    pub panicked: Counter,
+    /// Machines that were lost before they were ready, and replaced.
+    pub machines_replaced: Counter,
+    /// Verdicts by word: `success`, `failed`.
+    pub verdicts: Labelled,
+    /// Seconds from GitLab's 201 to each phase of the boot.
+    phases: Family<[(&'static str, &'static str); 1], Histogram>,
+}
+
+/// Bounds of the boot's histogram, seconds: from a restored machine's 0.5 s to the boot deadline.
+const PHASE_BUCKETS: [f64; 10] = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 300.0];
+
+impl JobMetrics {
+    fn register(registry: &mut Registry) -> Self {
+        let phases = Family::new_with_constructor((|| Histogram::new(PHASE_BUCKETS)) as fn() -> Histogram);
+        let metrics = Self {
+            assigned: Counter::default(),
+            lost: Counter::default(),
+            unreadable: Counter::default(),
+            panicked: Counter::default(),
+            machines_replaced: Counter::default(),
+            verdicts: Labelled::new("verdict"),
+            phases,
+        };
+        registry.register("jobs_assigned", "Jobs that GitLab assigned", metrics.assigned.clone());
+        registry.register("jobs_lost", "Assigned jobs that could not be written down", metrics.lost.clone());
+        registry.register("jobs_unreadable", "Assigned jobs whose payload could not be read", metrics.unreadable.clone());
+        registry.register("jobs_panicked", "Jobs whose task panicked", metrics.panicked.clone());
+        registry.register("machines_replaced", "Machines replaced before they were ready", metrics.machines_replaced.clone());
+        registry.register("jobs_ended", "Jobs by verdict", metrics.verdicts.family.clone());
+        registry.register("boot_seconds", "Seconds from the job's assignment to each boot phase", metrics.phases.clone());
+        metrics
+    }
+
+    /// Notes that a boot reached `phase` this long after GitLab's 201.
+    pub fn phase(&self, phase: &'static str, since: Duration) {
+        self.phases.get_or_create(&[("phase", phase)]).observe(since.as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_names_each_metric_with_its_prefix_and_label() {
+        let metrics = Metrics::new();
+        metrics.clone().guest().refused.inc("other_job");
+        metrics.guest().trace_bytes.inc_by(7);
+        let text = metrics.to_text();
+        assert!(text.contains("dayfly_guest_requests_refused_total{reason=\"other_job\"} 1\n"), "{text}");
+        assert!(text.contains("dayfly_guest_trace_bytes_total 7\n"), "{text}");
+        assert_eq!(metrics.guest().refused.get("other_job"), 1);
+    }
+}

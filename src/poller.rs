@@ -1,1 +1,252 @@
-//! Under construction.
+//! May we ask GitLab for a job now? One task per configured runner.
+//!
+//! Room first: a [`Reservation`](crate::capacity::Reservation) and free disk, then the question
+//! (design D3). A poll under way is never cut, because GitLab may assign a job before the answer
+//! is read; only at a hand-over it is closed after [`HAND_OVER_POLL_PATIENCE`], when GitLab has
+//! held it so long that its answer is no job (design D11). A job goes to the journal before
+//! anything else happens, then to `daemon`.
+
+use crate::capacity::{Capacity, Resources};
+use crate::daemon::Jobs;
+use crate::gitlab::{GitlabError, JobPayload, Poll, RunnerInfo};
+use crate::job::journal::JobKey;
+use crate::job::{self, Parts, Runner};
+use crate::retry::Backoff;
+use crate::status::RunnerState;
+use crate::telemetry::chain;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How long a poll that is under way is awaited at a hand-over (safety.md G13).
+const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Pause after GitLab refused the token (safety.md G4): nothing but an operator helps.
+const REFUSED_PAUSE: Duration = Duration::from_secs(300);
+
+/// Pause while something on this host is missing: an image, disk.
+const BLOCKED_PAUSE: Duration = Duration::from_secs(10);
+
+/// A poll that GitLab held at least this long was a long poll: the queue moved, or its time ran
+/// out. Either way the next one may go out at once.
+const HELD: Duration = Duration::from_secs(1);
+
+/// Pause after such a poll.
+const HELD_PAUSE: Duration = Duration::from_millis(200);
+
+/// What a poller is told and tells.
+pub struct Poller {
+    /// Handles for jobs.
+    pub parts: Parts,
+    /// Its runner.
+    pub runner: Arc<Runner>,
+    /// The host's room.
+    pub capacity: Capacity,
+    /// What one job of this runner takes.
+    pub resources: Resources,
+    /// Jobs at once of this runner.
+    pub limit: u32,
+    /// Disk that must be free where the spools are, and below which nothing is asked.
+    pub disk: (PathBuf, u64),
+    /// Where new jobs go.
+    pub jobs: Jobs,
+    /// What it does, for the status.
+    pub state: watch::Sender<PollerView>,
+    /// No further polls.
+    pub stop: CancellationToken,
+}
+
+/// What others may know of a poller.
+#[derive(Clone, Debug)]
+pub struct PollerView {
+    /// What it does.
+    pub state: RunnerState,
+    /// When GitLab last answered.
+    pub answered: Option<Instant>,
+}
+
+impl Poller {
+    /// Polls until `stop`.
+    pub async fn run(self) {
+        let mut last_update = None;
+        let mut backoff = Backoff::poll();
+        let mut conflicts = 0_u32;
+        let mut verified = false;
+        loop {
+            let Some(info) = self.info().await else { break };
+            if !verified {
+                verified = self.verify(&info).await;
+            }
+            self.say(RunnerState::WaitingForRoom { missing: "room for one more job".into() });
+            let reservation = tokio::select! {
+                biased;
+                // Both are cancel safe.
+                () = self.stop.cancelled() => break,
+                reserved = self.capacity.reserve(&self.runner.config.name, self.limit, self.resources) => match reserved {
+                    Ok(reservation) => reservation,
+                    Err(error) => {
+                        tracing::error!(runner = self.runner.config.name, error = chain(&error), "this runner can never take a job here");
+                        self.say(RunnerState::Blocked { reason: error.to_string() });
+                        self.stop.cancelled().await;
+                        break;
+                    }
+                },
+            };
+            if let Some(reason) = self.disk_is_short().await {
+                drop(reservation);
+                self.say(RunnerState::Blocked { reason });
+                if self.pause(BLOCKED_PAUSE).await { continue } else { break }
+            }
+            self.say(RunnerState::Polling);
+            // With somebody waiting for this room a held poll would keep it: ask for an answer at once.
+            let known = if self.capacity.contended() { None } else { last_update.clone() };
+            let asked = Instant::now();
+            let Some(answer) = self.ask(&info, known.as_deref()).await else { break };
+            if !matches!(answer, Err(GitlabError::Unavailable { .. })) {
+                self.state.send_modify(|view| view.answered = Some(Instant::now()));
+            }
+            let pause = match answer {
+                Ok(Poll::Job(payload)) => {
+                    (backoff, conflicts) = (Backoff::poll(), 0);
+                    self.take(*payload, reservation).await;
+                    Duration::ZERO
+                }
+                Ok(Poll::Nothing { last_update: newer }) => {
+                    drop(reservation);
+                    (backoff, conflicts) = (Backoff::poll(), 0);
+                    last_update = newer.or(last_update);
+                    if asked.elapsed() >= HELD { HELD_PAUSE } else { self.runner.config.poll_interval.get() }
+                }
+                Err(error) => {
+                    drop(reservation);
+                    conflicts = if matches!(error, GitlabError::Conflict) { conflicts + 1 } else { 0 };
+                    self.trouble(&error, &mut backoff, conflicts)
+                }
+            };
+            if !self.pause(pause).await {
+                break;
+            }
+        }
+        self.say(RunnerState::Stopped);
+    }
+
+    fn say(&self, state: RunnerState) {
+        self.state.send_modify(|view| view.state = state);
+    }
+
+    /// Sleeps, unless stopped. `false`: stopped.
+    async fn pause(&self, pause: Duration) -> bool {
+        tokio::select! {
+            biased;
+            // Both are cancel safe.
+            () = self.stop.cancelled() => false,
+            () = tokio::time::sleep(pause) => true,
+        }
+    }
+
+    /// What the image's runner says of itself: without it GitLab would fail jobs (design D10).
+    /// Waits for an image that is missing. `None`: stopped.
+    async fn info(&self) -> Option<RunnerInfo> {
+        let class = &self.runner.class;
+        let mut said = false;
+        loop {
+            let reason = match self.parts.images.load(&class.image).await {
+                Ok(image) if image.manifest.is_standin() && !class.allow_standin_runner => format!(
+                    "image `{}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
+                    class.image, class.name
+                ),
+                Ok(image) => match image.manifest.runner_info() {
+                    Some(info) => return Some(info),
+                    None => format!("image `{0}` was never boot-tested; run `dayfly image test {0}`", class.image),
+                },
+                Err(error) => chain(&error),
+            };
+            if !std::mem::replace(&mut said, true) {
+                tracing::error!(runner = self.runner.config.name, reason, "no job is asked for");
+            }
+            self.say(RunnerState::Blocked { reason });
+            if !self.pause(BLOCKED_PAUSE).await {
+                return None;
+            }
+        }
+    }
+
+    /// Tells GitLab this runner manager's features before the first poll: it stores them from the
+    /// first call and would else kill jobs without their `after_script` for the next 40 minutes.
+    /// Trouble shows at the poll that follows.
+    async fn verify(&self, info: &RunnerInfo) -> bool {
+        tokio::select! {
+            biased;
+            // Nothing is assigned by this call, so it may be cut.
+            () = self.stop.cancelled() => false,
+            verified = self.runner.api.verify(Some(info)) => verified.is_ok(),
+        }
+    }
+
+    /// One poll. `None`: stopped, and the poll was closed.
+    async fn ask(&self, info: &RunnerInfo, last_update: Option<&str>) -> Option<Result<Poll, GitlabError>> {
+        let mut poll = std::pin::pin!(self.runner.api.request_job(info, last_update));
+        tokio::select! {
+            biased;
+            // The poll first: an answer that is there is taken. It is not dropped here, but polled on.
+            answer = &mut poll => return Some(answer),
+            () = self.parts.leave.cancelled() => {}
+        }
+        tokio::time::timeout(HAND_OVER_POLL_PATIENCE, poll).await.ok()
+    }
+
+    async fn disk_is_short(&self) -> Option<String> {
+        let (path, reserve) = &self.disk;
+        match self.parts.files.free_bytes(path).await {
+            Ok(free) if free >= *reserve => None,
+            Ok(free) => Some(format!("{} MiB are free at `{}`, {} MiB must be", free >> 20, path.display(), reserve >> 20)),
+            Err(error) => Some(format!("free disk of `{}` is not known: {error}", path.display())),
+        }
+    }
+
+    /// Journals the job and starts it.
+    async fn take(&self, payload: JobPayload, reservation: crate::capacity::Reservation) {
+        let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
+        if self.jobs.contains(&key) {
+            tracing::warn!(%key, "GitLab assigned a job again that is under way here; it goes on as it is");
+            return;
+        }
+        tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
+        self.parts.metrics.job().assigned.inc();
+        match job::accept(&self.parts, self.runner.clone(), payload, self.resources, reservation).await {
+            Ok(handle) => self.jobs.add(handle),
+            Err(error) => {
+                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started, and GitLab will fail it");
+                self.parts.metrics.job().lost.inc();
+            }
+        }
+    }
+
+    fn trouble(&self, error: &GitlabError, backoff: &mut Backoff, conflicts: u32) -> Duration {
+        let runner = &self.runner.config.name;
+        match error {
+            GitlabError::Forbidden { .. } => {
+                tracing::error!(runner, error = chain(error), "GitLab refuses this runner");
+                self.say(RunnerState::Refused { error: chain(error) });
+                REFUSED_PAUSE
+            }
+            // The queue changed under the question: ask again at once, but only once.
+            GitlabError::Conflict if conflicts == 1 => Duration::ZERO,
+            GitlabError::Conflict => self.runner.config.poll_interval.get(),
+            GitlabError::UnreadableJob { .. } => {
+                tracing::error!(runner, error = chain(error), "GitLab assigned a job that cannot be read");
+                self.parts.metrics.job().unreadable.inc();
+                self.runner.config.poll_interval.get()
+            }
+            error => {
+                let pause = error.retry_after().unwrap_or_else(|| backoff.next(&self.parts.rng));
+                tracing::warn!(runner, error = chain(error), pause_s = pause.as_secs_f64(), "GitLab gave no answer to a poll");
+                self.say(RunnerState::Retrying { error: chain(error), in_s: pause.as_secs() });
+                pause
+            }
+        }
+    }
+}

@@ -1,1 +1,117 @@
-//! Under construction.
+//! What exists, what should exist?
+//!
+//! At start, before any poll: every record of the journal becomes a job again, and every VM,
+//! overlay and socket that carries our installation id and belongs to no record is reaped. A sweep
+//! repeats the second part every minute. Nothing foreign is touched: VMs are known by the
+//! installation id in their metadata, files by names that only we make, in directories of ours.
+//! Running it twice, or dying in it, changes nothing more.
+
+use crate::capacity::Capacity;
+use crate::job::journal::{JournalError, MachineRecord, Record};
+use crate::job::{self, JobHandle, Parts, Runner};
+use crate::network::Lease;
+use crate::supply::overlay_id;
+use crate::telemetry::chain;
+use crate::vm::{VmError, VmId};
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often [`sweep`] runs.
+pub const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the journal held.
+#[derive(Default)]
+pub struct Adopted {
+    /// Jobs that go on.
+    pub jobs: Vec<JobHandle>,
+    /// VMs of records that nobody can serve now: they are left alone.
+    pub kept: BTreeSet<VmId>,
+}
+
+/// Turns the journal into jobs that go on. The hypervisor need not be reachable.
+///
+/// A record whose runner is no longer configured goes on with `former`'s answer: the verdict still
+/// belongs to the GitLab that it came from.
+///
+/// # Errors
+/// [`JournalError`]: the daemon must not start.
+pub async fn adopt_all(
+    parts: &Parts,
+    runners: &BTreeMap<String, Arc<Runner>>,
+    capacity: &Capacity,
+    former: &(dyn Fn(&Record) -> Option<Arc<Runner>> + Send + Sync),
+) -> Result<Adopted, JournalError> {
+    let (records, aside) = parts.journal.load_all().await?;
+    for damaged in aside {
+        tracing::error!(path = %damaged.path.display(), reason = damaged.reason, "a damaged record was set aside; its job will fail at GitLab as stuck");
+    }
+    // All addresses are taken before any job runs, or a new machine could be given one of them.
+    for machine in records.iter().filter_map(|r| r.machine.as_ref()) {
+        parts.supply.adopt(machine);
+    }
+    let mut adopted = Adopted::default();
+    for record in records {
+        let runner = runners.get(&record.key.runner).filter(|r| r.config.url == record.gitlab).cloned();
+        let Some(runner) = runner.or_else(|| former(&record)) else {
+            tracing::error!(key = %record.key, gitlab = %record.gitlab, "no configured runner speaks to this job's GitLab any more; its record is kept");
+            adopted.kept.extend(record.machine.map(|m| m.id));
+            continue;
+        };
+        let payload = match parts.journal.payload(&record.key).await {
+            Ok(raw) => job_payload(raw, &record),
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::error!(key = %record.key, error = chain(&error), "read a job's payload");
+                }
+                None
+            }
+        };
+        tracing::info!(key = %record.key, state = record.state.word(), "a job of before goes on");
+        let reservation = capacity.adopt(&record.key.runner, record.resources);
+        adopted.jobs.push(job::adopt(parts, runner, record, payload, reservation));
+    }
+    Ok(adopted)
+}
+
+fn job_payload(raw: bytes::Bytes, record: &Record) -> Option<crate::gitlab::JobPayload> {
+    match crate::gitlab::JobPayload::parse(raw, None) {
+        Ok(payload) => Some(payload),
+        Err(error) => {
+            tracing::error!(key = %record.key, error = chain(&error), "parse a kept payload");
+            None
+        }
+    }
+}
+
+/// Reaps what carries our installation id and is of no job. `owned` is asked after the lists are
+/// in, or a machine made meanwhile would look like an orphan.
+///
+/// # Errors
+/// The hypervisor's; nothing is lost by trying again.
+pub async fn sweep(parts: &Parts, owned: &(dyn Fn() -> BTreeSet<VmId> + Send + Sync)) -> Result<usize, VmError> {
+    let supply = &parts.supply;
+    let place = supply.place();
+    // VMs are listed before the overlays: one that is being made has its overlay first.
+    let vms = supply.hypervisor().list(&place.installation).await?;
+    let mut orphans: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
+    let overlays = supply.hypervisor().list_overlays(&place.overlay_dir).await?;
+    orphans.extend(overlays.iter().filter_map(|path| overlay_id(path)));
+    let owned = owned();
+    let driven = supply.driven();
+    let orphans: Vec<VmId> = orphans.into_iter().filter(|id| !owned.contains(id) && !driven.contains(id)).collect();
+    for id in &orphans {
+        tracing::warn!(vm = %id, "a VM or overlay of ours belongs to no job; taking it down");
+        // Port 0 is in no range: there is no lease to give back.
+        let mut machine = supply.reap(MachineRecord { id: id.clone(), lease: Lease { port: 0 } });
+        machine.release();
+        let deadline = tokio::time::timeout(SWEEP_INTERVAL, async { while machine.event().await.is_some() {} });
+        if deadline.await.is_err() {
+            machine.leave().await;
+            tracing::warn!(vm = %id, "it did not go; the next sweep tries again");
+        }
+    }
+    Ok(orphans.len())
+}

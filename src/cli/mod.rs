@@ -1,10 +1,209 @@
-//! What did the operator ask for?
+//! What did the operator ask for? Arguments, exit codes, and what people see of errors.
+//!
+//! Each command is a file here; the work is done by the modules it names. Exit codes: 64 for a
+//! wrong command line, 78 for configuration (and journal), 1 for the rest; `exec` has its own.
+//! An error is printed once, here, with its causes.
 
+mod check;
+mod doctor;
+pub(crate) mod image;
+mod operate;
+mod prompt;
+mod register;
+mod run;
+
+use crate::config::ConfigError;
+use crate::daemon::DaemonError;
+use crate::job::journal::JournalError;
+use crate::telemetry::printable;
+use clap::Parser as _;
 use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
+
+/// `EX_USAGE` of sysexits.h.
+const EXIT_USAGE: u8 = 64;
+/// `EX_CONFIG` of sysexits.h; `RestartPreventExitStatus` of the unit names it.
+const EXIT_CONFIG: u8 = 78;
+
+/// Runs each GitLab CI job in a fresh, throw-away virtual machine.
+#[derive(Debug, clap::Parser)]
+#[command(name = "dayfly", version, propagate_version = true)]
+struct Cli {
+    /// Configuration file
+    #[arg(long, global = true, value_name = "FILE", env = "DAYFLY_CONFIG", default_value = "/etc/dayfly/config.toml")]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Run the daemon
+    Run,
+    /// Register a runner of GitLab's here
+    Register(Box<register::Args>),
+    /// Check the configuration and show its values with their sources
+    Check,
+    /// Look at this host: libvirt, virtualisation, network, images, settings
+    Doctor,
+    /// Build, test, list and remove base images
+    Image(image::Args),
+    /// Show how the running daemon is doing
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tell the running daemon to take no more jobs, and to end after those it has
+    Drain,
+    /// End one job of the running daemon now; GitLab is told why
+    Kill {
+        /// GitLab's id of the job
+        job: u64,
+        /// Name of its runner entry, if several have a job of this id
+        #[arg(long)]
+        runner: Option<String>,
+    },
+}
+
+/// The command line asks for something that cannot be meant.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
 
 /// Runs the command line and returns its exit code.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
-    let _ = args;
-    unimplemented!()
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // To stdout for --help and --version, else to stderr. Nobody can be told if that fails.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            let lines: Vec<String> = format!("dayfly: {error:#}").lines().map(printable).collect();
+            let _ = writeln!(io::stderr(), "{}", lines.join("\n"));
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let config = cli.config;
+    match cli.command {
+        Command::Run => run::run(&config)?,
+        Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
+        Command::Check => check::check(&config)?,
+        Command::Doctor => return wait_for(doctor::doctor(&config)),
+        Command::Image(args) => wait_for(image::image(&config, args))?,
+        Command::Status { json } => wait_for(operate::status(&config, json))?,
+        Command::Drain => wait_for(operate::drain(&config))?,
+        Command::Kill { job, runner } => wait_for(operate::kill(&config, job, runner))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The exit code that an error stands for, by its type anywhere in the chain.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.chain().any(needs_a_change) {
+        EXIT_CONFIG
+    } else if error.is::<Usage>() {
+        EXIT_USAGE
+    } else {
+        1
+    }
+}
+
+/// Whether somebody must change configuration or journal before another start makes sense.
+fn needs_a_change(cause: &(dyn std::error::Error + 'static)) -> bool {
+    let daemon = cause.downcast_ref::<DaemonError>().is_some_and(|error| {
+        matches!(
+            error,
+            DaemonError::Installation { .. }
+                | DaemonError::Token { .. }
+                | DaemonError::Endpoint { .. }
+                | DaemonError::NoKvm(_)
+        )
+    });
+    daemon || cause.is::<ConfigError>() || cause.is::<JournalError>()
+}
+
+/// Runs one short command on a runtime of its own.
+fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+    use std::path::Path;
+
+    fn exit_of(args: &[&str]) -> ExitCode {
+        main(std::iter::once("dayfly").chain(args.iter().copied()).map(OsString::from))
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_command_line_exits_with_64_and_help_with_0() {
+        for args in [&[][..], &["fly"], &["status", "--yaml"], &["kill"], &["kill", "x"], &["check", "--config"]] {
+            assert_eq!(exit_of(args), ExitCode::from(64), "{args:?}");
+        }
+        assert_eq!(exit_of(&["--help"]), ExitCode::SUCCESS);
+        assert_eq!(exit_of(&["--version"]), ExitCode::SUCCESS);
+    }
+
+    #[test]
+    fn a_wrong_configuration_exits_with_78() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        let config = file.to_str().unwrap();
+        for command in [&["run"][..], &["check"], &["status"], &["drain"], &["kill", "1"]] {
+            std::fs::write(&file, "concurent = 1\n").unwrap();
+            assert_eq!(exit_of(&[command, &["--config", config]].concat()), ExitCode::from(78), "{command:?}");
+        }
+        // A good file without a runner is not enough for these two.
+        std::fs::write(&file, "concurrent = 1\n").unwrap();
+        assert_eq!(exit_of(&["run", "--config", config]), ExitCode::from(78));
+        assert_eq!(exit_of(&["check", "--config", config]), ExitCode::from(78));
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(exit_of(&["run", "--config", config]), ExitCode::from(78));
+    }
+
+    #[test]
+    fn a_daemon_that_does_not_run_exits_with_1() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        std::fs::write(&file, "runtime_directory = \".\"\n").unwrap();
+        for command in [&["status"][..], &["status", "--json"], &["drain"], &["kill", "1"]] {
+            assert_eq!(
+                exit_of(&[command, &["--config", file.to_str().unwrap()]].concat()),
+                ExitCode::from(1),
+                "{command:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_kind_of_error_decides_wherever_it_stands_in_the_chain() {
+        let config =
+            || anyhow::Error::new(crate::config::Config::load(Path::new("/nonexistent/config.toml")).unwrap_err());
+        assert_eq!(exit_code(&config()), 78);
+        assert_eq!(exit_code(&config().context("do something")), 78);
+        let newer = DaemonError::Journal(JournalError::Newer { path: "x".into(), version: 9 });
+        assert_eq!(exit_code(&anyhow::Error::new(newer).context("run")), 78);
+        assert_eq!(exit_code(&DaemonError::NoKvm("no byte came".into()).into()), 78);
+        assert_eq!(exit_code(&DaemonError::Locked { directory: "x".into(), pid: "7".into() }.into()), 1);
+        assert_eq!(exit_code(&Usage("no".into()).into()), 64);
+        assert_eq!(exit_code(&anyhow::anyhow!("broken")), 1);
+    }
 }

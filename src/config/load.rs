@@ -1,23 +1,61 @@
-//! Puts defaults, file and environment together and judges the result.
+//! Puts defaults, file and environment together, in this order, and has the result judged.
 
-use super::Config;
+use super::origin::{ENV_PREFIX, Origins, line_of, nearest_name};
+use super::validate::{Problem, Problems, validate};
+use super::{Config, Origin};
+use figment::Figment;
+use figment::error::Kind;
+use figment::providers::{Format as _, Serialized, Toml};
+use figment::value::Value;
+use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
+use toml_edit::Document;
+
+/// A configuration file has a few kilobytes; this is a wrong path.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
 /// A configuration and where it came from.
 #[derive(Clone, Debug)]
 pub struct Loaded {
-    /// The values.
+    /// The values. Relative paths are resolved against the file's directory.
     pub config: Config,
     /// The file, if one was read.
     pub file: Option<PathBuf>,
+    /// What is allowed but unwise; to be shown once at start.
+    pub warnings: Vec<Problem>,
+    /// Where each value came from.
+    pub origins: Origins,
 }
 
 /// Why the configuration cannot be used. Exit code 78.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// To be split into its cases.
-    #[error("{0}")]
-    Invalid(String),
+    /// The file.
+    #[error("read configuration `{}`; `dayfly register` makes one, `--config FILE` names another", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no TOML.
+    #[error("parse configuration `{}`, line {line}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// What the parser says.
+        message: String,
+    },
+    /// A key that does not exist, or a value of the wrong form.
+    #[error("configuration key {0}")]
+    Key(Box<Problem>),
+    /// Values that make no sense, all of them.
+    #[error("configuration key {0}")]
+    Invalid(Problems),
 }
 
 impl Config {
@@ -26,7 +64,181 @@ impl Config {
     /// # Errors
     /// [`ConfigError`], naming key and source.
     pub fn load(file: &Path) -> Result<Loaded, ConfigError> {
-        let _ = file;
-        unimplemented!()
+        let text = read(file).map_err(|source| ConfigError::Read { path: file.to_owned(), source })?;
+        Self::assemble(Some((absolute(file), text)), environment())
+    }
+
+    /// Like [`Config::load`], for the commands that can do without a file (`image`, `doctor`).
+    ///
+    /// # Errors
+    /// As [`Config::load`], but for a file that does not exist.
+    pub fn load_or_default(file: &Path) -> Result<Loaded, ConfigError> {
+        match Self::load(file) {
+            Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Self::assemble(None, environment())
+            }
+            other => other,
+        }
+    }
+
+    /// Reads defaults, `text` as the content of `file`, and these variables, and validates.
+    /// `register` asks it about a file that it is going to write.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn assemble(
+        file: Option<(PathBuf, String)>,
+        environment: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Loaded, ConfigError> {
+        let environment = configuring(environment);
+        let document = match file {
+            Some((path, text)) => Some(parse(path, text)?),
+            None => None,
+        };
+        let mut figment = Figment::from(Serialized::defaults(Self::default()));
+        if let Some((_, document)) = &document {
+            figment = figment.merge(Toml::string(document.raw()));
+        }
+        for (key, (_, value)) in &environment {
+            // Never fails: what is no number, truth value or list is text.
+            let Ok(value) = value.parse::<Value>();
+            figment = figment.merge(Serialized::default(key, value));
+        }
+        let origins = Origins::new(document, environment.into_iter().map(|(key, (name, _))| (key, name)).collect());
+        let mut config: Self =
+            figment.extract().map_err(|error| ConfigError::Key(Box::new(explain(&error, &origins))))?;
+        if let Some(dir) = origins.file().and_then(Path::parent) {
+            config.resolve_paths(dir);
+        }
+        let (errors, warnings) = validate(&config, &origins);
+        if !errors.is_empty() {
+            return Err(ConfigError::Invalid(Problems(errors)));
+        }
+        Ok(Loaded { config, file: origins.file().map(Path::to_owned), warnings, origins })
+    }
+
+    fn resolve_paths(&mut self, dir: &Path) {
+        let own = [&mut self.state_directory, &mut self.runtime_directory, &mut self.image_directory];
+        let runners = self.runner.iter_mut().flat_map(|runner| {
+            let optional = [&mut runner.tls_ca_file, &mut runner.tls_cert_file, &mut runner.tls_key_file];
+            optional.into_iter().flatten().chain([&mut runner.token_file])
+        });
+        for path in own.into_iter().chain(runners) {
+            // An empty path stays one, for validation to name it.
+            if !path.as_os_str().is_empty() {
+                *path = dir.join(&path);
+            }
+        }
+    }
+}
+
+/// The variables of this process. Those that are no text cannot be ours.
+pub fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
+fn read(file: &Path) -> io::Result<String> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    std::fs::File::open(file)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {FILE_BYTES_MAX} bytes")));
+    }
+    Ok(text)
+}
+
+fn absolute(file: &Path) -> PathBuf {
+    std::path::absolute(file).unwrap_or_else(|_| file.to_owned())
+}
+
+fn parse(path: PathBuf, text: String) -> Result<(PathBuf, Document<String>), ConfigError> {
+    let lines = text.clone();
+    match Document::parse(text) {
+        Ok(document) => Ok((path, document)),
+        Err(error) => {
+            let line = line_of(&lines, error.span().map_or(0, |span| span.start));
+            Err(ConfigError::Syntax { path, line, message: error.message().trim().replace('\n', ", ") })
+        }
+    }
+}
+
+/// The variables that are configuration, by key: `DAYFLY_LOG__LEVEL` is `log.level`.
+///
+/// Other programs of ours have variables too (`DAYFLY_CONFIG`), so a name without `__` counts only
+/// if it is, or was surely meant to be, a key of the top level.
+fn configuring(environment: impl IntoIterator<Item = (String, String)>) -> BTreeMap<String, (String, String)> {
+    let top_level: Vec<String> = match serde_json::to_value(Config::default()) {
+        Ok(serde_json::Value::Object(keys)) => {
+            keys.into_iter().filter(|(_, v)| !v.is_object()).map(|(k, _)| k).collect()
+        }
+        _ => Vec::new(),
+    };
+    let mut found = BTreeMap::new();
+    for (name, value) in environment {
+        let Some(rest) = name.strip_prefix(ENV_PREFIX) else { continue };
+        let key = rest.to_ascii_lowercase().replace("__", ".");
+        let meant = nearest_name(&key, top_level.iter().map(String::as_str));
+        if key.contains('.') || meant.is_some_and(|meant| meant.len().abs_diff(key.len()) <= 2) {
+            found.insert(key, (name, value));
+        }
+    }
+    found
+}
+
+/// One clear sentence from figment's error: which key, where, what is wrong, what was meant.
+fn explain(error: &figment::Error, origins: &Origins) -> Problem {
+    let parent = error.path.join(".");
+    let child = |name: &str| match error.path.last() {
+        None => name.to_owned(),
+        // For an unknown key figment's path ends in the key itself.
+        Some(last) if last == name => parent.clone(),
+        Some(_) => format!("{parent}.{name}"),
+    };
+    match &error.kind {
+        Kind::UnknownField(name, known) => {
+            let remedy = match nearest_name(name, known.iter().copied()) {
+                Some(meant) => format!("did you mean `{meant}`?"),
+                None => format!("known here: {}", known.join(", ")),
+            };
+            Problem::at(origins, &child(name), "does not exist", remedy)
+        }
+        Kind::MissingField(name) => {
+            Problem::at(origins, &child(name), "is missing", "add it; config.example.toml explains it")
+        }
+        Kind::InvalidType(found, wanted) | Kind::InvalidValue(found, wanted) => {
+            Problem::at(origins, &parent, format!("is {found}, not {wanted}"), "config.example.toml shows its form")
+        }
+        Kind::UnknownVariant(name, known) => {
+            Problem::at(origins, &parent, format!("cannot be `{name}`"), format!("it is one of: {}", known.join(", ")))
+        }
+        other => Problem::at(origins, &parent, other.to_string(), "config.example.toml shows its form"),
+    }
+}
+
+impl Loaded {
+    /// All values with their origin, sorted by key: what `dayfly check` prints. No secret is in a
+    /// [`Config`].
+    #[must_use]
+    pub fn resolved(&self) -> Vec<(String, String, Origin)> {
+        let mut values = Vec::new();
+        if let Ok(value) = serde_json::to_value(&self.config) {
+            leaves("", &value, &mut values);
+        }
+        values.into_iter().map(|(key, value)| (key.clone(), value, self.origins.of(&key))).collect()
+    }
+}
+
+fn leaves(key: &str, value: &serde_json::Value, found: &mut Vec<(String, String)>) {
+    let child = |name: &str| if key.is_empty() { name.to_owned() } else { format!("{key}.{name}") };
+    match value {
+        serde_json::Value::Object(members) => {
+            members.iter().for_each(|(name, value)| leaves(&child(name), value, found))
+        }
+        serde_json::Value::Array(elements) if elements.is_empty() => found.push((key.to_owned(), "none".into())),
+        serde_json::Value::Array(elements) => {
+            elements.iter().enumerate().for_each(|(i, value)| leaves(&child(&i.to_string()), value, found))
+        }
+        serde_json::Value::Null => found.push((key.to_owned(), "not set".into())),
+        other => found.push((key.to_owned(), other.to_string())),
     }
 }

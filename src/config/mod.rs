@@ -5,10 +5,16 @@
 //! errors. Secrets come from files only, so a `Config` may be printed.
 
 mod duration;
+mod example;
 mod load;
+mod origin;
+mod validate;
 
 pub use duration::Span;
-pub use load::{ConfigError, Loaded};
+pub use example::EXAMPLE;
+pub use load::{ConfigError, Loaded, environment};
+pub use origin::{Origin, Origins};
+pub use validate::{Problem, Problems};
 
 use crate::{capacity, job, network, telemetry, vm};
 use serde::{Deserialize, Serialize};
@@ -124,6 +130,9 @@ pub struct Runner {
     pub poll_interval: Span,
 }
 
+/// The default of `poll_interval`: the official runner's `check_interval`.
+pub const POLL_INTERVAL: Span = Span::from_secs(3);
+
 mod defaults {
     use super::Span;
 
@@ -139,8 +148,7 @@ mod defaults {
         20
     }
 
-    /// The official runner's `check_interval`.
     pub(super) fn poll_interval() -> Span {
-        Span::from_secs(3)
+        super::POLL_INTERVAL
     }
 }

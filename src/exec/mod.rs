@@ -1,1 +1,7 @@
-//! Under construction.
+//! What happens to one job without a GitLab?
+
+pub mod archive;
+pub mod pipeline;
+pub mod repository;
+mod terminal;
+pub mod unpack;

@@ -5,8 +5,14 @@
 //! Both speak through [`Transport`], the seam. Source of outside facts: GitLab's runner API as
 //! described in docs/protocol.md.
 
+mod answers;
+mod bodies;
+mod calls;
 mod job_client;
+mod json;
 mod payload;
+mod proxy;
+mod real;
 mod runner_api;
 mod runner_token;
 mod tls;
@@ -14,6 +20,8 @@ pub mod transport;
 
 pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, UpdateAnswer, Verdict};
 pub use payload::{Dependency, JobPayload, PayloadError};
+pub use proxy::ProxyEnvironment;
+pub use real::{RealLimits, RealOpenTransport};
 pub use runner_api::{Poll, RunnerApi, RunnerInfo, Verified};
 pub use runner_token::{RunnerToken, TokenFileError};
 pub use transport::{Body, Call, Connection, Endpoint, OpenTransport, Transport, TransportError};
@@ -103,9 +111,44 @@ pub enum GitlabError {
 }
 
 impl GitlabError {
+    /// The answer's status, if there was one that says something of its own.
+    #[must_use]
+    pub fn status(&self) -> Option<u16> {
+        match self {
+            Self::Unavailable { status, .. } => *status,
+            Self::Forbidden { status } | Self::Unexpected { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
     /// Whether trying again may help without anybody's doing.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Unavailable { .. } | Self::RateLimited { .. } | Self::Conflict)
+    }
+
+    /// GitLab's own word on when to come back, clamped to 5 min.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Unavailable { retry_after, .. } => *retry_after,
+            Self::RateLimited { retry_after } => Some(*retry_after),
+            _ => None,
+        }
+    }
+
+    /// What an operator can do about it, as a sentence; `None` where waiting is all there is.
+    #[must_use]
+    pub fn explain(&self) -> Option<String> {
+        match self {
+            Self::Unavailable { source: Some(source), .. } => source.explain(),
+            Self::Unexpected { status: 301..=399 | 404 | 405, .. } => {
+                Some("check `url`: it must be the address that GitLab itself shows for its runners".to_owned())
+            }
+            Self::Unexpected { status: 407, .. } => {
+                Some("the proxy wants a name and a password: put them into the proxy's URL".to_owned())
+            }
+            _ => None,
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! The GitLab seam: one request in, one response out, bodies streaming both ways.
 //!
-//! [`reqwest`](Real) behind it in production: rustls, HTTP/1.1 only, redirects never followed, no
-//! decompression, proxy environment honoured, no way to skip verification (design D18).
+//! [`RealOpenTransport`](super::RealOpenTransport) is behind it in production, a stand-in in
+//! simulations and `exec`.
 
+use super::{GitlabError, tls};
 use crate::BoxFuture;
-use super::GitlabError;
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -70,6 +70,17 @@ pub enum TransportError {
     /// The connection broke.
     #[error("exchange")]
     Broken(#[source] BodyError),
+}
+
+impl TransportError {
+    /// What an operator can do about it, as a sentence; `None` where waiting is all there is.
+    #[must_use]
+    pub fn explain(&self) -> Option<String> {
+        match self {
+            Self::Connect(source) | Self::Broken(source) => tls::explain(&**source),
+            Self::Timeout(_) => None,
+        }
+    }
 }
 
 /// Speaks to one GitLab.

@@ -1,1 +1,260 @@
-//! Under construction.
+//! Who comes in? The accept loop of one VM's door, and the life of each connection.
+//!
+//!     accept ─► lobby (16, oldest out first) ─► greeting ─► HTTP (64) ─► lingering close
+//!
+//! One task per door, one per connection in its `JoinSet`; all end when the pass is dropped. Only
+//! writes to the spool outlive their connection: a write that were dropped half-way could meet the
+//! next one in the file.
+
+use super::body::Held;
+use super::greeting::{self, Failure};
+use super::handler::Handler;
+use super::wire::{Notes, Times, Wire};
+use super::{Admission, GuestEvent, answer};
+use crate::vm::{DoorListener, Stream};
+use bytes::BytesMut;
+use http::{Request, Response};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+/// First pause after a failed accept; doubles up to [`ACCEPT_PAUSE_MAX`]. Without it a process out
+/// of file descriptors would spin (safety.md E7).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// A guest's first poll after the shortage waits no longer than this.
+const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// After our last answer so much is still read, so that the answer reaches a guest that was sending
+/// (closing with unread bytes resets the connection: safety.md F5).
+const LINGER_BYTES: usize = 1024 * 1024;
+/// And for so long.
+const LINGER: Duration = Duration::from_secs(1);
+/// hyper's buffer per direction. Heads are bounded before hyper sees them; artifacts go through in
+/// pieces of this size, and 64 KiB costs half the CPU of 16.
+const HTTP_BUFFER_BYTES: usize = 64 * 1024;
+/// Longest wait for writes to the spool when the door closes; they take milliseconds.
+const LAST_WRITES: Duration = Duration::from_secs(5);
+
+/// What all connections of a door share.
+struct Door {
+    handler: Handler,
+    /// See [`super::Limits::connections`].
+    connections: Arc<Semaphore>,
+    lobby: Lobby,
+    greeted: AtomicBool,
+}
+
+/// Serves until `stop`. Returns when no task is left.
+pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
+    let (handler, mut listener) = Handler::new(admission);
+    let limits = handler.limits();
+    let door = Arc::new(Door {
+        connections: Arc::new(Semaphore::new(limits.connections)),
+        lobby: Lobby::new(limits.greeting_connections),
+        greeted: AtomicBool::new(false),
+        handler,
+    });
+    let mut tasks = JoinSet::new();
+    let mut pause = ACCEPT_PAUSE;
+    loop {
+        tokio::select! {
+            // The stop first, then finished tasks (there are no more than were accepted), then new
+            // connections. All three are cancel safe.
+            biased;
+            () = stop.cancelled() => break,
+            Some(ended) = tasks.join_next() => {
+                if let Err(error) = ended && error.is_panic() {
+                    tracing::error!(vm = %door.handler.vm(), "a connection's task panicked");
+                }
+            }
+            accepted = accept(&mut *listener) => match accepted {
+                Ok(stream) => {
+                    pause = ACCEPT_PAUSE;
+                    // Entered here and not in the task, so that the lobby is never fuller than its limit.
+                    let seat = door.lobby.enter();
+                    tasks.spawn(connection(Arc::clone(&door), stream, seat));
+                }
+                Err(error) => {
+                    door.handler.metrics().accept_errors.inc();
+                    tracing::warn!(vm = %door.handler.vm(), error = %error, "failed to accept at a door");
+                    tokio::select! {
+                        biased;
+                        () = stop.cancelled() => break,
+                        () = tokio::time::sleep(pause) => pause = (pause * 2).min(ACCEPT_PAUSE_MAX),
+                    }
+                }
+            },
+        }
+    }
+    drop(listener);
+    tasks.shutdown().await;
+    if timeout(LAST_WRITES, door.handler.writes_end()).await.is_err() {
+        tracing::warn!(vm = %door.handler.vm(), "a write to the spool outlives its door");
+    }
+}
+
+async fn accept(listener: &mut dyn DoorListener) -> std::io::Result<Box<dyn Stream>> {
+    listener.accept().await
+}
+
+async fn connection(door: Arc<Door>, mut stream: Box<dyn Stream>, seat: Seat) {
+    let metrics = door.handler.metrics().clone();
+    let Some(read) = greet(&door, &mut *stream, seat).await else { return };
+    let Ok(_permit) = Arc::clone(&door.connections).try_acquire_owned() else {
+        metrics.connections_closed.inc("too_many");
+        return;
+    };
+    metrics.greetings.inc();
+    if !door.greeted.swap(true, Ordering::AcqRel) {
+        door.handler.tell(GuestEvent::Greeted).await;
+    }
+    http(&door, stream, read).await;
+}
+
+/// The greeting, within its time and as long as the seat is not given to somebody newer.
+async fn greet(door: &Door, stream: &mut dyn Stream, seat: Seat) -> Option<BytesMut> {
+    let failure = tokio::select! {
+        // Both end the connection or the greeting for good; nothing is lost by dropping the other.
+        biased;
+        () = seat.lost.cancelled() => "evicted",
+        greeted = timeout_at(seat.since + door.handler.limits().greeting, door.handler.greet(stream)) => match greeted {
+            Ok(Ok(read)) => return Some(read),
+            Ok(Err(failure)) => failure.word(),
+            Err(_) => "late",
+        },
+    };
+    door.handler.metrics().greetings_failed.inc(failure);
+    tracing::debug!(vm = %door.handler.vm(), reason = failure, "closed a connection without a greeting");
+    None
+}
+
+/// HTTP until one side ends it.
+async fn http(door: &Arc<Door>, stream: Box<dyn Stream>, read: BytesMut) {
+    let limits = door.handler.limits();
+    let notes = Notes::default();
+    let times = Times { head: limits.head, idle: limits.idle, stall: limits.stall };
+    let wire = Wire::new(stream, read, notes.clone(), door.handler.metrics().clone(), times);
+    let service = {
+        let (door, notes) = (Arc::clone(door), notes.clone());
+        service_fn(move |request| Box::pin(answer(Arc::clone(&door), notes.clone(), request)))
+    };
+    let mut http = http1::Builder::new()
+        // The wire keeps the time of heads and pauses; hyper's own timer stands behind it (F3).
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head + limits.idle + Duration::from_secs(1))
+        .max_headers(super::head::FIELDS_MAX)
+        .max_buf_size(HTTP_BUFFER_BYTES)
+        .half_close(false)
+        .auto_date_header(false)
+        .serve_connection(TokioIo::new(wire), service);
+    let ended = poll_fn(|cx| http.poll_without_shutdown(cx)).await;
+    // An answer that broke off must look broken off: no friendly end then.
+    let cut = ended.is_err_and(|error| error.is_user() || error.is_body_write_aborted());
+    let stream = http.into_parts().io.into_inner().into_stream();
+    if notes.hand_out_lost() {
+        door.handler.tell(GuestEvent::HandOutLost).await;
+    }
+    if let Some(stream) = stream.filter(|_| !cut) {
+        linger(stream).await;
+    }
+}
+
+/// One request: refused by its head, or handled.
+async fn answer(
+    door: Arc<Door>,
+    notes: Notes,
+    request: Request<Incoming>,
+) -> Result<Response<impl http_body::Body<Data = bytes::Bytes, Error = crate::gitlab::transport::BodyError>>, Infallible>
+{
+    let (refusal, active) = notes.begin();
+    let answer = match refusal {
+        Some(refusal) => answer::closing(door.handler.refuse_head(refusal)),
+        None => door.handler.handle(request, &notes).await,
+    };
+    Ok(answer.map(|body| Held::new(body, active).boxed_unsync()))
+}
+
+/// Ends our side, then reads what is still under way, within bounds, so that the guest reads our
+/// last answer before it meets a reset.
+async fn linger(mut stream: Box<dyn Stream>) {
+    let reading = async {
+        stream.shutdown().await?;
+        let mut piece = vec![0; 16 * 1024];
+        let mut left = LINGER_BYTES;
+        while left > 0 {
+            match stream.read(&mut piece).await? {
+                0 => break,
+                count => left = left.saturating_sub(count),
+            }
+        }
+        std::io::Result::Ok(())
+    };
+    // A guest that does not close by then, or resets, has had its chance; nobody else waits.
+    let _ = timeout(LINGER, reading).await;
+}
+
+/// Connections that have not shown the pass. In user mode they may be a neighbour's, so they get
+/// few seats, and the oldest loses its seat to the newest.
+struct Lobby {
+    seats: Arc<Mutex<Seats>>,
+    limit: usize,
+}
+
+#[derive(Default)]
+struct Seats {
+    next: u64,
+    /// By order of arrival.
+    taken: BTreeMap<u64, CancellationToken>,
+}
+
+/// A place in the lobby; given back when dropped.
+struct Seat {
+    number: u64,
+    since: Instant,
+    lost: CancellationToken,
+    seats: Arc<Mutex<Seats>>,
+}
+
+impl Lobby {
+    fn new(limit: usize) -> Self {
+        Self { seats: Arc::default(), limit: limit.max(1) }
+    }
+
+    fn enter(&self) -> Seat {
+        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+        while seats.taken.len() >= self.limit {
+            if let Some((_, oldest)) = seats.taken.pop_first() {
+                oldest.cancel();
+            }
+        }
+        let (number, lost) = (seats.next, CancellationToken::new());
+        seats.next += 1;
+        seats.taken.insert(number, lost.clone());
+        Seat { number, since: Instant::now(), lost, seats: Arc::clone(&self.seats) }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.seats.lock().unwrap_or_else(PoisonError::into_inner).taken.remove(&self.number);
+    }
+}
+
+impl Handler {
+    /// Greets one connection with a nonce of its own.
+    async fn greet(&self, stream: &mut dyn Stream) -> Result<BytesMut, Failure> {
+        greeting::greet(stream, self.pass(), self.nonce()).await
+    }
+}

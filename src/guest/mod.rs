@@ -5,19 +5,33 @@
 //! PATCH and PUT end here, in spool and outbox; artifacts stream through `gitlab::JobClient`.
 //! This module knows no runner token. Used by `job`, which owns the pass.
 
-mod door;
-mod greeting;
-mod handler;
-mod routes;
+mod answer; // what does a guest get to read?
+mod artifacts; // the routes that go on to GitLab
+mod body; // how much, how fast?
+mod chunks; // where does a chunked body end?
+mod door; // who comes in?
+mod greeting; // is it our guest's relay?
+mod handler; // may it, and who answers?
+mod head; // is this head one that we serve?
+mod limits; // how often?
+mod routes; // what is asked for?
+mod trace; // PATCH
+mod update; // PUT
+mod wire; // the bytes between connection and hyper
 
+use crate::clock::Clock;
 use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};
 use crate::job::spool::SpoolWriter;
+use crate::metrics::Metrics;
+use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::vm::{DoorListener, VmId};
 use bytes::Bytes;
 use dayfly_guest_config::Pass;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 /// Limits towards a guest (safety.md §6.5). Configuration, so that tests can use short ones.
 #[derive(Clone, Debug)]
@@ -99,6 +113,12 @@ pub struct Admission {
     pub view: watch::Receiver<GuestView>,
     /// Limits.
     pub limits: Limits,
+    /// Source of the greeting's nonces.
+    pub rng: Rng,
+    /// Wall time, for the dates in GitLab's answers.
+    pub clock: Clock,
+    /// What the door counts.
+    pub metrics: Metrics,
 }
 
 /// What a door must know of the job, at any time.
@@ -125,6 +145,10 @@ pub enum GuestEvent {
         /// Where the answer goes.
         reply: oneshot::Sender<Option<HandOut>>,
     },
+    /// The answer that carried the job was not wholly written, or its connection broke right after,
+    /// before the guest sent anything more on it: it may never have been read. A hint for the
+    /// second ask (safety.md V5); comes after the [`GuestEvent::AsksForJob`] that it is about.
+    HandOutLost,
     /// Any authenticated PUT, PATCH or artifact call of its job: sign of life, sent at most once a second.
     Spoke,
     /// The guest said `debug_trace=true`; sent once.
@@ -176,6 +200,8 @@ impl GuestPass {
 /// Opens the door: serves `admission` until the pass is dropped.
 #[must_use]
 pub fn admit(admission: Admission) -> GuestPass {
-    let _ = admission;
-    unimplemented!()
+    let stop = CancellationToken::new();
+    #[expect(clippy::disallowed_methods, reason = "the one task of this door; it joins all that it starts")]
+    let served = tokio::spawn(door::serve(admission, stop.clone()).in_current_span());
+    GuestPass { stop: stop.drop_guard(), served }
 }

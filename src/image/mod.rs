@@ -1,7 +1,10 @@
 //! Which disk does the VM start from?
 //!
-//! An image is a directory: `image.toml`, a qcow2 disk, and for direct boot kernel and initrd.
+//! An image is a directory: `image.toml` ([`manifest`]), a qcow2 disk, and for direct boot kernel and
+//! initrd. [`store`] finds, checks and replaces images; [`build`] makes them.
 
+pub mod boot_test;
 pub mod build;
 pub mod manifest;
+mod qcow2;
 pub mod store;

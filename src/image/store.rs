@@ -1,1 +1,410 @@
-//! Under construction.
+//! The image directory: finds images, checks them, replaces them while VMs run on them.
+//!
+//! ```text
+//! debian-12-shell -> debian-12-shell@3f9a0c12     what `get` follows
+//! debian-12-shell@3f9a0c12/                       image.toml, disk.qcow2, vmlinuz, initrd
+//! debian-12-shell@77e1b0aa/                       the one before: overlays may still name it
+//! .staging-x7Qk2a/                                being built
+//! ```
+//!
+//! A plain directory with an `image.toml` is an image too, for those who bring their own. All calls
+//! read little and block; none of them runs a program. Nothing here trusts a file because of its
+//! name: each `get` checks the manifest, each file's length and the disk's header again, so that a
+//! broken image is one clear sentence and not a VM that never says a word.
+
+use super::manifest::{BootKind, ImageFile, MANIFEST_FILE, Manifest, ManifestError};
+use super::qcow2::{self, Qcow2Error};
+use crate::vm::Boot;
+use sha2::{Digest as _, Sha256};
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+
+/// Bytes of a manifest at most; a real one has 10 KiB, nearly all of it packages.
+const MANIFEST_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Hex digits of the manifest's digest in the name of a version.
+const VERSION_DIGITS: usize = 8;
+
+/// Why an image cannot be used. Each message says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// No name for an image.
+    #[error("`{0}` is no image name (lower-case letters, digits, `-`, `_`, `.`; at most 64)")]
+    Name(String),
+    /// There is none of this name.
+    #[error("no image `{name}` in {}; build it with `dayfly image build {name}`", .directory.display())]
+    Missing {
+        /// The name.
+        name: String,
+        /// The image directory.
+        directory: PathBuf,
+    },
+    /// Its manifest is of no use.
+    #[error("use image `{name}` at {}; build it again", .path.display())]
+    Manifest {
+        /// The image.
+        name: String,
+        /// The manifest.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: ManifestError,
+    },
+    /// It was made for another kind of machine.
+    #[error("image `{name}` is for {architecture}, this host is {}", std::env::consts::ARCH)]
+    Architecture {
+        /// The image.
+        name: String,
+        /// What its manifest says.
+        architecture: String,
+    },
+    /// A file of it is missing or unreadable.
+    #[error("read {} of image `{name}`; build it again", .path.display())]
+    File {
+        /// The image.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of it is not the one that was built.
+    #[error("{} of image `{name}` {problem}; build it again", .path.display())]
+    Broken {
+        /// The image.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong: `has 5 bytes instead of 327155712`.
+        problem: String,
+    },
+    /// The image directory itself cannot be read or changed.
+    #[error("{what} {}", .path.display())]
+    Directory {
+        /// The attempt, in words.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An image that has been checked and may be started from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Its name.
+    pub name: String,
+    /// Its directory, links resolved: the version that stays while VMs use it.
+    pub dir: PathBuf,
+    /// Its disk, the backing file of overlays.
+    pub disk: PathBuf,
+    /// Virtual size of the disk in bytes: no overlay is smaller.
+    pub disk_bytes: u64,
+    /// How a VM boots from it.
+    pub boot: Boot,
+    /// What is in it.
+    pub manifest: Manifest,
+}
+
+/// An image's name, and the image or what is wrong with it.
+pub type Listed = (String, Result<Image, ImageError>);
+
+/// An image directory.
+#[derive(Clone, Debug)]
+pub struct ImageStore {
+    directory: PathBuf,
+    /// The one image of a world without files.
+    #[cfg(any(test, feature = "test-util"))]
+    fixed: Option<Image>,
+}
+
+impl ImageStore {
+    /// Images below `directory`, which need not exist yet.
+    #[must_use]
+    pub fn new(directory: impl Into<PathBuf>) -> Self {
+        Self {
+            directory: directory.into(),
+            #[cfg(any(test, feature = "test-util"))]
+            fixed: None,
+        }
+    }
+
+    /// A store that holds `image` and nothing else, on no disk: for tests on paused time.
+    #[cfg(any(test, feature = "test-util"))]
+    #[must_use]
+    pub fn fixed(image: Image) -> Self {
+        Self { directory: image.dir.clone(), fixed: Some(image) }
+    }
+
+    /// [`ImageStore::get`] on a blocking thread.
+    ///
+    /// # Errors
+    /// As `get`.
+    ///
+    /// # Panics
+    /// Passes a panic of `get` on.
+    pub async fn load(&self, name: &str) -> Result<Image, ImageError> {
+        #[cfg(any(test, feature = "test-util"))]
+        if let Some(image) = &self.fixed {
+            return if image.name == name { Ok(image.clone()) } else { Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() }) };
+        }
+        let (store, name) = (self.clone(), name.to_owned());
+        match tokio::task::spawn_blocking(move || store.get(&name)).await {
+            Ok(image) => image,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The image of this name, checked: format, architecture, each file's length, the disk's header.
+    ///
+    /// # Errors
+    /// [`ImageError`]; none is transient.
+    pub fn get(&self, name: &str) -> Result<Image, ImageError> {
+        let link = self.directory.join(valid(name)?);
+        let dir = match fs::canonicalize(&link) {
+            Ok(dir) => dir,
+            Err(source) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() });
+            }
+            Err(source) => return Err(ImageError::Directory { what: "read image directory", path: link, source }),
+        };
+        open(name, dir)
+    }
+
+    /// Records what a boot test has learnt of an image in use: its runner's `info`, raw JSON.
+    ///
+    /// # Errors
+    /// [`ImageError::Directory`]; the manifest is then as it was.
+    pub fn set_info(&self, image: &Image, info: String) -> Result<(), ImageError> {
+        let path = image.dir.join(super::manifest::MANIFEST_FILE);
+        let failed = |source| ImageError::Directory { what: "write", path: path.clone(), source };
+        let manifest = Manifest { info: Some(info), ..image.manifest.clone() };
+        let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(&image.dir).map_err(failed)?;
+        io::Write::write_all(&mut file, manifest.to_text().as_bytes()).map_err(failed)?;
+        fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).map_err(failed)?;
+        file.as_file().sync_all().map_err(failed)?;
+        file.persist(&path).map_err(|error| failed(error.error))?;
+        Ok(())
+    }
+
+    /// All images, by name, each with what is wrong with it.
+    ///
+    /// # Errors
+    /// [`ImageError::Directory`]. A directory that does not exist has no images.
+    pub fn list(&self) -> Result<Vec<Listed>, ImageError> {
+        let names = self.entries()?.into_iter().filter(|name| valid(name).is_ok());
+        Ok(names
+            .map(|name| {
+                let image = self.get(&name);
+                (name, image)
+            })
+            .collect())
+    }
+
+    /// An image that has no name here yet, checked like others.
+    pub(super) fn open_staged(&self, staged: &Path, name: &str) -> Result<Image, ImageError> {
+        let dir = fs::canonicalize(staged);
+        let dir =
+            dir.map_err(|source| ImageError::Directory { what: "read staged image", path: staged.to_owned(), source })?;
+        open(valid(name)?, dir)
+    }
+
+    /// Makes the image in `staged` (a directory beside the images, with a manifest) the one of this
+    /// name. Atomic and durable: at each moment `get` finds the old one or the new one. The version
+    /// before stays, for VMs that are starting from it; older ones go. (A VM that runs keeps its
+    /// files open, whatever is unlinked.)
+    ///
+    /// # Errors
+    /// [`ImageError`]; the old image is then still in place.
+    pub fn promote(&self, staged: &Path, name: &str) -> Result<Image, ImageError> {
+        let link = self.directory.join(valid(name)?);
+        let failed = |what: &'static str, path: &Path| {
+            let path = path.to_owned();
+            move |source| ImageError::Directory { what, path, source }
+        };
+        let image = self.open_staged(staged, name)?;
+        for file in image.manifest.files().map(|file| file.file.as_str()).chain([MANIFEST_FILE]) {
+            let path = staged.join(file);
+            File::open(&path).and_then(|file| file.sync_all()).map_err(failed("write out", &path))?;
+        }
+
+        let digest = hex(&Sha256::digest(image.manifest.to_text()));
+        let version = format!("{name}@{}", &digest[..VERSION_DIGITS]);
+        let target = self.directory.join(&version);
+        let before = fs::read_link(&link).ok();
+        if target.exists() {
+            // The same bytes again, or a promotion that was interrupted: either may be in use.
+            fs::remove_dir_all(staged).map_err(failed("remove", staged))?;
+        } else {
+            fs::rename(staged, &target).map_err(failed("rename staged image to", &target))?;
+        }
+        let new_link = self.directory.join(format!(".{name}.new"));
+        match fs::remove_file(&new_link) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &new_link)(source)),
+            _ => {}
+        }
+        std::os::unix::fs::symlink(&version, &new_link).map_err(failed("make link", &new_link))?;
+        fs::rename(&new_link, &link).map_err(failed("replace image", &link))?;
+        self.sync()?;
+
+        let keep = [Some(version), before.and_then(|before| Some(before.to_str()?.to_owned()))];
+        self.remove_versions(name, &keep)?;
+        self.get(name)
+    }
+
+    /// Removes an image and all its versions; none is fine.
+    ///
+    /// # Errors
+    /// [`ImageError::Name`], [`ImageError::Directory`].
+    pub fn remove(&self, name: &str) -> Result<(), ImageError> {
+        let path = self.directory.join(valid(name)?);
+        let removed = match fs::symlink_metadata(&path) {
+            Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path),
+            Ok(_) => fs::remove_file(&path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        };
+        removed.map_err(|source| ImageError::Directory { what: "remove image", path, source })?;
+        self.remove_versions(name, &[])?;
+        if self.directory.exists() { self.sync() } else { Ok(()) }
+    }
+
+    /// Reads all files of an image and compares their digests: seconds, not for the way of a job.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn verify(&self, image: &Image) -> Result<(), ImageError> {
+        for file in image.manifest.files() {
+            let path = image.dir.join(&file.file);
+            let found = digest(&path).map_err(|source| ImageError::File {
+                name: image.name.clone(),
+                path: path.clone(),
+                source,
+            })?;
+            if found != file.sha256 {
+                let problem = "is not the file that was built (its SHA-256 differs)".to_owned();
+                return Err(ImageError::Broken { name: image.name.clone(), path, problem });
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_versions(&self, name: &str, keep: &[Option<String>]) -> Result<(), ImageError> {
+        let prefix = format!("{name}@");
+        for entry in self.entries()? {
+            if entry.starts_with(&prefix) && !keep.iter().flatten().any(|kept| *kept == entry) {
+                let path = self.directory.join(entry);
+                fs::remove_dir_all(&path).map_err(|source| ImageError::Directory {
+                    what: "remove image",
+                    path,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Names in the directory, sorted.
+    fn entries(&self) -> Result<Vec<String>, ImageError> {
+        let failed =
+            |source| ImageError::Directory { what: "read image directory", path: self.directory.clone(), source };
+        let entries = match fs::read_dir(&self.directory) {
+            Ok(entries) => entries,
+            Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(failed(source)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            if let Ok(name) = entry.map_err(failed)?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn sync(&self) -> Result<(), ImageError> {
+        let sync = File::open(&self.directory).and_then(|directory| directory.sync_all());
+        sync.map_err(|source| ImageError::Directory {
+            what: "write out image directory",
+            path: self.directory.clone(),
+            source,
+        })
+    }
+}
+
+fn valid(name: &str) -> Result<&str, ImageError> {
+    let first = name.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+    let rest = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.'));
+    if first && rest && name.len() <= 64 { Ok(name) } else { Err(ImageError::Name(name.to_owned())) }
+}
+
+fn open(name: &str, dir: PathBuf) -> Result<Image, ImageError> {
+    let path = dir.join(MANIFEST_FILE);
+    let file_error = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ImageError::File { name: name.to_owned(), path, source }
+    };
+    let mut text = String::new();
+    File::open(&path)
+        .and_then(|file| file.take(MANIFEST_BYTES_MAX).read_to_string(&mut text))
+        .map_err(file_error(&path))?;
+    let manifest =
+        Manifest::parse(&text).map_err(|source| ImageError::Manifest { name: name.to_owned(), path, source })?;
+    if manifest.architecture != std::env::consts::ARCH {
+        return Err(ImageError::Architecture { name: name.to_owned(), architecture: manifest.architecture });
+    }
+    let broken =
+        |path: &Path, problem: String| ImageError::Broken { name: name.to_owned(), path: path.to_owned(), problem };
+    for file in manifest.files() {
+        let path = dir.join(&file.file);
+        let found = fs::metadata(&path).map_err(file_error(&path))?;
+        if !found.is_file() {
+            return Err(broken(&path, "is no plain file".into()));
+        }
+        if found.len() != file.bytes {
+            return Err(broken(&path, format!("has {} bytes instead of {}", found.len(), file.bytes)));
+        }
+    }
+    let disk = dir.join(&manifest.disk.file);
+    let disk_bytes = match qcow2::check(&disk) {
+        Ok(bytes) => bytes,
+        Err(Qcow2Error::Read(source)) => return Err(file_error(&disk)(source)),
+        Err(Qcow2Error::Unfit(why)) => return Err(broken(&disk, format!("cannot be used: {why}"))),
+    };
+    let beside = |file: &Option<ImageFile>| file.as_ref().map(|file| dir.join(&file.file)).unwrap_or_default();
+    let boot = match manifest.boot {
+        // `Manifest::parse` has checked that all three are there.
+        BootKind::Direct => Boot::Direct {
+            kernel: beside(&manifest.kernel),
+            initrd: beside(&manifest.initrd),
+            cmdline: manifest.cmdline.clone().unwrap_or_default(),
+        },
+        BootKind::Disk => Boot::Disk,
+    };
+    Ok(Image { name: name.to_owned(), dir, disk, disk_bytes, boot, manifest })
+}
+
+/// SHA-256 of a file, hex.
+pub(super) fn digest(path: &Path) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    io::copy(&mut File::open(path)?, &mut hasher)?;
+    Ok(hex(&hasher.finalize()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,58 +1,130 @@
 //! What happens to this one job?
+//!
+//! One task per job ([`task`]) owns everything of it: record, spool, machine, door, uploader,
+//! deadlines. It feeds events to the pure [`state`] machine, journals each new state, and carries
+//! out the commands. Others reach it through its [`JobHandle`]: a bounded inbox and a view.
+//!
+//!     poller, recovery ──► task ──► state      what next?
+//!                           │  ├──► journal    what must survive?
+//!                           │  ├──► supply     its machine
+//!                           │  ├──► guest      its door
+//!                           │  └──► uploader   spool and outbox to GitLab
 
+pub mod journal;
+mod limits;
+mod lines;
+mod machinery;
 pub mod spool;
+pub mod state;
+mod task;
+mod uploader;
 
-use crate::config::Span;
-use serde::{Deserialize, Serialize};
+pub use limits::Limits;
+pub use task::{accept, adopt};
 
-/// Section `[limits]`: the deadlines of safety.md §3.1, all configurable.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Limits {
-    /// From GitLab's 201 to the guest's first request.
-    pub boot_deadline: Span,
-    /// A running guest that says nothing for this long is given up.
-    pub silence_deadline: Span,
-    /// Timeout of a job that GitLab gives none.
-    pub default_timeout: Span,
-    /// How long after the job's timeout its VM is destroyed.
-    pub timeout_grace: Span,
-    /// How long `after_script` may take once a job is being canceled.
-    pub canceling_grace: Span,
-    /// How long a guest may take to end once its job is over at GitLab.
-    pub cancel_grace: Span,
-    /// How long a VM may take to power off after its verdict.
-    pub power_off_grace: Span,
-    /// Longest pause between two calls to GitLab for a live job; also the cancel latency.
-    pub keepalive: Span,
-    /// How often a guest is told to send its trace, 1–3 s.
-    pub guest_update_interval: Span,
-    /// How long the guest's relay waits for a door that refuses: a restart of the daemon.
-    pub door_patience: Span,
-    /// After this time without a door a guest powers off by itself.
-    pub guest_power_off: Span,
-    /// Bytes of one job's trace on this host, MiB; further ones are dropped with a notice.
-    pub spool_mib: u64,
-    /// How long an undelivered verdict is kept.
-    pub outbox_keep: Span,
+use crate::clock::Clock;
+use crate::config;
+use crate::files::Files;
+use crate::gitlab::{JobId, RunnerApi, Transport};
+use crate::guest;
+use crate::image::store::ImageStore;
+use crate::metrics::Metrics;
+use crate::rng::Rng;
+use crate::supply::Supply;
+use journal::{JobKey, Journal};
+use std::sync::Arc;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Messages that may wait for one job.
+const INBOX_MAX: usize = 64;
+
+/// Handles that every job needs; made once in `daemon`.
+#[derive(Clone)]
+pub struct Parts {
+    /// The file layer.
+    pub files: Arc<dyn Files>,
+    /// Wall time.
+    pub clock: Clock,
+    /// Randomness.
+    pub rng: Rng,
+    /// Machines.
+    pub supply: Supply,
+    /// Records.
+    pub journal: Journal,
+    /// Base images.
+    pub images: ImageStore,
+    /// Deadlines.
+    pub limits: Arc<Limits>,
+    /// Limits of doors.
+    pub door_limits: guest::Limits,
+    /// Counters.
+    pub metrics: Metrics,
+    /// The installation's machine-id, behind the system id that GitLab knows.
+    pub machine_id: String,
+    /// Hand-over: every job task lets go and ends.
+    pub leave: CancellationToken,
 }
 
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            boot_deadline: Span::from_secs(300),
-            silence_deadline: Span::from_secs(300),
-            default_timeout: Span::from_secs(3600),
-            timeout_grace: Span::from_secs(120),
-            canceling_grace: Span::from_secs(360),
-            cancel_grace: Span::from_secs(60),
-            power_off_grace: Span::from_secs(5),
-            keepalive: Span::from_secs(30),
-            guest_update_interval: Span::from_secs(1),
-            door_patience: Span::from_secs(60),
-            guest_power_off: Span::from_secs(1800),
-            spool_mib: 256,
-            outbox_keep: Span::from_secs(24 * 3600),
-        }
+/// One configured runner, ready to be used.
+#[derive(Clone)]
+pub struct Runner {
+    /// Its configuration.
+    pub config: config::Runner,
+    /// Its machine class.
+    pub class: config::Class,
+    /// Its GitLab.
+    pub transport: Arc<dyn Transport>,
+    /// Its token's calls.
+    pub api: RunnerApi,
+    /// GitLab's chain, for guests.
+    pub ca_pem: Option<String>,
+}
+
+/// What the operator may say to a job.
+#[derive(Clone, Copy, Debug)]
+pub enum JobCommand {
+    /// End it, with an honest verdict.
+    Kill,
+}
+
+/// What others may know of a job.
+#[derive(Clone, Debug)]
+pub struct JobView {
+    /// Whose job.
+    pub key: JobKey,
+    /// Name of the job, for people.
+    pub name: String,
+    /// Its project, likewise.
+    pub project: String,
+    /// Its state in one word.
+    pub state: &'static str,
+    /// The boot phase reached last, for people.
+    pub phase: String,
+    /// Its VM.
+    pub vm: Option<String>,
+    /// When the task began (which is later than GitLab's 201 after a restart).
+    pub since: Instant,
+}
+
+/// A job that is under way.
+pub struct JobHandle {
+    /// Whose job.
+    pub key: JobKey,
+    /// Its inbox.
+    pub inbox: mpsc::Sender<JobCommand>,
+    /// Its view.
+    pub view: watch::Receiver<JobView>,
+    /// Its task, to be joined by `daemon`.
+    pub task: JoinHandle<()>,
+}
+
+impl JobHandle {
+    /// GitLab's id of the job.
+    #[must_use]
+    pub fn id(&self) -> JobId {
+        self.key.id
     }
 }

@@ -114,6 +114,11 @@ impl Spool {
         self.0.state.lock().await.guest_closed = true;
     }
 
+    /// The guest may write again: its verdict could not be kept, and it will send it again.
+    pub async fn reopen_guest(&self) {
+        self.0.state.lock().await.guest_closed = false;
+    }
+
     /// Makes all that was written durable.
     ///
     /// # Errors

@@ -1,1 +1,192 @@
-//! Under construction.
+//! Where does this job's machine come from, who takes it down?
+//!
+//! Alone makes overlay, domain and address. Cold today; a restored or a warm machine is taken the
+//! same way, so that the job's states need not know. Each machine has a task of its own
+//! ([`machine`]), which alone calls the hypervisor for it, so a call that hangs holds up that one
+//! machine and nobody else. What exists is asked of the hypervisor in one list for all machines.
+
+mod machine;
+
+pub use machine::{Machine, MachineEvent};
+
+use crate::network::{Network, NoFreePort};
+use crate::rng::Rng;
+use crate::vm::{Accel, Boot, Hypervisor, InstallationId, VmId, VmName, VmState};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::job::journal::MachineRecord;
+
+/// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
+/// nothing else tells it (safety.md V8).
+const LIST_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Where machines are made. Clones share it.
+#[derive(Clone)]
+pub struct Supply(Arc<Shared>);
+
+struct Shared {
+    hypervisor: Arc<dyn Hypervisor>,
+    rng: Rng,
+    network: Network,
+    place: Place,
+    listing: watch::Receiver<Listing>,
+    /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
+    driven: Mutex<BTreeSet<VmId>>,
+}
+
+/// What all machines of this daemon have in common.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Whose they are.
+    pub installation: InstallationId,
+    /// How they run.
+    pub accel: Accel,
+    /// Where overlays are.
+    pub overlay_dir: PathBuf,
+    /// Where the sockets of channel and console are.
+    pub socket_dir: PathBuf,
+}
+
+/// The hypervisor's newest list.
+#[derive(Clone, Debug, Default)]
+struct Listing {
+    /// When it was asked; a VM started later may be missing.
+    asked: Option<Instant>,
+    vms: BTreeMap<VmName, VmState>,
+}
+
+/// What one machine is made from.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// Its names, in the job's record already.
+    pub machine: MachineRecord,
+    /// Runner entry and job, for people.
+    pub bound: (String, u64),
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory, MiB.
+    pub memory_mib: u64,
+    /// Virtual disk, GiB.
+    pub disk_gib: u64,
+    /// The base image's disk.
+    pub base: PathBuf,
+    /// How it boots.
+    pub boot: Boot,
+    /// The guest config, as a line.
+    pub config: Vec<u8>,
+    /// The guest has its job already: if the VM is gone, it has stopped, and no other is made.
+    pub resume: bool,
+}
+
+impl Supply {
+    /// A supply, and the task that asks for the list; it ends with `stop`.
+    #[must_use]
+    pub fn new(hypervisor: Arc<dyn Hypervisor>, rng: Rng, network: Network, place: Place, stop: CancellationToken) -> (Self, JoinHandle<()>) {
+        let (sender, listing) = watch::channel(Listing::default());
+        let shared = Arc::new(Shared { hypervisor, rng, network, place, listing, driven: Mutex::default() });
+        let supply = Self(shared);
+        let lister = supply.clone();
+        #[expect(clippy::disallowed_methods, reason = "joined by daemon")]
+        let task = tokio::spawn(async move { lister.keep_listing(sender, stop).await });
+        (supply, task)
+    }
+
+    /// Chooses the names of a new machine, its door's port among them. Nothing is made yet.
+    ///
+    /// # Errors
+    /// [`NoFreePort`].
+    pub fn plan(&self) -> Result<MachineRecord, NoFreePort> {
+        Ok(MachineRecord { id: VmId::random(&self.0.rng), lease: self.0.network.lease()? })
+    }
+
+    /// Takes a recorded plan up again, after a restart.
+    pub fn adopt(&self, machine: &MachineRecord) {
+        self.0.network.adopt(&machine.lease);
+    }
+
+    /// Gives a plan back of which nothing was made. `in_use`: its port is somebody else's.
+    pub fn forget(&self, machine: &MachineRecord, in_use: bool) {
+        if in_use {
+            self.0.network.release_in_use(&machine.lease);
+        } else {
+            self.0.network.release(&machine.lease);
+        }
+    }
+
+    /// Makes a machine, or goes on with one of this name that runs already. Returns at once; the
+    /// machine's events tell how it went.
+    #[must_use]
+    pub fn take(&self, order: Order) -> Machine {
+        Machine::make(self.clone(), order)
+    }
+
+    /// Takes down whatever there is of a machine whose maker is gone.
+    #[must_use]
+    pub fn reap(&self, machine: MachineRecord) -> Machine {
+        Machine::reap(self.clone(), machine)
+    }
+
+    /// The common part of all machines.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.0.place
+    }
+
+    /// The hypervisor.
+    #[must_use]
+    pub fn hypervisor(&self) -> &Arc<dyn Hypervisor> {
+        &self.0.hypervisor
+    }
+
+    /// The VMs that have a task in this daemon.
+    #[must_use]
+    pub fn driven(&self) -> BTreeSet<VmId> {
+        self.0.driven.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn overlay(&self, id: &VmId) -> PathBuf {
+        overlay_path(&self.0.place.overlay_dir, id)
+    }
+
+    async fn keep_listing(&self, sender: watch::Sender<Listing>, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                biased;
+                // Both are cancel safe; the stop goes first.
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LIST_INTERVAL) => {}
+            }
+            if self.driven().is_empty() {
+                continue;
+            }
+            let asked = Instant::now();
+            match self.0.hypervisor.list(&self.0.place.installation).await {
+                Ok(vms) => {
+                    let vms = vms.into_iter().map(|vm| (vm.name, vm.state)).collect();
+                    sender.send_replace(Listing { asked: Some(asked), vms });
+                }
+                // Machines live on without us looking; each call of theirs reports its own trouble.
+                Err(error) => tracing::debug!(error = crate::telemetry::chain(&error), "list VMs"),
+            }
+        }
+    }
+}
+
+/// Path of a VM's overlay. Parses back by [`overlay_id`].
+#[must_use]
+pub fn overlay_path(dir: &Path, id: &VmId) -> PathBuf {
+    dir.join(format!("df-{id}.qcow2"))
+}
+
+/// The VM whose overlay this is; `None`: not one of ours.
+#[must_use]
+pub fn overlay_id(path: &Path) -> Option<VmId> {
+    path.file_name()?.to_str()?.strip_prefix("df-")?.strip_suffix(".qcow2")?.parse().ok()
+}

@@ -307,6 +307,10 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Connects and says what this host can do.
     fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>>;
 
+    /// Makes the directories of overlays and sockets, with the modes that the hypervisor needs:
+    /// QEMU's user must be able to pass the first, nobody but us the second.
+    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>>;
+
     /// Makes a qcow2 overlay of `disk_gib` GiB (no smaller than its base) on the base image.
     /// Deadline 60 s. An existing file at this path is replaced.
     fn create_overlay<'a>(

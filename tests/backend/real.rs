@@ -100,6 +100,25 @@ async fn t17_a_vm_leaves_its_base_image_as_it_was() {
 }
 
 #[tokio::test]
+async fn a_vm_runs_in_the_directories_that_were_prepared() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("a_vm_runs_in_the_directories_that_were_prepared") else { return };
+    let (disks, sockets) = (bench.disks().join("above/overlays"), bench.sockets().join("made"));
+    for _ in 0..2 {
+        bench.hypervisor.prepare(&disks, &sockets).await.unwrap();
+    }
+    let mut spec = bench.spec();
+    (spec.overlay, spec.socket_dir) = (disks.join(format!("df-{}.qcow2", spec.id)), sockets.clone());
+    bench.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+    bench.hypervisor.start(&spec).await.unwrap();
+    await_line(&mut bench.console(&spec).await).await;
+    bench.end(&spec).await;
+    for dir in [&disks, &sockets] {
+        assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
+    }
+}
+
+#[tokio::test]
 async fn a_guest_under_tcg_proves_itself() {
     let _shared = shared().await;
     let Some(bench) = Bench::real("a_guest_under_tcg_proves_itself") else { return };

@@ -268,6 +268,10 @@ impl Hypervisor for FakeHypervisor {
         })
     }
 
+    fn prepare<'a>(&'a self, _: &'a Path, _: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
         Box::pin(async move {
             self.wire(Op::Listen, &address.to_string(), |world| {

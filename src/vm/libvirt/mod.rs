@@ -27,10 +27,12 @@ use super::{
 };
 use crate::BoxFuture;
 use disk::Disks;
+use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixStream};
@@ -160,6 +162,24 @@ async fn connect(path: PathBuf) -> io::Result<Box<dyn Stream>> {
     Ok(Box::new(stream))
 }
 
+/// Makes a directory and those above it that are missing, so that other users can pass them, and
+/// lets them pass this one if it was there and is ours. Whatever our umask: a service's is 0077.
+fn make_passable(dir: &Path) -> io::Result<()> {
+    if let Some(parent) = dir.parent().filter(|parent| !parent.exists()) {
+        make_passable(parent)?;
+    }
+    match std::fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = std::fs::metadata(dir)?;
+    let mode = found.permissions().mode() & 0o7777;
+    if mode & 0o011 == 0o011 || found.uid() != geteuid().as_raw() {
+        return Ok(());
+    }
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711 | mode))
+}
+
 async fn unlink(path: &Path) -> io::Result<()> {
     match tokio::fs::remove_file(path).await {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -241,6 +261,17 @@ impl Hypervisor for Libvirt {
         })
     }
 
+    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        let (overlay_dir, socket_dir) = (overlay_dir.to_owned(), socket_dir.to_owned());
+        Box::pin(async move {
+            let made = tokio::task::spawn_blocking(move || {
+                make_passable(&overlay_dir)?;
+                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&socket_dir)
+            });
+            made.await.map_err(io::Error::other)?
+        })
+    }
+
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
         Box::pin(async move { Ok(Box::new(TcpDoor(TcpListener::bind(address).await?)) as Box<dyn DoorListener>) })
     }
@@ -257,5 +288,33 @@ impl DoorListener for TcpDoor {
             stream.set_nodelay(true)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_overlays_directory_is_passable_however_it_came_about() {
+        let dir = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        let (above, overlays) = (dir.path().join("above"), dir.path().join("above/overlays"));
+        make_passable(&overlays).unwrap();
+        assert_eq!((mode(&above) & 0o711, mode(&overlays) & 0o711), (0o711, 0o711));
+        // As under a service's umask.
+        std::fs::set_permissions(&overlays, std::fs::Permissions::from_mode(0o700)).unwrap();
+        make_passable(&overlays).unwrap();
+        assert_eq!(mode(&overlays), 0o711);
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        assert!(make_passable(&dir.path().join("file/overlays")).is_err());
+    }
+
+    #[test]
+    fn socket_paths_end_at_107_bytes() {
+        let path = |bytes: usize| PathBuf::from(format!("/{}", "x".repeat(bytes - 1)));
+        check_socket_path(&path(107)).unwrap();
+        let error = check_socket_path(&path(108)).unwrap_err().to_string();
+        assert!(error.contains("has 108 bytes, of 107"), "{error}");
     }
 }

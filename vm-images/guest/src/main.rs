@@ -1,2 +1,260 @@
-//! Under construction.
-fn main() {}
+//! `dayfly-guest`: the boot unit's program. Puts the parts of the library together and ends with
+//! the machine powered off, whatever happens. See the library's map.
+#![expect(clippy::disallowed_methods, reason = "no async runtime in the guest")]
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use dayfly_guest::apply::{self, ApplyError};
+use dayfly_guest::channel::{self, Line, Reporter};
+use dayfly_guest::console::{chain, say};
+use dayfly_guest::relay::{Limits, Relay, Target};
+use dayfly_guest::{machine, runner, users};
+use dayfly_guest_config::{CONFIG_BYTES_MAX, ConfigError, GuestConfig, PORT_NAME, Pass, RELAY_ADDRESS, Report};
+use std::ffi::OsString;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+/// Where systemd puts the SMBIOS string `io.systemd.credential:dayfly.config=…`, not decoded.
+const CREDENTIAL: &str = "/run/credentials/@system/dayfly.config";
+
+/// The port is there before we are, its name a few milliseconds later.
+const PORT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// With a credential to fall back on, less patience for a port.
+const PORT_DEADLINE_CREDENTIAL: Duration = Duration::from_secs(1);
+
+/// A machine that is told nothing does not run for ever, even if its host has forgotten it. A
+/// restored machine is paused while it waits, and its clock stands.
+const CONFIG_DEADLINE: Duration = Duration::from_secs(30 * 60);
+
+/// After a line that is no config, a host that means it writes a whole one.
+const SECOND_LINE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// From a failure to the end of the machine: time for the host to read report and console.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How often the door's silence is measured; it is allowed minutes.
+const WATCHDOG_PERIOD: Duration = Duration::from_secs(1);
+
+/// Why this machine cannot do its part.
+#[derive(Debug, thiserror::Error)]
+enum GuestError {
+    #[error("no virtio-serial port `{PORT_NAME}` and no credential `dayfly.config`")]
+    NoSource,
+    #[error("{0}")]
+    Io(&'static str, #[source] io::Error),
+    #[error("no guest config within {} min", CONFIG_DEADLINE.as_secs() / 60)]
+    NoConfig,
+    #[error("guest config is longer than {CONFIG_BYTES_MAX} bytes")]
+    TooLong,
+    #[error("read guest config")]
+    Config(#[from] ConfigError),
+    #[error("apply guest config")]
+    Apply(#[from] ApplyError),
+    #[error("the door has not answered for {0} s")]
+    DoorSilent(u64),
+}
+
+/// What the main thread waits for once the runner has been started.
+enum Event {
+    RunnerConnected,
+    RunnerExited(i32),
+    DoorSilent,
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let [word, rest @ ..] = arguments.as_slice() {
+        let result = if word == "run-as" { runner::run_as(rest) } else { Err(io::Error::other("unknown argument")) };
+        let Err(error) = result;
+        say(&format!("run-as: {error}"));
+        return ExitCode::from(127);
+    }
+
+    std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
+    let reporter = open_reporter();
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&reporter)));
+    let failure = match outcome {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(chain(&error)),
+        Err(_) => Some("the guest program panicked".to_owned()),
+    };
+    if let Some(text) = failure {
+        say(&text);
+        reporter.report(Report::Failed(text));
+        thread::sleep(LAST_WORDS);
+    }
+    let Err(error) = machine::power_off();
+    say(&format!("power off: {error}"));
+    ExitCode::FAILURE // the unit's FailureAction powers off
+}
+
+/// The port's reporter, or a silent one where there is no port.
+fn open_reporter() -> Reporter {
+    let patience = if Path::new(CREDENTIAL).exists() { PORT_DEADLINE_CREDENTIAL } else { PORT_DEADLINE };
+    let find = || channel::find(Path::new("/sys/class/virtio-ports"), Path::new("/dev"), PORT_NAME);
+    let Some(device) = apply::wait_for(patience, find) else { return Reporter::silent() };
+    apply::wait_for(patience, || Reporter::open(&device).ok()).unwrap_or_else(Reporter::silent)
+}
+
+fn run(reporter: &Reporter) -> Result<(), GuestError> {
+    let config = read_config(reporter)?;
+    let target = target(&config)?;
+    let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
+
+    apply::identity(&config)?;
+    apply::network(&config.network)?;
+    apply::files(Path::new("/"), &config, &user)?;
+    apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
+    reporter.report(Report::Applied);
+
+    let (events, inbox) = sync_channel(4);
+    let listener = TcpListener::bind(RELAY_ADDRESS).map_err(|error| GuestError::Io("listen on 192.0.2.1:80", error))?;
+    let connected = events.clone();
+    let relay = Relay::start(listener, Limits::default(), move || {
+        // The main thread has gone on to power off if nobody listens.
+        let _ = connected.try_send(Event::RunnerConnected);
+    })
+    .map_err(|error| GuestError::Io("start the relay", error))?;
+    let watchdog = events.clone();
+    let silence_max = Duration::from_secs(config.power_off_after_s);
+    in_background("watchdog", {
+        let relay = relay.clone();
+        move || {
+            while relay.silent_for() < silence_max {
+                thread::sleep(WATCHDOG_PERIOD);
+            }
+            let _ = watchdog.try_send(Event::DoorSilent);
+        }
+    })?;
+    start_runner(&config, reporter, events)?;
+    in_background("disk", || {
+        // A job may do with the small disk; the host sees why if it does not.
+        if let Err(error) = machine::grow_root() {
+            say(&format!("grow the root file system: {error}"));
+        }
+    })?;
+    supervise(&config, reporter, &relay, target, &inbox)
+}
+
+fn start_runner(config: &GuestConfig, reporter: &Reporter, events: SyncSender<Event>) -> Result<(), GuestError> {
+    let mut child = runner::start(&config.runner).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
+    reporter.report(Report::RunnerStarted);
+    in_background("runner", move || {
+        let code = child.wait().map_or(-1, runner::exit_code);
+        let _ = events.try_send(Event::RunnerExited(code));
+    })
+}
+
+fn supervise(
+    config: &GuestConfig,
+    reporter: &Reporter,
+    relay: &Relay,
+    target: Target,
+    inbox: &Receiver<Event>,
+) -> Result<(), GuestError> {
+    // Each kind comes once, and watchdog and runner between them always send one: this ends.
+    let mut target = Some(target);
+    loop {
+        match inbox.recv() {
+            Ok(Event::RunnerConnected) => {
+                // It has read its files and made its system id: now the machine becomes itself, and
+                // last of all the relay opens (design §3).
+                apply::machine_id(Path::new("/"), &config.machine_id)?;
+                if let Some(target) = target.take() {
+                    relay.hand_over(target);
+                }
+                reporter.report(Report::RunnerConnected);
+            }
+            Ok(Event::RunnerExited(code)) => {
+                say(&format!("gitlab-runner ended with code {code}"));
+                reporter.report(Report::RunnerExited(code));
+                return Ok(());
+            }
+            Ok(Event::DoorSilent) | Err(_) => return Err(GuestError::DoorSilent(config.power_off_after_s)),
+        }
+    }
+}
+
+fn in_background(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), GuestError> {
+    thread::Builder::new().name(name.into()).spawn(work).map_err(|error| GuestError::Io("start a thread", error))?;
+    Ok(())
+}
+
+/// From the channel, or, in images without one, from SMBIOS.
+fn read_config(reporter: &Reporter) -> Result<GuestConfig, GuestError> {
+    let (lines, inbox) = sync_channel(4);
+    match channel::read_lines(reporter, lines) {
+        Ok(()) => {
+            reporter.report(Report::Ready);
+            config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let text = std::fs::read_to_string(CREDENTIAL).map_err(|_| GuestError::NoSource)?;
+            let line = STANDARD
+                .decode(text.trim())
+                .map_err(|error| GuestError::Io("decode the credential", io::Error::other(error)))?;
+            Ok(GuestConfig::from_line(&line)?)
+        }
+        Err(error) => Err(GuestError::Io("read the channel", error)),
+    }
+}
+
+/// The first line that is a config. A torn one (a host that died in the middle of it) is passed
+/// over, if a whole one follows soon.
+fn config_of(inbox: &Receiver<Line>, first: Duration, second: Duration) -> Result<GuestConfig, GuestError> {
+    let mut patience = first;
+    let mut failure = GuestError::NoConfig;
+    loop {
+        failure = match inbox.recv_timeout(patience) {
+            Ok(Line::Whole(line)) => match GuestConfig::from_line(&line) {
+                Ok(config) => return Ok(config),
+                Err(error) => error.into(),
+            },
+            Ok(Line::TooLong) => GuestError::TooLong,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return Err(failure),
+        };
+        patience = second;
+    }
+}
+
+fn target(config: &GuestConfig) -> Result<Target, GuestError> {
+    let door: SocketAddr = config.door.parse().map_err(|_| ApplyError::Member("door", "address:port"))?;
+    let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
+    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn a_torn_line_before_the_config_is_passed_over() {
+        let (lines, inbox) = sync_channel(4);
+        lines.send(Line::Whole(b"{\"version\":1,\"vm\":\"ab{\"version\":1}".into())).unwrap();
+        lines.send(Line::TooLong).unwrap();
+        let whole = include_bytes!("../tests/config.json").to_vec();
+        lines.send(Line::Whole(whole)).unwrap();
+        let config = config_of(&inbox, SHORT, Duration::from_secs(20)).unwrap();
+        assert_eq!(config.vm, "abcdefghijklmnop");
+        assert_eq!(target(&config).unwrap().door, "10.0.2.2:40000".parse().unwrap());
+    }
+
+    #[test]
+    fn nothing_else_is_taken_for_a_config_and_the_reason_is_kept() {
+        let (lines, inbox) = sync_channel(4);
+        assert_eq!(config_of(&inbox, SHORT, SHORT).unwrap_err().to_string(), "no guest config within 30 min");
+        lines.send(Line::Whole(b"{\"version\":2}".into())).unwrap();
+        let error = config_of(&inbox, SHORT, SHORT).unwrap_err();
+        assert_eq!(chain(&error), "read guest config: guest config has version 2, this program reads 1");
+        lines.send(Line::TooLong).unwrap();
+        assert!(matches!(config_of(&inbox, SHORT, SHORT), Err(GuestError::TooLong)));
+    }
+}

@@ -1,0 +1,72 @@
+# Shared by the scripts: packages, toolchain, builds, and the user that tests run as.
+# Source it; it only defines functions and these variables.
+# shellcheck shell=bash
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+target=${CARGO_TARGET_DIR:-$root/target}
+# Programs that run inside a guest are linked statically.
+guest_target=x86_64-unknown-linux-gnu
+# What the workspace needs (`rust-version` in Cargo.toml).
+rust_needed=1.90
+
+say() { printf '== %s\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# as_root COMMAND...: runs it as root, through sudo where we are not.
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"
+    else die "this step needs root: run \`$*\` as root, or install sudo"; fi
+}
+
+# need_packages NAME...: installs the Debian packages that are missing.
+need_packages() {
+    local missing=() name
+    for name in "$@"; do
+        dpkg-query -W -f='${db:Status-Status}' "$name" 2>/dev/null | grep -qx installed || missing+=("$name")
+    done
+    [ ${#missing[@]} = 0 ] && return
+    command -v apt-get >/dev/null || die "packages are missing and this is no Debian: ${missing[*]}"
+    say "installing ${missing[*]}"
+    as_root apt-get update -qq
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# What building needs, and what running guests and making images needs.
+build_packages=(build-essential pkg-config libvirt-dev)
+host_packages=(qemu-system-x86 qemu-utils libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system
+    libvirt-clients mmdebstrap uidmap e2fsprogs cpio git ca-certificates dbus)
+
+# need_cargo: a Rust that is new enough, by rustup where it can be reached.
+need_cargo() {
+    [ -f "$HOME/.cargo/env" ] && . "$HOME/.cargo/env"
+    local found
+    found=$(cargo --version 2>/dev/null | cut -d' ' -f2)
+    if [ -n "$found" ] && [ "$(printf '%s\n%s\n' "$rust_needed" "$found" | sort -V | head -1)" = "$rust_needed" ]; then return; fi
+    need_packages curl ca-certificates
+    if curl --proto '=https' --tlsv1.2 -sSf --max-time 20 https://sh.rustup.rs -o /tmp/rustup-init.$$ 2>/dev/null; then
+        say "installing Rust by rustup"
+        sh /tmp/rustup-init.$$ -y --profile minimal --component clippy,rustfmt >/dev/null; rm -f /tmp/rustup-init.$$
+        . "$HOME/.cargo/env"
+        return
+    fi
+    die "Rust ${found:-is missing; version} ${found:+is too old; }$rust_needed or newer is needed (Debian 12's is 1.63): install it from https://rustup.rs"
+}
+
+# build_guest_programs: the static programs of the guest, and the stand-in runner.
+build_guest_programs() {
+    say "building the guest's programs"
+    (cd "$root" && RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked -q --release --target "$guest_target" \
+        -p dayfly-guest -p dayfly-test-runner)
+}
+
+# stage PROFILE DIRECTORY: dayfly and the guest's programs side by side, as an installation has them.
+stage() {
+    local profile=$1 dir=$2 sub=$1
+    [ "$profile" = dev ] && sub=debug
+    mkdir -p "$dir"
+    install -m 755 "$target/$sub/dayfly" "$dir/dayfly"
+    local program
+    for program in dayfly-guest dayfly-init dayfly-standin-runner; do
+        install -m 755 "$target/$guest_target/release/$program" "$dir/$program"
+    done
+}

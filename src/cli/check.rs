@@ -1,0 +1,52 @@
+//! `dayfly check`: would the daemon start with this configuration, and what would it go by?
+
+use crate::config::{Config, Loaded};
+use std::io::{self, Write};
+use std::path::Path;
+
+/// Prints each value with its source, then the warnings; errors say all that is wrong.
+pub(super) fn check(config: &Path) -> anyhow::Result<()> {
+    let loaded = Config::load(config)?;
+    show(&loaded, &mut io::stdout().lock())?;
+    loaded.check_for_running()?;
+    writeln!(io::stdout(), "the configuration is good")?;
+    Ok(())
+}
+
+fn show(loaded: &Loaded, out: &mut impl Write) -> io::Result<()> {
+    let values = loaded.resolved();
+    let width = values.iter().map(|(key, ..)| key.len()).max().unwrap_or(0);
+    for (key, value, origin) in values {
+        writeln!(out, "{key:<width$} = {value}  ({origin})")?;
+    }
+    for warning in &loaded.warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_show_their_sources_and_no_token() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("token"), "glrt-secret").unwrap();
+        let text = "[[class]]\nname = \"s\"\nimage = \"i\"\n[[runner]]\nname = \"ci\"\nurl = \"http://g.example\"\nallow_insecure_http = true\ntoken_file = \"token\"\nclass = \"s\"\n";
+        let file = dir.path().join("config.toml");
+        let loaded =
+            Config::assemble(Some((file.clone(), text.into())), [("DAYFLY_CONCURRENT".into(), "4".into())]).unwrap();
+        let mut out = Vec::new();
+        show(&loaded, &mut out).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        let line = |start: &str| {
+            out.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}: {out}")).to_owned()
+        };
+        assert!(line("concurrent ").ends_with(" = 4  (environment variable DAYFLY_CONCURRENT)"));
+        assert!(line("limits.keepalive ").ends_with(" = \"30s\"  (default)"));
+        assert!(line("runner.0.class ").ends_with(&format!(" = \"s\"  ({}, line 9)", file.display())));
+        assert!(line("warning: ").contains("http"));
+        assert!(!out.contains("glrt-secret"));
+    }
+}

@@ -1,0 +1,269 @@
+//! `dayfly doctor`: can this host run jobs, and how well does it keep them apart?
+//!
+//! Each finding is one line, with a remedy where there is one. Nothing is taken on trust: libvirt is
+//! asked, and the acceleration has to boot a guest that says something (design D16).
+
+mod host;
+
+use crate::config::{Config, Loaded};
+use crate::daemon::Backends;
+use crate::rng::Rng;
+use crate::telemetry::{chain, printable};
+use crate::vm::libvirt::AccelChoice;
+use crate::vm::proof::{Places, prove};
+use crate::vm::{Accel, Hypervisor, VmId};
+use anyhow::Context as _;
+use host::Host;
+use std::fmt;
+use std::io::{self, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// How much a finding matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    /// As it should be.
+    Ok,
+    /// Jobs run; something is slower or weaker than it could be.
+    Warn,
+    /// No job will run.
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Finding {
+    level: Level,
+    what: String,
+    remedy: String,
+}
+
+impl Finding {
+    fn ok(what: impl Into<String>) -> Self {
+        Self { level: Level::Ok, what: what.into(), remedy: String::new() }
+    }
+
+    fn warn(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { level: Level::Warn, what: what.into(), remedy: remedy.into() }
+    }
+
+    fn bad(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { level: Level::Bad, what: what.into(), remedy: remedy.into() }
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let level = match self.level {
+            Level::Ok => "ok   ",
+            Level::Warn => "warn ",
+            Level::Bad => "BAD  ",
+        };
+        write!(f, "{level} {}", printable(&self.what))?;
+        if self.remedy.is_empty() { Ok(()) } else { write!(f, "\n      -> {}", printable(&self.remedy)) }
+    }
+}
+
+/// Looks at everything and prints it; exit code 1 if no job would run.
+pub(super) async fn doctor(config: &Path) -> anyhow::Result<ExitCode> {
+    let loaded = Config::load_or_default(config)?;
+    let backends = Backends::real(&loaded.config)?;
+    let host = Host::new(Path::new("/"), rustix::process::geteuid().as_raw());
+    let mut findings = configuration(&loaded);
+    findings.extend(files(&loaded.config, &host));
+    findings.extend(machines(&loaded.config, backends.hypervisor.as_ref(), &backends.rng).await?);
+    for finding in &findings {
+        writeln!(io::stdout(), "{finding}")?;
+    }
+    let bad = findings.iter().filter(|finding| finding.level == Level::Bad).count();
+    if bad == 0 {
+        writeln!(io::stdout(), "this host can run jobs")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    writeln!(io::stdout(), "this host cannot run jobs: {bad} to mend")?;
+    Ok(ExitCode::FAILURE)
+}
+
+/// The configuration's own warnings, and the weakness that every `user` network has.
+fn configuration(loaded: &Loaded) -> Vec<Finding> {
+    let mut findings: Vec<Finding> =
+        loaded.warnings.iter().map(|warning| Finding::warn(format!("configuration: {warning}"), "")).collect();
+    findings.push(match (&loaded.file, loaded.check_for_running()) {
+        (None, _) => Finding::warn("there is no configuration file: these are the defaults", "dayfly register"),
+        (Some(_), _) if loaded.config.runner.is_empty() => Finding::warn("no runner is configured", "dayfly register"),
+        (_, Err(error)) => Finding::bad(chain(&error), "dayfly check"),
+        (Some(file), Ok(())) => Finding::ok(format!("configuration {} is good", file.display())),
+    });
+    match loaded.config.network.mode {
+        crate::network::Mode::User => findings.push(Finding::warn(
+            "network mode `user`: a job reaches every loopback port of this host and whatever this host reaches; only a secret keeps it from other jobs' doors",
+            "run nothing on loopback that trusts everyone who connects, and no jobs of people whom you would not let on this network",
+        )),
+    }
+    findings
+}
+
+fn files(config: &Config, host: &Host) -> Vec<Finding> {
+    let mut findings = host.programs();
+    findings.push(host.sub_ids());
+    findings.push(host.log_daemon(&config.hypervisor.uri));
+    findings.extend(host.kvm_device(config.hypervisor.accel));
+    findings.extend(host.confinement(&config.hypervisor.uri));
+    findings.push(host.runtime_directory(&config.runtime_directory));
+    findings.extend(host.shared_hardware());
+    findings.extend(disk(config));
+    findings
+}
+
+/// Whether there is room for one job of each class.
+fn disk(config: &Config) -> Vec<Finding> {
+    let place = config.state_directory.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
+    let free = match rustix::fs::statvfs(place) {
+        Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize) >> 30,
+        Err(error) => {
+            return vec![Finding::bad(
+                format!("free disk at {} cannot be told: {error}", place.display()),
+                "check `state_directory`",
+            )];
+        }
+    };
+    judge_disk(config, free, place)
+}
+
+fn judge_disk(config: &Config, free_gib: u64, place: &Path) -> Vec<Finding> {
+    let usable = config.capacity.disk_gib.unwrap_or_else(|| free_gib.saturating_sub(config.capacity.disk_reserve_gib));
+    let too_big = config.class.iter().filter(|class| class.disk_gib > usable);
+    let mut findings: Vec<Finding> = too_big
+        .map(|class| {
+            let what = format!(
+                "class `{}` wants {} GiB disk, {usable} GiB are for jobs ({free_gib} GiB free at {})",
+                class.name,
+                class.disk_gib,
+                place.display()
+            );
+            Finding::bad(what, "lower the class's `disk_gib` or `capacity.disk_reserve_gib`, or free disk")
+        })
+        .collect();
+    if findings.is_empty() {
+        findings.push(Finding::ok(format!("{free_gib} GiB disk are free at {}", place.display())));
+    }
+    findings
+}
+
+/// libvirt, and a guest that has to say something.
+async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> anyhow::Result<Vec<Finding>> {
+    let uri = &config.hypervisor.uri;
+    let info = match hypervisor.probe().await {
+        Ok(info) => info,
+        Err(error) => {
+            let remedy =
+                "is libvirtd installed and running, and may this user connect (group libvirt)? Try: virsh -c URI list"
+                    .replace("URI", uri);
+            return Ok(vec![Finding::bad(chain(&error), remedy)]);
+        }
+    };
+    let mut findings = vec![Finding::ok(format!(
+        "{uri} answers: {}, {} CPUs, {} MiB memory",
+        info.version, info.cpus, info.memory_mib
+    ))];
+    let accel = if config.hypervisor.accel == AccelChoice::Tcg { Accel::Tcg } else { Accel::Kvm };
+    let name = if accel == Accel::Tcg { "TCG" } else { "KVM" };
+    if accel == Accel::Kvm && !info.kvm_offered {
+        findings.push(Finding::bad(
+            "libvirt offers no KVM here",
+            "see /dev/kvm; `hypervisor.accel = \"tcg\"` runs jobs for a trial, slowly and unisolated",
+        ));
+        return Ok(findings);
+    }
+    let dir = proof_directory(config)?;
+    let places = Places { disks: dir.path(), sockets: dir.path() };
+    // An installation id of its own: a daemon that runs must not take this VM for a leftover of its own.
+    findings.push(match prove(hypervisor, accel, places, &VmId::random(rng), rng).await {
+        Ok(proof) => Finding::ok(format!("{name} runs guests: one spoke after {} ms", proof.took.as_millis())),
+        Err(error) => {
+            let remedy = "see libvirt's log of the VM (below /var/log/libvirt/qemu or ~/.cache/libvirt/qemu/log); nested KVM may be broken although it seems to work";
+            Finding::bad(format!("{name} is not proven: {}", chain(&error)), remedy)
+        }
+    });
+    Ok(findings)
+}
+
+/// A short path which QEMU, maybe another user, can pass but not list.
+fn proof_directory(config: &Config) -> anyhow::Result<tempfile::TempDir> {
+    let below = if config.runtime_directory.is_dir() { config.runtime_directory.clone() } else { std::env::temp_dir() };
+    let make = |below: &Path| tempfile::Builder::new().prefix("doctor-").tempdir_in(below);
+    let dir = make(&below).or_else(|_| make(&std::env::temp_dir())).context("make a directory for a test VM")?;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))
+        .context("open a directory for a test VM")?;
+    Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::EXAMPLE;
+    use crate::vm::HostInfo;
+    use crate::vm::fake::{FakeHypervisor, Fault, Op};
+
+    fn example() -> Config {
+        Config::assemble(Some(("/etc/dayfly/config.toml".into(), EXAMPLE.into())), []).unwrap().config
+    }
+
+    fn levels(findings: &[Finding]) -> Vec<Level> {
+        findings.iter().map(|finding| finding.level).collect()
+    }
+
+    #[test]
+    fn a_finding_is_a_line_and_its_remedy_another() {
+        assert_eq!(Finding::ok("fine").to_string(), "ok    fine");
+        assert_eq!(Finding::bad("broken\u{1b}[m", "mend it").to_string(), "BAD   broken\\u{1b}[m\n      -> mend it");
+    }
+
+    #[test]
+    fn the_weakness_of_the_network_mode_is_said() {
+        let loaded = Config::assemble(None, []).unwrap();
+        let findings = configuration(&loaded);
+        assert!(
+            findings.iter().any(|f| f.level == Level::Warn && f.what.contains("every loopback port")),
+            "{findings:?}"
+        );
+        assert!(findings.iter().any(|f| f.what.contains("no configuration file") && f.remedy == "dayfly register"));
+    }
+
+    #[test]
+    fn a_class_that_never_fits_is_bad() {
+        let mut config = example();
+        assert_eq!(levels(&judge_disk(&config, 100, Path::new("/"))), [Level::Ok]);
+        config.capacity.disk_reserve_gib = 90;
+        let findings = judge_disk(&config, 100, Path::new("/"));
+        assert_eq!(levels(&findings), [Level::Bad]);
+        assert!(
+            findings[0].what.contains("class `default` wants 20 GiB disk, 10 GiB are for jobs"),
+            "{}",
+            findings[0].what
+        );
+    }
+
+    #[tokio::test]
+    async fn a_libvirt_that_does_not_answer_is_bad() {
+        let fake = FakeHypervisor::new();
+        fake.set_reachable(false);
+        let findings = machines(&example(), &fake, &Rng::seeded(1)).await.unwrap();
+        assert_eq!(levels(&findings), [Level::Bad]);
+        assert!(findings[0].remedy.contains("virsh -c qemu:///session list"), "{findings:?}");
+    }
+
+    #[tokio::test]
+    async fn kvm_that_is_not_offered_or_does_not_start_is_bad() {
+        let fake = FakeHypervisor::new();
+        fake.set_host(HostInfo { version: "fake".into(), cpus: 1, memory_mib: 1024, kvm_offered: false });
+        let findings = machines(&example(), &fake, &Rng::seeded(1)).await.unwrap();
+        assert_eq!(levels(&findings), [Level::Ok, Level::Bad]);
+        let fake = FakeHypervisor::new();
+        fake.fail_always(Op::Start, Fault::Refused("no"));
+        let findings = machines(&example(), &fake, &Rng::seeded(1)).await.unwrap();
+        assert_eq!(levels(&findings), [Level::Ok, Level::Bad]);
+        assert!(findings[1].what.starts_with("KVM is not proven: "), "{findings:?}");
+    }
+}

@@ -1,0 +1,151 @@
+//! `dayfly image`: build, test, list and remove base images.
+
+use crate::config::Config;
+use crate::image::boot_test::{BootTest, Booted, DEADLINE};
+use crate::image::build::{BuildRequest, RunnerSource, build, find_guest_program};
+use crate::image::store::{Image, ImageStore};
+use crate::rng::Rng;
+use crate::telemetry::printable;
+use crate::vm::libvirt::{AccelChoice, Libvirt};
+use crate::vm::{Accel, Hypervisor, VmId, proof};
+use anyhow::Context as _;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Arguments of all image commands.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Where images are, instead of `image_directory` of the configuration
+    #[arg(long, global = true, value_name = "DIR")]
+    image_directory: Option<PathBuf>,
+    /// libvirt URI for boot tests, instead of `hypervisor.uri`
+    #[arg(long, global = true, value_name = "URI")]
+    libvirt: Option<String>,
+    /// Virtualisation for boot tests, instead of `hypervisor.accel`
+    #[arg(long, global = true, value_name = "auto|kvm|tcg", value_parser = accel)]
+    accel: Option<AccelChoice>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Build an image from a recipe of vm-images, boot-test it, and put it into use
+    Build {
+        /// Name of the recipe: debian-12-shell
+        recipe: String,
+        /// gitlab-runner to put in; else $DAYFLY_GITLAB_RUNNER, else the host's, else the stand-in
+        #[arg(long, value_name = "FILE")]
+        runner: Option<PathBuf>,
+    },
+    /// Boot an image once and keep what its runner says of itself
+    Test {
+        /// Name of the image
+        name: String,
+    },
+    /// Show all images, and whose runner is in each
+    List,
+    /// Remove an image; VMs that run from it go on
+    Remove {
+        /// Name of the image
+        name: String,
+    },
+}
+
+/// Reads `auto`, `kvm` or `tcg`.
+pub(crate) fn accel(text: &str) -> Result<AccelChoice, String> {
+    match text {
+        "auto" => Ok(AccelChoice::Auto),
+        "kvm" => Ok(AccelChoice::Kvm),
+        "tcg" => Ok(AccelChoice::Tcg),
+        _ => Err("one of auto, kvm, tcg".to_owned()),
+    }
+}
+
+/// Runs one of them.
+pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
+    let mut config = Config::load_or_default(config)?.config;
+    if let Some(directory) = args.image_directory {
+        config.image_directory = std::path::absolute(directory)?;
+    }
+    config.hypervisor.uri = args.libvirt.unwrap_or(config.hypervisor.uri);
+    config.hypervisor.accel = args.accel.unwrap_or(config.hypervisor.accel);
+    let store = ImageStore::new(&config.image_directory);
+    match args.command {
+        Command::Build { recipe, runner } => {
+            let request = BuildRequest {
+                recipe,
+                image_directory: config.image_directory.clone(),
+                runner: RunnerSource::find(runner)?,
+                guest_program: find_guest_program("dayfly-guest")?,
+                init: find_guest_program("dayfly-init")?,
+            };
+            let mut staged = build(&request, &mut say).await?;
+            let booted = boot(&config, &staged.image()?).await.context("boot-test the new image; the old one, if any, stays in use")?;
+            staged.set_info(booted.info.0.get().to_owned())?;
+            let image = tokio::task::spawn_blocking(move || staged.promote()).await??;
+            say(&format!("image `{}` is ready: {}", image.name, describe(&image)));
+        }
+        Command::Test { name } => {
+            let image = store.load(&name).await?;
+            let booted = boot(&config, &image).await?;
+            store.set_info(&image, booted.info.0.get().to_owned())?;
+            say(&format!("image `{name}` boots: {}", describe(&store.load(&name).await?)));
+        }
+        Command::List => {
+            for (name, image) in store.list()? {
+                match image {
+                    Ok(image) => say(&format!("{name}  {}", describe(&image))),
+                    Err(error) => say(&format!("{name}  unusable: {}", crate::telemetry::chain(&error))),
+                }
+            }
+        }
+        Command::Remove { name } => store.remove(&name)?,
+    }
+    Ok(())
+}
+
+/// One line about an image: whose runner, of which version, and whether it was tested.
+pub(super) fn describe(image: &Image) -> String {
+    let runner = &image.manifest.runner;
+    let whose = if image.manifest.is_standin() { "dayfly's STAND-IN runner (not the official one)" } else { "gitlab-runner" };
+    let tested = if image.manifest.info.is_some() { "boot-tested" } else { "never boot-tested" };
+    format!("{whose} {}, from {}, executor {}, {tested}", runner.version, runner.origin, image.manifest.executor)
+}
+
+/// Boots an image once, with files of its own that are gone afterwards.
+async fn boot(config: &Config, image: &Image) -> anyhow::Result<Booted> {
+    let hypervisor: Arc<dyn Hypervisor> = Arc::new(Libvirt::new(&config.hypervisor));
+    let sockets = tempfile::Builder::new().prefix("dayfly-").tempdir_in("/tmp")?;
+    let accel = match config.hypervisor.accel {
+        AccelChoice::Tcg => {
+            say("booting under TCG: slow, and it isolates nothing");
+            Accel::Tcg
+        }
+        AccelChoice::Kvm => Accel::Kvm,
+        AccelChoice::Auto => {
+            let rng = Rng::system();
+            let places = proof::Places { disks: &config.image_directory, sockets: sockets.path() };
+            let proven = proof::prove_kvm(&*hypervisor, places, &VmId::random(&rng), &rng).await;
+            proven.context("prove KVM by a boot (`--accel tcg` does without, for a trial)")?;
+            Accel::Kvm
+        }
+    };
+    let test = BootTest {
+        hypervisor,
+        accel,
+        work_dir: &config.image_directory,
+        socket_dir: sockets.path(),
+        network: config.network.clone(),
+        deadline: DEADLINE,
+    };
+    let booted = test.run(image, &mut say).await?;
+    say(&format!("{:>6.2} s  gitlab-runner asks for a job", booted.took.as_secs_f64()));
+    Ok(booted)
+}
+
+/// A line for the operator. Nobody can be told if that fails.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout(), "{}", printable(line));
+}

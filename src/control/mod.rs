@@ -1,0 +1,100 @@
+//! What may the operator tell a running daemon? Status, drain and kill, over a unix socket.
+//!
+//! The socket is `control.sock` in the runtime directory, mode 0600: only the daemon's own user
+//! and root reach it, no guest and no network ever (safety.md T35). One request a connection, one
+//! line of JSON each way, so that `nc -U` will do where `dayfly` is not at hand:
+//!
+//!     {"command":"status"}      {"command":"drain"}      {"command":"kill","job":42,"runner":"ci"}
+//!
+//! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
+//! worst that a stuck client can do is to delay the next one by [`EXCHANGE_DEADLINE`].
+
+mod client;
+mod server;
+
+pub use client::{ControlError, call};
+pub use server::{ControlHandler, ServeError, serve};
+
+use crate::gitlab::JobId;
+use crate::status::StatusReport;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// From accepting a connection to the last byte of its answer. People wait at the other end.
+pub const EXCHANGE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Bytes of a request line; the longest real one names a job and a runner.
+const REQUEST_BYTES_MAX: u64 = 4 * 1024;
+
+/// Bytes of an answer line: a status of some thousand jobs.
+const ANSWER_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// The socket of the daemon with this runtime directory.
+#[must_use]
+pub fn socket(runtime_directory: &Path) -> PathBuf {
+    runtime_directory.join("control.sock")
+}
+
+/// A request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// How are you?
+    Status,
+    /// Take no more jobs, finish those you have, then end.
+    Drain,
+    /// End this job now, with an honest verdict.
+    Kill {
+        /// The job.
+        job: JobId,
+        /// Its runner entry; needed only if several GitLabs have a job of this id here.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        runner: Option<String>,
+    },
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum Answer {
+    /// To `status`.
+    Status {
+        /// The report.
+        status: Box<StatusReport>,
+    },
+    /// To `drain`: it has begun, or had begun before.
+    Draining,
+    /// To `kill`.
+    Kill {
+        /// What became of it.
+        #[serde(flatten)]
+        outcome: KillOutcome,
+    },
+    /// The request makes no sense.
+    Error {
+        /// Why.
+        message: String,
+    },
+}
+
+/// What became of a `kill`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum KillOutcome {
+    /// The job has been told; its machine goes and GitLab gets its verdict within seconds.
+    Told {
+        /// Runner entry of the job.
+        runner: String,
+    },
+    /// No such job is here.
+    Unknown,
+    /// Several runners have a job of this id; name one.
+    Ambiguous {
+        /// Their names.
+        runners: Vec<String>,
+    },
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,133 @@
+//! The daemon's end of the control socket.
+
+use super::{ANSWER_BYTES_MAX, Answer, EXCHANGE_DEADLINE, KillOutcome, REQUEST_BYTES_MAX, Request};
+use crate::gitlab::JobId;
+use crate::status::StatusReport;
+use crate::telemetry::chain;
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_util::sync::CancellationToken;
+
+/// Pause after an accept that failed: out of descriptors, it would fail again at once (safety.md E7).
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// What `daemon` does for the operator. Calls come one at a time and must not block.
+pub trait ControlHandler: Send + Sync + 'static {
+    /// How the daemon stands.
+    fn status(&self) -> StatusReport;
+    /// Begins a drain; one that has begun goes on.
+    fn drain(&self);
+    /// Tells the job to end; `runner` is the name of a runner entry.
+    fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome;
+}
+
+/// Why there is no control socket; for the operator.
+#[derive(Debug, thiserror::Error)]
+#[error("open control socket `{}`", path.display())]
+pub struct ServeError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Serves `socket` until `stop`, then removes it. A socket that an earlier process left is
+/// replaced: the lock on the state directory says that no other daemon lives.
+///
+/// # Errors
+/// [`ServeError`], before the first request only.
+///
+/// # Cancel safety
+/// Dropping it closes the socket and leaves its file, which the next start replaces.
+pub async fn serve(socket: &Path, handler: Arc<dyn ControlHandler>, stop: CancellationToken) -> Result<(), ServeError> {
+    serve_within(EXCHANGE_DEADLINE, socket, handler, stop).await
+}
+
+/// [`serve`] with a deadline that tests choose.
+pub(super) async fn serve_within(
+    deadline: Duration,
+    socket: &Path,
+    handler: Arc<dyn ControlHandler>,
+    stop: CancellationToken,
+) -> Result<(), ServeError> {
+    let listener = bind(socket).map_err(|source| ServeError { path: socket.to_owned(), source })?;
+    loop {
+        // Stop first: a flood of connections must not delay it. Both branches are cancel safe.
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "control socket does not accept");
+                // Both branches are cancel safe; stop first, as above.
+                tokio::select! {
+                    biased;
+                    () = stop.cancelled() => break,
+                    () = tokio::time::sleep(ACCEPT_PAUSE) => continue,
+                }
+            }
+        };
+        // Not interrupted by `stop`: it is the answer to `drain` that may come with it.
+        match tokio::time::timeout(deadline, exchange(stream, handler.as_ref())).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(error = %chain(&error), "control connection broke"),
+            Err(_) => tracing::debug!("control connection took too long"),
+        }
+    }
+    if let Err(error) = std::fs::remove_file(socket) {
+        tracing::debug!(error = %chain(&error), "control socket is gone already");
+    }
+    Ok(())
+}
+
+/// Binds where nobody else can look, and moves the socket into place once its mode is right: at no
+/// instant can another user connect.
+fn bind(socket: &Path) -> io::Result<UnixListener> {
+    let dir = socket.parent().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "path has no parent"))?;
+    // A temporary directory has mode 0700.
+    let hidden = tempfile::Builder::new().prefix(".").rand_bytes(6).tempdir_in(dir)?;
+    let path = hidden.path().join("s");
+    let listener = UnixListener::bind(&path)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+    std::fs::rename(&path, socket)?;
+    Ok(listener)
+}
+
+async fn exchange(stream: UnixStream, handler: &dyn ControlHandler) -> io::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut line = String::new();
+    BufReader::new(read.take(REQUEST_BYTES_MAX)).read_line(&mut line).await?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(request) => obey(request, handler),
+        Err(error) => Answer::Error { message: format!("not a request: {error}") },
+    };
+    let mut answer = serde_json::to_vec(&answer)?;
+    if answer.len() as u64 >= ANSWER_BYTES_MAX {
+        answer = serde_json::to_vec(&Answer::Error { message: "the answer is too long".into() })?;
+    }
+    answer.push(b'\n');
+    write.write_all(&answer).await?;
+    write.shutdown().await
+}
+
+fn obey(request: Request, handler: &dyn ControlHandler) -> Answer {
+    match request {
+        Request::Status => Answer::Status { status: Box::new(handler.status()) },
+        Request::Drain => {
+            tracing::info!("the operator asks for a drain");
+            handler.drain();
+            Answer::Draining
+        }
+        Request::Kill { job, runner } => {
+            tracing::info!(%job, runner, "the operator kills a job");
+            Answer::Kill { outcome: handler.kill(job, runner.as_deref()) }
+        }
+    }
+}

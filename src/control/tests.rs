@@ -1,0 +1,125 @@
+//! Server and client against each other, over a real socket.
+
+use super::*;
+use crate::status::DaemonStatus;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
+
+#[derive(Default)]
+struct Fake {
+    draining: AtomicBool,
+    killed: Mutex<Vec<(JobId, Option<String>)>>,
+}
+
+impl ControlHandler for Fake {
+    fn status(&self) -> StatusReport {
+        StatusReport {
+            daemon: DaemonStatus { draining: self.draining.load(Ordering::SeqCst), ..DaemonStatus::default() },
+            ..StatusReport::default()
+        }
+    }
+    fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+    }
+    fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome {
+        self.killed.lock().unwrap().push((job, runner.map(str::to_owned)));
+        KillOutcome::Told { runner: runner.unwrap_or("ci").to_owned() }
+    }
+}
+
+/// Runs `test` beside a server on a socket in a fresh directory; both must come to an end.
+async fn beside_server<F: Future<Output = ()>>(deadline: Duration, test: impl FnOnce(PathBuf, Arc<Fake>) -> F) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = socket(dir.path());
+    // What a killed daemon leaves.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let (fake, stop) = (Arc::new(Fake::default()), CancellationToken::new());
+    let served = server::serve_within(deadline, &path, fake.clone(), stop.clone());
+    let tested = async {
+        test(path.clone(), fake.clone()).await;
+        stop.cancel();
+    };
+    let (served, ()) = tokio::join!(served, tested);
+    served.unwrap();
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[tokio::test]
+async fn status_drain_and_kill_reach_the_handler() {
+    beside_server(EXCHANGE_DEADLINE, |path, fake| async move {
+        let Answer::Status { status } = call(&path, &Request::Status).await.unwrap() else { panic!("no status") };
+        assert!(!status.daemon.draining);
+        assert_eq!(call(&path, &Request::Drain).await.unwrap(), Answer::Draining);
+        let Answer::Status { status } = call(&path, &Request::Status).await.unwrap() else { panic!("no status") };
+        assert!(status.daemon.draining);
+        let kill = Request::Kill { job: JobId(42), runner: Some("b".into()) };
+        assert_eq!(
+            call(&path, &kill).await.unwrap(),
+            Answer::Kill { outcome: KillOutcome::Told { runner: "b".into() } }
+        );
+        assert_eq!(*fake.killed.lock().unwrap(), [(JobId(42), Some("b".into()))]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn only_the_owner_may_use_the_socket() {
+    beside_server(EXCHANGE_DEADLINE, |path, _| async move {
+        call(&path, &Request::Status).await.unwrap();
+        let metadata = std::fs::metadata(&path).unwrap();
+        assert!(metadata.file_type().is_socket());
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn nonsense_gets_an_error_and_changes_nothing() {
+    beside_server(EXCHANGE_DEADLINE, |path, fake| async move {
+        let long = format!("{{\"command\":\"{}\"}}\n", "x".repeat(5_000));
+        for line in [
+            "\n",
+            "drain\n",
+            "{\"command\":\"reboot\"}\n",
+            "{\"command\":\"kill\"}\n",
+            "{\"command\":\"kill\",\"job\":-1}\n",
+            "{\"command\":\"kill\",\"job\":1,\"all\":true}\n",
+            &long,
+        ] {
+            let mut stream = UnixStream::connect(&path).await.unwrap();
+            // The server may have answered, and closed, before it read all of the long line.
+            let _ = stream.write_all(line.as_bytes()).await;
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer).await;
+            if !answer.is_empty() {
+                assert!(matches!(serde_json::from_slice(&answer).unwrap(), Answer::Error { .. }), "{line}");
+            }
+        }
+        let Answer::Status { status } = call(&path, &Request::Status).await.unwrap() else { panic!("no status") };
+        assert!(!status.daemon.draining && fake.killed.lock().unwrap().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_says_nothing_delays_the_next_by_one_deadline() {
+    beside_server(Duration::from_millis(50), |path, _| async move {
+        let silent = UnixStream::connect(&path).await.unwrap();
+        assert!(matches!(call(&path, &Request::Status).await.unwrap(), Answer::Status { .. }));
+        drop(silent);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_daemon_that_is_not_there_is_said_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = socket(dir.path());
+    assert!(matches!(call(&path, &Request::Status).await, Err(ControlError::NotRunning { .. })));
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(matches!(call(&path, &Request::Status).await, Err(ControlError::NotRunning { .. })));
+}

@@ -1,0 +1,98 @@
+//! What the control socket may ask of a running daemon.
+
+use super::{Jobs, Mode, Shutdown};
+use crate::capacity::Capacity;
+use crate::clock::Clock;
+use crate::control::{ControlHandler, KillOutcome};
+use crate::gitlab::JobId;
+use crate::job::Runner;
+use crate::poller::PollerView;
+use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, RunnerState, RunnerStatus, StatusReport};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+pub(super) struct Handler {
+    jobs: Jobs,
+    capacity: Capacity,
+    runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
+    shutdown: Shutdown,
+    since: String,
+}
+
+impl Handler {
+    pub(super) fn new(
+        jobs: Jobs,
+        capacity: Capacity,
+        runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
+        shutdown: Shutdown,
+        clock: &Clock,
+    ) -> Self {
+        Self { jobs, capacity, runners, shutdown, since: clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string() }
+    }
+}
+
+impl ControlHandler for Handler {
+    fn status(&self) -> StatusReport {
+        let promised = self.capacity.promised();
+        let bounds = self.capacity.bounds();
+        let runners: Vec<RunnerStatus> = self
+            .runners
+            .iter()
+            .map(|(runner, view)| {
+                let view = view.borrow().clone();
+                RunnerStatus {
+                    name: runner.config.name.clone(),
+                    url: runner.config.url.to_string(),
+                    class: runner.class.name.clone(),
+                    state: view.state,
+                    answered_s: view.answered.map(|at| at.elapsed().as_secs()),
+                    jobs: promised.by_runner.get(&runner.config.name).copied().unwrap_or(0),
+                }
+            })
+            .collect();
+        let problems = runners.iter().filter_map(|runner| match &runner.state {
+            RunnerState::Refused { error } => Some(format!("runner `{}`: {error}", runner.name)),
+            RunnerState::Blocked { reason } => Some(format!("runner `{}`: {reason}", runner.name)),
+            _ => None,
+        });
+        let jobs = self.jobs.views().into_iter().map(|view| JobStatusReport {
+            runner: view.key.runner.clone(),
+            id: view.key.id,
+            project: view.project.clone(),
+            name: view.name.clone(),
+            state: view.state.to_owned(),
+            phase: view.phase.clone(),
+            vm: view.vm.clone(),
+            age_s: view.since.elapsed().as_secs(),
+        });
+        StatusReport {
+            daemon: DaemonStatus {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: std::process::id(),
+                since: self.since.clone(),
+                draining: matches!(*self.shutdown.mode().borrow(), Mode::Drain | Mode::End),
+                problems: problems.collect(),
+            },
+            capacity: CapacityStatus {
+                jobs: promised.jobs,
+                jobs_max: bounds.jobs,
+                cpus: promised.resources.cpus,
+                cpus_max: (bounds.cpus != u32::MAX).then_some(bounds.cpus),
+                memory_mib: promised.resources.memory_mib,
+                memory_mib_max: bounds.memory_mib,
+                disk_gib: promised.resources.disk_gib,
+                disk_gib_max: bounds.disk_gib,
+            },
+            jobs: jobs.collect(),
+            runners,
+        }
+    }
+
+    fn drain(&self) {
+        self.shutdown.drain();
+    }
+
+    fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome {
+        self.jobs.kill(job, runner)
+    }
+}

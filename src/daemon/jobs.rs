@@ -1,0 +1,114 @@
+//! The jobs that are under way: the list that `daemon` joins and publishes.
+//!
+//! Shared by pollers (which add), the daemon (which joins) and the control socket (which reads and
+//! kills). One mutex around the list, held for a few lines.
+
+use crate::control::KillOutcome;
+use crate::gitlab::JobId;
+use crate::job::journal::JobKey;
+use crate::job::{JobCommand, JobHandle, JobView};
+use crate::vm::VmId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+/// The list. Clones share it.
+#[derive(Clone)]
+pub struct Jobs {
+    entries: Arc<Mutex<BTreeMap<JobKey, Entry>>>,
+    tasks: mpsc::UnboundedSender<(JobKey, JoinHandle<()>)>,
+    count: watch::Sender<usize>,
+}
+
+struct Entry {
+    inbox: mpsc::Sender<JobCommand>,
+    view: watch::Receiver<JobView>,
+}
+
+impl Jobs {
+    /// An empty list, and where its tasks come out to be joined. The channel is bounded by the
+    /// capacity: one message per reservation.
+    #[must_use]
+    pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<(JobKey, JoinHandle<()>)>) {
+        let (tasks, out) = mpsc::unbounded_channel();
+        let (count, _) = watch::channel(0);
+        (Self { entries: Arc::default(), tasks, count }, out)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<JobKey, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a job that has been started.
+    pub fn add(&self, handle: JobHandle) {
+        let count = {
+            let mut entries = self.lock();
+            entries.insert(handle.key.clone(), Entry { inbox: handle.inbox, view: handle.view });
+            entries.len()
+        };
+        self.count.send_replace(count);
+        // The daemon's loop outlives all that add.
+        let _ = self.tasks.send((handle.key, handle.task));
+    }
+
+    /// Takes a job off whose task has ended.
+    pub(super) fn remove(&self, key: &JobKey) {
+        let count = {
+            let mut entries = self.lock();
+            entries.remove(key);
+            entries.len()
+        };
+        self.count.send_replace(count);
+    }
+
+    /// Whether this job is under way.
+    #[must_use]
+    pub fn contains(&self, key: &JobKey) -> bool {
+        self.lock().contains_key(key)
+    }
+
+    /// How many there are; for waiting.
+    #[must_use]
+    pub(super) fn count(&self) -> watch::Receiver<usize> {
+        self.count.subscribe()
+    }
+
+    /// Their views.
+    #[must_use]
+    pub fn views(&self) -> Vec<JobView> {
+        self.lock().values().map(|entry| entry.view.borrow().clone()).collect()
+    }
+
+    /// VMs of theirs.
+    #[must_use]
+    pub(super) fn vms(&self) -> BTreeSet<VmId> {
+        self.views().into_iter().filter_map(|view| view.vm?.parse().ok()).collect()
+    }
+
+    /// Tells one job to end.
+    #[must_use]
+    pub fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome {
+        let entries = self.lock();
+        let mut found = entries.iter().filter(|(key, _)| key.id == job && runner.is_none_or(|r| r == key.runner));
+        match (found.next(), found.next()) {
+            (None, _) => KillOutcome::Unknown,
+            (Some((key, entry)), None) => {
+                // A full inbox holds a kill already, for nothing else is ever sent.
+                let _ = entry.inbox.try_send(JobCommand::Kill);
+                KillOutcome::Told { runner: key.runner.clone() }
+            }
+            (Some(_), Some(_)) => {
+                let of_job = entries.keys().filter(|key| key.id == job);
+                KillOutcome::Ambiguous { runners: of_job.map(|key| key.runner.clone()).collect() }
+            }
+        }
+    }
+
+    /// Tells all jobs to end.
+    pub(super) fn kill_all(&self) {
+        for entry in self.lock().values() {
+            let _ = entry.inbox.try_send(JobCommand::Kill);
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! Who is wired to whom, and how do we stop?
+//!
+//! [`start`] makes every part once, adopts the jobs of before, and starts the pollers;
+//! [`Daemon::run`] joins jobs until a [`Shutdown`] says how to end. The process around it (signals,
+//! lock, systemd) is in [`process`]; `exec` and the tests use this module without it.
+//!
+//! | mode | polls | jobs |
+//! | --- | --- | --- |
+//! | hand-over (SIGTERM) | none | let go; their VMs live on and the next daemon adopts them |
+//! | drain (SIGQUIT) | none | run to their end |
+//! | end (second signal of a drain) | none | ended with an honest verdict |
+
+mod handler;
+mod installation;
+mod jobs;
+mod process;
+mod shutdown;
+
+pub use installation::Installation;
+pub use jobs::Jobs;
+pub use process::{lock, main};
+pub use shutdown::{Mode, Shutdown};
+
+use crate::capacity::{Bounds, Capacity, Resources};
+use crate::clock::Clock;
+use crate::config::{self, Config};
+use crate::control::ControlHandler;
+use crate::files::Files;
+use crate::gitlab::transport::OpenError;
+use crate::gitlab::{Endpoint, OpenTransport, RunnerApi, RunnerToken, TokenFileError};
+use crate::guest;
+use crate::image::store::ImageStore;
+use crate::job::journal::{Journal, JournalError, Record};
+use crate::job::{self, Parts, Runner};
+use crate::metrics::Metrics;
+use crate::network::Network;
+use crate::poller::{Poller, PollerView};
+use crate::recovery;
+use crate::rng::Rng;
+use crate::status::RunnerState;
+use crate::supply::{Place, Supply};
+use crate::telemetry::chain;
+use crate::vm::proof::Places;
+use crate::vm::{Accel, Hypervisor, InstallationId, VmError, VmId};
+use handler::Handler;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+/// How long a hand-over may take (design D11: seconds).
+const HAND_OVER_PATIENCE: Duration = Duration::from_millis(5500);
+
+/// How long ending all jobs may take (safety.md E2).
+const END_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What QEMU takes besides the guest's memory under TCG: translation cache and its own (design D3).
+const TCG_OVERHEAD_MIB: u64 = 256 + 150;
+
+/// What QEMU takes besides the guest's memory under KVM.
+const KVM_OVERHEAD_MIB: u64 = 150;
+
+/// Memory kept for the host itself where nobody configured a bound, MiB.
+const HOST_MEMORY_MIB: u64 = 1024;
+
+/// The five seams.
+#[derive(Clone)]
+pub struct Backends {
+    /// Machines.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// GitLab.
+    pub transport: Arc<dyn OpenTransport>,
+    /// Files.
+    pub files: Arc<dyn Files>,
+    /// Wall time.
+    pub clock: Clock,
+    /// Randomness.
+    pub rng: Rng,
+    /// Base images.
+    pub images: ImageStore,
+    /// Limits of doors.
+    pub door_limits: guest::Limits,
+}
+
+/// Why the daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another process holds the state directory.
+    #[error("another dayfly (process {pid}) uses state directory `{}`", directory.display())]
+    Locked {
+        /// The directory.
+        directory: PathBuf,
+        /// Its holder, as far as known.
+        pid: String,
+    },
+    /// A directory or file of the installation.
+    #[error("{what} `{}`", path.display())]
+    Files {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The installation's own file makes no sense.
+    #[error("read `{}`: {reason}; move it away to begin a new installation", path.display())]
+    Installation {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The journal.
+    #[error("read the journal")]
+    Journal(#[from] JournalError),
+    /// The hypervisor does not answer.
+    #[error("use the hypervisor (see `dayfly doctor`)")]
+    Hypervisor(#[from] VmError),
+    /// No acceleration.
+    #[error("use KVM: {0}; set `hypervisor.accel = \"tcg\"` for a trial without hardware virtualisation, which isolates nothing")]
+    NoKvm(String),
+    /// A runner's token file.
+    #[error("set up runner `{runner}`")]
+    Token {
+        /// The runner entry.
+        runner: String,
+        /// Cause.
+        #[source]
+        source: TokenFileError,
+    },
+    /// A runner's GitLab.
+    #[error("set up runner `{runner}`")]
+    Endpoint {
+        /// The runner entry.
+        runner: String,
+        /// Cause.
+        #[source]
+        source: OpenError,
+    },
+}
+
+impl DaemonError {
+    /// 78 (`EX_CONFIG`) where only an operator's change helps, else 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Installation { .. } | Self::Journal(_) | Self::Token { .. } | Self::Endpoint { .. } | Self::NoKvm(_) => 78,
+            Self::Locked { .. } | Self::Files { .. } | Self::Hypervisor(_) => 1,
+        }
+    }
+}
+
+/// A daemon that has been started.
+pub struct Daemon {
+    parts: Parts,
+    jobs: Jobs,
+    joined: mpsc::UnboundedReceiver<(job::journal::JobKey, JoinHandle<()>)>,
+    runners: BTreeMap<String, Arc<Runner>>,
+    capacity: Capacity,
+    pollers: JoinSet<()>,
+    stop_polling: CancellationToken,
+    /// Ends the lister and the sweeper.
+    stop: CancellationToken,
+    background: Vec<JoinHandle<()>>,
+    shutdown: Shutdown,
+    handler: Arc<Handler>,
+}
+
+/// Starts and runs a daemon to its end.
+///
+/// # Errors
+/// [`DaemonError`], before anything of a job has been touched.
+pub async fn run(config: Config, backends: Backends, shutdown: Shutdown) -> Result<(), DaemonError> {
+    start(config, backends, shutdown).await?.run().await;
+    Ok(())
+}
+
+/// Makes every part, adopts the jobs of before, starts the pollers.
+///
+/// # Errors
+/// [`DaemonError`].
+pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Result<Daemon, DaemonError> {
+    let files = backends.files.clone();
+    let overlay_dir = config.state_directory.join("overlays");
+    let socket_dir = config.runtime_directory.join("vm");
+    backends.hypervisor.prepare(&overlay_dir, &socket_dir).await.map_err(|source| DaemonError::Files {
+        what: "make the directories for VMs below",
+        path: config.state_directory.clone(),
+        source,
+    })?;
+    let installation = Installation::open(&*files, &config.state_directory, &backends.rng).await?;
+    let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
+    let host = backends.hypervisor.probe().await?;
+    let accel = accel(&config, &backends, Places { disks: &overlay_dir, sockets: &socket_dir }, &installation.id).await?;
+    let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
+    let capacity = Capacity::new(Bounds {
+        jobs: config.concurrent,
+        cpus: config.capacity.cpus.unwrap_or(u32::MAX),
+        memory_mib: config.capacity.memory_mib.unwrap_or_else(|| host.memory_mib.saturating_sub(HOST_MEMORY_MIB)),
+        disk_gib: match config.capacity.disk_gib {
+            Some(disk_gib) => disk_gib,
+            None => {
+                let free = files.free_bytes(&overlay_dir).await;
+                let free = free.map_err(|source| DaemonError::Files { what: "look for free disk at", path: overlay_dir.clone(), source })?;
+                (free >> 30).saturating_sub(config.capacity.disk_reserve_gib)
+            }
+        },
+    });
+    let stop = CancellationToken::new();
+    let leave = CancellationToken::new();
+    let place = Place { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
+    let network = Network::new(&config.network);
+    let (supply, lister) = Supply::new(backends.hypervisor.clone(), backends.rng.clone(), network, place, stop.clone());
+    let parts = Parts {
+        files,
+        clock: backends.clock.clone(),
+        rng: backends.rng.clone(),
+        supply,
+        journal,
+        images: backends.images.clone(),
+        limits: Arc::new(config.limits.clone()),
+        door_limits: backends.door_limits.clone(),
+        metrics: Metrics::new(),
+        machine_id: installation.machine_id.clone(),
+        leave,
+    };
+    let runners = runners(&config, &backends, &installation).await?;
+    let (jobs, joined) = Jobs::new();
+    let former = |record: &Record| former(record, &runners);
+    let adopted = recovery::adopt_all(&parts, &runners, &capacity, &former).await?;
+    for handle in adopted.jobs {
+        jobs.add(handle);
+    }
+    let sweeper = sweeper(parts.clone(), jobs.clone(), adopted.kept, stop.clone()).await;
+    let stop_polling = CancellationToken::new();
+    let mut pollers = JoinSet::new();
+    let mut views = Vec::new();
+    let spool_bytes = config.limits.spool_mib.saturating_mul(1 << 20);
+    let reserve = config.capacity.disk_reserve_gib.saturating_mul(1 << 30).saturating_add(spool_bytes);
+    for runner in runners.values() {
+        let (state, view) = watch::channel(PollerView { state: RunnerState::Polling, answered: None });
+        views.push((runner.clone(), view));
+        let poller = Poller {
+            parts: parts.clone(),
+            runner: runner.clone(),
+            capacity: capacity.clone(),
+            resources: Resources {
+                cpus: runner.class.cpus,
+                memory_mib: runner.class.memory_mib.saturating_add(overhead),
+                disk_gib: runner.class.disk_gib,
+            },
+            limit: runner.config.limit.unwrap_or(u32::MAX),
+            disk: (overlay_dir.clone(), reserve),
+            jobs: jobs.clone(),
+            state,
+            stop: stop_polling.clone(),
+        };
+        pollers.spawn(poller.run());
+    }
+    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts.clock));
+    Ok(Daemon { parts, jobs, joined, runners, capacity, pollers, stop_polling, stop, background: vec![lister, sweeper], shutdown, handler })
+}
+
+impl Daemon {
+    /// What the control socket serves.
+    #[must_use]
+    pub fn handler(&self) -> Arc<dyn ControlHandler> {
+        self.handler.clone()
+    }
+
+    /// The jobs under way.
+    #[must_use]
+    pub fn jobs(&self) -> Jobs {
+        self.jobs.clone()
+    }
+
+    /// Joins jobs until the shutdown's mode is done.
+    pub async fn run(mut self) {
+        let mut mode = self.shutdown.mode();
+        let mut tasks: JoinSet<(job::journal::JobKey, bool)> = JoinSet::new();
+        let mut count = self.jobs.count();
+        loop {
+            let wished = *mode.borrow_and_update();
+            match wished {
+                Mode::Run => {}
+                Mode::HandOver | Mode::HandOverNow => {
+                    self.stop_polling.cancel();
+                    self.parts.leave.cancel();
+                }
+                Mode::Drain => self.stop_polling.cancel(),
+                Mode::End => {
+                    self.stop_polling.cancel();
+                    self.jobs.kill_all();
+                }
+            }
+            match wished {
+                Mode::Run => {}
+                Mode::HandOver | Mode::HandOverNow => break,
+                Mode::Drain | Mode::End if self.pollers.is_empty() && *count.borrow() == 0 => break,
+                Mode::Drain => {}
+                Mode::End => {
+                    let ended = self.join_all(&mut tasks, END_PATIENCE).await;
+                    tracing::info!(ended, "all jobs were told to end");
+                    self.parts.leave.cancel();
+                    break;
+                }
+            }
+            tokio::select! {
+                biased;
+                // All are cancel safe. The shutdown first.
+                _ = mode.changed() => {}
+                Some((key, task)) = self.joined.recv() => watch_task(&mut tasks, key, task),
+                Some(ended) = tasks.join_next() => self.ended(ended).await,
+                Some(poller) = self.pollers.join_next() => if let Err(error) = poller {
+                    // A poller is long-lived: without it a runner would be silent for ever.
+                    tracing::error!(error = chain(&error), "a poller died; the daemon hands over to a fresh start");
+                    self.shutdown.hand_over();
+                },
+                Ok(()) = count.changed() => {}
+            }
+        }
+        let patience = if *mode.borrow() == Mode::HandOverNow { Duration::ZERO } else { HAND_OVER_PATIENCE };
+        let hurry = async {
+            // A second signal during a hand-over only skips the wait.
+            let _ = mode.wait_for(|mode| *mode == Mode::HandOverNow).await;
+        };
+        let mut pollers = std::mem::take(&mut self.pollers);
+        let quiet = async {
+            while pollers.join_next().await.is_some() {}
+            self.join_all(&mut tasks, patience).await;
+        };
+        tokio::select! {
+            biased;
+            // What is dropped here is in the journal; the next daemon goes on with it.
+            () = hurry => tracing::info!("leaving at once"),
+            quiet = tokio::time::timeout(patience, quiet) => if quiet.is_err() {
+                tracing::warn!("some parts did not let go in time; the next start goes on with them");
+            },
+        }
+        self.stop.cancel();
+        for task in self.background.drain(..) {
+            // Both end at their next await but for a call to the hypervisor, which has a deadline.
+            if tokio::time::timeout(Duration::from_secs(1), task).await.is_err() {
+                tracing::debug!("a background task is still in a call to the hypervisor");
+            }
+        }
+    }
+
+    /// Joins job tasks until none is left or `patience` is over. Returns how many ended.
+    async fn join_all(&mut self, tasks: &mut JoinSet<(job::journal::JobKey, bool)>, patience: Duration) -> usize {
+        let mut ended = 0;
+        let all = async {
+            loop {
+                while let Ok((key, task)) = self.joined.try_recv() {
+                    watch_task(tasks, key, task);
+                }
+                let Some(task) = tasks.join_next().await else { break };
+                ended += 1;
+                if let Ok((key, _)) = task {
+                    self.jobs.remove(&key);
+                }
+            }
+        };
+        // What is left is in the journal.
+        let _ = tokio::time::timeout(patience, all).await;
+        ended
+    }
+
+    /// A job's task has ended: well, or by a panic, which costs that job and nobody else (E5).
+    async fn ended(&mut self, ended: Result<(job::journal::JobKey, bool), tokio::task::JoinError>) {
+        let Ok((key, panicked)) = ended else { return };
+        self.jobs.remove(&key);
+        if !panicked {
+            return;
+        }
+        tracing::error!(%key, "the task of a job panicked; the job is failed");
+        self.parts.metrics.job().panicked.inc();
+        let (Some(mut record), Some(runner)) = (self.parts.journal.load(&key).await, self.runners.get(&key.runner)) else { return };
+        record.state = record.state.after_panic();
+        let reservation = self.capacity.adopt(&key.runner, record.resources);
+        self.jobs.add(job::adopt(&self.parts, runner.clone(), record, None, reservation));
+    }
+}
+
+fn watch_task(tasks: &mut JoinSet<(job::journal::JobKey, bool)>, key: job::journal::JobKey, task: JoinHandle<()>) {
+    tasks.spawn(async move {
+        let panicked = task.await.is_err();
+        (key, panicked)
+    });
+}
+
+/// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was.
+async fn accel(config: &Config, backends: &Backends, places: Places<'_>, installation: &InstallationId) -> Result<Accel, DaemonError> {
+    use crate::vm::libvirt::AccelChoice;
+    match config.hypervisor.accel {
+        AccelChoice::Kvm => Ok(Accel::Kvm),
+        AccelChoice::Tcg => {
+            tracing::warn!("guests run under TCG (`hypervisor.accel = \"tcg\"`): slow, and NO ISOLATION between a job and this host");
+            Ok(Accel::Tcg)
+        }
+        AccelChoice::Auto => match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
+            Ok(proof) => {
+                tracing::info!(took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX), "KVM runs guests here");
+                Ok(Accel::Kvm)
+            }
+            Err(error) => Err(DaemonError::NoKvm(chain(&error))),
+        },
+    }
+}
+
+/// Reads tokens and certificates, and opens each runner's GitLab.
+async fn runners(config: &Config, backends: &Backends, installation: &Installation) -> Result<BTreeMap<String, Arc<Runner>>, DaemonError> {
+    let mut runners = BTreeMap::new();
+    for entry in &config.runner {
+        let Some(class) = config.class.iter().find(|class| class.name == entry.class) else { continue };
+        let name = || entry.name.clone();
+        let token = RunnerToken::from_file(&entry.token_file).map_err(|source| DaemonError::Token { runner: name(), source })?;
+        let endpoint = endpoint(entry);
+        let transport = backends.transport.open(&endpoint).map_err(|source| DaemonError::Endpoint { runner: name(), source })?;
+        let ca_pem = match &entry.tls_ca_file {
+            None => None,
+            Some(path) => {
+                let bytes = backends.files.read(path, dayfly_guest_config::CONFIG_BYTES_MAX as u64 / 2).await;
+                let bytes = bytes.map_err(|source| DaemonError::Files { what: "read CA file", path: path.clone(), source })?;
+                Some(String::from_utf8_lossy(&bytes).into_owned())
+            }
+        };
+        let api = RunnerApi::new(transport.clone(), token, installation.system_id(), backends.rng.clone());
+        runners.insert(entry.name.clone(), Arc::new(Runner { config: entry.clone(), class: class.clone(), transport, api, ca_pem }));
+    }
+    Ok(runners)
+}
+
+/// How a runner's GitLab is reached.
+#[must_use]
+pub fn endpoint(runner: &config::Runner) -> Endpoint {
+    Endpoint {
+        url: runner.url.clone(),
+        tls_ca_file: runner.tls_ca_file.clone(),
+        tls_client: runner.tls_cert_file.clone().zip(runner.tls_key_file.clone()),
+        allow_insecure_http: runner.allow_insecure_http,
+    }
+}
+
+/// A runner that can still speak to the GitLab of a record whose own runner entry is gone: its
+/// connection serves, for job calls need the job's token only.
+fn former(record: &Record, runners: &BTreeMap<String, Arc<Runner>>) -> Option<Arc<Runner>> {
+    runners.values().find(|runner| runner.config.url == record.gitlab).cloned()
+}
+
+/// Reaps orphans now, before any poll, and every minute.
+async fn sweeper(parts: Parts, jobs: Jobs, kept: BTreeSet<VmId>, stop: CancellationToken) -> JoinHandle<()> {
+    let owned = move || {
+        let mut owned = jobs.vms();
+        owned.extend(kept.iter().cloned());
+        owned
+    };
+    let sweep = async |parts: &Parts| {
+        if let Err(error) = recovery::sweep(parts, &owned).await {
+            tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
+        }
+    };
+    sweep(&parts).await;
+    #[expect(clippy::disallowed_methods, reason = "joined by Daemon::run")]
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                biased;
+                // Both are cancel safe.
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(recovery::SWEEP_INTERVAL) => {}
+            }
+            if let Err(error) = recovery::sweep(&parts, &owned).await {
+                tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
+            }
+        }
+    })
+}

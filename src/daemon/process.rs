@@ -1,0 +1,137 @@
+//! The process around the daemon: lock, log, signals, systemd, control socket.
+
+use super::{Backends, DaemonError, Shutdown, start};
+use crate::clock::Clock;
+use crate::config::{Config, Loaded};
+use crate::control;
+use crate::files::RealFiles;
+use crate::gitlab::RealOpenTransport;
+use crate::guest;
+use crate::image::store::ImageStore;
+use crate::rng::Rng;
+
+use crate::vm::libvirt::Libvirt;
+use std::fs::File;
+use std::io::{Read, Seek as _, Write as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Keeps other daemons away from a state directory while it lives.
+#[derive(Debug)]
+pub struct Lock(#[expect(dead_code, reason = "the open file is the lock")] File);
+
+/// Takes the lock of a state directory (flock, so that a killed holder leaves none behind).
+///
+/// # Errors
+/// [`DaemonError::Locked`], naming the holder; [`DaemonError::Files`].
+pub fn lock(state_directory: &Path) -> Result<Lock, DaemonError> {
+    let path = state_directory.join("lock");
+    let failed = |what| {
+        let path = path.clone();
+        move |source| DaemonError::Files { what, path, source }
+    };
+    std::fs::create_dir_all(state_directory).map_err(failed("make the directory of"))?;
+    let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed("open"))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut pid = String::new();
+            // The holder's number is a help, no more.
+            let _ = (&file).take(20).read_to_string(&mut pid);
+            return Err(DaemonError::Locked { directory: state_directory.to_owned(), pid: pid.trim().to_owned() });
+        }
+        Err(error) => return Err(failed("lock")(error.into())),
+    }
+    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
+    written.map_err(failed("write"))?;
+    Ok(Lock(file))
+}
+
+impl Backends {
+    /// The real ones.
+    ///
+    /// # Errors
+    /// [`DaemonError::Hypervisor`].
+    pub fn real(config: &Config) -> Result<Self, DaemonError> {
+        let rng = Rng::system();
+        Ok(Self {
+            hypervisor: Arc::new(Libvirt::new(&config.hypervisor)),
+            transport: Arc::new(RealOpenTransport::default()),
+            files: Arc::new(RealFiles),
+            clock: Clock::system(),
+            rng,
+            images: ImageStore::new(&config.image_directory),
+            door_limits: guest::Limits::default(),
+        })
+    }
+}
+
+/// Runs the daemon as a service until it is told to stop.
+///
+/// # Errors
+/// [`DaemonError`].
+pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
+    let config = loaded.config;
+    let _lock = lock(&config.state_directory)?;
+    let socket = control::socket(&config.runtime_directory);
+    let shutdown = Shutdown::new();
+    // Signals first: one that comes during a long start must not kill us half-way.
+    let signals = listen(&shutdown)?;
+    let backends = Backends::real(&config)?;
+    let daemon = start(config, backends, shutdown.clone()).await?;
+    let handler = daemon.handler();
+    let stop = CancellationToken::new();
+    let serve_stop = stop.clone();
+    let mut served = std::pin::pin!(async move { control::serve(&socket, handler, serve_stop).await });
+    // Errors mean that nobody waits for us: no systemd.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "dayfly runs");
+    let run = daemon.run();
+    let watchdog = watchdog();
+    tokio::select! {
+        biased;
+        // The daemon's own end is the only one that is expected.
+        () = run => {}
+        served = &mut served => served?,
+        () = watchdog => {}
+        () = signals => {}
+    }
+    stop.cancel();
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("dayfly ends");
+    Ok(())
+}
+
+/// Turns signals into the shutdown's modes, for ever.
+fn listen(shutdown: &Shutdown) -> std::io::Result<impl Future<Output = ()>> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    let mut quit = signal(SignalKind::quit())?;
+    let shutdown = shutdown.clone();
+    Ok(async move {
+        loop {
+            tokio::select! {
+                biased;
+                // All are cancel safe; the order does not matter.
+                _ = term.recv() => shutdown.hand_over(),
+                _ = int.recv() => shutdown.hand_over(),
+                _ = quit.recv() => shutdown.drain_or_end(),
+            }
+            tracing::info!(mode = ?*shutdown.mode().borrow(), "told to stop");
+        }
+    })
+}
+
+/// Tells systemd that the event loop turns (safety.md E6), if it wants to know.
+async fn watchdog() {
+    match sd_notify::watchdog_enabled() {
+        Some(interval) if interval > Duration::ZERO => loop {
+            let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+            tokio::time::sleep(interval / 3).await;
+        },
+        _ => std::future::pending().await,
+    }
+}

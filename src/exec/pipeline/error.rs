@@ -1,0 +1,97 @@
+//! What may be wrong with a pipeline file: always where, what, and what to do about it.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// Why the jobs asked for cannot be made out of the pipeline file.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    /// The file cannot be read.
+    #[error("read pipeline file `{}`; name another one with --file", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Something in the file is wrong, or is something that `exec` cannot do.
+    #[error("{}:{fault}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        fault: Fault,
+    },
+    /// No job of that name.
+    #[error("{}: no job `{name}`; {}", path.display(), known_jobs(known))]
+    NoSuchJob {
+        /// The file.
+        path: PathBuf,
+        /// The name asked for.
+        name: String,
+        /// The names there are, in the order of the file.
+        known: Vec<String>,
+    },
+    /// A hidden job was asked for.
+    #[error("{}: `{name}` is a hidden job, a template for others; name a job without a leading dot", path.display())]
+    Hidden {
+        /// The file.
+        path: PathBuf,
+        /// The name asked for.
+        name: String,
+    },
+}
+
+fn known_jobs(known: &[String]) -> String {
+    if known.is_empty() { "the file has none".to_owned() } else { format!("its jobs: {}", known.join(", ")) }
+}
+
+/// One fault: line, job and key where there are any, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Line in the file, from 1.
+    pub line: usize,
+    /// The job being read; `default` and the global keys have none.
+    pub job: Option<String>,
+    /// Path of the key: `artifacts:reports:junit`.
+    pub key: Option<String>,
+    /// What is wrong, and the remedy.
+    pub what: String,
+}
+
+impl Fault {
+    /// A fault of the file itself.
+    pub(super) fn at(line: usize, what: impl Into<String>) -> Self {
+        Self { line, job: None, key: None, what: what.into() }
+    }
+
+    /// Names the key, in front of what is named already.
+    pub(super) fn under(mut self, key: &str) -> Self {
+        self.key = Some(match self.key {
+            Some(inner) => format!("{key}:{inner}"),
+            None => key.to_owned(),
+        });
+        self
+    }
+
+    /// Names the job, unless one is named.
+    pub(super) fn of_job(mut self, job: &str) -> Self {
+        self.job.get_or_insert_with(|| job.to_owned());
+        self
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.line)?;
+        if let Some(job) = &self.job {
+            write!(f, "job `{job}`: ")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, "key `{key}`: ")?;
+        }
+        f.write_str(&self.what)
+    }
+}

@@ -1,0 +1,162 @@
+//! Where does a chunked body end? A strict reader of RFC 9112 §7.1's framing, for [`super::wire`].
+//!
+//! It only follows the body to its end, so that the next head is found where hyper finds it; hyper
+//! decodes. It refuses more than hyper does (bare line feeds, space after the size), never less.
+
+/// Bytes of one chunk's extensions at most; nobody sends any.
+const EXTENSION_BYTES_MAX: usize = 256;
+/// Bytes of all trailers at most; they are dropped.
+const TRAILER_BYTES_MAX: usize = 4 * 1024;
+/// Hex digits of a chunk's size at most: below 2^60, so that no sum of ours overflows.
+const SIZE_DIGITS_MAX: u32 = 15;
+
+/// The framing is broken; the connection cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct BadChunk;
+
+/// Follows one body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunks(State);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Size {
+        size: u64,
+        digits: u32,
+    },
+    Extension {
+        size: u64,
+        bytes: usize,
+    },
+    SizeEnd {
+        size: u64,
+    },
+    Data {
+        left: u64,
+    },
+    DataCr,
+    DataLf,
+    /// At the start of a line behind the last chunk; `bytes` of trailers were seen.
+    TrailerStart {
+        bytes: usize,
+    },
+    Trailer {
+        bytes: usize,
+    },
+    TrailerLf {
+        bytes: usize,
+    },
+    LastLf,
+    Done,
+}
+
+impl Chunks {
+    /// At the start of a body.
+    pub(super) fn new() -> Self {
+        Self(State::Size { size: 0, digits: 0 })
+    }
+
+    /// Whether the body's last byte was seen.
+    pub(super) fn is_done(&self) -> bool {
+        self.0 == State::Done
+    }
+
+    /// Follows `bytes`; returns how many of them belong to the body.
+    pub(super) fn follow(&mut self, bytes: &[u8]) -> Result<usize, BadChunk> {
+        let mut at = 0;
+        while at < bytes.len() && !self.is_done() {
+            if let State::Data { left } = &mut self.0 {
+                let taken = usize::try_from(*left).map_or(bytes.len() - at, |left| left.min(bytes.len() - at));
+                *left -= taken as u64;
+                at += taken;
+                if *left == 0 {
+                    self.0 = State::DataCr;
+                }
+                continue;
+            }
+            self.0 = self.0.after(bytes[at])?;
+            at += 1;
+        }
+        Ok(at)
+    }
+}
+
+impl State {
+    fn after(self, byte: u8) -> Result<Self, BadChunk> {
+        let text = matches!(byte, b'\t' | b' '..=b'~');
+        Ok(match (self, byte) {
+            (Self::Size { size, digits }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') if digits < SIZE_DIGITS_MAX => {
+                let digit = char::from(byte).to_digit(16).unwrap_or(0);
+                Self::Size { size: size << 4 | u64::from(digit), digits: digits + 1 }
+            }
+            (Self::Size { size, digits: 1.. }, b'\r') => Self::SizeEnd { size },
+            (Self::Size { size, digits: 1.. }, b';') => Self::Extension { size, bytes: 1 },
+            (Self::Extension { size, .. }, b'\r') => Self::SizeEnd { size },
+            (Self::Extension { size, bytes }, _) if text && bytes < EXTENSION_BYTES_MAX => {
+                Self::Extension { size, bytes: bytes + 1 }
+            }
+            (Self::SizeEnd { size: 0 }, b'\n') => Self::TrailerStart { bytes: 0 },
+            (Self::SizeEnd { size }, b'\n') => Self::Data { left: size },
+            (Self::DataCr, b'\r') => Self::DataLf,
+            (Self::DataLf, b'\n') => Self::Size { size: 0, digits: 0 },
+            (Self::TrailerStart { .. }, b'\r') => Self::LastLf,
+            (Self::TrailerStart { bytes } | Self::Trailer { bytes }, _) if text && bytes < TRAILER_BYTES_MAX => {
+                Self::Trailer { bytes: bytes + 1 }
+            }
+            (Self::Trailer { bytes }, b'\r') => Self::TrailerLf { bytes },
+            (Self::TrailerLf { bytes }, b'\n') => Self::TrailerStart { bytes },
+            (Self::LastLf, b'\n') => Self::Done,
+            _ => return Err(BadChunk),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Follows `text` whole and byte by byte; both must agree.
+    fn check(text: &str, expected: Result<usize, BadChunk>) {
+        let mut whole = Chunks::new();
+        let once = whole.follow(text.as_bytes());
+        let mut slow = Chunks::new();
+        let mut sum = Ok(0);
+        for byte in text.as_bytes() {
+            sum = sum.and_then(|sum| slow.follow(&[*byte]).map(|taken| sum + taken));
+        }
+        assert_eq!(once, sum, "{text:?}");
+        match expected {
+            Ok(end) => assert!(once == Ok(end) && whole.is_done() && slow.is_done(), "{text:?}: {once:?}"),
+            Err(bad) => assert_eq!(once, Err(bad), "{text:?}"),
+        }
+    }
+
+    #[test]
+    fn a_body_ends_where_its_last_chunk_says() {
+        check("0\r\n\r\n", Ok(5));
+        check("3\r\nabc\r\n0\r\n\r\nGET /", Ok(13));
+        check("0a;x=y\r\n0123456789\r\n00\r\nT: v\r\n\r\n!", Ok(35));
+    }
+
+    #[test]
+    fn broken_framing_is_refused() {
+        for text in [
+            "\r\n",
+            "x",
+            "0x2\r\n",
+            "3 \r\n",
+            "3\nabc",
+            "3\r\nabcd",
+            "3\r\nabc\n",
+            "-1\r\n",
+            "1000000000000000\r\n",
+            "0\r\n\n",
+            "0\r\nT: v\n",
+            ";\r\n",
+        ] {
+            check(text, Err(BadChunk));
+        }
+        check(&format!("1;{}", "x".repeat(EXTENSION_BYTES_MAX + 1)), Err(BadChunk));
+        check(&format!("0\r\n{}", "x".repeat(TRAILER_BYTES_MAX + 1)), Err(BadChunk));
+    }
+}

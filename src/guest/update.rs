@@ -1,0 +1,162 @@
+//! `PUT /jobs/:id`: signs of life, and the guest's verdict.
+//!
+//! The verdict is the job's to take; here it is read and bounded. `running` is answered from local
+//! state, and the first one is always 200: 19.3 holds the job's start on it and polls for ever
+//! after a 403 (design D13). Never 404, which counts as delivered.
+
+use super::GuestEvent;
+use super::VerdictAnswer;
+use super::answer::{self, Answer};
+use super::body::RequestBody;
+use super::handler::Handler;
+use super::trace::is_over;
+use crate::gitlab::{JobStatus, Verdict};
+use http::StatusCode;
+use serde::Deserialize;
+use std::sync::atomic::Ordering;
+
+/// Bytes of one update at most; the official runner sends 1 KiB.
+const UPDATE_BODY_BYTES_MAX: usize = 64 * 1024;
+/// Characters of a failure reason at most; GitLab's longest has 34.
+const FAILURE_REASON_CHARS_MAX: usize = 64;
+/// What GitLab makes of a reason that it does not know.
+const UNKNOWN_FAILURE: &str = "unknown_failure";
+
+/// An update, as far as we read it: `output`, `checksum` and `info` are about the guest's own view
+/// of its trace, and ours is what counts. A repeated member is an error of serde's.
+#[derive(Deserialize)]
+struct Update {
+    #[serde(default)]
+    token: Option<String>,
+    state: State,
+    #[serde(default)]
+    failure_reason: Option<String>,
+    #[serde(default)]
+    exit_code: Option<serde_json::Number>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    Running,
+    Success,
+    Failed,
+}
+
+impl Update {
+    fn verdict(self) -> Verdict {
+        let success = self.state == State::Success;
+        let failure_reason = self.failure_reason.filter(|reason| !success && !reason.is_empty());
+        Verdict {
+            success,
+            failure_reason: failure_reason
+                .map(|reason| if is_reason(&reason) { reason } else { UNKNOWN_FAILURE.into() }),
+            exit_code: self.exit_code.as_ref().map(exit_code),
+        }
+    }
+}
+
+fn is_reason(text: &str) -> bool {
+    text.len() <= FAILURE_REASON_CHARS_MAX && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+}
+
+/// Any number, brought into 64 bits; GitLab brings it into 16.
+fn exit_code(number: &serde_json::Number) -> i64 {
+    match (number.as_i64(), number.as_f64()) {
+        (Some(code), _) => code,
+        (None, Some(code)) if code < 0.0 => i64::MIN,
+        _ => i64::MAX,
+    }
+}
+
+impl Handler {
+    /// Takes an update. `proven`: a header held the job token already.
+    pub(super) async fn update(&self, proven: bool, mut body: RequestBody) -> Result<Answer, Answer> {
+        let body = self.read(&mut body, UPDATE_BODY_BYTES_MAX).await?;
+        let update: Update = serde_json::from_slice(&body).map_err(|_| self.refuse(StatusCode::BAD_REQUEST, "body"))?;
+        // A token in the body must be right even beside a right header: GitLab would read it first.
+        let right = update.token.as_deref().map_or(proven, |token| self.job_token.matches(token));
+        if !right {
+            return Err(self.refuse(StatusCode::UNAUTHORIZED, "token"));
+        }
+        self.spoke().await;
+        if update.state == State::Running { self.running() } else { self.verdict(update.verdict()).await }
+    }
+
+    fn running(&self) -> Result<Answer, Answer> {
+        let first = !self.running_answered.swap(true, Ordering::AcqRel);
+        let view = self.view();
+        if !first && is_over(&view) {
+            return Err(self.refuse_over());
+        }
+        Ok(answer::with_job(answer::text(StatusCode::OK), &view))
+    }
+
+    async fn verdict(&self, verdict: Verdict) -> Result<Answer, Answer> {
+        let view = self.view();
+        let answered = match &view.verdict {
+            _ if view.status == JobStatus::Over => VerdictAnswer::Over,
+            Some(known) if *known == verdict => VerdictAnswer::Taken,
+            Some(_) => VerdictAnswer::Over,
+            // A job that does not listen any more could not write it either.
+            None => self.ask(|reply| GuestEvent::Verdict { verdict, reply }).await.unwrap_or(VerdictAnswer::Later),
+        };
+        match answered {
+            VerdictAnswer::Taken => Ok(answer::text(StatusCode::OK)),
+            VerdictAnswer::Over => Err(self.refuse_over()),
+            VerdictAnswer::Later => Err(answer::come_again(StatusCode::SERVICE_UNAVAILABLE)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(body: &str, expected: Option<(bool, Option<&str>, Option<i64>)>) {
+        let verdict = serde_json::from_str::<Update>(body).ok().map(Update::verdict);
+        let expected = expected.map(|(success, reason, exit_code)| Verdict {
+            success,
+            failure_reason: reason.map(str::to_owned),
+            exit_code,
+        });
+        assert_eq!(verdict, expected, "{body}");
+    }
+
+    #[test]
+    fn a_verdict_is_read_within_bounds() {
+        check(r#"{"state":"success"}"#, Some((true, None, None)));
+        check(r#"{"state":"success","failure_reason":"x","exit_code":0}"#, Some((true, None, Some(0))));
+        check(
+            r#"{"state":"failed","failure_reason":"script_failure","exit_code":3}"#,
+            Some((false, Some("script_failure"), Some(3))),
+        );
+        check(r#"{"state":"failed","failure_reason":""}"#, Some((false, None, None)));
+        check(r#"{"state":"failed","failure_reason":"Not One"}"#, Some((false, Some("unknown_failure"), None)));
+        let long = format!(r#"{{"state":"failed","failure_reason":"{}"}}"#, "a".repeat(65));
+        check(&long, Some((false, Some("unknown_failure"), None)));
+        check(r#"{"state":"failed","exit_code":18446744073709551615}"#, Some((false, None, Some(i64::MAX))));
+        check(r#"{"state":"failed","exit_code":-1e300}"#, Some((false, None, Some(i64::MIN))));
+        check(
+            r#"{"state":"failed","exit_code":null,"output":{"checksum":"crc32:0"},"new":[1]}"#,
+            Some((false, None, None)),
+        );
+    }
+
+    /// T11: unknown states. T5: a token twice.
+    #[test]
+    fn what_is_no_update_is_refused() {
+        for body in [
+            "",
+            "[]",
+            "{}",
+            r#"{"state":"pending"}"#,
+            r#"{"state":"Success"}"#,
+            r#"{"state":7}"#,
+            r#"{"state":"failed","exit_code":"3"}"#,
+            r#"{"token":"a","token":"b","state":"failed"}"#,
+        ] {
+            check(body, None);
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Does an image boot, and what does its runner say of itself?
+//!
+//! Starts one VM as a job would, lets its guest show the pass and ask for a job, keeps the `info`
+//! of that request (design D10), and takes the VM down. GitLab takes no part: the guest gets 204.
+
+use crate::clock::Clock;
+use crate::files::RealFiles;
+use crate::gitlab::transport::{BodyError, Call};
+use crate::gitlab::{Body, JobClient, JobId, JobStatus, RunnerInfo, Transport, TransportError};
+use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
+use crate::guest_config::{GuestParts, guest_config, new_machine_id};
+use crate::image::store::Image;
+use crate::job::spool::Spool;
+use crate::metrics::Metrics;
+use crate::network::{self, Network};
+use crate::rng::Rng;
+use crate::secret::Secret;
+use crate::supply::{Machine, MachineEvent, Order, Place, Supply};
+use crate::vm::{Accel, Hypervisor, VmError, VmId};
+use dayfly_guest_config::{Pass, Report};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+/// How long the first request may take: 8 s under TCG on an idle machine, a minute on a busy one.
+pub const DEADLINE: Duration = Duration::from_secs(180);
+
+/// How long the VM may take to go; beyond it the caller is told what is left.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A class as small as a job's usually is.
+const CPUS: u32 = 1;
+const MEMORY_MIB: u64 = 1024;
+const DISK_GIB: u64 = 10;
+
+/// What a boot test needs.
+pub struct BootTest<'a> {
+    /// The hypervisor.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// How it runs guests.
+    pub accel: Accel,
+    /// Where overlay and spool go for the while; passable for QEMU's user.
+    pub work_dir: &'a Path,
+    /// Where the sockets go: a short path.
+    pub socket_dir: &'a Path,
+    /// Ports for the door.
+    pub network: network::Config,
+    /// See [`DEADLINE`].
+    pub deadline: Duration,
+}
+
+/// An image that boots.
+#[derive(Clone, Debug)]
+pub struct Booted {
+    /// What its runner says of itself.
+    pub info: RunnerInfo,
+    /// From the order to the guest's first request.
+    pub took: Duration,
+}
+
+/// Why an image does not.
+#[derive(Debug, thiserror::Error)]
+pub enum BootTestError {
+    /// A file or a port of the test's own.
+    #[error("{0}")]
+    Set(&'static str, #[source] std::io::Error),
+    /// The VM could not be made.
+    #[error("start the image's VM")]
+    Start(#[source] VmError),
+    /// The VM ended before its guest asked for a job.
+    #[error("the image's VM ended before its runner asked for a job; the last of its console:\n{0}")]
+    Ended(String),
+    /// Nobody asked in time.
+    #[error("no runner of the image asked for a job within {} s; the last of its console:\n{console}", within.as_secs())]
+    Silent {
+        /// The deadline.
+        within: Duration,
+        /// Its console.
+        console: String,
+    },
+    /// The request had no `info`.
+    #[error("the image's runner asks for jobs without `info`")]
+    NoInfo,
+}
+
+impl BootTest<'_> {
+    /// Boots `image` once. `progress` gets a line for each phase.
+    ///
+    /// # Errors
+    /// [`BootTestError`]; the VM and its files are gone in each case, or named in the log.
+    pub async fn run(&self, image: &Image, progress: &mut (dyn FnMut(&str) + Send)) -> Result<Booted, BootTestError> {
+        let rng = Rng::system();
+        let installation = VmId::random(&rng);
+        let overlay_dir = self.work_dir.join(format!("boot-test-{installation}"));
+        self.hypervisor.prepare(&overlay_dir, self.socket_dir).await.map_err(|e| BootTestError::Set("make the work directory", e))?;
+        let stop = CancellationToken::new();
+        let place = Place { installation, accel: self.accel, overlay_dir: overlay_dir.clone(), socket_dir: self.socket_dir.to_owned() };
+        let network = Network::new(&self.network);
+        let (supply, lister) = Supply::new(self.hypervisor.clone(), rng.clone(), network, place, stop.clone());
+        let booted = self.boot(&supply, image, &overlay_dir, &rng, progress).await;
+        stop.cancel();
+        // Ends at once, but for a list call, which has a deadline.
+        let _ = lister.await;
+        if let Err(error) = tokio::fs::remove_dir_all(&overlay_dir).await {
+            tracing::warn!(path = %overlay_dir.display(), %error, "remove the boot test's directory");
+        }
+        booted
+    }
+
+    async fn boot(
+        &self,
+        supply: &Supply,
+        image: &Image,
+        work: &Path,
+        rng: &Rng,
+        progress: &mut (dyn FnMut(&str) + Send),
+    ) -> Result<Booted, BootTestError> {
+        let since = Instant::now();
+        let no_port = |_| BootTestError::Set("find a free port for the door", std::io::ErrorKind::AddrInUse.into());
+        let (record, listener) = loop {
+            let record = supply.plan().map_err(no_port)?;
+            match self.hypervisor.listen(record.lease.listen_address()).await {
+                Ok(listener) => break (record, listener),
+                Err(_) => supply.forget(&record, true),
+            }
+        };
+        let gitlab = Url::parse("http://gitlab.invalid/").expect("a constant URL parses");
+        let guest_token = format!("glrt-boottest1{}", record.id);
+        let parts = GuestParts {
+            vm: &record.id,
+            lease: &record.lease,
+            runner_name: "boot test",
+            guest_token: &guest_token,
+            executor: &image.manifest.executor,
+            clone_url: &gitlab,
+            ca_pem: None,
+            run_as_root: false,
+            installation_machine_id: &new_machine_id(rng),
+            wait_timeout: self.deadline,
+            door_patience: Duration::from_secs(5),
+            power_off_after: self.deadline,
+        };
+        let clock = Clock::system();
+        let config = guest_config(&parts, &clock, rng);
+        let spool = Spool::open(Arc::new(RealFiles), &work.join("trace"), 0, None).await;
+        let spool = spool.map_err(|e| BootTestError::Set("make the spool", e))?;
+        let (events, mut asked) = mpsc::channel(16);
+        let view = GuestView { status: JobStatus::Running, verdict: None, update_interval: Duration::from_secs(1) };
+        let (_view, view) = watch::channel(view);
+        let door = guest::admit(Admission {
+            vm: record.id.clone(),
+            listener,
+            pass: Pass::from_text(&config.pass).expect("the pass was written by the same crate"),
+            guest_token: Secret::new(guest_token.clone()),
+            job: JobId(u64::MAX),
+            job_token: Secret::new(VmId::random(rng).to_string()),
+            dependencies: Vec::new(),
+            spool: spool.writer(),
+            client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
+            direct_download: false,
+            events,
+            view,
+            limits: Limits::default(),
+            rng: rng.clone(),
+            clock,
+            metrics: Metrics::new(),
+        });
+        let mut machine = supply.take(Order {
+            machine: record,
+            bound: ("boot test".into(), 0),
+            cpus: CPUS,
+            memory_mib: MEMORY_MIB,
+            disk_gib: DISK_GIB,
+            base: image.disk.clone(),
+            boot: image.boot.clone(),
+            config: config.to_line(),
+            resume: false,
+        });
+        let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut asked, since, progress)).await;
+        let console = machine.console_tail();
+        machine.release();
+        let released = tokio::time::timeout(RELEASE_DEADLINE, async { while machine.event().await.is_some() {} }).await;
+        door.revoke().await;
+        if released.is_err() {
+            tracing::warn!(vm = %machine.record().id, "the boot test's VM could not be taken down yet");
+            machine.leave().await;
+        }
+        match booted {
+            Ok(Ok(info)) => Ok(Booted { info, took: since.elapsed() }),
+            Ok(Err(Early::Failed(error))) => Err(BootTestError::Start(error)),
+            Ok(Err(Early::Ended)) => Err(BootTestError::Ended(console)),
+            Ok(Err(Early::NoInfo)) => Err(BootTestError::NoInfo),
+            Err(_) => Err(BootTestError::Silent { within: self.deadline, console }),
+        }
+    }
+}
+
+enum Early {
+    Failed(VmError),
+    Ended,
+    NoInfo,
+}
+
+async fn wait(
+    machine: &mut Machine,
+    asked: &mut mpsc::Receiver<GuestEvent>,
+    since: Instant,
+    progress: &mut (dyn FnMut(&str) + Send),
+) -> Result<RunnerInfo, Early> {
+    loop {
+        let phase = tokio::select! {
+            biased;
+            // Both are cancel safe. The request first: it is what we wait for.
+            event = asked.recv() => match event {
+                Some(GuestEvent::AsksForJob { info, reply }) => {
+                    // The answer is 204; nobody minds if the guest is gone by then.
+                    let _ = reply.send(None);
+                    return info.ok_or(Early::NoInfo);
+                }
+                Some(GuestEvent::Greeted) => "guest has shown its pass",
+                _ => continue,
+            },
+            event = machine.event() => match event {
+                Some(MachineEvent::DiskReady) => "disk ready",
+                Some(MachineEvent::Started) => "machine started",
+                Some(MachineEvent::Report(Report::Ready)) => "guest is up",
+                Some(MachineEvent::Report(Report::Applied)) => "guest has its identity",
+                Some(MachineEvent::Report(Report::RunnerStarted)) => "gitlab-runner started",
+                Some(MachineEvent::Report(Report::Failed(text))) => {
+                    progress(&format!("guest: {text}"));
+                    continue;
+                }
+                Some(MachineEvent::Report(_)) => continue,
+                Some(MachineEvent::Failed(error)) => return Err(Early::Failed(error)),
+                Some(MachineEvent::Stopped | MachineEvent::Paused | MachineEvent::Released) | None => return Err(Early::Ended),
+            },
+        };
+        progress(&format!("{:>6.2} s  {phase}", since.elapsed().as_secs_f64()));
+    }
+}
+
+/// A boot test's guest has no GitLab behind its door.
+struct NoGitlab;
+
+impl Transport for NoGitlab {
+    fn call(&self, _: Call) -> crate::BoxFuture<'static, Result<http::Response<Body>, TransportError>> {
+        let refused: BodyError = Box::new(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
+        Box::pin(std::future::ready(Err(TransportError::Connect(refused))))
+    }
+}

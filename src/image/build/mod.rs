@@ -1,0 +1,344 @@
+//! How is an image made?
+//!
+//! ```text
+//! recipe ─► packages (mmdebstrap, with runner, guest program and units) ─► ext4 ─► disk.qcow2
+//!                └─► kernel package ─► vmlinuz, modules + dayfly-init ─► initrd
+//!                                                                          │
+//!     Staged (beside the images) ◄── image.toml, digests ◄─────────────────┘
+//!        └─► the boot test learns `info` ─► Staged::promote
+//! ```
+//!
+//! About a minute, without root. One build at a time in an image directory; a build that fails or is
+//! dropped leaves nothing, one that is killed is cleaned up by the next.
+
+mod initrd;
+mod programs;
+mod recipe;
+mod rootfs;
+mod sources;
+
+pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
+pub use recipe::RECIPES;
+
+use super::manifest::{BootKind, BuildInputs, FORMAT_VERSION, ImageFile, ImageRunner, MANIFEST_FILE, Manifest};
+use super::store::{Image, ImageError, ImageStore, digest};
+use crate::process::ProcessError;
+use recipe::Recipe;
+use rootfs::{Privilege, Work};
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+/// Gets each line of progress as it comes.
+pub type Progress<'a> = dyn FnMut(&str) + Send + 'a;
+
+/// Held while a build runs in an image directory.
+const LOCK_FILE: &str = ".build.lock";
+
+/// Beginning of the names of staged images.
+const STAGING_PREFIX: &str = ".staging-";
+
+const DISK_FILE: &str = "disk.qcow2";
+const KERNEL_FILE: &str = "vmlinuz";
+const INITRD_FILE: &str = "initrd";
+
+/// What to build, of what.
+#[derive(Clone, Debug)]
+pub struct BuildRequest {
+    /// Name of the recipe, one of [`RECIPES`]; also the image's name.
+    pub recipe: String,
+    /// Where images are; made if missing.
+    pub image_directory: PathBuf,
+    /// The runner to put in.
+    pub runner: RunnerSource,
+    /// `dayfly-guest`, linked statically; see [`find_guest_program`].
+    pub guest_program: PathBuf,
+    /// `dayfly-init`, likewise.
+    pub init: PathBuf,
+}
+
+/// Why an image could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// No such recipe.
+    #[error("no recipe `{0}`; there are: {names}", names = RECIPES.join(", "))]
+    Recipe(String),
+    /// A recipe of this binary is broken.
+    #[error("read the recipe")]
+    RecipeText(#[source] Box<figment::Error>),
+    /// The recipe is for another kind of machine.
+    #[error("build an image for {0} on {host}", host = std::env::consts::ARCH)]
+    Architecture(String),
+    /// There is no runner to put in.
+    #[error(
+        "find a gitlab-runner: give one by --runner PATH or {RUNNER_VARIABLE}, or install the package gitlab-runner"
+    )]
+    NoRunner,
+    /// The runner cannot be used.
+    #[error("use runner {}: it {why}", .path.display())]
+    Runner {
+        /// The program.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A program of ours for the inside of the image is missing.
+    #[error("find a statically linked {name} in {}; `cargo build --release` in vm-images/guest makes one", list(.places))]
+    GuestProgram {
+        /// `dayfly-guest` or `dayfly-init`.
+        name: &'static str,
+        /// Where it was looked for.
+        places: Vec<PathBuf>,
+    },
+    /// Another build is at work here.
+    #[error("build in {}: another build is running there", .0.display())]
+    Busy(PathBuf),
+    /// A program of the host failed.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The kernel's package is not what it should be.
+    #[error("take the kernel out of its package: {0}")]
+    Kernel(&'static str),
+    /// The kernel's package lacks a module.
+    #[error("find module `{0}` in the kernel's package")]
+    Module(String),
+    /// A file.
+    #[error("{what} {}", .path.display())]
+    File {
+        /// The attempt, in words.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The finished image did not pass the store's checks.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+}
+
+fn list(places: &[PathBuf]) -> String {
+    places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(" or ")
+}
+
+fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BuildError {
+    let path = path.to_owned();
+    move |source| BuildError::File { what, path, source }
+}
+
+/// An image that has been built and is not yet in use. Dropped, it is removed.
+#[derive(Debug)]
+pub struct Staged {
+    store: ImageStore,
+    directory: tempfile::TempDir,
+    manifest: Manifest,
+    /// Keeps other builds (and their clean-up) away.
+    _lock: File,
+}
+
+impl Staged {
+    /// Its directory: `image.toml`, disk, kernel, initrd.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What is in it.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The staged image in the form that a VM is started from, for the boot test.
+    ///
+    /// # Errors
+    /// [`BuildError::Image`].
+    pub fn image(&self) -> Result<Image, BuildError> {
+        Ok(self.store.open_staged(self.directory.path(), &self.manifest.name)?)
+    }
+
+    /// Records what the boot test has learnt: the runner's `info`, raw JSON.
+    ///
+    /// # Errors
+    /// [`BuildError::File`].
+    pub fn set_info(&mut self, info: String) -> Result<(), BuildError> {
+        self.manifest.info = Some(info);
+        self.write()
+    }
+
+    /// Puts the image in place of the one of its name. Blocks for as long as the disk takes.
+    ///
+    /// # Errors
+    /// [`BuildError::Image`]; the old image then stays.
+    pub fn promote(self) -> Result<Image, BuildError> {
+        Ok(self.store.promote(self.directory.path(), &self.manifest.name)?)
+    }
+
+    fn write(&self) -> Result<(), BuildError> {
+        let path = self.directory.path().join(MANIFEST_FILE);
+        fs::write(&path, self.manifest.to_text()).map_err(file_error("write", &path))
+    }
+}
+
+/// Builds an image as far as it can be without starting it.
+///
+/// # Errors
+/// [`BuildError`].
+///
+/// # Cancel safety
+/// Dropping the future kills what runs; files of sub-ids stay in `/var/tmp` until the next build.
+pub async fn build(request: &BuildRequest, progress: &mut Progress<'_>) -> Result<Staged, BuildError> {
+    let recipe = Recipe::find(&request.recipe)?;
+    if recipe.inputs.architecture != std::env::consts::ARCH {
+        return Err(BuildError::Architecture(recipe.inputs.architecture));
+    }
+    for (name, path) in [("dayfly-guest", &request.guest_program), ("dayfly-init", &request.init)] {
+        if !programs::is_static(path).map_err(file_error("read", path))? {
+            return Err(BuildError::GuestProgram { name, places: vec![path.clone()] });
+        }
+    }
+    let runner = request.runner.inspect().await?;
+    progress(&format!(
+        "runner: {} {} (origin: {}, {})",
+        "gitlab-runner",
+        runner.version,
+        runner.origin,
+        request.runner.path.display()
+    ));
+    let (staging, lock) = stage(&request.image_directory)?;
+
+    let privilege = Privilege::of_us();
+    let work = Work::new(privilege).await?;
+    let built = fill(request, &recipe, &work, staging.path(), runner, progress).await;
+    work.release().await;
+    let staged =
+        Staged { store: ImageStore::new(&request.image_directory), directory: staging, manifest: built?, _lock: lock };
+    staged.write()?;
+    let image = staged.image()?;
+    let mib = image.manifest.disk.bytes / (1024 * 1024);
+    progress(&format!(
+        "built: disk {mib} MiB, kernel {}, {} packages",
+        image.manifest.build.kernel,
+        image.manifest.build.packages.len()
+    ));
+    Ok(staged)
+}
+
+/// Makes a directory for the new image and removes those of builds that were killed.
+fn stage(image_directory: &Path) -> Result<(tempfile::TempDir, File), BuildError> {
+    fs::create_dir_all(image_directory).map_err(file_error("make image directory", image_directory))?;
+    let lock_path = image_directory.join(LOCK_FILE);
+    let lock = File::create(&lock_path).map_err(file_error("open", &lock_path))?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(BuildError::Busy(image_directory.to_owned())),
+        Err(TryLockError::Error(source)) => return Err(file_error("lock", &lock_path)(source)),
+    }
+    for entry in fs::read_dir(image_directory).map_err(file_error("read", image_directory))?.flatten() {
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(STAGING_PREFIX)) {
+            fs::remove_dir_all(entry.path()).map_err(file_error("remove", &entry.path()))?;
+        }
+    }
+    let staging = tempfile::Builder::new().prefix(STAGING_PREFIX).tempdir_in(image_directory);
+    let staging = staging.map_err(file_error("make a directory in", image_directory))?;
+    // In system mode QEMU is another user.
+    fs::set_permissions(staging.path(), fs::Permissions::from_mode(0o755))
+        .map_err(file_error("open up", staging.path()))?;
+    Ok((staging, lock))
+}
+
+async fn fill(
+    request: &BuildRequest,
+    recipe: &Recipe,
+    work: &Work,
+    staging: &Path,
+    runner: ImageRunner,
+    progress: &mut Progress<'_>,
+) -> Result<Manifest, BuildError> {
+    let inputs = &recipe.inputs;
+    lay_out(request, recipe, &work.path("files"))?;
+    progress(&format!("packages: {} with {}", inputs.suite, inputs.packages.join(", ")));
+    let packages = rootfs::packages(work, recipe, progress).await?;
+
+    progress(&format!("kernel: {}", packages.kernel_version));
+    let kernel = staging.join(KERNEL_FILE);
+    fs::copy(&packages.kernel, &kernel).map_err(file_error("copy the kernel to", &kernel))?;
+    let found =
+        initrd::find_modules(&packages.modules, &inputs.modules).map_err(file_error("read", &packages.modules))?;
+    let modules = found.map_err(BuildError::Module)?;
+    let initrd = staging.join(INITRD_FILE);
+    let archive = initrd::make(&request.init, &modules).and_then(|bytes| fs::write(&initrd, bytes));
+    archive.map_err(file_error("write", &initrd))?;
+
+    progress("disk: ext4, then qcow2");
+    let disk = staging.join(DISK_FILE);
+    rootfs::disk(work, &packages, inputs.disk_gib, &disk).await?;
+
+    progress("digests");
+    Ok(Manifest {
+        format_version: FORMAT_VERSION,
+        name: request.recipe.clone(),
+        architecture: inputs.architecture.clone(),
+        boot: BootKind::Direct,
+        cmdline: Some(inputs.cmdline.clone()),
+        executor: inputs.executor.clone(),
+        info: None,
+        runner,
+        disk: image_file(staging, DISK_FILE).await?,
+        kernel: Some(image_file(staging, KERNEL_FILE).await?),
+        initrd: Some(image_file(staging, INITRD_FILE).await?),
+        build: BuildInputs {
+            suite: format!("debian {}", inputs.suite),
+            kernel: packages.kernel_version,
+            packages: packages
+                .list
+                .lines()
+                .filter_map(|line| line.split_once(' '))
+                .map(|(name, version)| (name.into(), version.into()))
+                .collect(),
+        },
+    })
+}
+
+/// Puts what the image gets from us below `files`, as it will lie below its root.
+fn lay_out(request: &BuildRequest, recipe: &Recipe, files: &Path) -> Result<(), BuildError> {
+    let place = |path: &str| -> Result<PathBuf, BuildError> {
+        let path = files.join(path);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(file_error("make", parent))?;
+        }
+        Ok(path)
+    };
+    for (source, path) in
+        [(&request.guest_program, "usr/lib/dayfly/dayfly-guest"), (&request.runner.path, "usr/bin/gitlab-runner")]
+    {
+        let path = place(path)?;
+        fs::copy(source, &path).map_err(file_error("copy", source))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).map_err(file_error("open up", &path))?;
+    }
+    for (unit, text) in recipe.units {
+        let path = place(&format!("etc/systemd/system/{unit}"))?;
+        fs::write(&path, text).map_err(file_error("write", &path))?;
+    }
+    Ok(())
+}
+
+async fn image_file(directory: &Path, file: &'static str) -> Result<ImageFile, BuildError> {
+    let path = directory.join(file);
+    let read = {
+        let path = path.clone();
+        // Hundreds of MiB: not on a thread of the runtime.
+        move || {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+            Ok((fs::metadata(&path)?.len(), digest(&path)?))
+        }
+    };
+    let read = tokio::task::spawn_blocking(read).await.map_err(io::Error::other).and_then(|read: io::Result<_>| read);
+    let (bytes, sha256) = read.map_err(file_error("read", &path))?;
+    Ok(ImageFile { file: file.into(), bytes, sha256 })
+}
+
+#[cfg(test)]
+mod tests;

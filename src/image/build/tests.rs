@@ -1,0 +1,75 @@
+//! Tests of what a build does before and after the programs of the host; the build itself needs a
+//! package archive and is proven by the e2e ring.
+
+use super::*;
+use crate::image::manifest::RunnerOrigin;
+
+fn request(directory: &Path) -> BuildRequest {
+    BuildRequest {
+        recipe: "debian-12-shell".into(),
+        image_directory: directory.join("images"),
+        runner: RunnerSource { path: directory.join("runner"), origin: RunnerOrigin::Path },
+        guest_program: directory.join("guest"),
+        init: directory.join("init"),
+    }
+}
+
+#[tokio::test]
+async fn programs_that_a_guest_could_not_start_are_refused_before_any_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut request = request(dir.path());
+    let error = build(&request, &mut |_| {}).await.unwrap_err();
+    assert_eq!(error.to_string(), format!("read {}", request.guest_program.display()));
+    // This test is linked dynamically, as a guest program built with the whole workspace is.
+    request.guest_program = std::env::current_exe().unwrap();
+    let error = build(&request, &mut |_| {}).await.unwrap_err().to_string();
+    assert!(error.starts_with("find a statically linked dayfly-guest in "), "{error}");
+    request.recipe = "debian-99".into();
+    assert!(matches!(build(&request, &mut |_| {}).await, Err(BuildError::Recipe(_))));
+    assert!(!request.image_directory.exists(), "nothing was made");
+}
+
+#[test]
+fn one_build_at_a_time_and_leftovers_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = dir.path().join("images");
+    let (staging, lock) = stage(&images).unwrap();
+    assert!(matches!(stage(&images), Err(BuildError::Busy(_))));
+    drop(lock);
+    let killed = staging.keep(); // as if the process had been killed here
+    fs::write(killed.join("disk.qcow2"), "half").unwrap();
+    let (staging, _lock) = stage(&images).unwrap();
+    assert!(!killed.exists() && staging.path().exists());
+}
+
+#[test]
+fn what_we_add_lies_where_units_and_docs_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let request = request(dir.path());
+    for path in [&request.guest_program, &request.runner.path] {
+        fs::write(path, "program").unwrap();
+    }
+    let files = dir.path().join("files");
+    lay_out(&request, &Recipe::find("debian-12-shell").unwrap(), &files).unwrap();
+    for path in ["usr/lib/dayfly/dayfly-guest", "usr/bin/gitlab-runner"] {
+        assert_eq!(fs::metadata(files.join(path)).unwrap().permissions().mode() & 0o777, 0o755, "{path}");
+    }
+    let unit = fs::read_to_string(files.join("etc/systemd/system/dayfly-guest.service")).unwrap();
+    assert!(unit.contains("ExecStart=/usr/lib/dayfly/dayfly-guest\n"));
+    assert!(files.join("etc/systemd/system/dayfly.target").exists());
+}
+
+#[test]
+fn a_staged_image_that_is_dropped_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (staging, lock) = stage(dir.path()).unwrap();
+    let path = staging.path().to_owned();
+    let manifest = crate::image::manifest::tests::example();
+    let mut staged = Staged { store: ImageStore::new(dir.path()), directory: staging, manifest, _lock: lock };
+    staged.set_info("{\"features\":{}}".into()).unwrap();
+    let text = fs::read_to_string(path.join(MANIFEST_FILE)).unwrap();
+    assert_eq!(Manifest::parse(&text).unwrap().info.as_deref(), Some("{\"features\":{}}"));
+    // Its files are missing: it must not come into use.
+    assert!(matches!(staged.promote(), Err(BuildError::Image(ImageError::File { .. }))));
+    assert!(!path.exists());
+}

@@ -1,0 +1,157 @@
+//! Tests of `image::store`, in directories of their own.
+
+use super::*;
+use crate::image::manifest;
+use crate::image::qcow2::tests::header;
+
+/// Writes an image whose kernel has this content, and returns its directory.
+fn write_image(dir: &Path, name: &str, kernel: &[u8]) -> PathBuf {
+    fs::create_dir_all(dir).unwrap();
+    let mut manifest = manifest::tests::example();
+    manifest.name = name.into();
+    let disk = header(4 << 30);
+    let initrd = b"initrd".to_vec();
+    let write = |file: &mut ImageFile, bytes: &[u8]| {
+        fs::write(dir.join(&file.file), bytes).unwrap();
+        *file = ImageFile { file: file.file.clone(), bytes: bytes.len() as u64, sha256: hex(&Sha256::digest(bytes)) };
+    };
+    write(&mut manifest.disk, &disk);
+    write(manifest.kernel.as_mut().unwrap(), kernel);
+    write(manifest.initrd.as_mut().unwrap(), &initrd);
+    fs::write(dir.join(MANIFEST_FILE), manifest.to_text()).unwrap();
+    dir.to_owned()
+}
+
+fn store() -> (tempfile::TempDir, ImageStore) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = ImageStore::new(dir.path());
+    (dir, store)
+}
+
+fn promote(store: &ImageStore, kernel: &[u8]) -> Image {
+    let staged = write_image(&store.directory.join(".staging-1"), "shell", kernel);
+    store.promote(&staged, "shell").unwrap()
+}
+
+#[test]
+fn a_promoted_image_is_found_with_all_that_a_vm_needs() {
+    let (_dir, store) = store();
+    let image = promote(&store, b"kernel");
+    assert_eq!(store.get("shell").unwrap(), image);
+    assert!(!store.directory.join(".staging-1").exists());
+    let real = fs::canonicalize(&store.directory).unwrap();
+    assert!(image.dir.starts_with(&real) && image.dir.to_str().unwrap().contains("shell@"), "{:?}", image.dir);
+    assert_eq!(image.disk, image.dir.join("disk.qcow2"));
+    assert_eq!(image.disk_bytes, 4 << 30);
+    let Boot::Direct { kernel, initrd, cmdline } = &image.boot else { panic!("{:?}", image.boot) };
+    assert_eq!((fs::read(kernel).unwrap(), fs::read(initrd).unwrap()), (b"kernel".to_vec(), b"initrd".to_vec()));
+    assert!(cmdline.starts_with("root="));
+    store.verify(&image).unwrap();
+}
+
+#[test]
+fn a_vm_that_starts_from_the_old_version_still_finds_it() {
+    let (_dir, store) = store();
+    let first = promote(&store, b"one");
+    let second = promote(&store, b"two");
+    assert_ne!(first.dir, second.dir);
+    assert!(first.disk.exists(), "the version before stays");
+    assert_eq!(store.get("shell").unwrap().dir, second.dir);
+    let third = promote(&store, b"three");
+    assert!(!first.dir.exists() && second.dir.exists() && third.dir.exists());
+    // The same again is the same version.
+    assert_eq!(promote(&store, b"three").dir, third.dir);
+    assert_eq!(store.list().unwrap().len(), 1);
+    store.remove("shell").unwrap();
+    assert_eq!(fs::read_dir(&store.directory).unwrap().count(), 0);
+    store.remove("shell").unwrap();
+}
+
+#[test]
+fn a_directory_that_the_operator_made_is_an_image_too() {
+    let (_dir, store) = store();
+    write_image(&store.directory.join("own"), "own", b"kernel");
+    assert_eq!(store.get("own").unwrap().name, "own");
+    store.remove("own").unwrap();
+    assert!(matches!(store.get("own"), Err(ImageError::Missing { .. })));
+}
+
+#[test]
+fn a_missing_image_says_how_to_get_it() {
+    let (_dir, store) = store();
+    let error = store.get("debian-12-shell").unwrap_err().to_string();
+    assert!(
+        error.starts_with("no image `debian-12-shell` in /")
+            && error.ends_with("build it with `dayfly image build debian-12-shell`"),
+        "{error}"
+    );
+    assert!(ImageStore::new("/no/such/directory").list().unwrap().is_empty());
+}
+
+#[test]
+fn names_that_are_paths_are_refused() {
+    let (_dir, store) = store();
+    for name in ["", ".", "..", "a/b", ".staging-1", "shell@12345678", "Shell", "a b", &"x".repeat(65)] {
+        assert!(matches!(store.get(name), Err(ImageError::Name(_))), "{name}");
+        assert!(matches!(store.remove(name), Err(ImageError::Name(_))), "{name}");
+    }
+}
+
+/// What `get` says of a good image after `change`.
+fn check(change: impl FnOnce(&Path), expected: &str) {
+    let (_dir, store) = store();
+    let dir = write_image(&store.directory.join("shell"), "shell", b"kernel");
+    change(&dir);
+    let (_, listed) = store.list().unwrap().pop().unwrap();
+    let error = listed.unwrap_err();
+    let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+    let text = format!("{error}: {source}");
+    assert!(text.contains(expected) && text.contains("`shell`"), "{text}");
+}
+
+#[test]
+fn each_way_to_be_broken_has_its_own_sentence() {
+    let edit = |from: &'static str, to: &'static str| {
+        move |dir: &Path| {
+            let path = dir.join(MANIFEST_FILE);
+            let text = fs::read_to_string(&path).unwrap();
+            assert!(text.contains(from));
+            fs::write(path, text.replace(from, to)).unwrap();
+        }
+    };
+    check(|dir| fs::remove_file(dir.join("vmlinuz")).unwrap(), "/vmlinuz of image");
+    check(|dir| fs::remove_file(dir.join(MANIFEST_FILE)).unwrap(), "/image.toml of image");
+    check(|dir| fs::write(dir.join("disk.qcow2"), b"short").unwrap(), "has 5 bytes instead of 104");
+    check(|dir| fs::write(dir.join("disk.qcow2"), [0; 104]).unwrap(), "it is no qcow2 file");
+    check(
+        |dir| {
+            let mut disk = header(1);
+            disk[15] = 1;
+            fs::write(dir.join("disk.qcow2"), disk).unwrap();
+        },
+        "it has a backing file",
+    );
+    check(edit("format_version = 1", "format_version = 7"), "format version 7");
+    check(edit("executor = ", "executer = "), "parse image.toml");
+    check(edit(std::env::consts::ARCH, "pdp11"), "is for pdp11");
+}
+
+#[test]
+fn a_file_that_was_changed_in_place_is_found_by_its_digest() {
+    let (_dir, store) = store();
+    let image = promote(&store, b"kernel");
+    let Boot::Direct { kernel, .. } = &image.boot else { panic!("direct") };
+    fs::write(kernel, b"evil!!").unwrap();
+    let error = store.verify(&store.get("shell").unwrap()).unwrap_err().to_string();
+    assert!(error.contains("SHA-256 differs"), "{error}");
+}
+
+#[test]
+fn a_broken_staged_image_never_replaces_a_good_one() {
+    let (_dir, store) = store();
+    let good = promote(&store, b"good");
+    let staged = write_image(&store.directory.join(".staging-2"), "shell", b"bad");
+    fs::remove_file(staged.join("initrd")).unwrap();
+    assert!(matches!(store.promote(&staged, "shell"), Err(ImageError::File { .. })));
+    assert_eq!(store.get("shell").unwrap(), good);
+}

@@ -1,0 +1,424 @@
+//! What must survive a crash? One directory per job, its record replaced atomically.
+//!
+//!     <state>/jobs/<key>/record.json    ids, job token, state: what recovery needs
+//!     <state>/jobs/<key>/trace          the spool
+//!     <runtime>/jobs/<key>/payload      the payload, with all its secrets: tmpfs, gone at a reboot
+//!     <runtime>/jobs/<key>/guest        the guest config, with the pass: likewise
+//!
+//! Record first, act second: a record names a VM before anything of it is made. A record that
+//! cannot be read is set aside, named in the log, and costs nobody else anything; one of a newer
+//! version stops the daemon.
+
+use super::state::State;
+use crate::files::{Files, child};
+use crate::gitlab::JobId;
+use crate::network::Lease;
+use crate::secret::Secret;
+use crate::vm::VmId;
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use url::Url;
+
+/// Version of the records that this daemon writes; it reads this one and those before.
+pub const RECORD_VERSION: u32 = 1;
+
+/// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
+const RECORD_BYTES_MAX: u64 = 256 * 1024;
+
+/// Bytes of a payload at most, as in `gitlab`.
+const PAYLOAD_BYTES_MAX: u64 = 32 * 1024 * 1024;
+
+/// Runner entry and job id: two GitLabs may both have a job 42.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct JobKey {
+    /// Name of the runner entry.
+    pub runner: String,
+    /// The job.
+    pub id: JobId,
+}
+
+impl JobKey {
+    /// Name of the job's directories: a digest of the runner's name (which may hold anything) and
+    /// the id.
+    #[must_use]
+    pub fn directory(&self) -> String {
+        let digest = Sha256::digest(self.runner.as_bytes());
+        let short: String = digest[..6].iter().map(|b| format!("{b:02x}")).collect();
+        format!("{short}-{}", self.id)
+    }
+}
+
+impl fmt::Display for JobKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.runner, self.id)
+    }
+}
+
+impl fmt::Debug for JobKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.runner, self.id)
+    }
+}
+
+/// What is known of a job, durable.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// [`RECORD_VERSION`] of its writer.
+    pub version: u32,
+    /// Whose job.
+    pub key: JobKey,
+    /// The GitLab it came from: its verdict goes nowhere else, whatever the configuration says
+    /// by then.
+    pub gitlab: Url,
+    /// The job token. Worthless once the job is over.
+    #[serde(with = "secret_text")]
+    pub job_token: Secret,
+    /// When GitLab's 201 came.
+    pub received: Timestamp,
+    /// The job's timeout at GitLab, seconds.
+    pub timeout_s: Option<u64>,
+    /// For people: name of job and project.
+    pub name: String,
+    /// See `name`.
+    pub project: String,
+    /// GitLab marks the trace as one with secrets in it.
+    pub debug_trace: bool,
+    /// Sections may be used in the trace.
+    pub trace_sections: bool,
+    /// GitLab knows `runner_interrupted`.
+    pub knows_interrupted: bool,
+    /// The machine class's name when the job came.
+    pub class: String,
+    /// What is reserved for it.
+    pub resources: crate::capacity::Resources,
+    /// Its VM, once one is planned.
+    pub machine: Option<MachineRecord>,
+    /// Where the guest's bytes begin in the spool, once it has its job.
+    pub guest_base: Option<u64>,
+    /// Where it stands.
+    pub state: State,
+}
+
+/// The names of one VM's things, from before any is made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineRecord {
+    /// Its id; all names follow from it.
+    pub id: VmId,
+    /// Its door.
+    pub lease: Lease,
+}
+
+mod secret_text {
+    //! A secret in a record: the one file that must hold the job token (safety.md, secrets at rest).
+    use crate::secret::Secret;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(secret.expose())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
+        String::deserialize(deserializer).map(Secret::new)
+    }
+}
+
+/// Why the journal cannot be used. Exit code 78.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The file layer failed.
+    #[error("{what} `{}`", path.display())]
+    Files {
+        /// What was tried.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A newer dayfly wrote it. Nothing was touched.
+    #[error("record `{}` is of version {version}, this dayfly reads up to {RECORD_VERSION}; install the newer one again, or let its jobs end first", path.display())]
+    Newer {
+        /// Where.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+    },
+}
+
+/// The journal. Clones share it.
+#[derive(Clone)]
+pub struct Journal {
+    files: Arc<dyn Files>,
+    state: PathBuf,
+    runtime: PathBuf,
+}
+
+/// A record set aside by [`Journal::load_all`].
+#[derive(Debug)]
+pub struct SetAside {
+    /// Where it is now.
+    pub path: PathBuf,
+    /// Why.
+    pub reason: String,
+}
+
+impl Journal {
+    /// A journal below these two directories.
+    ///
+    /// # Errors
+    /// If they cannot be made.
+    pub async fn open(files: Arc<dyn Files>, state_directory: &Path, runtime_directory: &Path) -> Result<Self, JournalError> {
+        let journal = Self { files, state: state_directory.join("jobs"), runtime: runtime_directory.join("jobs") };
+        for path in [&journal.state, &journal.runtime] {
+            let made = journal.files.create_dir(path).await;
+            made.map_err(|source| JournalError::Files { what: "make directory", path: path.clone(), source })?;
+        }
+        Ok(journal)
+    }
+
+    /// Where the job's spool is.
+    #[must_use]
+    pub fn spool_path(&self, key: &JobKey) -> PathBuf {
+        child(&self.state, &key.directory()).join("trace")
+    }
+
+    /// Writes a new job down: payload first, then the record, which makes it count.
+    ///
+    /// # Errors
+    /// The file layer's; the job must not be started then.
+    pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
+        let runtime = child(&self.runtime, &record.key.directory());
+        self.files.create_dir(&runtime).await?;
+        self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
+        self.files.create_dir(&child(&self.state, &record.key.directory())).await?;
+        self.put(record).await
+    }
+
+    /// Replaces the job's record, durably.
+    ///
+    /// # Errors
+    /// The file layer's; the old record stands then.
+    pub async fn put(&self, record: &Record) -> io::Result<()> {
+        let bytes = serde_json::to_vec(record)?;
+        self.files.replace(&child(&self.state, &record.key.directory()).join("record.json"), bytes).await
+    }
+
+    /// Keeps the guest config of the job's VM, for a restart of the daemon.
+    ///
+    /// # Errors
+    /// The file layer's.
+    pub async fn put_guest(&self, key: &JobKey, config: Vec<u8>) -> io::Result<()> {
+        self.files.replace(&child(&self.runtime, &key.directory()).join("guest"), config).await
+    }
+
+    /// The payload as it was accepted.
+    ///
+    /// # Errors
+    /// `NotFound` after a reboot of the host; else the file layer's.
+    pub async fn payload(&self, key: &JobKey) -> io::Result<Bytes> {
+        let path = child(&self.runtime, &key.directory()).join("payload");
+        self.files.read(&path, PAYLOAD_BYTES_MAX).await.map(Bytes::from)
+    }
+
+    /// The guest config that [`Journal::put_guest`] kept.
+    ///
+    /// # Errors
+    /// As [`Journal::payload`].
+    pub async fn guest(&self, key: &JobKey) -> io::Result<Vec<u8>> {
+        let path = child(&self.runtime, &key.directory()).join("guest");
+        self.files.read(&path, dayfly_guest_config::CONFIG_BYTES_MAX as u64).await
+    }
+
+    /// Removes all that is kept of a job, the record last.
+    ///
+    /// # Errors
+    /// The file layer's; what is left is found again at the next start.
+    pub async fn remove(&self, key: &JobKey) -> io::Result<()> {
+        self.files.remove(&child(&self.runtime, &key.directory())).await?;
+        let dir = child(&self.state, &key.directory());
+        self.files.remove(&dir.join("trace")).await?;
+        self.files.remove(&dir).await
+    }
+
+    /// The record of one job; `None` if it has none that can be read.
+    pub async fn load(&self, key: &JobKey) -> Option<Record> {
+        let path = child(&self.state, &key.directory()).join("record.json");
+        parse(&self.files.read(&path, RECORD_BYTES_MAX).await.ok()?).ok()
+    }
+
+    /// All records, and what had to be set aside. Directories without a record are leftovers of a
+    /// job that was never accepted, or was finished: they are removed.
+    ///
+    /// # Errors
+    /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`].
+    pub async fn load_all(&self) -> Result<(Vec<Record>, Vec<SetAside>), JournalError> {
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| JournalError::Files { what, path, source }
+        };
+        let mut records = Vec::new();
+        let mut broken = Vec::new();
+        let mut empty = Vec::new();
+        for entry in self.files.list(&self.state).await.map_err(failed("list", &self.state))? {
+            let dir = child(&self.state, &entry.name);
+            if !entry.is_dir {
+                broken.push((dir, "not a directory".to_owned()));
+                continue;
+            }
+            let path = dir.join("record.json");
+            match self.files.read(&path, RECORD_BYTES_MAX).await {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => empty.push(dir),
+                Err(error) => broken.push((dir, error.to_string())),
+                Ok(bytes) => match parse(&bytes) {
+                    Ok(record) if record.key.directory() == entry.name => records.push(record),
+                    Ok(_) => broken.push((dir, "the record is of another job".to_owned())),
+                    Err(Unreadable::Newer(version)) => return Err(JournalError::Newer { path, version }),
+                    Err(Unreadable::Broken(reason)) => broken.push((dir, reason)),
+                },
+            }
+        }
+        for dir in empty {
+            self.files.remove(&dir).await.map_err(failed("remove", &dir))?;
+        }
+        let mut aside = Vec::new();
+        for (path, reason) in broken {
+            aside.push(SetAside { path: self.set_aside(&path).await?, reason });
+        }
+        self.remove_strays(&records).await?;
+        Ok((records, aside))
+    }
+
+    /// Moves a damaged entry out of the way, under a name that is still free.
+    async fn set_aside(&self, path: &Path) -> Result<PathBuf, JournalError> {
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| JournalError::Files { what, path, source }
+        };
+        let quarantine = self.state.with_file_name("set-aside");
+        self.files.create_dir(&quarantine).await.map_err(failed("make directory", &quarantine))?;
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("unnamed");
+        let taken = self.files.list(&quarantine).await.map_err(failed("list", &quarantine))?;
+        let free = (0_u32..).map(|n| format!("{name}.{n}")).find(|n| taken.iter().all(|e| e.name != *n));
+        let target = child(&quarantine, &free.expect("one of four billion names is free"));
+        self.files.rename(path, &target).await.map_err(failed("set aside", path))?;
+        Ok(target)
+    }
+
+    /// Runtime directories without a record: the crash came between the two.
+    async fn remove_strays(&self, records: &[Record]) -> Result<(), JournalError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| JournalError::Files { what: "remove", path, source }
+        };
+        for entry in self.files.list(&self.runtime).await.map_err(failed(&self.runtime))? {
+            if records.iter().all(|r| r.key.directory() != entry.name) {
+                let path = child(&self.runtime, &entry.name);
+                self.files.remove(&path).await.map_err(failed(&path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+enum Unreadable {
+    Newer(u32),
+    Broken(String),
+}
+
+fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
+    #[derive(Deserialize)]
+    struct Versioned {
+        version: u32,
+    }
+    let broken = |error: serde_json::Error| Unreadable::Broken(error.to_string());
+    let versioned: Versioned = serde_json::from_slice(bytes).map_err(broken)?;
+    if versioned.version > RECORD_VERSION {
+        return Err(Unreadable::Newer(versioned.version));
+    }
+    serde_json::from_slice(bytes).map_err(broken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::fake::MemoryFiles;
+
+    fn record(id: u64) -> Record {
+        Record {
+            version: RECORD_VERSION,
+            key: JobKey { runner: "linux \"vm\"/1".into(), id: JobId(id) },
+            gitlab: "https://gitlab.example".parse().unwrap(),
+            job_token: Secret::new("glcbt-1"),
+            received: Timestamp::UNIX_EPOCH,
+            timeout_s: Some(3600),
+            name: "test".into(),
+            project: "g/p".into(),
+            debug_trace: false,
+            trace_sections: true,
+            knows_interrupted: true,
+            class: "small".into(),
+            resources: crate::capacity::Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
+            machine: None,
+            guest_base: None,
+            state: State::Accepted,
+        }
+    }
+
+    async fn journal(files: &MemoryFiles) -> Journal {
+        Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_record_reads_back_and_goes_without_a_trace() {
+        let files = MemoryFiles::default();
+        let journal = journal(&files).await;
+        journal.accept(&record(42), Bytes::from_static(b"{}")).await.unwrap();
+        let (records, aside) = journal.load_all().await.unwrap();
+        assert_eq!((records.len(), aside.len()), (1, 0));
+        assert_eq!(records[0].key.id, JobId(42));
+        assert!(!format!("{:?}", records[0]).contains("glcbt"));
+        journal.remove(&records[0].key).await.unwrap();
+        assert!(files.contents().is_empty(), "{:?}", files.contents());
+    }
+
+    /// E13: a damaged record costs nobody else anything.
+    #[tokio::test]
+    async fn a_torn_record_is_set_aside_and_the_others_are_read() {
+        let files = MemoryFiles::default();
+        let journal = journal(&files).await;
+        journal.accept(&record(1), Bytes::new()).await.unwrap();
+        journal.accept(&record(2), Bytes::new()).await.unwrap();
+        let path = Path::new("/s/jobs").join(record(1).key.directory()).join("record.json");
+        let whole = files.read(&path, 1 << 20).await.unwrap();
+        for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
+            files.create_dir(path.parent().unwrap()).await.unwrap();
+            files.replace(&path, whole[..cut].to_vec()).await.unwrap();
+            let (records, aside) = journal.load_all().await.unwrap();
+            assert_eq!(records.iter().map(|r| r.key.id.0).collect::<Vec<_>>(), [2]);
+            assert_eq!(aside.len(), 1, "cut at {cut}");
+        }
+    }
+
+    /// E12: a newer record stops the daemon and nothing is touched.
+    #[tokio::test]
+    async fn a_newer_record_is_refused_untouched() {
+        let files = MemoryFiles::default();
+        let journal = journal(&files).await;
+        journal.accept(&record(1), Bytes::new()).await.unwrap();
+        let path = Path::new("/s/jobs").join(record(1).key.directory()).join("record.json");
+        files.replace(&path, br#"{"version":2,"something":"new"}"#.to_vec()).await.unwrap();
+        let before = files.contents();
+        let error = journal.load_all().await.unwrap_err();
+        assert!(matches!(error, JournalError::Newer { version: 2, .. }), "{error}");
+        assert_eq!(files.contents(), before);
+    }
+}

@@ -1,0 +1,531 @@
+//! The moving parts of one job: spool, uploader, machine, door, record. `task` decides, this acts.
+
+use super::journal::{MachineRecord, Record};
+use super::lines;
+use super::spool::Spool;
+use super::state::{Event, State};
+use super::uploader::{Outbox, Upload, UploaderEvent, upload};
+use super::{Parts, Runner};
+use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
+use crate::guest::{self, Admission, GuestEvent, GuestPass, GuestView, HandOut};
+use crate::guest_config::{GuestParts, guest_config};
+use crate::metrics::Metrics;
+use crate::secret::Secret;
+use crate::supply::{Machine, MachineEvent, Order};
+use crate::telemetry::chain;
+use crate::vm::DoorListener;
+use dayfly_guest_config::{GuestConfig, Pass};
+use jiff::Timestamp;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// Events that may wait for the job from its guest or its uploader; a full queue makes them wait.
+const EVENTS_MAX: usize = 64;
+
+/// Ports tried for one door before the job's machine counts as failed.
+const PORT_TRIES: u32 = 8;
+
+/// The guest runner's `--wait-timeout` beyond the boot deadline: it must outlast us.
+const WAIT_MARGIN: Duration = Duration::from_secs(60);
+
+/// Tries to remove the record of a finished job; what is left is found at the next start.
+const REMOVE_TRIES: u32 = 5;
+
+pub(super) enum Next {
+    Guest(GuestEvent),
+    Machine(MachineEvent),
+    Gitlab(JobStatus),
+    Delivered,
+}
+
+pub(super) struct Machinery {
+    pub(super) parts: Parts,
+    pub(super) record: Record,
+    /// When the guest gave its last sign of life, or its door was opened.
+    pub(super) last_spoke: Instant,
+    runner: Arc<Runner>,
+    payload: Option<JobPayload>,
+    /// When this task began, and how long after GitLab's 201 that was.
+    started: Instant,
+    elapsed_before: Duration,
+    spool: Spool,
+    outbox: watch::Sender<Outbox>,
+    debug_trace: watch::Sender<bool>,
+    uploads: mpsc::Receiver<UploaderEvent>,
+    /// The uploader; aborted when this is dropped.
+    _tasks: JoinSet<()>,
+    door: Option<GuestPass>,
+    guest_out: mpsc::Sender<GuestEvent>,
+    guest_in: mpsc::Receiver<GuestEvent>,
+    guest_view: watch::Sender<GuestView>,
+    machine: Option<Machine>,
+    /// The machine is being released for another one.
+    another: bool,
+    /// Whether the boot section stands open in the trace.
+    section_open: bool,
+}
+
+impl Machinery {
+    /// Opens the spool and starts the uploader.
+    pub(super) async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>) -> io::Result<Self> {
+        let path = parts.journal.spool_path(&record.key);
+        let bytes_max = parts.limits.spool_mib.saturating_mul(1024 * 1024);
+        let spool = Spool::open(parts.files.clone(), &path, bytes_max, record.guest_base).await?;
+        let (outbox, outbox_in) = watch::channel(Outbox::Empty);
+        let (debug_trace, debug_in) = watch::channel(record.debug_trace);
+        let (events, uploads) = mpsc::channel(EVENTS_MAX);
+        let mut tasks = JoinSet::new();
+        let upload_parts = Upload {
+            client: JobClient::new(runner.transport.clone(), record.key.id, record.job_token.clone(), parts.rng.clone()),
+            spool: spool.reader(),
+            outbox: outbox_in,
+            events,
+            debug_trace: debug_in,
+            keepalive: parts.limits.keepalive.get(),
+            keep: parts.limits.outbox_keep.get(),
+            rng: parts.rng.clone(),
+            clock: parts.clock.clone(),
+        };
+        tasks.spawn(tracing::Instrument::in_current_span(upload(upload_parts)));
+        let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
+        let update_interval = parts.limits.guest_update_interval.get();
+        let (guest_view, _) = watch::channel(GuestView { status: JobStatus::Running, verdict: None, update_interval });
+        let since = parts.clock.now().duration_since(record.received);
+        let mut machinery = Self {
+            elapsed_before: Duration::try_from(since).unwrap_or_default(),
+            started: Instant::now(),
+            last_spoke: Instant::now(),
+            section_open: record.guest_base.is_none() && spool.view().length > 0,
+            spool,
+            outbox,
+            debug_trace,
+            uploads,
+            _tasks: tasks,
+            door: None,
+            guest_out,
+            guest_in,
+            guest_view,
+            machine: None,
+            another: false,
+            parts,
+            record,
+            runner,
+            payload,
+        };
+        if machinery.spool.view().length == 0 {
+            machinery.begin_boot_section().await;
+        }
+        Ok(machinery)
+    }
+
+    /// What happens next to the job. Cancel safe.
+    pub(super) async fn next(&mut self) -> Next {
+        loop {
+            let machine = async {
+                match &mut self.machine {
+                    Some(machine) => machine.event().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                // All are receivers, so cancel safe. GitLab's word first: it outranks the guest's.
+                Some(event) = self.uploads.recv() => match event {
+                    UploaderEvent::Status(status) => return Next::Gitlab(status),
+                    UploaderEvent::Done => return Next::Delivered,
+                },
+                Some(event) = self.guest_in.recv() => return Next::Guest(event),
+                event = machine => match event {
+                    Some(event) => return Next::Machine(event),
+                    None => {
+                        // Its task died; recovery's sweep and a later release find what is left.
+                        tracing::error!("the task of the job's machine ended early");
+                        self.machine = None;
+                        return Next::Machine(MachineEvent::Stopped);
+                    }
+                },
+            }
+        }
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.parts.metrics
+    }
+
+    /// Time since GitLab's 201.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.elapsed_before + self.started.elapsed()
+    }
+
+    /// The instant `after` GitLab's 201; at the earliest when this task began.
+    pub(super) fn since_received(&self, after: Duration) -> Instant {
+        self.started + after.saturating_sub(self.elapsed_before)
+    }
+
+    /// The job's timeout, or the default for a job without one.
+    pub(super) fn timeout(&self) -> Duration {
+        self.record.timeout_s.map_or(self.parts.limits.default_timeout.get(), Duration::from_secs)
+    }
+
+    /// When the job's VM is destroyed at the latest, after GitLab's 201. A job without a timeout
+    /// has nobody else to end it, so its default counts to the second.
+    pub(super) fn cap(&self) -> Duration {
+        let grace = if self.record.timeout_s.is_some() { self.parts.limits.timeout_grace.get() } else { Duration::ZERO };
+        self.timeout().saturating_add(grace)
+    }
+
+    /// Writes the record. An error is logged here.
+    pub(super) async fn put(&self) -> bool {
+        match self.parts.journal.put(&self.record).await {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(error = chain(&error), "write the job's record");
+                false
+            }
+        }
+    }
+
+    // ---- trace ----
+
+    pub(super) async fn own_line(&mut self, text: impl FnOnce(Timestamp) -> String) {
+        let text = text(self.parts.clock.now());
+        if let Err(error) = self.spool.append_own(&text).await {
+            tracing::warn!(error = chain(&error), "write a line of ours into the trace");
+        }
+    }
+
+    async fn begin_boot_section(&mut self) {
+        let sections = self.record.trace_sections;
+        self.own_line(|now| lines::boot_section_start(now, sections)).await;
+        self.section_open = true;
+        let class = &self.runner.class;
+        let text = format!("  image {}, {} CPUs, {} MiB memory, {} GiB disk", class.image, class.cpus, class.memory_mib, class.disk_gib);
+        self.own_line(|now| lines::note(now, &text)).await;
+    }
+
+    pub(super) async fn end_boot_section(&mut self) {
+        if std::mem::take(&mut self.section_open) {
+            let sections = self.record.trace_sections;
+            self.own_line(|now| lines::boot_section_end(now, sections)).await;
+        }
+    }
+
+    pub(super) async fn sync_spool(&self) {
+        if let Err(error) = self.spool.sync().await {
+            tracing::error!(error = chain(&error), "make the trace's spool durable");
+        }
+    }
+
+    pub(super) fn mark_debug(&mut self) {
+        self.record.debug_trace = true;
+        self.debug_trace.send_replace(true);
+    }
+
+    pub(super) fn outbox(&self, verdict: Verdict) {
+        self.outbox.send_replace(Outbox::Verdict(verdict));
+    }
+
+    pub(super) fn abandon(&self) {
+        self.outbox.send_replace(Outbox::Abandoned);
+    }
+
+    // ---- guest ----
+
+    pub(super) fn tell_guest(&self, status: JobStatus) {
+        self.guest_view.send_modify(|view| view.status = status);
+    }
+
+    pub(super) async fn close_guest(&self) {
+        self.spool.close_guest().await;
+        let verdict = match &self.record.state {
+            State::Releasing { verdict, .. } => verdict.clone(),
+            _ => None,
+        };
+        self.guest_view.send_modify(|view| {
+            if verdict.is_none() {
+                view.status = JobStatus::Over;
+            }
+            view.verdict = verdict;
+        });
+    }
+
+    /// Keeps the guest's verdict: spool and record on disk, in this order. `false`: not kept.
+    pub(super) async fn keep_verdict(&mut self, state: State) -> bool {
+        self.spool.close_guest().await;
+        let record = Record { state, ..self.record.clone() };
+        let kept = match self.spool.sync().await {
+            Ok(()) => self.parts.journal.put(&record).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = kept {
+            tracing::error!(error = chain(&error), "keep the guest's verdict; it is asked to send it again");
+            self.spool.reopen_guest().await;
+            return false;
+        }
+        true
+    }
+
+    pub(super) fn greeted(&self) {
+        if let Some(machine) = &self.machine {
+            machine.greeted();
+        }
+    }
+
+    /// The payload for the guest, its timeout less the time that is gone (design D8); the trace is
+    /// the guest's from here on. `None`: nothing is left of the job's time, or of the payload.
+    pub(super) async fn hand_out(&mut self) -> Option<HandOut> {
+        let payload = self.payload.clone()?;
+        let elapsed = self.elapsed();
+        let raw = match payload.timeout {
+            None => payload.raw().clone(),
+            Some(timeout) => {
+                let left = timeout.saturating_sub(elapsed).as_secs();
+                if left == 0 {
+                    return None;
+                }
+                payload.with_timeout(Duration::from_secs(left))
+            }
+        };
+        if self.record.guest_base.is_none() {
+            self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
+            self.end_boot_section().await;
+            self.parts.metrics.job().phase("hand-out", elapsed);
+            tracing::info!(elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX), "job handed to its guest");
+            self.record.guest_base = Some(self.spool.begin_guest().await);
+        }
+        Some(HandOut { payload: raw, request_id: payload.request_id })
+    }
+
+    // ---- machine ----
+
+    pub(super) fn console_tail(&self) -> Option<String> {
+        self.machine.as_ref().map(Machine::console_tail)
+    }
+
+    /// Writes the machine's names down, opens its door, and has it made. `resume`: it must exist.
+    pub(super) async fn take_machine(&mut self, resume: bool) -> Result<(), Event> {
+        let Some(payload) = self.payload.clone() else {
+            tracing::warn!("the job's payload did not survive; was the host restarted?");
+            return Err(Event::CannotGoOn);
+        };
+        let image = match self.parts.images.load(&self.runner.class.image).await {
+            Ok(image) => image,
+            Err(error) => {
+                tracing::error!(error = chain(&error), "the job's image cannot be used");
+                return Err(Event::MachineFailed);
+            }
+        };
+        let (machine, config, listener) = match self.record.machine.clone() {
+            Some(machine) => self.known_machine(machine, &image.manifest.executor).await?,
+            None => self.new_machine(&image.manifest.executor).await?,
+        };
+        let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
+        self.last_spoke = Instant::now();
+        self.door = Some(guest::admit(Admission {
+            vm: machine.id.clone(),
+            listener,
+            pass,
+            guest_token: Secret::new(guest_token(&config)),
+            job: self.record.key.id,
+            job_token: self.record.job_token.clone(),
+            dependencies: payload.dependencies.clone(),
+            spool: self.spool.writer(),
+            client: JobClient::new(
+                self.runner.transport.clone(),
+                self.record.key.id,
+                self.record.job_token.clone(),
+                self.parts.rng.clone(),
+            ),
+            direct_download: self.runner.config.direct_download,
+            events: self.guest_out.clone(),
+            view: self.guest_view.subscribe(),
+            limits: self.parts.door_limits.clone(),
+            rng: self.parts.rng.clone(),
+            clock: self.parts.clock.clone(),
+            metrics: self.parts.metrics.clone(),
+        }));
+        let class = &self.runner.class;
+        self.machine = Some(self.parts.supply.take(Order {
+            machine,
+            bound: (self.record.key.runner.clone(), self.record.key.id.0),
+            cpus: class.cpus,
+            memory_mib: class.memory_mib,
+            disk_gib: class.disk_gib,
+            base: image.disk,
+            boot: image.boot,
+            config: config.to_line(),
+            resume,
+        }));
+        Ok(())
+    }
+
+    /// A machine of the record, after a restart: its pass is in the runtime directory.
+    async fn known_machine(&mut self, machine: MachineRecord, executor: &str) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+        let config = match self.parts.journal.guest(&self.record.key).await {
+            Ok(line) => GuestConfig::from_line(&line).map_err(|error| {
+                tracing::error!(error = chain(&error), "read the kept guest config");
+                Event::CannotGoOn
+            })?,
+            // The crash came between record and guest config: nothing of the machine was made.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.write_config(&machine, executor).await?,
+            Err(error) => {
+                tracing::error!(error = chain(&error), "read the kept guest config");
+                return Err(Event::CannotGoOn);
+            }
+        };
+        let listener = self.listen(&machine).await.map_err(|error| {
+            tracing::error!(error = chain(&error), port = machine.lease.port, "bind the guest's door again");
+            Event::CannotGoOn
+        })?;
+        Ok((machine, config, listener))
+    }
+
+    /// A new machine: names, record, guest config, door, in this order.
+    async fn new_machine(&mut self, executor: &str) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+        for _ in 0..PORT_TRIES {
+            let machine = self.parts.supply.plan().map_err(|error| {
+                tracing::error!(error = chain(&error), "choose a door for the guest");
+                Event::MachineFailed
+            })?;
+            self.record.machine = Some(machine.clone());
+            if !self.put().await {
+                self.forget_machine(false);
+                return Err(Event::CannotGoOn);
+            }
+            match self.listen(&machine).await {
+                Ok(listener) => {
+                    let config = self.write_config(&machine, executor).await.inspect_err(|_| self.forget_machine(false))?;
+                    return Ok((machine, config, listener));
+                }
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), port = machine.lease.port, "bind a door; trying another port");
+                    self.forget_machine(true);
+                }
+            }
+        }
+        Err(Event::MachineFailed)
+    }
+
+    fn forget_machine(&mut self, in_use: bool) {
+        if let Some(machine) = self.record.machine.take() {
+            self.parts.supply.forget(&machine, in_use);
+        }
+    }
+
+    async fn listen(&self, machine: &MachineRecord) -> io::Result<Box<dyn DoorListener>> {
+        self.parts.supply.hypervisor().listen(machine.lease.listen_address()).await
+    }
+
+    async fn write_config(&self, machine: &MachineRecord, executor: &str) -> Result<GuestConfig, Event> {
+        let runner = &self.runner;
+        let random: String = self.parts.rng.bytes::<12>().iter().map(|b| format!("{b:02x}")).collect();
+        let limits = &self.parts.limits;
+        let config = guest_config(
+            &GuestParts {
+                vm: &machine.id,
+                lease: &machine.lease,
+                runner_name: &runner.config.name,
+                guest_token: &runner.api.token().guest_token(&random),
+                executor,
+                clone_url: runner.config.clone_url.as_ref().unwrap_or(&runner.config.url),
+                ca_pem: runner.ca_pem.as_deref(),
+                run_as_root: runner.class.run_as_root,
+                installation_machine_id: &self.parts.machine_id,
+                wait_timeout: limits.boot_deadline.get() + WAIT_MARGIN,
+                door_patience: limits.door_patience.get(),
+                power_off_after: limits.guest_power_off.get(),
+            },
+            &self.parts.clock,
+            &self.parts.rng,
+        );
+        self.parts.journal.put_guest(&self.record.key, config.to_line()).await.map_err(|error| {
+            tracing::error!(error = chain(&error), "keep the guest config");
+            Event::CannotGoOn
+        })?;
+        Ok(config)
+    }
+
+    /// Takes the machine down. `true`: there is none.
+    pub(super) async fn release_machine(&mut self) -> bool {
+        self.another = false;
+        if self.machine.is_none() {
+            let Some(machine) = self.record.machine.clone() else {
+                self.close_door().await;
+                return true;
+            };
+            self.machine = Some(self.parts.supply.reap(machine));
+        }
+        if let Some(machine) = &self.machine {
+            machine.release();
+        }
+        false
+    }
+
+    /// Takes the machine down so that another can be made. `false`: there is none.
+    pub(super) fn release_for_another(&mut self) -> bool {
+        self.another = true;
+        match &self.machine {
+            Some(machine) => machine.release(),
+            None => match self.record.machine.clone() {
+                Some(machine) => {
+                    let machine = self.parts.supply.reap(machine);
+                    machine.release();
+                    self.machine = Some(machine);
+                }
+                None => self.another = false,
+            },
+        }
+        self.another
+    }
+
+    /// The machine is gone: its door closes. `true`: another is wanted.
+    pub(super) async fn machine_released(&mut self) -> bool {
+        self.machine = None;
+        self.record.machine = None;
+        self.close_door().await;
+        std::mem::take(&mut self.another)
+    }
+
+    async fn close_door(&mut self) {
+        if let Some(door) = self.door.take() {
+            door.revoke().await;
+        }
+        // Events of the machine that was must not be taken for the next one's.
+        while self.guest_in.try_recv().is_ok() {}
+    }
+
+    // ---- ends ----
+
+    /// Removes all that is kept of the job.
+    pub(super) async fn finish(&mut self) {
+        for attempt in 1..=REMOVE_TRIES {
+            match self.parts.journal.remove(&self.record.key).await {
+                Ok(()) => return,
+                Err(error) => tracing::warn!(attempt, error = chain(&error), "remove the job's record"),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        tracing::error!("the record of a finished job could not be removed; the next start of the daemon tries again");
+    }
+
+    /// Lets go of everything for the next daemon.
+    pub(super) async fn leave(&mut self) {
+        if let Some(machine) = self.machine.take() {
+            machine.leave().await;
+        }
+        if let Some(door) = self.door.take() {
+            door.revoke().await;
+        }
+    }
+}
+
+/// The guest token, out of the config.toml that carries it.
+fn guest_token(config: &GuestConfig) -> String {
+    let parsed = config.runner.config_toml.parse::<toml_edit::DocumentMut>().ok();
+    let token = parsed.as_ref().and_then(|doc| doc.get("runners")?.get(0)?.get("token")?.as_str().map(str::to_owned));
+    token.unwrap_or_default()
+}

@@ -1,0 +1,455 @@
+//! Given this state and event, what next? No I/O, no clock: a deadline is an event.
+//!
+//!     Accepted ──► Booting ──► Running ──► Releasing ──► Ended
+//!                     │ ▲        │             ▲
+//!                     │ └ once: a machine that cannot be created, or dies before its first request
+//!                     └──────────┴─ cancel, deadline, loss, kill ─┘
+//!
+//! The job task journals each new state before it carries the commands out, and every command may
+//! run twice. Whatever happens, a job ends with one verdict and everything released: the property
+//! tests below send any sequence of events.
+
+use crate::gitlab::{JobStatus, Verdict};
+use serde::{Deserialize, Serialize};
+
+/// The life of a job. Plain data: it stands in the record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum State {
+    /// GitLab counts on us; nothing is on the host yet.
+    Accepted,
+    /// A VM may exist; the guest has not been given its job.
+    Booting {
+        /// Whether this is the second machine, the replacement.
+        replaced: bool,
+    },
+    /// The guest holds the payload and speaks for the job.
+    Running {
+        /// GitLab asked for a graceful cancel.
+        canceling: bool,
+    },
+    /// How the job ends is known; machine and verdict are on their way.
+    Releasing {
+        /// What GitLab is told; `None`: the job is over there, nothing more goes to it.
+        verdict: Option<Verdict>,
+        /// Whether machine, disk and door are gone.
+        machine_gone: bool,
+        /// Whether GitLab has all, or wants no more.
+        delivered: bool,
+    },
+    /// Nothing is left but the record, which goes last.
+    Ended,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The job task began, for the first time or after a restart.
+    Started,
+    /// The guest asks for its job.
+    GuestAsked,
+    /// The guest's final PUT; spool and record hold it already.
+    GuestVerdict(Verdict),
+    /// The machine could not be made.
+    MachineFailed,
+    /// The machine ended by itself.
+    MachineStopped,
+    /// The hypervisor paused the machine: its disk has an error.
+    MachinePaused,
+    /// Machine, disk and door are gone.
+    MachineReleased,
+    /// GitLab's word on the job has changed.
+    Gitlab(JobStatus),
+    /// The uploader is done.
+    Delivered,
+    /// Nothing came from the guest before the boot deadline.
+    BootDeadline,
+    /// The guest said nothing for the silence deadline.
+    SilenceDeadline,
+    /// The job's timeout and its grace are over.
+    TimeoutDeadline,
+    /// A grace that [`Command::Arm`] asked for is over.
+    GraceOver,
+    /// The operator ends the job.
+    Killed,
+    /// What the job needs to go on did not survive: a reboot of the host, a journal that fails.
+    CannotGoOn,
+}
+
+/// Why a job ends without a verdict of its guest; chooses the author's lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// No machine could be made, twice.
+    NoMachine,
+    /// The machine died before its first request, twice.
+    DiedBooting,
+    /// The boot deadline passed.
+    BootDeadline,
+    /// The machine ended in mid-job.
+    Died,
+    /// The machine was paused by a disk error of the host.
+    HostDisk,
+    /// The guest went silent.
+    Silent,
+    /// Timeout and grace are over.
+    Timeout,
+    /// Canceled while booting.
+    CanceledBooting,
+    /// `after_script` took longer than the grace for it.
+    CancelGrace,
+    /// Ended by the operator.
+    Killed,
+    /// See [`Event::CannotGoOn`].
+    HostLost,
+}
+
+impl Failure {
+    /// GitLab's name for it. Every GitLab takes the first two; `runner_interrupted` is used by the
+    /// job task only where GitLab lists it.
+    #[must_use]
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Timeout => "job_execution_timeout",
+            Self::Killed => "runner_interrupted",
+            _ => "runner_system_failure",
+        }
+    }
+}
+
+/// What the job task must do now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Make the machine.
+    TakeMachine,
+    /// Go on with the machine that the record names; never make one.
+    ResumeMachine,
+    /// Take down what there is of the machine, then make another, on a fresh overlay.
+    ReplaceMachine,
+    /// Give the payload out.
+    HandOut,
+    /// The guest asks a second time: the rule V5 decides.
+    HandOutAgain,
+    /// There is no job for this guest: 204.
+    HandNothing,
+    /// The guest writes no more; its calls meet 403.
+    CloseGuest,
+    /// Write the author's lines for this failure and give its verdict to the uploader.
+    Fail(Failure),
+    /// Give the guest's verdict to the uploader.
+    Deliver(Verdict),
+    /// The job is over at GitLab: the uploader stops.
+    Abandon,
+    /// Send [`Event::GraceOver`] after this grace.
+    Arm(Grace),
+    /// Take the machine down.
+    ReleaseMachine,
+    /// Remove record, spool and runtime files, and give the reservation back.
+    Finish,
+}
+
+/// The graces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grace {
+    /// For `after_script` of a job that is being canceled.
+    Canceling,
+    /// For a guest whose job is over at GitLab.
+    Over,
+    /// For the power-off after the verdict.
+    PowerOff,
+}
+
+impl State {
+    /// The next state, and what to do. An event that means nothing here changes nothing.
+    #[must_use]
+    pub fn on(self, event: Event) -> (Self, Vec<Command>) {
+        match self {
+            Self::Accepted => Self::accepted(event),
+            Self::Booting { replaced } => Self::booting(replaced, event),
+            Self::Running { canceling } => Self::running(canceling, event),
+            Self::Releasing { verdict, machine_gone, delivered } => Self::releasing(verdict, machine_gone, delivered, event),
+            Self::Ended => (Self::Ended, match event {
+                Event::GuestAsked => vec![Command::HandNothing],
+                Event::Started => vec![Command::Finish],
+                _ => vec![],
+            }),
+        }
+    }
+
+    /// Whether a VM may exist.
+    #[must_use]
+    pub fn may_have_machine(&self) -> bool {
+        match self {
+            Self::Booting { .. } | Self::Running { .. } => true,
+            Self::Releasing { machine_gone, .. } => !machine_gone,
+            Self::Accepted | Self::Ended => false,
+        }
+    }
+
+    /// Where a job stands whose task died of a bug: its verdict is kept if it had one.
+    #[must_use]
+    pub fn after_panic(self) -> Self {
+        match self {
+            Self::Accepted | Self::Booting { .. } | Self::Running { .. } => Self::Releasing {
+                verdict: Some(Verdict {
+                    success: false,
+                    failure_reason: Some("runner_system_failure".to_owned()),
+                    exit_code: None,
+                }),
+                machine_gone: false,
+                delivered: false,
+            },
+            releasing => releasing,
+        }
+    }
+
+    /// One word for people.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::Booting { .. } => "booting",
+            Self::Running { canceling: false } => "running",
+            Self::Running { canceling: true } => "canceling",
+            Self::Releasing { .. } => "releasing",
+            Self::Ended => "ended",
+        }
+    }
+
+    fn accepted(event: Event) -> (Self, Vec<Command>) {
+        match event {
+            Event::Started => (Self::Booting { replaced: false }, vec![Command::TakeMachine]),
+            Event::GuestAsked => (Self::Accepted, vec![Command::HandNothing]),
+            // Nothing is on the host, but the machine's end is what ends a release: take the same way.
+            event => Self::booting(true, event),
+        }
+    }
+
+    fn booting(replaced: bool, event: Event) -> (Self, Vec<Command>) {
+        match event {
+            Event::Started => (Self::Booting { replaced }, vec![Command::TakeMachine]),
+            Event::GuestAsked => (Self::Running { canceling: false }, vec![Command::HandOut]),
+            Event::MachineFailed | Event::MachineStopped if !replaced => {
+                (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
+            }
+            Event::MachineFailed => Self::fail(Failure::NoMachine),
+            Event::MachineStopped => Self::fail(Failure::DiedBooting),
+            Event::MachinePaused => Self::fail(Failure::HostDisk),
+            Event::BootDeadline => Self::fail(Failure::BootDeadline),
+            Event::TimeoutDeadline => Self::fail(Failure::Timeout),
+            Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
+            Event::Gitlab(JobStatus::Over) => {
+                let (state, mut commands) = Self::over();
+                commands.push(Command::ReleaseMachine);
+                (state, commands)
+            }
+            Event::Killed => Self::fail(Failure::Killed),
+            Event::CannotGoOn => Self::fail(Failure::HostLost),
+            Event::GuestVerdict(_)
+            | Event::MachineReleased
+            | Event::Gitlab(JobStatus::Running)
+            | Event::Delivered
+            | Event::SilenceDeadline
+            | Event::GraceOver => (Self::Booting { replaced }, vec![]),
+        }
+    }
+
+    fn running(canceling: bool, event: Event) -> (Self, Vec<Command>) {
+        match event {
+            Event::GuestAsked => (Self::Running { canceling }, vec![Command::HandOutAgain]),
+            Event::GuestVerdict(verdict) => (
+                Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
+                vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
+            ),
+            Event::MachineFailed | Event::MachineStopped => Self::fail(Failure::Died),
+            Event::MachinePaused => Self::fail(Failure::HostDisk),
+            Event::SilenceDeadline => Self::fail(Failure::Silent),
+            Event::TimeoutDeadline => Self::fail(Failure::Timeout),
+            Event::Gitlab(JobStatus::Canceling) if !canceling => {
+                (Self::Running { canceling: true }, vec![Command::Arm(Grace::Canceling)])
+            }
+            Event::GraceOver if canceling => Self::fail(Failure::CancelGrace),
+            Event::Gitlab(JobStatus::Over) => {
+                let (state, mut commands) = Self::over();
+                commands.push(Command::Arm(Grace::Over));
+                (state, commands)
+            }
+            Event::Killed => Self::fail(Failure::Killed),
+            Event::CannotGoOn => Self::fail(Failure::HostLost),
+            // After a restart: the grace counts anew, for nobody knows how much of it was used.
+            Event::Started => {
+                let mut commands = vec![Command::ResumeMachine];
+                commands.extend(canceling.then_some(Command::Arm(Grace::Canceling)));
+                (Self::Running { canceling }, commands)
+            }
+            Event::MachineReleased | Event::Gitlab(_) | Event::Delivered | Event::BootDeadline | Event::GraceOver => {
+                (Self::Running { canceling }, vec![])
+            }
+        }
+    }
+
+    fn releasing(verdict: Option<Verdict>, machine_gone: bool, delivered: bool, event: Event) -> (Self, Vec<Command>) {
+        let mut commands = Vec::new();
+        let (mut machine_gone, mut delivered) = (machine_gone, delivered);
+        match event {
+            Event::GuestAsked => commands.push(Command::HandNothing),
+            Event::MachineStopped | Event::MachineFailed | Event::MachinePaused | Event::GraceOver | Event::Killed if !machine_gone => {
+                commands.push(Command::ReleaseMachine);
+            }
+            Event::MachineReleased => machine_gone = true,
+            Event::Delivered => delivered = true,
+            Event::Started => {
+                commands.push(Command::CloseGuest);
+                match (&verdict, delivered) {
+                    (Some(verdict), false) => commands.push(Command::Deliver(verdict.clone())),
+                    (None, false) => commands.push(Command::Abandon),
+                    (_, true) => {}
+                }
+                if !machine_gone {
+                    commands.push(Command::ReleaseMachine);
+                }
+            }
+            _ => {}
+        }
+        if machine_gone && delivered {
+            return (Self::Ended, vec![Command::Finish]);
+        }
+        (Self::Releasing { verdict, machine_gone, delivered }, commands)
+    }
+
+    fn fail(failure: Failure) -> (Self, Vec<Command>) {
+        let verdict = Verdict { success: false, failure_reason: Some(failure.reason().to_owned()), exit_code: None };
+        (
+            Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false },
+            vec![Command::CloseGuest, Command::Fail(failure), Command::ReleaseMachine],
+        )
+    }
+
+    fn over() -> (Self, Vec<Command>) {
+        (Self::Releasing { verdict: None, machine_gone: false, delivered: false }, vec![Command::CloseGuest, Command::Abandon])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn success() -> Verdict {
+        Verdict { success: true, failure_reason: None, exit_code: None }
+    }
+
+    fn check(state: State, event: Event, commands: &[Command]) -> State {
+        let (next, got) = state.on(event.clone());
+        assert_eq!(got, commands, "after {event:?}");
+        next
+    }
+
+    #[test]
+    fn a_job_that_goes_well_takes_five_steps() {
+        let state = check(State::Accepted, Event::Started, &[Command::TakeMachine]);
+        let state = check(state, Event::GuestAsked, &[Command::HandOut]);
+        let state = check(state, Event::GuestVerdict(success()), &[Command::CloseGuest, Command::Deliver(success()), Command::Arm(Grace::PowerOff)]);
+        let state = check(state, Event::MachineStopped, &[Command::ReleaseMachine]);
+        let state = check(state, Event::MachineReleased, &[]);
+        assert_eq!(check(state, Event::Delivered, &[Command::Finish]), State::Ended);
+    }
+
+    #[test]
+    fn a_machine_that_dies_booting_is_replaced_once() {
+        let state = check(State::Booting { replaced: false }, Event::MachineStopped, &[Command::ReplaceMachine]);
+        check(state, Event::MachineStopped, &[Command::CloseGuest, Command::Fail(Failure::DiedBooting), Command::ReleaseMachine]);
+    }
+
+    #[test]
+    fn a_boot_that_times_out_is_not_repeated() {
+        check(State::Booting { replaced: false }, Event::BootDeadline, &[Command::CloseGuest, Command::Fail(Failure::BootDeadline), Command::ReleaseMachine]);
+    }
+
+    #[test]
+    fn a_deadline_after_the_hand_out_changes_nothing() {
+        check(State::Running { canceling: false }, Event::BootDeadline, &[]);
+    }
+
+    #[test]
+    fn a_verdict_outlives_the_machine() {
+        let (state, _) = State::Running { canceling: false }.on(Event::GuestVerdict(success()));
+        let (state, _) = state.on(Event::MachineStopped);
+        assert!(matches!(state, State::Releasing { verdict: Some(Verdict { success: true, .. }), .. }));
+    }
+
+    fn any_event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            Just(Event::Started),
+            Just(Event::GuestAsked),
+            Just(Event::GuestVerdict(success())),
+            Just(Event::GuestVerdict(Verdict { success: false, failure_reason: Some("script_failure".into()), exit_code: Some(3) })),
+            Just(Event::MachineFailed),
+            Just(Event::MachineStopped),
+            Just(Event::MachinePaused),
+            Just(Event::Gitlab(JobStatus::Running)),
+            Just(Event::Gitlab(JobStatus::Canceling)),
+            Just(Event::Gitlab(JobStatus::Over)),
+            Just(Event::BootDeadline),
+            Just(Event::SilenceDeadline),
+            Just(Event::TimeoutDeadline),
+            Just(Event::GraceOver),
+            Just(Event::Killed),
+            Just(Event::CannotGoOn),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        /// Any sequence of events, then the machine's and the uploader's ends: one verdict, one
+        /// hand-out, everything released, nothing after the end.
+        #[test]
+        fn any_sequence_of_events_ends_in_one_verdict_and_releases_everything(events in prop::collection::vec(any_event(), 0..40)) {
+            let mut state = State::Accepted;
+            let mut verdicts = 0;
+            let mut hand_outs = 0;
+            let mut released = false;
+            let mut all = vec![Event::Started];
+            all.extend(events);
+            for event in all {
+                let restart = event == Event::Started;
+                let before = state.clone();
+                let (next, commands) = state.on(event);
+                state = next;
+                for command in &commands {
+                    match command {
+                        // After a restart the same verdict is given to a new uploader.
+                        Command::Fail(_) | Command::Deliver(_) | Command::Abandon if !restart => verdicts += 1,
+                        Command::HandOut => hand_outs += 1,
+                        Command::ReleaseMachine => released = true,
+                        Command::TakeMachine => {
+                            let early = matches!(before, State::Accepted | State::Booting { .. });
+                            prop_assert!(early);
+                        }
+                        Command::Finish => prop_assert_eq!(&state, &State::Ended),
+                        _ => {}
+                    }
+                }
+                if let State::Releasing { verdict: Some(old), .. } = &before
+                    && let State::Releasing { verdict, .. } = &state {
+                    prop_assert_eq!(Some(old), verdict.as_ref(), "the first verdict stands");
+                }
+                prop_assert!(verdicts <= 1 && hand_outs <= 1);
+            }
+            // What always happens at last: the hard cap, then a grace, the machine's end, delivery.
+            for event in [Event::TimeoutDeadline, Event::GraceOver, Event::MachineStopped] {
+                let (next, commands) = state.on(event);
+                state = next;
+                for command in commands {
+                    verdicts += i32::from(matches!(command, Command::Fail(_) | Command::Deliver(_) | Command::Abandon));
+                    released |= command == Command::ReleaseMachine;
+                }
+            }
+            prop_assert_eq!(verdicts, 1);
+            prop_assert!(released);
+            let (state, _) = state.on(Event::MachineReleased);
+            let (state, commands) = state.on(Event::Delivered);
+            prop_assert_eq!(&state, &State::Ended);
+            prop_assert_eq!(commands, vec![Command::Finish]);
+        }
+    }
+}

@@ -1,0 +1,412 @@
+//! The task of one job: events in, state on, record down, commands out.
+//!
+//! Each wait is one `select!` over everything that can happen to the job; the command behind an
+//! event never waits long (calls to the hypervisor are in the machine's task, calls to GitLab in
+//! the uploader's), so a cancel or a deadline is never kept waiting by another event.
+
+use super::journal::{JobKey, RECORD_VERSION, Record};
+use super::lines;
+use super::machinery::{Machinery, Next};
+use super::state::{Command, Event, Failure, Grace, State};
+use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
+use crate::capacity::{Reservation, Resources};
+use crate::gitlab::JobPayload;
+use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
+use crate::supply::MachineEvent;
+use crate::telemetry::chain;
+use dayfly_guest_config::Report;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tracing::Instrument as _;
+
+/// A second ask is answered with the payload again only this long after the first (V5): parallel
+/// asks are one runner's slip or a hostile guest; an ask after a failed write comes 3 s later.
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// Journals a job that GitLab has just assigned, and starts its task.
+///
+/// # Errors
+/// The journal's: nothing has been started then, and GitLab will fail the job as stuck.
+pub async fn accept(
+    parts: &Parts,
+    runner: Arc<Runner>,
+    payload: JobPayload,
+    resources: Resources,
+    reservation: Reservation,
+) -> io::Result<JobHandle> {
+    let record = Record {
+        version: RECORD_VERSION,
+        key: JobKey { runner: runner.config.name.clone(), id: payload.id },
+        gitlab: runner.config.url.clone(),
+        job_token: payload.token.clone(),
+        received: parts.clock.now(),
+        timeout_s: payload.timeout.map(|t| t.as_secs()),
+        name: payload.name.clone(),
+        project: payload.project.clone(),
+        debug_trace: payload.debug_trace,
+        trace_sections: payload.trace_sections,
+        knows_interrupted: payload.failure_reasons.iter().any(|r| r == "runner_interrupted"),
+        class: runner.class.name.clone(),
+        resources,
+        machine: None,
+        guest_base: None,
+        state: State::Accepted,
+    };
+    parts.journal.accept(&record, payload.raw().clone()).await?;
+    Ok(start(parts.clone(), runner, record, Some(payload), reservation))
+}
+
+/// Goes on with a job of a former daemon. `payload` is `None` if it did not survive.
+#[must_use]
+pub fn adopt(parts: &Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>, reservation: Reservation) -> JobHandle {
+    start(parts.clone(), runner, record, payload, reservation)
+}
+
+fn start(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>, reservation: Reservation) -> JobHandle {
+    let key = record.key.clone();
+    let (inbox, inbox_in) = mpsc::channel(INBOX_MAX);
+    let (view_out, view) = watch::channel(JobView {
+        key: key.clone(),
+        name: record.name.clone(),
+        project: record.project.clone(),
+        state: record.state.word(),
+        phase: String::new(),
+        vm: record.machine.as_ref().map(|m| m.id.to_string()),
+        since: Instant::now(),
+    });
+    let span = tracing::info_span!("job", runner = %key.runner, job = %key.id);
+    let run = run(parts, runner, record, payload, reservation, inbox_in, view_out).instrument(span);
+    #[expect(clippy::disallowed_methods, reason = "joined by daemon through the handle")]
+    let task = tokio::spawn(run);
+    JobHandle { key, inbox, view, task }
+}
+
+async fn run(
+    parts: Parts,
+    runner: Arc<Runner>,
+    record: Record,
+    payload: Option<JobPayload>,
+    reservation: Reservation,
+    mut inbox: mpsc::Receiver<JobCommand>,
+    view: watch::Sender<JobView>,
+) {
+    let leave = parts.leave.clone();
+    let machinery = match Machinery::open(parts, runner, record, payload).await {
+        Ok(machinery) => machinery,
+        Err(error) => {
+            // Without a spool there is no trace and no verdict; the record waits for a better day.
+            tracing::error!(error = chain(&error), "open the job's spool; the job waits for the next start of the daemon");
+            return;
+        }
+    };
+    let mut job = Job { m: machinery, view, last_hand_out: None, spoke: false, grace: None, graced: Duration::ZERO };
+    job.feed(Event::Started).await;
+    while job.m.record.state != State::Ended {
+        let deadline = job.deadline();
+        let next = tokio::select! {
+            biased;
+            // All branches are cancel safe. A hand-over goes before everything; then what others
+            // decide; then news of the machine and its guest; deadlines last, so that a request
+            // that arrived in time is in time.
+            () = leave.cancelled() => break,
+            Some(JobCommand::Kill) = inbox.recv() => Happened::Event(Event::Killed),
+            next = job.m.next() => Happened::Next(next),
+            () = tokio::time::sleep_until(deadline.0) => Happened::Event(deadline.1),
+        };
+        match next {
+            Happened::Event(event) => job.feed(event).await,
+            Happened::Next(Next::Guest(event)) => job.guest(event).await,
+            Happened::Next(Next::Machine(event)) => job.machine(event).await,
+            Happened::Next(Next::Gitlab(status)) => {
+                job.m.tell_guest(status);
+                job.feed(Event::Gitlab(status)).await;
+            }
+            Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
+        }
+    }
+    job.m.leave().await;
+    drop(reservation);
+}
+
+enum Happened {
+    Event(Event),
+    Next(Next),
+}
+
+struct Job {
+    m: Machinery,
+    view: watch::Sender<JobView>,
+    last_hand_out: Option<Instant>,
+    /// The guest has made a call for its job since the hand-out.
+    spoke: bool,
+    /// When the grace that is running ends.
+    grace: Option<Instant>,
+    /// Its length, for the author's line.
+    graced: Duration,
+}
+
+impl Job {
+    /// The deadline that comes first, and its event.
+    fn deadline(&self) -> (Instant, Event) {
+        let limits = &self.m.parts.limits;
+        let mut next = self.grace.map(|at| (at, Event::GraceOver));
+        let mut sooner = |at: Instant, event: Event| {
+            if next.as_ref().is_none_or(|(first, _)| at < *first) {
+                next = Some((at, event));
+            }
+        };
+        match self.m.record.state {
+            State::Booting { .. } => {
+                sooner(self.m.since_received(limits.boot_deadline.get()), Event::BootDeadline);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+            }
+            State::Running { .. } => {
+                sooner(self.m.last_spoke + limits.silence_deadline.get(), Event::SilenceDeadline);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+            }
+            State::Accepted | State::Releasing { .. } | State::Ended => {}
+        }
+        // A job that only waits for its uploader or machine still wakes now and then.
+        next.unwrap_or_else(|| (Instant::now() + Duration::from_secs(3600), Event::GraceOver))
+    }
+
+    /// Moves the state on, writes it down, acts.
+    async fn feed(&mut self, event: Event) {
+        if event == Event::GraceOver {
+            self.grace = None;
+        }
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            let before = self.m.record.state.clone();
+            let (state, commands) = before.clone().on(event.clone());
+            if state != before {
+                tracing::info!(state = state.word(), ?event, "job goes on");
+            }
+            self.m.record.state = state;
+            if let Some(Command::Fail(failure)) = commands.iter().find(|c| matches!(c, Command::Fail(_))) {
+                self.word_reason(*failure);
+            }
+            // Record first, act second. What makes a machine refuses to without a record of its own.
+            if self.m.record.state != before && self.m.record.state != State::Ended && !self.m.put().await {
+                tracing::warn!("the job's new state is not on disk; it goes on");
+            }
+            for command in commands {
+                events.extend(self.carry_out(command).await);
+            }
+            self.publish();
+        }
+    }
+
+    /// `runner_interrupted` only where GitLab lists it, else the reason that all know.
+    fn word_reason(&mut self, failure: Failure) {
+        if failure == Failure::Killed
+            && !self.m.record.knows_interrupted
+            && let State::Releasing { verdict: Some(verdict), .. } = &mut self.m.record.state
+        {
+            verdict.failure_reason = Some("runner_system_failure".to_owned());
+        }
+    }
+
+    async fn carry_out(&mut self, command: Command) -> Option<Event> {
+        match command {
+            Command::TakeMachine => self.m.take_machine(false).await.err(),
+            Command::ResumeMachine => self.m.take_machine(true).await.err(),
+            Command::ReplaceMachine => {
+                self.m.own_line(|now| lines::note(now, "dayfly: the machine was lost before it was ready; taking another.")).await;
+                self.m.metrics().job().machines_replaced.inc();
+                if self.m.release_for_another() { None } else { self.m.take_machine(false).await.err() }
+            }
+            // The payload itself goes out in `guest`, which holds the reply.
+            Command::HandOut | Command::HandOutAgain | Command::HandNothing => None,
+            Command::CloseGuest => {
+                self.m.close_guest().await;
+                None
+            }
+            Command::Fail(failure) => {
+                self.explain(failure).await;
+                self.deliver().await;
+                None
+            }
+            Command::Deliver(_) => {
+                self.deliver().await;
+                None
+            }
+            Command::Abandon => {
+                self.m.abandon();
+                None
+            }
+            Command::Arm(grace) => {
+                let limits = &self.m.parts.limits;
+                self.graced = match grace {
+                    Grace::Canceling => limits.canceling_grace,
+                    Grace::Over => limits.cancel_grace,
+                    Grace::PowerOff => limits.power_off_grace,
+                }
+                .get();
+                self.grace = Some(Instant::now() + self.graced);
+                None
+            }
+            Command::ReleaseMachine => self.m.release_machine().await.then_some(Event::MachineReleased),
+            Command::Finish => {
+                self.m.finish().await;
+                None
+            }
+        }
+    }
+
+    /// The author's lines, after the last byte of the guest.
+    async fn explain(&mut self, failure: Failure) {
+        let limits = &self.m.parts.limits;
+        let limit = match failure {
+            Failure::BootDeadline => limits.boot_deadline.get(),
+            Failure::Silent => limits.silence_deadline.get(),
+            Failure::Timeout => self.m.timeout(),
+            _ => self.graced,
+        };
+        let job = self.m.record.key.id.0;
+        tracing::warn!(?failure, "the job ends without a verdict of its guest");
+        let booting = self.m.record.guest_base.is_none();
+        if booting {
+            self.m.end_boot_section().await;
+        }
+        self.m.own_line(|now| lines::failure(now, failure, job, limit)).await;
+        if booting && matches!(failure, Failure::BootDeadline | Failure::DiedBooting)
+            && let Some(tail) = self.m.console_tail()
+        {
+            tracing::warn!(console = tail, "the console of the machine that never asked for its job");
+            self.m.own_line(|now| lines::console(now, &tail)).await;
+        }
+    }
+
+    /// The spool to disk, as the record is already, then the verdict to the uploader.
+    async fn deliver(&mut self) {
+        self.m.sync_spool().await;
+        if let State::Releasing { verdict: Some(verdict), .. } = &self.m.record.state {
+            self.m.metrics().job().verdicts.inc(if verdict.success { "success" } else { "failed" });
+            self.m.outbox(verdict.clone());
+        }
+    }
+
+    async fn guest(&mut self, event: GuestEvent) {
+        match event {
+            GuestEvent::Greeted => {
+                self.m.greeted();
+                self.m.last_spoke = Instant::now();
+            }
+            GuestEvent::Spoke => {
+                self.spoke = true;
+                self.m.last_spoke = Instant::now();
+            }
+            GuestEvent::HandOutLost => self.last_hand_out = None,
+            GuestEvent::DebugTrace => self.m.mark_debug(),
+            GuestEvent::AsksForJob { reply, .. } => self.asked(reply).await,
+            GuestEvent::Verdict { verdict, reply } => {
+                let answer = self.verdict(verdict).await;
+                // The door may have given up waiting; the guest asks again and gets the same.
+                let _ = reply.send(answer);
+            }
+        }
+    }
+
+    /// Exactly one hand-out: the state machine decides whether, this whether a second ask (V5) gets
+    /// the same again.
+    async fn asked(&mut self, reply: oneshot::Sender<Option<HandOut>>) {
+        let first = matches!(self.m.record.state, State::Booting { .. });
+        let again = matches!(self.m.record.state, State::Running { canceling: false })
+            && !self.spoke
+            && self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
+        let mut answer = None;
+        if first {
+            answer = self.m.hand_out().await;
+            if answer.is_some() {
+                self.feed(Event::GuestAsked).await;
+                self.m.last_spoke = Instant::now();
+            } else {
+                // Nothing is left of the job's time.
+                self.feed(Event::TimeoutDeadline).await;
+            }
+        } else if again {
+            answer = self.m.hand_out().await;
+        }
+        if answer.is_some() {
+            self.last_hand_out = Some(Instant::now());
+        }
+        // An ask whose connection went away: the next one is a second ask.
+        let _ = reply.send(answer);
+    }
+
+    /// 200 only after spool and record are on disk.
+    async fn verdict(&mut self, verdict: crate::gitlab::Verdict) -> VerdictAnswer {
+        match &self.m.record.state {
+            State::Running { .. } => {}
+            State::Releasing { verdict: Some(known), .. } if *known == verdict => return VerdictAnswer::Taken,
+            _ => return VerdictAnswer::Over,
+        }
+        let (state, _) = self.m.record.state.clone().on(Event::GuestVerdict(verdict.clone()));
+        if !self.m.keep_verdict(state).await {
+            return VerdictAnswer::Later;
+        }
+        self.feed(Event::GuestVerdict(verdict)).await;
+        VerdictAnswer::Taken
+    }
+
+    async fn machine(&mut self, event: MachineEvent) {
+        match event {
+            MachineEvent::DiskReady => self.phase("disk ready").await,
+            MachineEvent::Started => self.phase("machine started").await,
+            MachineEvent::Report(report) => self.report(report).await,
+            MachineEvent::Failed(error) => {
+                tracing::warn!(error = chain(&error), "the machine could not be made");
+                self.feed(Event::MachineFailed).await;
+            }
+            MachineEvent::Stopped => self.feed(Event::MachineStopped).await,
+            MachineEvent::Paused => self.feed(Event::MachinePaused).await,
+            MachineEvent::Released => {
+                let another = self.m.machine_released().await;
+                if another && matches!(self.m.record.state, State::Booting { .. }) {
+                    if let Err(event) = self.m.take_machine(false).await {
+                        self.feed(event).await;
+                    }
+                } else {
+                    self.feed(Event::MachineReleased).await;
+                }
+            }
+        }
+        self.publish();
+    }
+
+    async fn report(&mut self, report: Report) {
+        match report {
+            Report::Ready => self.phase("guest is up").await,
+            Report::Applied => self.phase("guest has its identity").await,
+            Report::RunnerStarted => self.phase("gitlab-runner started").await,
+            Report::RunnerConnected | Report::RunnerExited(_) => tracing::debug!(?report, "guest reports"),
+            Report::Failed(text) => tracing::warn!(text, "guest could not do its part"),
+        }
+    }
+
+    /// Writes a phase into the boot section; after the hand-out the trace is the guest's.
+    async fn phase(&mut self, what: &'static str) {
+        self.view.send_if_modified(|view| {
+            view.phase = what.to_owned();
+            true
+        });
+        if self.m.record.guest_base.is_none() && matches!(self.m.record.state, State::Booting { .. }) {
+            let since = self.m.elapsed();
+            self.m.metrics().job().phase(what, since);
+            tracing::info!(phase = what, elapsed_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX), "boot goes on");
+            self.m.own_line(|now| lines::phase(now, what, since)).await;
+        }
+    }
+
+    fn publish(&self) {
+        self.view.send_if_modified(|view| {
+            view.state = self.m.record.state.word();
+            view.vm = self.m.record.machine.as_ref().map(|m| m.id.to_string());
+            true
+        });
+    }
+}

@@ -1,0 +1,330 @@
+//! What has GitLab got, what is still owed? One task per job: spool and outbox in, PATCH and PUT out.
+//!
+//! It is the one writer of the trace at GitLab (design D4). It sends the spool in pieces of at most
+//! 1 MiB, keeps the job alive while there is nothing to send, passes GitLab's word on the job to
+//! the job task, and delivers the verdict once the last byte of the trace is there, until GitLab
+//! has taken it or says that the job is over (design D5). It never waits for anybody else's answer
+//! than GitLab's, and it may be stopped at any await: a successor learns GitLab's offset from a 416.
+
+use super::spool::SpoolReader;
+use crate::clock::Clock;
+use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
+use crate::retry::Backoff;
+use crate::rng::Rng;
+use crate::telemetry::chain;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+/// Bytes of one PATCH at most, as the official runner sends them.
+const PATCH_BYTES_MAX: usize = 1024 * 1024;
+
+/// A 404 on a job route comes from something in between (GitLab never sends it): the job counts as
+/// over only after this long of nothing else (safety.md G22).
+const NOT_FOUND_PATIENCE: Duration = Duration::from_secs(600);
+
+/// Interval between PATCHes before GitLab has named one: its own while somebody watches the log.
+const FIRST_INTERVAL: Duration = Duration::from_secs(3);
+
+/// Failed reads of the spool after which the verdict goes without the rest of the trace.
+const SPOOL_READ_TRIES: u32 = 20;
+
+/// What an uploader needs.
+pub(super) struct Upload {
+    pub(super) client: JobClient,
+    pub(super) spool: SpoolReader,
+    pub(super) outbox: watch::Receiver<Outbox>,
+    pub(super) events: mpsc::Sender<UploaderEvent>,
+    /// GitLab marks the trace as one with secrets in it.
+    pub(super) debug_trace: watch::Receiver<bool>,
+    /// Longest pause between two calls.
+    pub(super) keepalive: Duration,
+    /// How long an undelivered verdict is tried.
+    pub(super) keep: Duration,
+    pub(super) rng: Rng,
+    pub(super) clock: Clock,
+}
+
+/// What waits for GitLab besides the trace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Outbox {
+    /// The job goes on.
+    Empty,
+    /// How it ended. The spool is complete.
+    Verdict(Verdict),
+    /// It is over at GitLab: nothing more is sent.
+    Abandoned,
+}
+
+/// What the job task learns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum UploaderEvent {
+    /// GitLab's word on the job has changed.
+    Status(JobStatus),
+    /// Nothing is left to do: delivered, over, or given up. The last event.
+    Done,
+}
+
+/// Sends the spool and the verdict; ends after [`UploaderEvent::Done`], or when nobody listens.
+pub(super) async fn upload(upload: Upload) {
+    let keep = upload.keep;
+    let mut uploader = Uploader {
+        sent: 0,
+        interval: FIRST_INTERVAL,
+        last_answer: None,
+        last_patch: None,
+        status: JobStatus::Running,
+        marked_debug: false,
+        backoff: Backoff::uploader(),
+        not_before: Instant::now(),
+        not_found_since: None,
+        read_failures: 0,
+        truncated_at: None,
+        upload,
+    };
+    uploader.marked_debug = *uploader.upload.debug_trace.borrow();
+    let mut verdict_since = None;
+    loop {
+        let end = match uploader.step().await {
+            Step::Continue => false,
+            Step::Done => true,
+        };
+        if matches!(*uploader.upload.outbox.borrow(), Outbox::Verdict(_)) {
+            let since = *verdict_since.get_or_insert_with(Instant::now);
+            if !end && since.elapsed() >= keep {
+                tracing::error!(hours = keep.as_secs() / 3600, "verdict could not be delivered to GitLab and is dropped");
+                break;
+            }
+        }
+        if end {
+            break;
+        }
+    }
+    // Nobody listening means that the daemon goes: the record still owes the rest.
+    let _ = uploader.upload.events.send(UploaderEvent::Done).await;
+}
+
+struct Uploader {
+    upload: Upload,
+    /// Bytes of the spool that GitLab holds, as far as we know.
+    sent: u64,
+    interval: Duration,
+    last_answer: Option<Instant>,
+    last_patch: Option<Instant>,
+    status: JobStatus,
+    marked_debug: bool,
+    backoff: Backoff,
+    /// No call before this, after a failure or on GitLab's wish.
+    not_before: Instant,
+    not_found_since: Option<Instant>,
+    read_failures: u32,
+    /// Where the trace ends because the spool could not be read further.
+    truncated_at: Option<u64>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Step {
+    Continue,
+    Done,
+}
+
+/// What to do next.
+enum Next {
+    Patch,
+    Keepalive,
+    MarkDebug,
+    Verdict(Verdict),
+    Wait(Option<Instant>),
+    Stop,
+}
+
+impl Uploader {
+    async fn step(&mut self) -> Step {
+        match self.next() {
+            Next::Stop => Step::Done,
+            Next::Patch => self.patch().await,
+            Next::MarkDebug => self.mark_debug().await,
+            Next::Keepalive => self.update(None).await,
+            Next::Verdict(verdict) => self.update(Some(verdict)).await,
+            Next::Wait(until) => {
+                self.wait(until).await;
+                Step::Continue
+            }
+        }
+    }
+
+    fn next(&self) -> Next {
+        let outbox = self.upload.outbox.borrow().clone();
+        if outbox == Outbox::Abandoned {
+            return Next::Stop;
+        }
+        let now = Instant::now();
+        if now < self.not_before {
+            return Next::Wait(Some(self.not_before));
+        }
+        let waiting = self.end().saturating_sub(self.sent);
+        if let Outbox::Verdict(verdict) = outbox {
+            return if waiting > 0 { Next::Patch } else { Next::Verdict(verdict) };
+        }
+        if *self.upload.debug_trace.borrow() && !self.marked_debug && self.end() > 0 {
+            return Next::MarkDebug;
+        }
+        let patch_due = self.last_patch.map_or(now, |last| last + self.interval);
+        if waiting > 0 && (now >= patch_due || waiting >= PATCH_BYTES_MAX as u64) {
+            return Next::Patch;
+        }
+        let keepalive_due = self.last_answer.map_or(now, |last| last + self.upload.keepalive);
+        if now >= keepalive_due {
+            return Next::Keepalive;
+        }
+        Next::Wait(Some(if waiting > 0 { keepalive_due.min(patch_due) } else { keepalive_due }))
+    }
+
+    fn end(&self) -> u64 {
+        self.truncated_at.unwrap_or_else(|| self.upload.spool.view().length)
+    }
+
+    async fn wait(&mut self, until: Option<Instant>) {
+        let until = until.unwrap_or_else(Instant::now);
+        let backing_off = Instant::now() < self.not_before;
+        // What makes `next` answer otherwise: the first byte after everything was sent, or a full piece.
+        let waiting = self.end().saturating_sub(self.sent);
+        let threshold = if waiting == 0 { self.sent } else { self.sent + PATCH_BYTES_MAX as u64 - 1 };
+        tokio::select! {
+            biased;
+            // All branches are cancel safe. The outbox first: an abandoned job sends nothing more.
+            changed = self.upload.outbox.changed() => if changed.is_err() {
+                // The job task is gone without a word: a crash of it, or the daemon ends.
+                std::future::pending::<()>().await;
+            },
+            changed = self.upload.debug_trace.changed() => if changed.is_err() {
+                std::future::pending::<()>().await;
+            },
+            () = self.upload.spool.grown_beyond(threshold), if !backing_off => {}
+            () = tokio::time::sleep_until(until) => {}
+        }
+    }
+
+    async fn patch(&mut self) -> Step {
+        let wanted = usize::try_from(self.end() - self.sent).map_or(PATCH_BYTES_MAX, |n| n.min(PATCH_BYTES_MAX));
+        let bytes = match self.upload.spool.read(self.sent, wanted).await {
+            Ok(bytes) if !bytes.is_empty() => bytes,
+            read => {
+                let error = read.err().map_or_else(|| "file is shorter than it was".to_owned(), |e| e.to_string());
+                self.read_failures += 1;
+                tracing::error!(error, "read the trace's spool");
+                if self.read_failures >= SPOOL_READ_TRIES {
+                    self.truncated_at = Some(self.sent);
+                }
+                self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
+                return Step::Continue;
+            }
+        };
+        let length = bytes.len() as u64;
+        self.last_patch = Some(Instant::now());
+        let debug = *self.upload.debug_trace.borrow();
+        match self.upload.client.append_trace(self.sent, bytes, debug).await {
+            Ok(answer) => {
+                self.answered(answer.interval);
+                match answer.continue_at {
+                    None if answer.status != JobStatus::Over => {
+                        self.marked_debug |= debug && self.sent == 0;
+                        self.sent += length;
+                    }
+                    None => {}
+                    Some(held) => {
+                        if held > self.end() {
+                            tracing::error!(held, ours = self.end(), "GitLab holds more of the trace than was ever sent");
+                        }
+                        // GitLab may have lost bytes (resend them) or have taken a piece whose answer was lost.
+                        self.sent = held;
+                    }
+                }
+                self.status(answer.status).await
+            }
+            Err(error) => self.failed(&error).await,
+        }
+    }
+
+    /// GitLab takes the mark from a PATCH at offset 0 only, and even from one that it answers 416.
+    async fn mark_debug(&mut self) -> Step {
+        let first = match self.upload.spool.read(0, 1).await {
+            Ok(first) => first,
+            Err(error) => {
+                tracing::error!(error = chain(&error), "read the trace's spool");
+                self.marked_debug = true;
+                return Step::Continue;
+            }
+        };
+        match self.upload.client.append_trace(0, first, true).await {
+            Ok(answer) => {
+                self.answered(answer.interval);
+                self.marked_debug = true;
+                if answer.continue_at.is_none() && self.sent == 0 && answer.status != JobStatus::Over {
+                    self.sent = 1;
+                }
+                self.status(answer.status).await
+            }
+            Err(error) => self.failed(&error).await,
+        }
+    }
+
+    async fn update(&mut self, verdict: Option<Verdict>) -> Step {
+        let view = self.upload.spool.view();
+        let whole = self.truncated_at.is_none() && self.sent == view.length;
+        let first = self.last_answer.is_none();
+        let trace = (whole && !(first && verdict.is_none())).then_some((view.crc, view.length));
+        let last = verdict.is_some();
+        match self.upload.client.update_job(&JobUpdate { verdict, trace }).await {
+            Ok(answer) => {
+                self.answered(answer.interval);
+                if answer.resend_trace {
+                    self.sent = 0;
+                    return Step::Continue;
+                }
+                if let Some(pause) = answer.ask_again.filter(|_| last) {
+                    self.not_before = Instant::now() + pause;
+                    return Step::Continue;
+                }
+                if last { Step::Done } else { self.status(answer.status).await }
+            }
+            Err(error) => self.failed(&error).await,
+        }
+    }
+
+    fn answered(&mut self, interval: Option<Duration>) {
+        self.last_answer = Some(Instant::now());
+        self.interval = interval.unwrap_or(self.interval);
+        self.backoff.reset();
+        self.not_found_since = None;
+    }
+
+    async fn status(&mut self, status: JobStatus) -> Step {
+        if status != self.status {
+            self.status = status;
+            tracing::info!(?status, at = %self.upload.clock.now(), "GitLab's word on the job changed");
+            if self.upload.events.send(UploaderEvent::Status(status)).await.is_err() {
+                return Step::Done;
+            }
+        }
+        if status == JobStatus::Over { Step::Done } else { Step::Continue }
+    }
+
+    async fn failed(&mut self, error: &GitlabError) -> Step {
+        let mut pause = self.backoff.next(&self.upload.rng);
+        if let Some(wish) = error.retry_after() {
+            pause = pause.max(wish);
+        }
+        if error.status() == Some(404) {
+            let since = *self.not_found_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= NOT_FOUND_PATIENCE {
+                return self.status(JobStatus::Over).await;
+            }
+        } else {
+            self.not_found_since = None;
+        }
+        tracing::warn!(error = chain(error), pause_s = pause.as_secs_f64(), "GitLab did not take trace or state; it will be sent again");
+        self.not_before = Instant::now() + pause;
+        Step::Continue
+    }
+}

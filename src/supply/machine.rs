@@ -1,0 +1,368 @@
+//! One machine, from its overlay to its end: one task, which alone calls the hypervisor for it.
+//!
+//!     make: overlay ─► start ─► channel, config ─► watch ──(release)──► destroy ─► overlay, sockets, lease
+//!                └───────┴─ failed: reported; the job decides, then releases
+//!
+//! Every step may run twice, so a machine found running after a restart of the daemon enters at
+//! "channel". On `leave` (hand-over) the task ends and the machine lives on.
+
+use super::{Order, Supply};
+use crate::job::journal::MachineRecord;
+use crate::retry::Backoff;
+use crate::telemetry::chain;
+use crate::vm::console::{Ring, TAIL_BYTES_MAX};
+use crate::vm::{Stream, VmError, VmName, VmSpec, VmState};
+use dayfly_guest_config::{REPORT_LINE_MAX, Report};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
+
+/// Events that may wait for the job.
+const EVENTS_MAX: usize = 64;
+
+/// Reports of a guest that are passed on in one second; more are dropped.
+const REPORTS_PER_SECOND: u32 = 20;
+
+/// Pause before the channel or the console is opened again.
+const REOPEN_PAUSE: Duration = Duration::from_millis(500);
+
+/// What a machine's task tells its job.
+#[derive(Debug)]
+pub enum MachineEvent {
+    /// The overlay is there.
+    DiskReady,
+    /// The VM has been started, or was found running.
+    Started,
+    /// What the guest program says; a hint, see [`Report`].
+    Report(Report),
+    /// It could not be made. It must still be released.
+    Failed(VmError),
+    /// It ended by itself.
+    Stopped,
+    /// The hypervisor paused it: a disk error.
+    Paused,
+    /// All of it is gone: VM, overlay, sockets, lease. The last event.
+    Released,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Keep,
+    Release,
+    Leave,
+}
+
+/// The job's handle to its machine.
+pub struct Machine {
+    record: MachineRecord,
+    events: mpsc::Receiver<MachineEvent>,
+    wish: watch::Sender<Wish>,
+    console: Arc<Mutex<Ring>>,
+    greeted: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+impl Machine {
+    pub(super) fn make(supply: Supply, order: Order) -> Self {
+        let record = order.machine.clone();
+        Self::spawn(supply, record, move |driver| async move { driver.make(order).await })
+    }
+
+    pub(super) fn reap(supply: Supply, record: MachineRecord) -> Self {
+        Self::spawn(supply, record, |mut driver| async move { driver.take_down().await })
+    }
+
+    fn spawn<F: Future<Output = ()> + Send + 'static>(supply: Supply, record: MachineRecord, run: impl FnOnce(Driver) -> F) -> Self {
+        let (events_out, events) = mpsc::channel(EVENTS_MAX);
+        let (wish, wish_in) = watch::channel(Wish::Keep);
+        let console = Arc::new(Mutex::new(Ring::default()));
+        let greeted = Arc::new(AtomicBool::new(false));
+        supply.0.driven.lock().unwrap_or_else(PoisonError::into_inner).insert(record.id.clone());
+        let driver = Driver {
+            name: VmName::from(record.id.clone()),
+            record: record.clone(),
+            supply,
+            events: events_out,
+            wish: wish_in,
+            console: console.clone(),
+            greeted: greeted.clone(),
+        };
+        #[expect(clippy::disallowed_methods, reason = "joined by the job, through `leave` or the last event")]
+        let task = tokio::spawn(run(driver));
+        Self { record, events, wish, console, greeted, task }
+    }
+
+    /// Its names.
+    #[must_use]
+    pub fn record(&self) -> &MachineRecord {
+        &self.record
+    }
+
+    /// The next event; `None` after the last. Cancel safe.
+    pub async fn event(&mut self) -> Option<MachineEvent> {
+        self.events.recv().await
+    }
+
+    /// The guest has shown its pass: it has its config, which is not written again.
+    pub fn greeted(&self) {
+        self.greeted.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes it down, for ever trying; [`MachineEvent::Released`] tells the end.
+    pub fn release(&self) {
+        self.wish.send_replace(Wish::Release);
+    }
+
+    /// The last bytes of its console, escaped.
+    #[must_use]
+    pub fn console_tail(&self) -> String {
+        self.console.lock().unwrap_or_else(PoisonError::into_inner).tail(TAIL_BYTES_MAX)
+    }
+
+    /// Lets go of it: the VM lives on for the next daemon.
+    pub async fn leave(self) {
+        // Also in mid-release: the next daemon finishes it, this one must end in seconds.
+        self.wish.send_replace(Wish::Leave);
+        drop(self.events);
+        // Ends after the call to the hypervisor that is under way, each of which has a deadline.
+        let _ = self.task.await;
+    }
+}
+
+struct Driver {
+    supply: Supply,
+    record: MachineRecord,
+    name: VmName,
+    events: mpsc::Sender<MachineEvent>,
+    wish: watch::Receiver<Wish>,
+    console: Arc<Mutex<Ring>>,
+    greeted: Arc<AtomicBool>,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.supply.0.driven.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.record.id);
+    }
+}
+
+impl Driver {
+    fn wish(&self) -> Wish {
+        *self.wish.borrow()
+    }
+
+    async fn tell(&self, event: MachineEvent) {
+        // Nobody listens after `leave`: the record holds what the next daemon needs.
+        let _ = self.events.send(event).await;
+    }
+
+    async fn make(mut self, order: Order) {
+        match self.start(&order).await {
+            Ok(true) => self.watch(&order.config).await,
+            Ok(false) => {
+                self.tell(MachineEvent::Stopped).await;
+                self.wait_for_wish().await;
+            }
+            Err(error) => {
+                self.tell(MachineEvent::Failed(error)).await;
+                self.wait_for_wish().await;
+            }
+        }
+        if self.wish() == Wish::Release {
+            self.take_down().await;
+        }
+    }
+
+    /// Makes overlay and VM, unless the VM runs already. `false`: it should have, and is gone.
+    async fn start(&mut self, order: &Order) -> Result<bool, VmError> {
+        let hypervisor = self.supply.hypervisor().clone();
+        if hypervisor.state(&self.name).await? == VmState::Gone {
+            if order.resume {
+                return Ok(false);
+            }
+            let place = self.supply.place();
+            let overlay = self.supply.overlay(&self.record.id);
+            hypervisor.remove_sockets(&place.socket_dir, &self.record.id).await.map_err(|source| VmError::Refused {
+                what: "remove sockets of",
+                name: self.name.to_string(),
+                source: source.into(),
+            })?;
+            hypervisor.create_overlay(&overlay, &order.base, order.disk_gib).await?;
+            self.tell(MachineEvent::DiskReady).await;
+            if self.wish() != Wish::Keep {
+                return Ok(true);
+            }
+            let spec = VmSpec {
+                id: self.record.id.clone(),
+                installation: place.installation.clone(),
+                bound: Some(order.bound.clone()),
+                cpus: order.cpus,
+                memory_mib: order.memory_mib,
+                accel: place.accel,
+                boot: order.boot.clone(),
+                overlay,
+                base: order.base.clone(),
+                attachment: self.record.lease.attachment(),
+                socket_dir: place.socket_dir.clone(),
+            };
+            hypervisor.start(&spec).await?;
+        }
+        self.tell(MachineEvent::Started).await;
+        Ok(true)
+    }
+
+    async fn wait_for_wish(&mut self) {
+        // An error means that the handle was dropped: the job task died, and recovery reaps.
+        let _ = self.wish.wait_for(|wish| *wish != Wish::Keep).await;
+    }
+
+    /// Serves channel and console, and waits for the VM's end or a wish.
+    async fn watch(&mut self, config: &[u8]) {
+        let mut wires = JoinSet::new();
+        let (ended_out, mut ended) = mpsc::channel(1);
+        self.serve_console(&mut wires);
+        self.serve_channel(&mut wires, config.to_vec(), ended_out);
+        let started = Instant::now();
+        let mut listing = self.supply.0.listing.clone();
+        let mut told = false;
+        while self.wish() == Wish::Keep {
+            let seen = tokio::select! {
+                biased;
+                // All cancel safe. The wish first: a release needs no further news.
+                _ = self.wish.changed() => continue,
+                // The channel's end tells QEMU's death within milliseconds …
+                Some(()) = ended.recv() => self.supply.hypervisor().state(&self.name).await.ok(),
+                // … the list within its interval, whatever becomes of the channel.
+                Ok(()) = listing.changed() => {
+                    let list = listing.borrow_and_update();
+                    let newer = list.asked.is_some_and(|asked| asked > started);
+                    newer.then(|| list.vms.get(&self.name).copied().unwrap_or(VmState::Gone))
+                }
+                // Both senders are gone: the daemon is ending, and a wish will follow.
+                else => { self.wait_for_wish().await; continue }
+            };
+            let event = match seen {
+                Some(VmState::Gone) => MachineEvent::Stopped,
+                Some(VmState::Paused) => MachineEvent::Paused,
+                Some(VmState::Running) | None => continue,
+            };
+            if !told {
+                told = true;
+                self.tell(event).await;
+            }
+        }
+    }
+
+    /// Writes the config until the guest has been seen, and passes its reports on.
+    fn serve_channel(&self, wires: &mut JoinSet<()>, config: Vec<u8>, ended: mpsc::Sender<()>) {
+        let (supply, id, greeted, events) = (self.supply.clone(), self.record.id.clone(), self.greeted.clone(), self.events.clone());
+        wires.spawn(async move {
+            loop {
+                if let Ok(stream) = supply.hypervisor().open_channel(&supply.place().socket_dir, &id).await {
+                    let (reader, mut writer) = tokio::io::split(stream);
+                    let write = async {
+                        if !greeted.load(Ordering::Relaxed) {
+                            // An error shows at the reading half too.
+                            let _ = writer.write_all(&config).await;
+                            let _ = writer.flush().await;
+                        }
+                        std::future::pending::<()>().await;
+                    };
+                    tokio::select! {
+                        biased;
+                        // Reading ends with the stream; writing never ends by itself.
+                        () = read_reports(reader, &events) => {}
+                        () = write => {}
+                    }
+                }
+                // A full queue holds the same news already.
+                let _ = ended.try_send(());
+                tokio::time::sleep(REOPEN_PAUSE).await;
+            }
+        });
+    }
+
+    /// Drains the console: an unread one stalls the guest.
+    fn serve_console(&self, wires: &mut JoinSet<()>) {
+        let (supply, id, console) = (self.supply.clone(), self.record.id.clone(), self.console.clone());
+        wires.spawn(async move {
+            loop {
+                if let Ok(mut stream) = supply.hypervisor().open_console(&supply.place().socket_dir, &id).await {
+                    let mut buffer = [0; 4096];
+                    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+                        console.lock().unwrap_or_else(PoisonError::into_inner).push(&buffer[..read]);
+                    }
+                }
+                tokio::time::sleep(REOPEN_PAUSE).await;
+            }
+        });
+    }
+
+    /// Takes down all there may be, in the order in which nothing can be left over. For ever: a
+    /// stuck VM keeps its reservation, and nobody else's.
+    async fn take_down(&mut self) {
+        let hypervisor = self.supply.hypervisor().clone();
+        let overlay = self.supply.overlay(&self.record.id);
+        let mut backoff = Backoff::hypervisor();
+        loop {
+            let result = async {
+                hypervisor.destroy(&self.name).await?;
+                hypervisor.remove_overlay(&overlay).await?;
+                let sockets = hypervisor.remove_sockets(&self.supply.place().socket_dir, &self.record.id).await;
+                sockets.map_err(|source| VmError::Refused { what: "remove sockets of", name: self.name.to_string(), source: source.into() })
+            };
+            match result.await {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::warn!(vm = %self.record.id, error = chain(&error), "could not take a VM down; trying again");
+                    let pause = backoff.next(&self.supply.0.rng);
+                    tokio::select! {
+                        biased;
+                        // Both cancel safe. A dropped handle disables the first branch: go on trying.
+                        Ok(_) = self.wish.wait_for(|wish| *wish == Wish::Leave) => return,
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                }
+            }
+        }
+        self.supply.0.network.release(&self.record.lease);
+        self.tell(MachineEvent::Released).await;
+    }
+}
+
+/// Reads report lines until the stream ends. Long or too many lines are dropped: the guest is hostile.
+async fn read_reports(reader: tokio::io::ReadHalf<Box<dyn Stream>>, events: &mpsc::Sender<MachineEvent>) {
+    let mut reader = BufReader::with_capacity(REPORT_LINE_MAX + 1, reader);
+    let mut line = Vec::new();
+    let (mut window, mut count) = (Instant::now(), 0);
+    loop {
+        let piece = match reader.fill_buf().await {
+            Ok([]) | Err(_) => return,
+            Ok(piece) => piece,
+        };
+        let (taken, ended) = match piece.iter().position(|b| *b == b'\n') {
+            Some(end) => (end + 1, true),
+            None => (piece.len(), false),
+        };
+        if line.len() <= REPORT_LINE_MAX {
+            line.extend_from_slice(&piece[..taken]);
+        }
+        reader.consume(taken);
+        if !ended {
+            continue;
+        }
+        if window.elapsed() >= Duration::from_secs(1) {
+            (window, count) = (Instant::now(), 0);
+        }
+        count += 1;
+        let report = std::str::from_utf8(&line).ok().and_then(|text| Report::parse(text.trim_end()));
+        if let Some(report) = report.filter(|_| count <= REPORTS_PER_SECOND && line.len() <= REPORT_LINE_MAX) {
+            // Only a hint: dropped if the job is busy.
+            let _ = events.try_send(MachineEvent::Report(report));
+        }
+        line.clear();
+    }
+}

@@ -1,0 +1,260 @@
+//! A GitLab stand-in over TLS, a git repository behind it, and the real daemon as a process.
+
+use dayfly::clock::Clock;
+use dayfly::gitlab::JobId;
+use dayfly::rng::Rng;
+use dayfly::standin::{self, Job, JobSpec, JobState, ProjectId, Served, Standin};
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+
+/// Longest wait for anything: a TCG boot on a busy host takes a minute.
+pub const LIMIT: Duration = Duration::from_secs(240);
+
+/// One test's world. Its folder is removed at the end of a test that passed.
+pub struct Lab {
+    pub standin: Standin,
+    pub project: ProjectId,
+    pub dir: tempfile::TempDir,
+    _served: Served,
+    daemon: Option<Child>,
+    sha: String,
+}
+
+/// What a test may want of its daemon.
+pub struct Options {
+    pub image: String,
+    pub image_directory: PathBuf,
+    pub concurrent: u32,
+    /// Lines for section `[limits]`.
+    pub limits: &'static str,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { image: "debian-12-shell".into(), image_directory: image_directory(), concurrent: 1, limits: "" }
+    }
+}
+
+fn required(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `scripts/test e2e`, which prepares what these tests need"))
+}
+
+pub fn image_directory() -> PathBuf {
+    required("DAYFLY_E2E_IMAGES").into()
+}
+
+fn dayfly() -> String {
+    required("DAYFLY_E2E_DAYFLY")
+}
+
+/// Ports of this test's doors, apart from those of tests that run beside it.
+fn guest_ports() -> String {
+    let slot = std::process::id() % 200 + SLOT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) * 200;
+    let first = 21_000 + slot % 1000 * 10;
+    format!("{first}-{}", first + 9)
+}
+
+static SLOT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+
+impl Lab {
+    /// Starts GitLab and a daemon with one runner.
+    pub async fn start(options: Options) -> Self {
+        // A short path: unix sockets end at 107 bytes.
+        let dir = tempfile::Builder::new().prefix("df-e2e-").tempdir_in("/tmp").unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+        let (repository, sha) = repository(dir.path());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let standin = Standin::new(Clock::system(), Rng::system());
+        // The guest reaches the host's loopback as 10.0.2.2.
+        standin.configure(|settings| settings.external_url = format!("https://10.0.2.2:{port}"));
+        let project = standin.add_project("group/project");
+        standin.edit(|model| model.projects.get_mut(&project).unwrap().repository = Some(repository));
+        let runner = standin.add_runner(project);
+        let tls = tls(dir.path());
+        let served = standin::serve(standin.clone(), listener, Some(tls)).unwrap();
+        let token = dir.path().join("token");
+        fs::write(&token, standin.runner_token(runner).unwrap().expose()).unwrap();
+        fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
+        let lab = Self { standin, project, dir, _served: served, daemon: None, sha };
+        lab.write_config(&options, port);
+        lab.started().await
+    }
+
+    async fn started(mut self) -> Self {
+        self.start_daemon().await;
+        self
+    }
+
+    fn write_config(&self, options: &Options, port: u16) {
+        let dir = self.dir.path().display();
+        let mut text = String::new();
+        writeln!(text, "state_directory = \"{dir}/state\"\nruntime_directory = \"{dir}/run\"").unwrap();
+        writeln!(text, "image_directory = \"{}\"\nconcurrent = {}", options.image_directory.display(), options.concurrent).unwrap();
+        writeln!(text, "[log]\nlevel = \"debug\"\n[hypervisor]\nuri = \"qemu:///session\"\naccel = \"{}\"", accel()).unwrap();
+        writeln!(text, "[network]\nguest_ports = \"{}\"\n[limits]\n{}", guest_ports(), options.limits).unwrap();
+        writeln!(text, "[[class]]\nname = \"small\"\nimage = \"{}\"\ncpus = 1\nmemory_mib = 512\ndisk_gib = 8", options.image).unwrap();
+        writeln!(text, "allow_standin_runner = true").unwrap();
+        writeln!(text, "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\"").unwrap();
+        writeln!(text, "class = \"small\"\ntls_ca_file = \"{dir}/ca.pem\"\nclone_url = \"https://10.0.2.2:{port}\"").unwrap();
+        writeln!(text, "poll_interval = \"1s\"").unwrap();
+        fs::write(self.dir.path().join("config.toml"), text).unwrap();
+    }
+
+    pub async fn start_daemon(&mut self) {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
+        let mut command = Command::new(dayfly());
+        command.arg("--config").arg(self.dir.path().join("config.toml")).arg("run");
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn();
+        self.daemon = Some(child.expect("dayfly starts"));
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
+    /// Sends the daemon a signal and waits for its exit code.
+    pub async fn stop_daemon(&mut self, signal: &str) -> Option<i32> {
+        let mut child = self.daemon.take().expect("a daemon runs");
+        run("kill", &[&format!("-{signal}"), &child.id().to_string()]);
+        let ended = tokio::task::spawn_blocking(move || child.wait().unwrap().code());
+        tokio::time::timeout(LIMIT, ended).await.expect("the daemon ends").unwrap()
+    }
+
+    /// A job that clones the repository and runs this script.
+    pub fn spec(&self, script: &[&str]) -> JobSpec {
+        JobSpec { sha: self.sha.clone(), depth: Some(0), ..JobSpec::script(script.iter().copied()) }
+    }
+
+    pub fn job(&self, script: &[&str]) -> JobId {
+        self.enqueue(self.spec(script))
+    }
+
+    pub fn enqueue(&self, spec: JobSpec) -> JobId {
+        self.standin.enqueue(self.project, spec)
+    }
+
+    pub async fn until(&self, job: JobId, state: JobState) -> Job {
+        let reached = self.standin.wait_for(|m| m.jobs.get(&job).is_some_and(|j| j.state == state), LIMIT).await;
+        let found = self.standin.job(job).unwrap();
+        assert!(reached.is_ok(), "job {job} is {:?}, not {state:?}\n{}", found.state, self.story(job));
+        found
+    }
+
+    pub async fn until_trace(&self, job: JobId, text: &str) {
+        let holds = |trace: &[u8]| trace.windows(text.len()).any(|w| w == text.as_bytes());
+        let reached = self.standin.wait_for(|m| m.jobs.get(&job).is_some_and(|j| holds(&j.trace.bytes)), LIMIT).await;
+        assert!(reached.is_ok(), "no {text:?} in the trace\n{}", self.story(job));
+    }
+
+    pub fn trace(&self, job: JobId) -> String {
+        String::from_utf8_lossy(&self.standin.job(job).unwrap().trace.bytes).into_owned()
+    }
+
+    /// Trace and log, for a failing test.
+    pub fn story(&self, job: JobId) -> String {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let tail: Vec<&str> = log.lines().rev().take(120).collect();
+        let tail: Vec<&str> = tail.into_iter().rev().collect();
+        format!("--- trace\n{}\n--- log\n{}", self.trace(job), tail.join("\n"))
+    }
+
+    /// Waits until nothing of any job is left on this host, then stops the daemon and looks again.
+    pub async fn assert_clean(&mut self) {
+        let clean = async {
+            while !self.leftovers().is_empty() {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        let in_time = tokio::time::timeout(Duration::from_secs(30), clean).await;
+        assert!(in_time.is_ok(), "left behind: {:?}\n{}", self.leftovers(), fs::read_to_string(self.log_path()).unwrap());
+        assert_eq!(self.stop_daemon("TERM").await, Some(0));
+        let log = fs::read_to_string(self.log_path()).unwrap();
+        let errors: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ") || l.contains("panicked")).collect();
+        assert!(errors.is_empty(), "the log has errors: {errors:#?}");
+        assert_eq!(self.standin.read(|m| m.metrics.trace_invalid), 0, "a verdict's checksum did not match the trace");
+    }
+
+    /// Files and domains of this lab's jobs that exist.
+    pub fn leftovers(&self) -> Vec<String> {
+        let dir = self.dir.path();
+        let mut left = Vec::new();
+        for sub in ["state/jobs", "state/overlays", "run/jobs", "run/vm"] {
+            for entry in fs::read_dir(dir.join(sub)).into_iter().flatten().flatten() {
+                left.push(entry.path().display().to_string());
+            }
+        }
+        left
+    }
+
+    /// VMs of this lab, by their emulator processes' command lines.
+    pub fn vms(&self) -> usize {
+        let marker = format!("{}/state/overlays/", self.dir.path().display());
+        let mut vms = 0;
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let is_qemu = cmdline.starts_with(b"/usr/bin/qemu-system");
+            vms += usize::from(is_qemu && String::from_utf8_lossy(&cmdline).contains(&marker));
+        }
+        vms
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.daemon.take() {
+            if std::thread::panicking() {
+                // Drain without patience, so that a failed test leaves no VM behind.
+                for _ in 0..2 {
+                    run("kill", &["-QUIT", &child.id().to_string()]);
+                    std::thread::sleep(Duration::from_millis(300));
+                }
+            } else {
+                let _ = child.kill();
+            }
+            let _ = child.wait();
+        }
+    }
+}
+
+/// TCG where KVM runs no guests: this is a test of dayfly, not of the host.
+fn accel() -> String {
+    std::env::var("DAYFLY_E2E_ACCEL").unwrap_or_else(|_| "tcg".into())
+}
+
+pub fn run(program: &str, args: &[&str]) -> Output {
+    Command::new(program).args(args).stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{program}: {e}"))
+}
+
+/// A bare repository with one commit, ready for dumb HTTP, and the commit.
+fn repository(dir: &Path) -> (PathBuf, String) {
+    let script = "set -e; cd \"$1\"; git init -q -b main work; cd work; echo content > file.txt; git add .; \
+        git -c user.name=t -c user.email=t@t.invalid commit -q -m first; cd ..; git clone -q --bare work repository.git; \
+        git -C repository.git update-server-info; git -C repository.git rev-parse HEAD";
+    let output = run("sh", &["-c", script, "sh", &dir.display().to_string()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (dir.join("repository.git"), String::from_utf8(output.stdout).unwrap().trim().to_owned())
+}
+
+/// A CA of our own in `ca.pem`, and a server certificate for both names of this GitLab.
+fn tls(dir: &Path) -> Arc<rustls::ServerConfig> {
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, "dayfly e2e CA");
+    let ca_key = rcgen::KeyPair::generate().unwrap();
+    let ca = params.self_signed(&ca_key).unwrap();
+    fs::write(dir.join("ca.pem"), ca.pem()).unwrap();
+    let issuer = rcgen::Issuer::from_params(&params, &ca_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let server = rcgen::CertificateParams::new(vec!["127.0.0.1".into(), "10.0.2.2".into()]).unwrap().signed_by(&key, &issuer).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+    Arc::new(config.with_no_client_auth().with_single_cert(vec![server.der().clone()], key).unwrap())
+}

@@ -1,0 +1,134 @@
+//! The e2e ring: real libvirt, QEMU and image, the real binary, GitLab's stand-in over TLS.
+//!
+//! One run per behaviour, for each boots a VM. `scripts/test e2e` prepares the image and the user.
+#![expect(clippy::disallowed_methods, reason = "this harness starts the daemon as a process and waits for it")]
+
+mod lab;
+
+use dayfly::standin::JobState;
+use lab::{Lab, Options, run};
+use std::fs;
+use std::time::Duration;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_clones_uploads_an_artifact_and_succeeds() {
+    let mut lab = Lab::start(Options::default()).await;
+    let artifacts = serde_json::json!({"paths": ["out.txt"], "name": "result", "when": "always"});
+    let job = lab.enqueue(lab.spec(&["cat file.txt", "echo made > out.txt", "id -un"]).with_artifacts(artifacts));
+    let found = lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    let first = trace.lines().next().unwrap();
+    assert!(first.contains(" 00O section_start:") && first.contains(":dayfly_boot[collapsed=true]"), "{trace}");
+    for text in ["disk ready", "machine started", "gitlab-runner asks for the job", "content", "gitlab-runner", "Job succeeded"] {
+        assert!(trace.contains(text), "no {text:?}\n{trace}");
+    }
+    assert_eq!(found.artifacts.len(), 1, "{trace}");
+    lab.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_script_reports_its_exit_code() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.job(&["exit 42"]);
+    let found = lab.until(job, JobState::Failed).await;
+    assert_eq!((found.failure_reason.as_deref(), found.exit_code), (Some("script_failure"), Some(42)), "{}", lab.story(job));
+    lab.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_while_booting_starts_nothing() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.job(&["echo never"]);
+    lab.until_trace(job, "machine started").await;
+    lab.standin.cancel(job, true);
+    lab.until(job, JobState::Canceled).await;
+    lab.until_trace(job, "canceled before it started").await;
+    assert!(!lab.trace(job).contains("never"));
+    lab.assert_clean().await;
+    assert_eq!(lab.vms(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_while_running_lets_after_script_run() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.enqueue(lab.spec(&["echo begun", "sleep 300"]).with_after_script(["echo cleaned up"]));
+    lab.until_trace(job, "begun").await;
+    lab.standin.cancel(job, true);
+    lab.until(job, JobState::Canceled).await;
+    assert!(lab.trace(job).contains("cleaned up"), "{}", lab.story(job));
+    lab.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hard_cancel_takes_the_machine_at_once() {
+    let mut lab = Lab::start(Options { limits: "cancel_grace = \"10s\"", ..Options::default() }).await;
+    let job = lab.job(&["echo begun", "sleep 300"]);
+    lab.until_trace(job, "begun").await;
+    lab.standin.cancel(job, false);
+    lab.until(job, JobState::Canceled).await;
+    lab.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_overruns_times_out() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.enqueue(lab.spec(&["echo begun", "sleep 300"]).with_timeout(Duration::from_secs(45)));
+    let found = lab.until(job, JobState::Failed).await;
+    assert_eq!(found.failure_reason.as_deref(), Some("job_execution_timeout"), "{}", lab.story(job));
+    lab.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_never_asks_fails_the_job_with_our_fault() {
+    // The same disk, but a first process that says a word and waits: no runner ever asks.
+    let images = tempfile::tempdir_in("/tmp").unwrap();
+    fs::set_permissions(images.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let (from, to) = (lab::image_directory().join("debian-12-shell"), images.path().join("mute"));
+    let copied = run("cp", &["-rL", "--reflink=auto", &from.display().to_string(), &to.display().to_string()]);
+    assert!(copied.status.success());
+    let manifest = fs::read_to_string(to.join("image.toml")).unwrap();
+    let mute = manifest.replace("name = \"debian-12-shell\"", "name = \"mute\"").replace("init=/usr/lib/systemd/systemd", "init=/bin/cat").replace(" quiet", "");
+    assert_ne!(mute, manifest);
+    fs::write(to.join("image.toml"), mute).unwrap();
+    let options = Options { image: "mute".into(), image_directory: images.path().to_owned(), limits: "boot_deadline = \"30s\"", ..Options::default() };
+    let mut lab = Lab::start(options).await;
+    let job = lab.job(&["echo never"]);
+    let found = lab.until(job, JobState::Failed).await;
+    assert_eq!(found.failure_reason.as_deref(), Some("runner_system_failure"));
+    let trace = lab.trace(job);
+    assert!(trace.contains("the virtual machine was not ready within 30 s. Your job is not the cause; please retry."), "{trace}");
+    assert!(trace.contains("the last lines of the machine's console:") && trace.contains("Linux version") || trace.contains("Run /bin/cat"), "{trace}");
+    lab.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_jobs_run_at_once_each_in_its_own_machine() {
+    let mut lab = Lab::start(Options { concurrent: 2, ..Options::default() }).await;
+    let script = ["cat /etc/machine-id /proc/sys/kernel/random/boot_id", "touch $HOME/mine", "sleep 20"];
+    let (a, b) = (lab.job(&script), lab.job(&script));
+    lab.until_trace(a, "touch $HOME/mine").await;
+    lab.until_trace(b, "touch $HOME/mine").await;
+    assert_eq!(lab.vms(), 2, "both run at once");
+    lab.until(a, JobState::Success).await;
+    lab.until(b, JobState::Success).await;
+    let ids = |trace: String| trace.lines().filter_map(|l| l.get(32..)).filter(|l| l.len() >= 32 && l.chars().all(|c| c.is_ascii_hexdigit() || c == '-')).map(str::to_owned).collect::<Vec<_>>();
+    let (a, b) = (ids(lab.trace(a)), ids(lab.trace(b)));
+    assert!(a.len() >= 2 && b.len() >= 2 && a.iter().all(|id| !b.contains(id)), "{a:?} {b:?}");
+    lab.assert_clean().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_the_daemon_costs_no_job() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.job(&["echo before", "sleep 30", "echo after"]);
+    lab.until_trace(job, "before").await;
+    assert_eq!(lab.stop_daemon("TERM").await, Some(0));
+    assert_eq!(lab.vms(), 1, "the VM lives on");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.start_daemon().await;
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
+    assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
+    lab.assert_clean().await;
+}

@@ -1,0 +1,215 @@
+//! Gives the machine the identity of the guest config: seed and clock first, names, network, and
+//! the runner's files last, in the order of design §3.
+//!
+//! What only the kernel can do is in [`identity`] and [`network`]; what is files is in [`files`],
+//! below a root that tests choose. Applying the same config twice changes nothing more.
+
+use crate::machine;
+use crate::netlink::{Netlink, NetlinkError};
+use crate::users::{User, UserError};
+use dayfly_guest_config::{CA_FILE, CONFIG_FILE, GuestConfig, GuestNetwork, RELAY_ADDRESS};
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, chown};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+/// The only network card; `net.ifnames=0` keeps its name.
+const DEVICE: &str = "eth0";
+
+/// The card's driver is loaded by the initrd, so it is there long before us.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Where the kernel shows the id of this boot; the same in all clones of a snapshot.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Why the config could not be applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// A member of the config is not what it should be.
+    #[error("guest config: `{0}` is no {1}")]
+    Member(&'static str, &'static str),
+    /// A file could not be written, or is not what was written.
+    #[error("write {0}")]
+    File(PathBuf, #[source] io::Error),
+    /// The runner would ignore a missing CA file without a word (17.5 does).
+    #[error("config.toml names {CA_FILE}, but the guest config has no CA chain")]
+    CaMissing,
+    /// A system call failed.
+    #[error("{0}")]
+    System(&'static str, #[source] io::Error),
+    /// No network card.
+    #[error("no {DEVICE} within {} s", DEVICE_DEADLINE.as_secs())]
+    NoDevice,
+    /// Address, MAC or route.
+    #[error("set up the network")]
+    Network(#[from] NetlinkError),
+    /// The runner's user.
+    #[error("find the runner's user")]
+    User(#[from] UserError),
+}
+
+/// Seed, clock, boot id and host name.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn identity(config: &GuestConfig) -> Result<(), ApplyError> {
+    let seed = from_hex(&config.seed).ok_or(ApplyError::Member("seed", "even number of hex digits"))?;
+    // Mixed in, not credited: the kernel has virtio-rng for that in a cold guest.
+    write_at("/dev/urandom", &seed)?;
+    machine::set_clock(config.clock_us).map_err(|error| ApplyError::System("set the clock", error))?;
+
+    fs::create_dir_all("/run/dayfly").map_err(|error| ApplyError::File("/run/dayfly".into(), error))?;
+    let own = Path::new("/run/dayfly/boot_id");
+    write(own, format!("{}\n", config.boot_id).as_bytes(), 0o444, None)?;
+    rustix::mount::mount_bind(own, BOOT_ID).map_err(|error| ApplyError::System("mount boot_id", error.into()))?;
+
+    rustix::system::sethostname(config.hostname.as_bytes())
+        .map_err(|error| ApplyError::System("set the host name", error.into()))
+}
+
+/// Loopback with the relay's address, then MAC, address and route of the card.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn network(network: &GuestNetwork) -> Result<(), ApplyError> {
+    let (address, prefix) = parse_address(&network.address).ok_or(ApplyError::Member("address", "address/prefix"))?;
+    let mac = match &network.mac {
+        Some(mac) => Some(parse_mac(mac).ok_or(ApplyError::Member("mac", "MAC"))?),
+        None => None,
+    };
+    let relay: SocketAddr = RELAY_ADDRESS.parse().expect("a constant");
+
+    let mut netlink = Netlink::open()?;
+    let lo = netlink.index("lo").ok_or(ApplyError::NoDevice)?;
+    netlink.set_up(lo)?;
+    netlink.add_address(lo, "127.0.0.1".parse().expect("a constant"), 8)?;
+    netlink.add_address(lo, relay.ip(), 32)?;
+
+    let device = wait_for(DEVICE_DEADLINE, || netlink.index(DEVICE)).ok_or(ApplyError::NoDevice)?;
+    if let Some(mac) = mac {
+        netlink.set_mac(device, mac)?;
+    }
+    netlink.set_up(device)?;
+    netlink.add_address(device, address, prefix)?;
+    netlink.set_default_route(device, network.gateway)?;
+    Ok(())
+}
+
+/// Host name, hosts, resolv.conf, and the runner's config.toml and CA file, below `root`. The
+/// runner's files belong to `user`, and are read back.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn files(root: &Path, config: &GuestConfig, user: &User) -> Result<(), ApplyError> {
+    let write_text = |path: &str, text: &str| write(&below(root, path), text.as_bytes(), 0o644, None);
+    write_text("/etc/hostname", &format!("{}\n", config.hostname))?;
+    write_text(
+        "/etc/hosts",
+        &format!("127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost\n", config.hostname),
+    )?;
+    write_text("/etc/resolv.conf", &resolv_conf(&config.network.dns))?;
+
+    let runner = &config.runner;
+    let ca = match &runner.ca_pem {
+        Some(pem) if pem.contains("-----BEGIN CERTIFICATE-----") => Some(pem),
+        Some(_) => return Err(ApplyError::Member("ca_pem", "PEM certificate")),
+        None if runner.config_toml.contains(CA_FILE) => return Err(ApplyError::CaMissing),
+        None => None,
+    };
+    let config_file = below(root, CONFIG_FILE);
+    if let Some(dir) = config_file.parent() {
+        fs::create_dir_all(dir).map_err(|error| ApplyError::File(dir.to_owned(), error))?;
+    }
+    write(&config_file, runner.config_toml.as_bytes(), 0o600, Some(user))?;
+    if let Some(pem) = ca {
+        write(&below(root, CA_FILE), pem.as_bytes(), 0o644, Some(user))?;
+    }
+    Ok(())
+}
+
+/// Puts a machine-id in force. In place: systemd may have mounted something over the file.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn machine_id(root: &Path, id: &str) -> Result<(), ApplyError> {
+    if id.len() != 32 || from_hex(id).is_none() {
+        return Err(ApplyError::Member("machine_id", "machine-id (32 hex digits)"));
+    }
+    write(&below(root, "/etc/machine-id"), format!("{id}\n").as_bytes(), 0o444, None)
+}
+
+fn resolv_conf(servers: &[IpAddr]) -> String {
+    if servers.is_empty() {
+        // Without a server libc asks 127.0.0.1, which refuses at once.
+        return "# Name resolution is off in this network mode.\noptions timeout:1 attempts:1\n".to_owned();
+    }
+    servers.iter().map(|server| format!("nameserver {server}\n")).collect()
+}
+
+fn below(root: &Path, path: &str) -> PathBuf {
+    root.join(path.trim_start_matches('/'))
+}
+
+/// Writes a file and reads it back: a full or read-only disk must not start a runner on half a config.
+fn write(path: &Path, bytes: &[u8], mode: u32, owner: Option<&User>) -> Result<(), ApplyError> {
+    let error = |error| ApplyError::File(path.to_owned(), error);
+    let mut file =
+        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path).map_err(error)?;
+    io::Write::write_all(&mut file, bytes).map_err(error)?;
+    file.set_permissions(fs::Permissions::from_mode(mode)).map_err(error)?;
+    if let Some(owner) = owner {
+        chown(path, Some(owner.uid), Some(owner.gid)).map_err(error)?;
+    }
+    if fs::read(path).map_err(error)? == bytes {
+        Ok(())
+    } else {
+        Err(error(io::Error::other("it does not hold what was written")))
+    }
+}
+
+/// Writes to a device.
+fn write_at(path: &str, bytes: &[u8]) -> Result<(), ApplyError> {
+    let open = fs::OpenOptions::new().write(true).open(path);
+    open.and_then(|mut file| io::Write::write_all(&mut file, bytes))
+        .map_err(|error| ApplyError::File(path.into(), error))
+}
+
+fn parse_address(text: &str) -> Option<(IpAddr, u8)> {
+    let (address, prefix) = text.split_once('/')?;
+    let (address, prefix): (IpAddr, u8) = (address.parse().ok()?, prefix.parse().ok()?);
+    (prefix <= if address.is_ipv4() { 32 } else { 128 }).then_some((address, prefix))
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let bytes: Vec<u8> =
+        text.split(':').map(|part| from_hex(part).filter(|b| b.len() == 1).map(|b| b[0])).collect::<Option<_>>()?;
+    bytes.try_into().ok()
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return None;
+    }
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
+}
+
+/// Asks every 10 ms. There is nothing in this machine that could tell us (no udev).
+#[expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "no async runtime in the guest")]
+pub fn wait_for<T>(deadline: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
+    let start = std::time::Instant::now();
+    loop {
+        if let Some(answer) = ask() {
+            return Some(answer);
+        }
+        if start.elapsed() > deadline {
+            return None;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,24 @@
+//! What runs inside a VM: it takes the guest config, gives the machine its identity, runs one
+//! `gitlab-runner run-single` behind a relay, and powers the machine off.
+//!
+//! ```text
+//! channel ──config──► apply (seed, clock, names, network, files)
+//!    ▲                  │
+//!    └── reports ── main ──► relay (192.0.2.1:80) ◄── gitlab-runner
+//!                          │        │ greeting, then bytes both ways
+//!                          │        ▼
+//!                          │      the door, on the host
+//!                          └──► power off: runner gone, door silent, or anything failed
+//! ```
+//!
+//! Std threads, no async runtime and no HTTP. Nothing here protects itself from the job: a job may
+//! be root, and the VM is the wall. `vm-images/README.md` has the contract in words.
+
+pub mod apply;
+pub mod channel;
+pub mod console;
+pub mod machine;
+pub mod netlink;
+pub mod relay;
+pub mod runner;
+pub mod users;

@@ -1,0 +1,117 @@
+//! The guest runner: one official `gitlab-runner run-single`, as the job's user, in a session and an
+//! environment of its own.
+//!
+//! The user is changed by this program started again (`dayfly-guest run-as USER -- PROGRAM…`): std
+//! cannot set supplementary groups, and changing ids is safe only in a process of one thread.
+#![expect(clippy::disallowed_methods, reason = "no process.rs and no runtime in the guest")]
+
+use crate::console;
+use crate::users::{self, User};
+use dayfly_guest_config::{CONFIG_FILE, GuestRunner};
+use rustix::process::{Gid, Uid, setsid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+/// Where an image has the official runner.
+pub const PROGRAM: &str = "/usr/bin/gitlab-runner";
+
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Starts the runner; its log goes to the console.
+///
+/// # Errors
+/// The system's.
+pub fn start(runner: &GuestRunner) -> io::Result<Child> {
+    let console = || console::open().map_or_else(|_| Stdio::null(), Stdio::from);
+    Command::new("/proc/self/exe")
+        .args(["run-as", &runner.user, "--"])
+        .args(arguments(runner))
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(console())
+        .stderr(console())
+        .spawn()
+}
+
+/// Program and arguments. Never `--shutdown-timeout`: the official runner panics on it.
+fn arguments(runner: &GuestRunner) -> Vec<String> {
+    let wait = runner.wait_timeout_s.to_string();
+    let fixed =
+        [PROGRAM, "run-single", "-c", CONFIG_FILE, "-r", &runner.name, "--max-builds", "1", "--wait-timeout", &wait];
+    fixed.map(str::to_owned).to_vec()
+}
+
+/// The exit code, or 128 + n for signal n.
+#[must_use]
+pub fn exit_code(status: ExitStatus) -> i32 {
+    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1)
+}
+
+/// Becomes the user and then the program: `run-as USER -- PROGRAM ARGUMENT…`.
+///
+/// # Errors
+/// If anything fails; on success it does not return.
+pub fn run_as(arguments: &[OsString]) -> io::Result<Infallible> {
+    let [user, dashes, program, arguments @ ..] = arguments else {
+        return Err(io::Error::other("run-as USER -- PROGRAM [ARGUMENT…]"));
+    };
+    let user = user.to_str().filter(|_| dashes == "--").ok_or(io::ErrorKind::InvalidInput)?;
+    let user = users::find(Path::new("/etc"), user).map_err(io::Error::other)?;
+
+    // Our unit shields us from the OOM killer; the job must not inherit that.
+    std::fs::write("/proc/self/oom_score_adj", "0")?;
+    setsid()?;
+    become_user(&user)?;
+    let error = Command::new(program)
+        .args(arguments)
+        .env_clear()
+        .env("PATH", PATH)
+        .env("HOME", &user.home) // 17.5 dies without it
+        .env("USER", &user.name)
+        .env("LOGNAME", &user.name)
+        .env("LANG", "C.UTF-8")
+        .current_dir(&user.home)
+        .exec();
+    Err(error)
+}
+
+fn become_user(user: &User) -> io::Result<()> {
+    let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+    set_thread_groups(&groups)?;
+    let gid = Gid::from_raw(user.gid);
+    set_thread_res_gid(gid, gid, gid)?;
+    let uid = Uid::from_raw(user.uid);
+    set_thread_res_uid(uid, uid, uid)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_runner_gets_the_arguments_that_were_proven() {
+        let runner = GuestRunner {
+            config_toml: String::new(),
+            ca_pem: None,
+            name: "-odd \"name\"".into(),
+            user: "ci".into(),
+            wait_timeout_s: 360,
+        };
+        assert_eq!(
+            arguments(&runner).join(" "),
+            "/usr/bin/gitlab-runner run-single -c /etc/gitlab-runner/config.toml -r -odd \"name\" --max-builds 1 --wait-timeout 360"
+        );
+    }
+
+    #[test]
+    fn an_exit_by_signal_has_the_shells_number() {
+        assert_eq!(exit_code(ExitStatus::from_raw(3 << 8)), 3);
+        assert_eq!(exit_code(ExitStatus::from_raw(9)), 137);
+    }
+}
