@@ -70,3 +70,39 @@ stage() {
         install -m 755 "$target/$guest_target/release/$program" "$dir/$program"
     done
 }
+
+# prepare_trial: a folder `$trial` for programs, images and their work, and the user that uses it:
+# ourselves, or as root the user dayfly-test, because root's `qemu:///session` is the system's libvirtd.
+prepare_trial() {
+    if [ "$(id -u)" = 0 ]; then
+        make_test_user
+        open_kvm_node
+        trial=/var/tmp/dayfly-trial
+    else
+        trial=${XDG_CACHE_HOME:-$HOME/.cache}/dayfly-trial
+    fi
+    mkdir -p "$trial/bin" "$trial/images"
+    own_trial
+}
+
+own_trial() {
+    if [ "$(id -u)" = 0 ]; then chown -R "$LIBVIRT_TEST_USER:" "$trial"; fi
+    chmod 755 "$trial" "$trial/images"
+}
+
+# as_trial PROGRAM ARGS...: as the user of the trial, in its folder.
+as_trial() {
+    if [ "$(id -u)" = 0 ]; then (cd "$trial" && as_test_user "$@"); else (cd "$trial" && "$@"); fi
+}
+
+# choose_accel: `auto` where `dayfly doctor` saw KVM run a guest, else `tcg`, which isolates nothing
+# and is said loudly.
+choose_accel() {
+    if as_trial sh -c 'exec 3<>/dev/kvm' 2>/dev/null &&
+        as_trial "$trial/bin/dayfly" --config /nonexistent doctor 2>/dev/null | grep -q 'KVM runs guests'; then
+        echo auto
+    else
+        say "KVM runs no guests here: using TCG, which is slow and isolates NOTHING"
+        echo tcg
+    fi
+}

@@ -347,6 +347,32 @@ mod tests {
         assert_eq!(message.len(), 200);
     }
 
+    /// T27: a body that drips for ever is read for 5 s, and costs what has come.
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_drips_is_not_read_for_long() {
+        let started = tokio::time::Instant::now();
+        assert!(read_small(Drip(Box::pin(tokio::time::sleep(Duration::from_secs(1)))).boxed_unsync()).await.is_empty());
+        assert_eq!(started.elapsed(), SMALL_READ);
+    }
+
+    /// A byte a second, for ever.
+    struct Drip(std::pin::Pin<Box<tokio::time::Sleep>>);
+
+    impl http_body::Body for Drip {
+        type Data = Bytes;
+        type Error = super::super::transport::BodyError;
+
+        fn poll_frame(
+            mut self: std::pin::Pin<&mut Self>,
+            context: &mut std::task::Context<'_>,
+        ) -> std::task::Poll<Option<Result<http_body::Frame<Bytes>, Self::Error>>> {
+            std::task::ready!(self.0.as_mut().poll(context));
+            let next = tokio::time::Instant::now() + Duration::from_secs(1);
+            self.0.as_mut().reset(next);
+            std::task::Poll::Ready(Some(Ok(http_body::Frame::data(Bytes::from_static(b"x")))))
+        }
+    }
+
     /// G22: a page for people is no success, and no verdict on us.
     #[tokio::test]
     async fn a_page_for_people_counts_as_unavailable() {

@@ -17,6 +17,7 @@ mod runner_api;
 mod runner_token;
 mod tls;
 pub mod transport;
+mod verifier;
 
 pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, UpdateAnswer, Verdict};
 pub use payload::{Dependency, JobPayload, PayloadError};

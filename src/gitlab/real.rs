@@ -49,15 +49,21 @@ impl Default for RealLimits {
     }
 }
 
-/// Makes transports over real sockets.
-#[derive(Clone, Debug, Default)]
+/// Makes transports over real sockets. The default has the process's proxy environment.
+#[derive(Clone, Debug)]
 pub struct RealOpenTransport {
     limits: RealLimits,
     proxies: ProxyEnvironment,
 }
 
+impl Default for RealOpenTransport {
+    fn default() -> Self {
+        Self::new(RealLimits::default(), ProxyEnvironment::of_process())
+    }
+}
+
 impl RealOpenTransport {
-    /// `proxies` is [`ProxyEnvironment::of_process`] in the daemon.
+    /// With limits and proxies of one's own.
     #[must_use]
     pub fn new(limits: RealLimits, proxies: ProxyEnvironment) -> Self {
         Self { limits, proxies }
@@ -218,6 +224,9 @@ impl Inner {
         builder
             .tls_backend_preconfigured(tls.clone())
             .http1_only()
+            // Answers with more fields than hyper's own 100 are odd but whole; the head's size is
+            // bounded by its read buffer (about 400 KiB).
+            .http1_max_headers(512)
             .user_agent(OUR_USER_AGENT)
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)

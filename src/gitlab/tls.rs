@@ -5,6 +5,8 @@
 //! (design D18). The client key never leaves this process (design D19).
 
 use super::transport::{Endpoint, OpenError};
+use super::verifier::{Verifier, ca_serves};
+use rustls::client::WebPkiServerVerifier;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
@@ -59,15 +61,27 @@ impl Material {
     pub(super) fn read(&self) -> Result<ClientConfig, OpenError> {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(self.system.iter().cloned());
+        let mut listed = Vec::new();
         if let Some(path) = &self.ca_file {
-            for cert in certificates(path)? {
-                roots.add(cert).map_err(|source| file_error(path, source))?;
+            listed = certificates(path)?;
+            for cert in &listed {
+                roots.add(cert.clone()).map_err(|source| file_error(path, source))?;
             }
         }
-        let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        let tls = |source: super::transport::BodyError| OpenError::Tls(source);
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
-            .map_err(|source| OpenError::Tls(source.into()))?
-            .with_root_certificates(roots);
+            .map_err(|source| tls(source.into()))?;
+        let builder = if roots.is_empty() {
+            // Only for `http://`: nobody's certificate can be good.
+            builder.with_root_certificates(roots)
+        } else {
+            let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider);
+            let webpki = webpki.build().map_err(|source| tls(source.into()))?;
+            // rustls calls every verifier of one's own dangerous. Ours only adds to webpki's: see there.
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(Verifier { webpki, listed }))
+        };
         let mut config = match &self.client {
             None => builder.with_no_client_auth(),
             Some((cert, key)) => builder
@@ -208,10 +222,9 @@ fn explain_certificate(error: &CertificateError) -> String {
             "a signature in GitLab's certificate chain is wrong or too weak (RSA below 2048 bits, SHA-1): issue a new one".to_owned()
         }
         C::Revoked => "GitLab's certificate was revoked: renew it there".to_owned(),
-        // What webpki says about a self-signed certificate that is marked as a CA, and serves.
-        C::Other(other) if other.to_string().contains("CaUsedAsEndEntity") => {
-            "GitLab's server shows a CA's certificate as its own: issue a server certificate from it, and put the CA into `tls_ca_file`".to_owned()
-        }
+        error if ca_serves(error) => "GitLab's server shows a CA's certificate as its own: put that very certificate into `tls_ca_file`, \
+             or issue a server certificate from it"
+            .to_owned(),
         _ => "GitLab's certificate cannot be used: issue a new one".to_owned(),
     }
 }

@@ -332,6 +332,21 @@ async fn forwarded_answers_pass_whole() {
     }
 }
 
+/// T29: an answer with 300 header fields is an answer; one with a head without end is not.
+#[tokio::test]
+async fn many_headers_are_borne_and_endless_ones_are_not() {
+    let headers: String = (0..300).map(|n| format!("X-Field-{n}: {n}\r\n")).collect();
+    let server = Server::answering(move |_| answer(201, &headers, "ok")).await;
+    let answered =
+        soon(job(plain(&server.url())).forward(forward(ForwardRoute::UploadArtifacts, full("x")), None)).await;
+    assert_eq!(answered.unwrap().status().as_u16(), 201);
+    for head in ["X: y\r\n".repeat(1000), format!("X: {}", "y".repeat(2 << 20))] {
+        let bytes = format!("HTTP/1.1 200 OK\r\n{head}").into_bytes();
+        let error = updated(Reply::Hang(bytes)).await.map(|_| ()).unwrap_err();
+        assert!(matches!(error, GitlabError::Unavailable { status: None, .. }), "{error}");
+    }
+}
+
 /// T26: a redirect is never followed, by any call, to anywhere: its target sees nothing.
 #[tokio::test]
 async fn no_call_follows_a_redirect() {

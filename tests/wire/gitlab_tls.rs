@@ -2,14 +2,14 @@
 
 use crate::gitlab_server::{PATIENCE, every_text, job, open, plain, runner, soon, until};
 use crate::gitlab_tls_server::{
-    Ca, Identity, OpenSsl, TlsServer, bytes_server, openssl, provider, server_config, server_params,
+    Ca, OpenSsl, TlsServer, bytes_server, openssl, provider, self_signed, self_signed_ca, server_config,
 };
 use dayfly::gitlab::transport::{OpenError, full};
 use dayfly::gitlab::{
     Call, Connection, Endpoint, GitlabError, JobUpdate, OpenTransport as _, ProxyEnvironment, RealLimits,
     RealOpenTransport, RunnerInfo, Transport, TransportError,
 };
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd};
+use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, date_time_ymd};
 use rustls::ServerConfig;
 use rustls::pki_types::PrivateKeyDer;
 use std::os::unix::fs::PermissionsExt as _;
@@ -102,18 +102,6 @@ async fn an_intermediate_that_is_sent_is_used() {
 async fn bad_certificates_are_refused_and_named() {
     let (files, ca) = (Files::new(), Ca::new("site CA"));
     let ca_file = files.write("ca.pem", &ca.pem);
-    let self_signed = {
-        let key = KeyPair::generate().unwrap();
-        let cert = server_params().self_signed(&key).unwrap();
-        Identity { chain: vec![cert.der().clone()], pem: cert.pem(), key }
-    };
-    let self_signed_ca = {
-        let key = KeyPair::generate().unwrap();
-        let mut params = server_params();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let cert = params.self_signed(&key).unwrap();
-        Identity { chain: vec![cert.der().clone()], pem: cert.pem(), key }
-    };
     let dates = |from: i32, to: i32| {
         ca.sign(move |params| {
             params.not_before = date_time_ymd(from, 1, 1);
@@ -125,8 +113,8 @@ async fn bad_certificates_are_refused_and_named() {
         ca.sign(move |params| params.subject_alt_names = CertificateParams::new(names).unwrap().subject_alt_names)
     };
     for (case, identity, hint) in [
-        ("self-signed", self_signed, "`tls_ca_file`"),
-        ("self-signed, marked as a CA", self_signed_ca, "certificate"),
+        ("self-signed", self_signed(|_| {}), "`tls_ca_file`"),
+        ("self-signed, marked as a CA", self_signed_ca(|_| {}), "put that very certificate into `tls_ca_file`"),
         ("unknown CA", Ca::new("nobody's CA").good(), "`tls_ca_file`"),
         ("unknown CA of the same name", Ca::new("site CA").good(), "certificate"),
         ("wrong name", with_names(&["gitlab.example"]), "not for `localhost` but for gitlab.example"),
@@ -150,6 +138,63 @@ async fn bad_certificates_are_refused_and_named() {
     let config = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().unwrap();
     let server = TlsServer::new(config.with_no_client_auth().with_cert_resolver(Arc::new(sites))).await;
     refused("SNI mismatch", &server, transport(&endpoint(server.address.port(), Some(&ca_file), None)), "GitLab").await;
+}
+
+/// A server whose certificate is its own CA, as `openssl req -x509` makes it, is GitLab if that
+/// very certificate is listed.
+#[tokio::test]
+async fn a_listed_self_signed_server_is_trusted() {
+    for identity in [self_signed(|_| {}), self_signed_ca(|_| {})] {
+        let files = Files::new();
+        let listed = files.write("ca.pem", &format!("{}{}", Ca::new("another").pem, identity.pem));
+        let server = TlsServer::new(server_config(&identity, None)).await;
+        poll(transport(&endpoint(server.address.port(), Some(&listed), None))).await.unwrap();
+    }
+}
+
+/// T23: a listed self-signed certificate is held to its dates and names, and to its every byte.
+#[tokio::test]
+async fn a_listed_self_signed_server_must_be_valid_and_of_that_name() {
+    let dated = |from: i32, to: i32| {
+        move |params: &mut CertificateParams| {
+            params.not_before = date_time_ymd(from, 1, 1);
+            params.not_after = date_time_ymd(to, 1, 1);
+        }
+    };
+    let other_name = |p: &mut CertificateParams| {
+        p.subject_alt_names = CertificateParams::new(vec!["gitlab.example".to_owned()]).unwrap().subject_alt_names;
+    };
+    for (case, identity, hint) in [
+        ("expired", self_signed_ca(dated(2001, 2002)), "has expired"),
+        ("not yet valid", self_signed_ca(dated(2900, 2901)), "not valid yet"),
+        ("wrong name", self_signed_ca(other_name), "not for `localhost` but for gitlab.example"),
+        ("expired, no CA", self_signed(dated(2001, 2002)), "has expired"),
+    ] {
+        let files = Files::new();
+        let server = TlsServer::new(server_config(&identity, None)).await;
+        let listed = files.write("ca.pem", &identity.pem);
+        refused(case, &server, transport(&endpoint(server.address.port(), Some(&listed), None)), hint).await;
+    }
+    // The same names and dates, and another key: nobody's but an attacker's.
+    let (files, listed, shown) = (Files::new(), self_signed_ca(|_| {}), self_signed_ca(|_| {}));
+    let server = TlsServer::new(server_config(&shown, None)).await;
+    let listed = files.write("ca.pem", &listed.pem);
+    refused("a double", &server, transport(&endpoint(server.address.port(), Some(&listed), None)), "certificate").await;
+}
+
+/// T23: the listed certificate shown by somebody without its key proves nothing.
+#[tokio::test]
+async fn a_listed_certificate_without_its_key_is_refused() {
+    let (files, listed, thief) = (Files::new(), self_signed_ca(|_| {}), self_signed_ca(|_| {}));
+    let key = PrivateKeyDer::try_from(thief.key.serialize_der()).unwrap();
+    let key = rustls::crypto::ring::sign::any_supported_type(&key).unwrap();
+    // `new` checks nothing: as a thief would put them together.
+    let shown = rustls::sign::CertifiedKey::new(listed.chain.clone(), key);
+    let config = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().unwrap();
+    let resolver = rustls::sign::SingleCertAndKey::from(shown);
+    let server = TlsServer::new(config.with_no_client_auth().with_cert_resolver(Arc::new(resolver))).await;
+    let listed = files.write("ca.pem", &listed.pem);
+    refused("stolen", &server, transport(&endpoint(server.address.port(), Some(&listed), None)), "signature").await;
 }
 
 /// T23: without a CA file the host's roots decide, and they know nothing of ours.

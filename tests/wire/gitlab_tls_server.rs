@@ -68,6 +68,23 @@ pub(crate) fn server_params() -> CertificateParams {
     params
 }
 
+/// A certificate that nobody signed but itself.
+pub(crate) fn self_signed(change: impl FnOnce(&mut CertificateParams)) -> Identity {
+    let mut params = server_params();
+    change(&mut params);
+    let key = KeyPair::generate().unwrap();
+    let cert = params.self_signed(&key).unwrap();
+    Identity { chain: vec![cert.der().clone()], pem: cert.pem(), key }
+}
+
+/// The same, marked as a CA.
+pub(crate) fn self_signed_ca(change: impl FnOnce(&mut CertificateParams)) -> Identity {
+    self_signed(|params| {
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        change(params);
+    })
+}
+
 pub(crate) fn provider() -> Arc<rustls::crypto::CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }

@@ -131,25 +131,50 @@ async fn early_answers_are_seen_by_busy_uploads() {
     until(|| sockets_to(server.address.port()) == 0).await;
 }
 
-/// R16: a GitLab that neither reads nor closes, with its window full, is cut by the write limit.
+/// R16: a GitLab that answers early, then neither reads nor closes, keeps no socket of ours, though
+/// what we have sent is stuck in it.
 #[tokio::test]
-async fn a_connection_that_takes_no_more_is_cut() {
+async fn an_early_answer_on_a_full_connection_leaves_no_socket() {
     let server = early(413, Early::Ignores).await;
+    let client = job(plain(&server.url()));
+    let (guest, body) = fed();
+    let sent = AtomicU64::new(0);
+    let sending = async {
+        // More than any socket buffer takes; ends when the body is dropped.
+        while guest.send(piece(0x10_0000)).await.is_ok() {
+            sent.fetch_add(1, Ordering::SeqCst);
+        }
+    };
+    let answering = async {
+        let answered = client.forward(upload(body), None).await.unwrap();
+        // Taken only when nothing more goes out: one piece in hyper's hands, one in the channel.
+        let mut last = (0, Instant::now());
+        until(|| {
+            let now = sent.load(Ordering::SeqCst);
+            if now != last.0 {
+                last = (now, Instant::now());
+            }
+            now > 0 && last.1.elapsed() > Duration::from_millis(200)
+        })
+        .await;
+        answered.into_body().collect().await.unwrap();
+    };
+    soon(async { tokio::join!(answering, sending) }).await;
+    until(|| sockets_to(server.address.port()) == 0).await;
+}
+
+/// R18: a GitLab that takes nothing for the limit of a write stall, and says nothing, is cut off.
+#[tokio::test]
+async fn an_upload_that_gitlab_does_not_take_is_cut() {
+    let server = Server::answering_heads_only().await;
     let limits = RealLimits { write_stall: Duration::from_secs(1), ..RealLimits::default() };
     let endpoint = Endpoint { url: server.url(), tls_ca_file: None, tls_client: None, allow_insecure_http: true };
     let client = job(open(limits, &endpoint));
     let (guest, body) = fed();
-    let sending = async {
-        // More than any socket buffer takes; ends when the body is dropped.
-        while guest.send(piece(0x10_0000)).await.is_ok() {}
-    };
-    let answering = async {
-        let answered = client.forward(upload(body), None).await.unwrap();
-        // Let it fill up before the reply is taken.
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        answered.into_body().collect().await.unwrap();
-    };
-    soon(async { tokio::join!(answering, sending) }).await;
+    let sending = async { while guest.send(piece(0x10_0000)).await.is_ok() {} };
+    let (answered, ()) = soon(async { tokio::join!(client.forward(upload(body), None), sending) }).await;
+    let error = answered.map(|_| ()).unwrap_err();
+    assert!(every_text(&error).contains("timed out"), "{}", every_text(&error));
     until(|| sockets_to(server.address.port()) == 0).await;
 }
 

@@ -192,7 +192,8 @@ impl Run<'_> {
         self.stage(&self.early("prepare_script", "Preparing environment"), hello)?;
 
         let mut result = self.get_everything();
-        if is_over(&result) {
+        if let Err(Failure::Stopped(_)) = result {
+            // Before the script, a cancel ends the whole job.
             return result;
         }
         if result.is_ok() {

@@ -6,16 +6,13 @@ use std::io::Read;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// What a script may take after SIGTERM; the official runner's, and not configurable there.
 const GRACE: Duration = Duration::from_secs(10 * 60);
 /// What the kernel may take after SIGKILL.
 const KILL_MAX: Duration = Duration::from_secs(10);
-/// How long output is read on after the script's end: a process left behind may hold the pipe for ever.
-const OUTPUT_AFTER_END_MAX: Duration = Duration::from_secs(5);
-
 /// How a script ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Ended {
@@ -35,15 +32,24 @@ pub(crate) struct Limits<'a> {
     pub(crate) deadline: Instant,
 }
 
-/// Runs `bash --login SCRIPT` to its end.
+/// What is left of a script that runs.
+struct Left {
+    code: Option<i32>,
+    /// Outputs that somebody can still write to.
+    outputs: u32,
+}
+
+/// Runs `bash --login SCRIPT` to its end: until it has exited and nobody holds its outputs any more. A
+/// process left in the background so keeps the stage going, as with the official runner.
 ///
-/// A wish or the deadline sends SIGTERM to the whole group; the script is then waited for up to ten
-/// minutes, as by the official runner, and killed.
+/// A wish or the deadline sends SIGTERM to the whole group; the end is then waited for up to ten minutes,
+/// as by the official runner, and forced.
 ///
 /// # Errors
 /// Bash cannot be started.
 pub(crate) fn run_bash(script: &Path, out: Stream, err: Stream, limits: &Limits<'_>) -> std::io::Result<Ended> {
-    if let Some(stop) = limits.control.stop(limits.scope) {
+    let control = limits.control;
+    if let Some(stop) = control.stop(limits.scope) {
         return Ok(Ended::Stopped(stop));
     }
     let mut child = Command::new("bash")
@@ -55,47 +61,49 @@ pub(crate) fn run_bash(script: &Path, out: Stream, err: Stream, limits: &Limits<
         .process_group(0)
         .spawn()?;
     let group = rustix::process::Pid::from_child(&child);
-    let (all_read, readers) = mpsc::channel();
-    copy(child.stdout.take(), out, all_read.clone());
-    copy(child.stderr.take(), err, all_read);
-    let code = wait_in_thread(child, limits.control);
-    let ended = || crate::locked(&code).is_some();
+    let left = Arc::new(Mutex::new(Left { code: None, outputs: 0 }));
+    if let Some(pipe) = child.stdout.take() {
+        copy(pipe, out, &left, control);
+    }
+    if let Some(pipe) = child.stderr.take() {
+        copy(pipe, err, &left, control);
+    }
+    wait_in_thread(child, &left, control);
+    let ended = || {
+        let left = crate::locked(&left);
+        left.code.is_some() && left.outputs == 0
+    };
 
-    let stop = limits.control.wait(limits.scope, limits.deadline, ended);
+    let stop = control.wait(limits.scope, limits.deadline, ended);
     if stop.is_some() {
         // The group may be gone by itself in this moment.
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::TERM);
-        if !limits.control.wait_only(Instant::now() + GRACE, ended) {
+        if !control.wait_only(Instant::now() + GRACE, ended) {
             let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-            limits.control.wait_only(Instant::now() + KILL_MAX, ended);
+            control.wait_only(Instant::now() + KILL_MAX, ended);
         }
     }
-    let give_up = Instant::now() + OUTPUT_AFTER_END_MAX;
-    for _ in 0..2 {
-        // Each reader says when it has seen the end.
-        let _ = readers.recv_timeout(give_up.saturating_duration_since(Instant::now()));
-    }
-    let code = crate::locked(&code).unwrap_or(1);
+    let code = crate::locked(&left).code.unwrap_or(1);
     Ok(stop.map_or(Ended::Exited(code), Ended::Stopped))
 }
 
-/// Waits for the child on a thread of its own; the code appears in the slot, and waiters wake.
-fn wait_in_thread(mut child: Child, control: &Arc<Control>) -> Arc<Mutex<Option<i32>>> {
-    let slot = Arc::new(Mutex::new(None));
-    let (filled, control) = (Arc::clone(&slot), Arc::clone(control));
+/// Waits for the child on a thread of its own, notes its code and wakes waiters.
+fn wait_in_thread(mut child: Child, left: &Arc<Mutex<Left>>, control: &Arc<Control>) {
+    let (left, control) = (Arc::clone(left), Arc::clone(control));
     std::thread::spawn(move || {
         let code = match child.wait() {
             Ok(status) => status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1),
             Err(_) => 1,
         };
-        *crate::locked(&filled) = Some(code);
+        crate::locked(&left).code = Some(code);
         control.wake();
     });
-    slot
 }
 
-fn copy(pipe: Option<impl Read + Send + 'static>, mut stream: Stream, done: mpsc::Sender<()>) {
-    let Some(mut pipe) = pipe else { return };
+/// Copies an output into the log on a thread of its own, and wakes waiters at its end.
+fn copy(mut pipe: impl Read + Send + 'static, mut stream: Stream, left: &Arc<Mutex<Left>>, control: &Arc<Control>) {
+    let (left, control) = (Arc::clone(left), Arc::clone(control));
+    crate::locked(&left).outputs += 1;
     std::thread::spawn(move || {
         let mut buffer = vec![0u8; 32 * 1024];
         while let Ok(count) = pipe.read(&mut buffer) {
@@ -104,9 +112,10 @@ fn copy(pipe: Option<impl Read + Send + 'static>, mut stream: Stream, done: mpsc
             }
             stream.push(&buffer[..count]);
         }
+        // What was held back must be in the log before anybody takes the script for ended.
         drop(stream);
-        // Nobody listens if the patience for output is over.
-        let _ = done.send(());
+        crate::locked(&left).outputs -= 1;
+        control.wake();
     });
 }
 
@@ -159,6 +168,17 @@ mod tests {
         assert_eq!(ended, Ended::Stopped(Stop::Canceled));
         assert!(text(&log).contains("got TERM"), "{}", text(&log));
         assert!(began.elapsed() < Duration::from_secs(60), "the sleep was in the group, so it ended too");
+    }
+
+    #[test]
+    fn a_process_left_behind_is_waited_for() {
+        let log = log();
+        let ended = run(
+            "(until [ -e \"$0.go\" ]; do sleep 0.01; done; rm \"$0.go\"; echo late) & touch \"$0.go\"; exit 5",
+            &log,
+            &Arc::default(),
+        );
+        assert_eq!((ended, text(&log).as_str()), (Ended::Exited(5), "late\n"));
     }
 
     #[test]

@@ -41,7 +41,8 @@ pub(crate) fn download(arguments: &DownloadArguments) -> Result<(), ArtifactsErr
         };
         crate::log(&format!("WARNING: Downloading artifacts from coordinator... {what}"));
         std::thread::sleep(PAUSE);
-        result = followed(&url, &target.token);
+        // The question mark without a query is the official runner's.
+        result = followed(&format!("{url}?"), &target.token);
     }
     match result {
         Ok(Got::Archive(file)) => {
@@ -60,24 +61,25 @@ pub(crate) fn download(arguments: &DownloadArguments) -> Result<(), ArtifactsErr
 /// The first try: one request that GitLab may answer with the storage's address. It is not followed, but
 /// the same is asked again, following.
 fn first(url: &str, token: &str) -> io::Result<Got> {
-    match get(&agent(0), &format!("{url}?direct_download=true"), FIRST_USER_AGENT, token)? {
-        Got::Status(300..=399) => followed(url, token),
+    let url = format!("{url}?direct_download=true");
+    match get(&agent(0), &url, FIRST_USER_AGENT, token)? {
+        Got::Status(300..=399) => followed(&url, token),
         got => Ok(got),
     }
 }
 
-/// One try that follows redirects, repeated at HTTP level.
+/// One request that follows redirects, repeated at HTTP level.
 fn followed(url: &str, token: &str) -> io::Result<Got> {
     let client = agent(REDIRECTS_MAX);
     let mut pause = Duration::from_millis(100);
     for _ in 1..ATTEMPTS_MAX {
-        match get(&client, &format!("{url}?"), &crate::info::user_agent(), token)? {
+        match get(&client, url, &crate::info::user_agent(), token)? {
             Got::Status(408 | 429 | 500 | 502 | 503 | 504 | 512..) => std::thread::sleep(pause),
             got => return Ok(got),
         }
         pause *= 2;
     }
-    get(&client, &format!("{url}?"), &crate::info::user_agent(), token)
+    get(&client, url, &crate::info::user_agent(), token)
 }
 
 fn get(client: &ureq::Agent, url: &str, user_agent: &str, token: &str) -> io::Result<Got> {

@@ -49,7 +49,7 @@ pub(crate) struct Reply {
     status: u16,
     headers: Vec<(&'static str, String)>,
     body: Vec<u8>,
-    /// Answer as soon as the head of the request is read, and close soon after.
+    /// Answer as soon as the head of the request is read, and close.
     early: bool,
 }
 
@@ -336,8 +336,10 @@ fn serve(shared: &Shared, stream: &TcpStream, connection: usize) -> std::io::Res
             let preview = (shared.rule)(&request, 0, &mut shared.stored());
             if let Some(reply) = preview.filter(|reply| reply.early) {
                 shared.answer(request);
-                write_reply(&mut writer, &reply)?;
-                return stream.shutdown(std::net::Shutdown::Both);
+                write_reply(&mut writer, &reply.with("Connection", "close"))?;
+                stream.shutdown(std::net::Shutdown::Write)?;
+                // What the runner still sends is thrown away: a reset could overtake the answer.
+                return std::io::copy(&mut reader, &mut std::io::sink()).map(|_| ());
             }
         }
         request.body = read_body(&request, &mut reader)?;
@@ -451,4 +453,31 @@ pub(crate) fn zip(entries: &[(&str, &str)]) -> Vec<u8> {
         archive.write_all(text.as_bytes()).expect("in memory");
     }
     archive.finish().expect("in memory").into_inner()
+}
+
+/// A script that goes on only when a file is there.
+fn until(file: &Path) -> String {
+    format!("until [ -e {} ]; do sleep 0.05; done", file.display())
+}
+
+/// Members of a job with this `after_script`.
+pub(crate) fn after_script(script: &[&str]) -> serde_json::Value {
+    serde_json::json!({"steps": [{"name": "after_script", "script": script, "timeout": 3600, "when": "always"}]})
+}
+
+/// A GitLab without surprises.
+pub(crate) fn polite() -> Rule {
+    Box::new(|_, _, _| None)
+}
+
+/// A world whose rule may leave a file behind, for the job to see.
+pub(crate) fn world_with_file(
+    make_job: impl Fn(&str) -> serde_json::Value,
+    rule: impl Fn(&Request, usize, &mut Stored, &Path) -> Option<Reply> + Send + Sync + 'static,
+) -> (World, tempfile::TempDir) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("go-on");
+    let job = make_job(&until(&file));
+    let world = World::new(&[job], Box::new(move |request, count, stored| rule(request, count, stored, &file)));
+    (world, directory)
 }
