@@ -3,7 +3,7 @@
 use crate::bench::{Bench, LIMIT, await_line, skipped};
 use dayfly::process::Program;
 use dayfly::vm::proof::{Places, prove, prove_kvm};
-use dayfly::vm::{Accel, VmError, VmId, VmName, VmState};
+use dayfly::vm::{Accel, VmError, VmId, VmName, VmState, VmSummary};
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -65,6 +65,23 @@ async fn h16_domains_that_only_look_like_ours_are_left_alone() {
         virsh(&["destroy", &name.to_string()], "").await;
         bench.hypervisor.destroy(&name).await.expect("it is gone");
     }
+    bench.assert_clean().await;
+}
+
+#[tokio::test]
+async fn v11_a_vm_that_was_paused_is_seen_and_can_be_destroyed() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("v11_a_vm_that_was_paused_is_seen_and_can_be_destroyed") else { return };
+    let (spec, name) = bench.started().await;
+    virsh(&["suspend", &name.to_string()], "").await;
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Paused);
+    let listed = bench.hypervisor.list(&bench.installation).await.unwrap();
+    assert_eq!(listed, [VmSummary { name: name.clone(), state: VmState::Paused }]);
+    virsh(&["resume", &name.to_string()], "").await;
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Running);
+    virsh(&["suspend", &name.to_string()], "").await;
+    bench.end(&spec).await;
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Gone);
     bench.assert_clean().await;
 }
 

@@ -127,14 +127,6 @@ impl Libvirt {
         self.domain_type = Some(domain_type.to_owned());
         self
     }
-
-    /// Another `qemu-img`: for tests of a missing, failing or hanging one.
-    #[cfg(any(test, feature = "test-util"))]
-    #[must_use]
-    pub fn with_qemu_img(mut self, program: &Path) -> Self {
-        self.disks = Disks { qemu_img: program.to_owned() };
-        self
-    }
 }
 
 /// The socket path is too long for the kernel.
