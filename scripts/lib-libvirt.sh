@@ -12,9 +12,10 @@
 #   stop_session_libvirt           the test user's VMs and its own libvirtd, if there are any
 #   undo_libvirt                   all of it back
 
-LIBVIRT_TEST_USER=dayfly-test
-LIBVIRT_TEST_RUNTIME=/run/dayfly-test
-LIBVIRT_SERVICE_USER=dayfly
+# Two runs at once on one machine need a user each: undoing ends all that the user runs.
+LIBVIRT_TEST_USER=${LIBVIRT_TEST_USER:-dayfly-test}
+LIBVIRT_TEST_RUNTIME=/run/$LIBVIRT_TEST_USER
+LIBVIRT_SERVICE_USER=${LIBVIRT_SERVICE_USER:-dayfly}
 
 _libvirt_started=""      # pids of daemons that we started
 _libvirt_kvm_was=""      # owner, group and mode of /dev/kvm before us
@@ -29,6 +30,7 @@ make_test_user() {
     if ! id "$LIBVIRT_TEST_USER" >/dev/null 2>&1; then
         useradd --create-home --shell /bin/sh "$LIBVIRT_TEST_USER"
     fi
+    # useradd gives a range of its own to every user, unless login.defs says otherwise.
     grep -q "^$LIBVIRT_TEST_USER:" /etc/subuid ||
         usermod --add-subuids 300000-365535 --add-subgids 300000-365535 "$LIBVIRT_TEST_USER"
     if getent group kvm >/dev/null; then usermod --append --groups kvm "$LIBVIRT_TEST_USER"; fi

@@ -304,7 +304,8 @@ pub trait DoorListener: Send {
 
 /// The hypervisor seam: a machine, its disk, its wires. See the module's rules.
 pub trait Hypervisor: Send + Sync + 'static {
-    /// Connects and says what this host can do.
+    /// Connects and says what this host can do. Deadline 30 s: a libvirtd that has just been started
+    /// asks each QEMU first.
     fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>>;
 
     /// Makes the directories of overlays and sockets, with the modes that the hypervisor needs:

@@ -76,7 +76,7 @@ const CODE: &[u8] = &[
     0xb8, 0x00, 0x20,                   //      mov  ax, 0x2000      sleep enable, type 0: QEMU's S5
     0xef,                               //      out  dx, ax
     0xeb, 0xf7,                         //      jmp  off
-];                                      // line:
+]; // line:
 
 /// Smallest cluster that qcow2 allows.
 const CLUSTER: usize = 512;
@@ -108,8 +108,14 @@ pub fn disk_image() -> Vec<u8> {
     sector.extend([0x55, 0xaa]);
 
     let refcounts = [1_u16; 6].iter().flat_map(|count| count.to_be_bytes()).collect();
-    let clusters =
-        [header, at(2).to_be_bytes().to_vec(), refcounts, (at(4) | COPIED).to_be_bytes().to_vec(), (at(5) | COPIED).to_be_bytes().to_vec(), sector];
+    let clusters = [
+        header,
+        at(2).to_be_bytes().to_vec(),
+        refcounts,
+        (at(4) | COPIED).to_be_bytes().to_vec(),
+        (at(5) | COPIED).to_be_bytes().to_vec(),
+        sector,
+    ];
     let mut image = Vec::with_capacity(clusters.len() * CLUSTER);
     for mut cluster in clusters {
         cluster.resize(CLUSTER, 0);

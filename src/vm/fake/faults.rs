@@ -44,7 +44,7 @@ impl Op {
     pub fn deadline(self) -> Duration {
         Duration::from_secs(match self {
             Self::CreateOverlay | Self::Start => 60,
-            Self::Destroy => 30,
+            Self::Probe | Self::Destroy => 30,
             _ => 10,
         })
     }

@@ -7,6 +7,7 @@
 //! and is held to the same contract suite as libvirt (`tests/backend`). Nothing in it reads real
 //! time, and all its maps are ordered, so a simulation repeats.
 
+mod calls;
 mod faults;
 mod guest;
 mod wire;
@@ -15,22 +16,19 @@ pub use faults::{Fault, Op};
 pub use guest::{Doors, GuestMachine, GuestScript, Power};
 pub use wire::GuestEnd;
 
-use super::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
-};
-use crate::BoxFuture;
+use super::{HostInfo, Stream, VmId, VmName, VmSpec, VmState};
 use faults::Faults;
-use guest::{Control, Controlled};
+use guest::Control;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::DuplexStream;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::Instant;
 use wire::Wire;
 
 /// Calls and events kept. A long simulation reads the tail only.
@@ -224,7 +222,7 @@ impl FakeHypervisor {
         self.world().timing = timing;
     }
 
-    /// What [`Hypervisor::probe`] answers.
+    /// What [`Hypervisor::probe`](super::Hypervisor::probe) answers.
     pub fn set_host(&self, host: HostInfo) {
         self.world().host = host;
     }
@@ -388,313 +386,6 @@ impl FakeHypervisor {
     #[must_use]
     pub fn history(&self) -> Vec<Entry> {
         self.world().history.iter().cloned().collect()
-    }
-}
-
-/// How calls run.
-impl FakeHypervisor {
-    /// Counts and notes a call; its number in the history, and its fault.
-    fn begin(&self, op: Op, subject: &str) -> (usize, Option<Fault>) {
-        let mut world = self.world();
-        let planned = world.faults.next(op, subject);
-        let fault = match planned {
-            _ if op.needs_libvirtd() && !world.reachable => Some(Fault::Unreachable),
-            Some(Fault::Unreachable) if !op.needs_libvirtd() => Some(Fault::Refused("injected failure")),
-            planned => planned,
-        };
-        (world.note(Some(op), subject, "under way"), fault)
-    }
-
-    fn finish<T, E: std::error::Error>(&self, number: usize, result: Result<T, E>) -> Result<T, E> {
-        let outcome = result.as_ref().map_or_else(|error| format!("{error}{}", cause(error)), |_| "ok".into());
-        self.world().outcome(number, outcome);
-        result
-    }
-
-    /// Runs a call that changes something. Its effect comes after its time, and a step where
-    /// steps are asked for, even if nobody waits for it any more.
-    async fn change<T: Send + 'static>(
-        &self,
-        op: Op,
-        subject: String,
-        effect: impl FnOnce(&Self) -> Result<T, VmError> + Send + 'static,
-    ) -> Result<T, VmError> {
-        let (number, fault) = self.begin(op, &subject);
-        let takes = self.world().takes(op);
-        let result = match fault {
-            Some(Fault::Unreachable) => Err(unreachable(op)),
-            Some(Fault::Refused(why)) => {
-                sleep(takes).await;
-                Err(refused(op, &subject, why))
-            }
-            Some(Fault::Hangs) => {
-                sleep(op.deadline()).await;
-                Err(no_answer(op, &subject))
-            }
-            None | Some(Fault::HangsAfterEffect | Fault::AnswerLost) => {
-                let fake = self.clone();
-                #[expect(
-                    clippy::disallowed_methods,
-                    reason = "stands for the other side, which goes on when its caller is gone"
-                )]
-                let done = tokio::spawn(async move {
-                    sleep(takes).await;
-                    fake.await_step().await;
-                    effect(&fake)
-                });
-                let since = Instant::now();
-                let answer = timeout(op.deadline(), done).await;
-                if fault == Some(Fault::HangsAfterEffect) {
-                    tokio::time::sleep_until(since + op.deadline()).await;
-                }
-                match (fault, answer) {
-                    (Some(Fault::AnswerLost), Ok(_)) => Err(unreachable(op)),
-                    (None, Ok(answer)) => answer.expect("effects do not panic"),
-                    _ => Err(no_answer(op, &subject)),
-                }
-            }
-        };
-        self.finish(number, result)
-    }
-
-    /// Runs a call that only looks.
-    async fn look<T>(&self, op: Op, subject: String, read: impl FnOnce(&World) -> T) -> Result<T, VmError> {
-        let (number, fault) = self.begin(op, &subject);
-        let result = match fault {
-            None => Ok(read(&self.world())),
-            Some(Fault::Refused(why)) => Err(refused(op, &subject, why)),
-            Some(Fault::Unreachable | Fault::AnswerLost) => Err(unreachable(op)),
-            Some(Fault::Hangs | Fault::HangsAfterEffect) => {
-                sleep(op.deadline()).await;
-                Err(no_answer(op, &subject))
-            }
-        };
-        self.finish(number, result)
-    }
-
-    /// Runs a call on sockets, which is quick.
-    fn wire<T>(&self, op: Op, subject: &str, act: impl FnOnce(&mut World) -> io::Result<T>) -> io::Result<T> {
-        let (number, fault) = self.begin(op, subject);
-        let result = match fault {
-            None => act(&mut self.world()),
-            Some(fault) => Err(io::Error::other(format!("injected: {fault:?}"))),
-        };
-        self.finish(number, result)
-    }
-
-    async fn await_step(&self) {
-        let steps = self.world().steps.clone();
-        if let Some(steps) = steps {
-            // Closed means let go.
-            if let Ok(permit) = steps.acquire().await {
-                permit.forget();
-            }
-        }
-    }
-
-    /// The VM is there from here on; its guest boots.
-    fn boot(&self, spec: VmSpec) {
-        let name = VmName::from(spec.id.clone());
-        let (channel, console, control) = (Wire::default(), Wire::default(), Control::default());
-        let mut world = self.world();
-        let (timing, script) = (world.timing, Arc::clone(&world.script));
-        let machine = GuestMachine {
-            spec: spec.clone(),
-            channel: channel.guest_end(),
-            console: console.guest_end(),
-            doors: Doors(self.clone()),
-            power: Power { hypervisor: self.clone(), id: spec.id.clone() },
-        };
-        world.sockets.insert((spec.socket_dir.clone(), spec.id.clone()));
-        world.vms.insert(
-            name.clone(),
-            Machine { spec, state: VmState::Running, channel, console, control: control.clone() },
-        );
-        world.note(None, &name.to_string(), "started");
-        drop(world);
-        let fake = self.clone();
-        let life = async move {
-            sleep(timing.boot).await;
-            fake.await_step().await;
-            fake.world().note(None, &name.to_string(), "booted");
-            let rest = timing.lifetime.map_or(Duration::MAX, |lifetime| lifetime.saturating_sub(timing.boot));
-            // Returned or out of time: either way the guest powers off.
-            let _ = timeout(rest, script.run(machine)).await;
-            fake.end(&name, "powered off");
-        };
-        let script = Controlled { control, script: Box::pin(life) };
-        #[expect(clippy::disallowed_methods, reason = "a guest is nobody's task: it ends with its VM")]
-        tokio::spawn(script);
-    }
-}
-
-fn cause(error: &dyn std::error::Error) -> String {
-    error.source().map(|source| format!(": {source}")).unwrap_or_default()
-}
-
-fn unreachable(op: Op) -> VmError {
-    VmError::Unreachable { uri: "fake:///".into(), source: format!("client socket is closed ({op})").into() }
-}
-
-fn refused(op: Op, subject: &str, why: &str) -> VmError {
-    VmError::Refused { what: op.words(), name: subject.into(), source: why.into() }
-}
-
-fn no_answer(op: Op, subject: &str) -> VmError {
-    VmError::Deadline { what: op.words(), name: subject.into(), seconds: op.deadline().as_secs() }
-}
-
-impl Hypervisor for FakeHypervisor {
-    fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>> {
-        Box::pin(self.look(Op::Probe, "host".into(), |world| world.host.clone()))
-    }
-
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        let (path, made) = (overlay.to_owned(), Overlay { base: base.to_owned(), disk_gib });
-        Box::pin(self.change(Op::CreateOverlay, overlay.display().to_string(), move |fake| {
-            fake.world().overlays.insert(path, made);
-            Ok(())
-        }))
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        let path = overlay.to_owned();
-        Box::pin(self.change(Op::RemoveOverlay, overlay.display().to_string(), move |fake| {
-            fake.world().overlays.remove(&path);
-            Ok(())
-        }))
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        Box::pin(self.look(Op::ListOverlays, dir.display().to_string(), move |world| {
-            world.overlays.keys().filter(|path| path.parent() == Some(dir) && is_overlay(path)).cloned().collect()
-        }))
-    }
-
-    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
-        let (name, spec) = (VmName::from(spec.id.clone()), spec.clone());
-        Box::pin(self.change(Op::Start, name.to_string(), move |fake| {
-            let refuse = |why| Err(refused(Op::Start, &name.to_string(), why));
-            let world = fake.world();
-            match world.vms.get(&name) {
-                Some(machine) if machine.spec.installation == spec.installation => return Ok(()),
-                Some(_) => return refuse("a VM of this name is somebody else's"),
-                None if !world.overlays.contains_key(&spec.overlay) => return refuse("overlay does not exist"),
-                None => drop(world),
-            }
-            fake.boot(spec);
-            Ok(())
-        }))
-    }
-
-    fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
-        Box::pin(self.look(Op::State, name.to_string(), move |world| {
-            world.vms.get(name).map_or(VmState::Gone, |machine| machine.state)
-        }))
-    }
-
-    fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
-        let gone = name.clone();
-        Box::pin(self.change(Op::Destroy, name.to_string(), move |fake| {
-            fake.end(&gone, "destroyed");
-            Ok(())
-        }))
-    }
-
-    fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
-        Box::pin(self.look(Op::List, installation.to_string(), move |world| {
-            let ours = world.vms.iter().filter(|(_, machine)| machine.spec.installation == *installation);
-            ours.map(|(name, machine)| VmSummary { name: name.clone(), state: machine.state }).collect()
-        }))
-    }
-
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        Box::pin(async move {
-            let name = VmName::from(id.clone());
-            let end = self.wire(Op::OpenChannel, &name.to_string(), |world| {
-                machine(world, socket_dir, &name)?.channel.connect()
-            })?;
-            Ok(Box::new(end) as Box<dyn Stream>)
-        })
-    }
-
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        Box::pin(async move {
-            let name = VmName::from(id.clone());
-            let end = self.wire(Op::OpenConsole, &name.to_string(), |world| {
-                machine(world, socket_dir, &name)?.console.connect()
-            })?;
-            Ok(Box::new(end) as Box<dyn Stream>)
-        })
-    }
-
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(async move {
-            self.wire(Op::RemoveSockets, &VmName::from(id.clone()).to_string(), |world| {
-                world.sockets.remove(&(socket_dir.to_owned(), id.clone()));
-                Ok(())
-            })
-        })
-    }
-
-    fn prepare<'a>(&'a self, _: &'a Path, _: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        Box::pin(async move {
-            self.wire(Op::Listen, &address.to_string(), |world| {
-                if world.doors.contains_key(&address) {
-                    return Err(io::ErrorKind::AddrInUse.into());
-                }
-                let (sender, connections) = mpsc::channel(DOOR_BACKLOG);
-                world.doors.insert(address, sender);
-                Ok(Box::new(FakeDoor { fake: self.clone(), address, connections }) as Box<dyn DoorListener>)
-            })
-        })
-    }
-}
-
-/// The VM behind a socket, if the socket lies where it is looked for.
-fn machine<'w>(world: &'w World, socket_dir: &Path, name: &VmName) -> io::Result<&'w Machine> {
-    match world.vms.get(name) {
-        _ if !world.sockets.contains(&(socket_dir.to_owned(), name.id().clone())) => {
-            Err(io::ErrorKind::NotFound.into())
-        }
-        Some(machine) => Ok(machine),
-        None => Err(io::ErrorKind::ConnectionRefused.into()),
-    }
-}
-
-/// Whether a path is named as overlays are.
-fn is_overlay(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".qcow2"));
-    name.is_some_and(|name| VmName::parse(name).is_some())
-}
-
-struct FakeDoor {
-    fake: FakeHypervisor,
-    address: SocketAddr,
-    connections: mpsc::Receiver<DuplexStream>,
-}
-
-impl DoorListener for FakeDoor {
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
-        Box::pin(async {
-            let stream = self.connections.recv().await.expect("the world holds the sender for as long as this listens");
-            Ok(Box::new(stream) as Box<dyn Stream>)
-        })
-    }
-}
-
-impl Drop for FakeDoor {
-    fn drop(&mut self) {
-        self.fake.world().doors.remove(&self.address);
     }
 }
 

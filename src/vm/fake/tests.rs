@@ -1,8 +1,9 @@
 //! The fake's own promises. What it shares with libvirt is in `tests/backend`.
 
 use super::*;
-use crate::vm::{Accel, Attachment, Boot};
+use crate::vm::{Accel, Attachment, Boot, Hypervisor as _, VmError, VmSummary};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::{sleep, timeout};
 
 const DIRECTORY: &str = "/run/d";
 

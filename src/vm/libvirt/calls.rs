@@ -61,7 +61,8 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn open(uri: &str) -> Result<Self, CallError> {
-        let connect = Connect::open(Some(uri)).map_err(|error| CallError::Unreachable(LibvirtError::from(error).into()))?;
+        let connect =
+            Connect::open(Some(uri)).map_err(|error| CallError::Unreachable(LibvirtError::from(error).into()))?;
         Ok(Self { connect, ownership: None })
     }
 
@@ -98,7 +99,11 @@ impl Link {
         if let Some(domain) = self.lookup(&name)? {
             let ours = metadata(&domain)?.is_some_and(|m| m.installation == spec.installation && m.vm == spec.id);
             let running = ours && state(&domain)? != VmState::Gone;
-            return if running { Ok(()) } else { Err(CallError::Refused("a domain of this name is somebody else's".into())) };
+            return if running {
+                Ok(())
+            } else {
+                Err(CallError::Refused("a domain of this name is somebody else's".into()))
+            };
         }
         let ownership = self.ownership()?;
         let xml = match domain_type {

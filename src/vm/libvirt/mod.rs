@@ -21,14 +21,18 @@ mod calls;
 mod disk;
 mod workers;
 
-use super::{Accel, DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use super::{
+    Accel, DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState,
+    VmSummary,
+};
 use crate::BoxFuture;
 use disk::Disks;
+use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixStream};
@@ -123,19 +127,13 @@ impl Libvirt {
         self.domain_type = Some(domain_type.to_owned());
         self
     }
-
-    /// Another `qemu-img`: for tests of a missing, failing or hanging one.
-    #[cfg(any(test, feature = "test-util"))]
-    #[must_use]
-    pub fn with_qemu_img(mut self, program: &Path) -> Self {
-        self.disks = Disks { qemu_img: program.to_owned() };
-        self
-    }
 }
 
 /// The socket path is too long for the kernel.
 #[derive(Debug, thiserror::Error)]
-#[error("socket path `{path}` has {bytes} bytes, of {SOCKET_PATH_BYTES_MAX} that Linux allows: choose a shorter runtime directory")]
+#[error(
+    "socket path `{path}` has {bytes} bytes, of {SOCKET_PATH_BYTES_MAX} that Linux allows: choose a shorter runtime directory"
+)]
 struct SocketPathTooLong {
     path: String,
     bytes: usize,
@@ -143,13 +141,35 @@ struct SocketPathTooLong {
 
 fn check_socket_path(path: &Path) -> Result<(), SocketPathTooLong> {
     let bytes = path.as_os_str().len();
-    if bytes <= SOCKET_PATH_BYTES_MAX { Ok(()) } else { Err(SocketPathTooLong { path: path.display().to_string(), bytes }) }
+    if bytes <= SOCKET_PATH_BYTES_MAX {
+        Ok(())
+    } else {
+        Err(SocketPathTooLong { path: path.display().to_string(), bytes })
+    }
 }
 
 async fn connect(path: PathBuf) -> io::Result<Box<dyn Stream>> {
     check_socket_path(&path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
     let stream = timeout(SOCKET_DEADLINE, UnixStream::connect(path)).await.map_err(|_| io::ErrorKind::TimedOut)??;
     Ok(Box::new(stream))
+}
+
+/// Makes a directory and those above it that are missing, so that other users can pass them, and
+/// lets them pass this one if it was there and is ours. Whatever our umask: a service's is 0077.
+fn make_passable(dir: &Path) -> io::Result<()> {
+    if let Some(parent) = dir.parent().filter(|parent| !parent.exists()) {
+        make_passable(parent)?;
+    }
+    match std::fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = std::fs::metadata(dir)?;
+    let mode = found.permissions().mode() & 0o7777;
+    if mode & 0o011 == 0o011 || found.uid() != geteuid().as_raw() {
+        return Ok(());
+    }
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711 | mode))
 }
 
 async fn unlink(path: &Path) -> io::Result<()> {
@@ -164,7 +184,12 @@ impl Hypervisor for Libvirt {
         Box::pin(self.workers.call("probe", "host".into(), PROBE_DEADLINE, |link| link.probe()))
     }
 
-    fn create_overlay<'a>(&'a self, overlay: &'a Path, base: &'a Path, disk_gib: u64) -> BoxFuture<'a, Result<(), VmError>> {
+    fn create_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(self.disks.create(overlay, base, disk_gib))
     }
 
@@ -179,9 +204,14 @@ impl Hypervisor for Libvirt {
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(async move {
             let name = VmName::from(spec.id.clone()).to_string();
-            for path in [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)] {
-                check_socket_path(&path)
-                    .map_err(|error| VmError::Refused { what: "start VM", name: name.clone(), source: error.into() })?;
+            for path in
+                [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)]
+            {
+                check_socket_path(&path).map_err(|error| VmError::Refused {
+                    what: "start VM",
+                    name: name.clone(),
+                    source: error.into(),
+                })?;
             }
             let (spec, domain_type) = (spec.clone(), self.domain_type.clone());
             let start = move |link: &mut calls::Link| link.start(&spec, domain_type.as_deref());
@@ -191,7 +221,9 @@ impl Hypervisor for Libvirt {
 
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
         let wanted = name.clone();
-        Box::pin(self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, move |link| link.state(&wanted)))
+        Box::pin(
+            self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, move |link| link.state(&wanted)),
+        )
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
@@ -201,7 +233,9 @@ impl Hypervisor for Libvirt {
 
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         let wanted = installation.clone();
-        Box::pin(self.workers.call("list VMs of", installation.to_string(), LOOK_DEADLINE, move |link| link.list(&wanted)))
+        Box::pin(
+            self.workers.call("list VMs of", installation.to_string(), LOOK_DEADLINE, move |link| link.list(&wanted)),
+        )
     }
 
     fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
@@ -223,8 +257,7 @@ impl Hypervisor for Libvirt {
         let (overlay_dir, socket_dir) = (overlay_dir.to_owned(), socket_dir.to_owned());
         Box::pin(async move {
             let made = tokio::task::spawn_blocking(move || {
-                // Directories that are missing on the way are made passable too.
-                std::fs::DirBuilder::new().recursive(true).mode(0o711).create(&overlay_dir)?;
+                make_passable(&overlay_dir)?;
                 std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&socket_dir)
             });
             made.await.map_err(io::Error::other)?
@@ -247,5 +280,33 @@ impl DoorListener for TcpDoor {
             stream.set_nodelay(true)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_overlays_directory_is_passable_however_it_came_about() {
+        let dir = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        let (above, overlays) = (dir.path().join("above"), dir.path().join("above/overlays"));
+        make_passable(&overlays).unwrap();
+        assert_eq!((mode(&above) & 0o711, mode(&overlays) & 0o711), (0o711, 0o711));
+        // As under a service's umask.
+        std::fs::set_permissions(&overlays, std::fs::Permissions::from_mode(0o700)).unwrap();
+        make_passable(&overlays).unwrap();
+        assert_eq!(mode(&overlays), 0o711);
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        assert!(make_passable(&dir.path().join("file/overlays")).is_err());
+    }
+
+    #[test]
+    fn socket_paths_end_at_107_bytes() {
+        let path = |bytes: usize| PathBuf::from(format!("/{}", "x".repeat(bytes - 1)));
+        check_socket_path(&path(107)).unwrap();
+        let error = check_socket_path(&path(108)).unwrap_err().to_string();
+        assert!(error.contains("has 108 bytes, of 107"), "{error}");
     }
 }

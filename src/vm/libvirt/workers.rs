@@ -47,11 +47,13 @@ const CALLING: u8 = 2;
 #[error("no connection within {} s", CONNECT_DEADLINE.as_secs())]
 struct NoConnection;
 
+type Work = Box<dyn FnOnce(&mut Thread, &AtomicU8) + Send>;
+
 struct Job {
     key: (&'static str, String),
     phase: Arc<AtomicU8>,
-    /// Runs on the thread; does nothing if nobody waits any more.
-    work: Box<dyn FnOnce(&mut Thread, &AtomicU8) + Send>,
+    /// Calls on the thread, and replies.
+    work: Work,
     /// Whether the caller has gone.
     abandoned: Box<dyn Fn() -> bool + Send>,
 }

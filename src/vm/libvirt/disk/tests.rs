@@ -83,7 +83,19 @@ async fn t16_a_used_overlay_is_replaced_and_removed_unopened() {
     bench.create(1).await.unwrap();
     let log = std::fs::read_to_string(bench.path("qemu-img.log")).unwrap();
     let (base, overlay) = (bench.path("base.qcow2"), bench.overlay());
-    let asked = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base.to_str().unwrap(), overlay.to_str().unwrap(), "1073741824", "0"];
+    let asked = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-F",
+        "qcow2",
+        "-b",
+        base.to_str().unwrap(),
+        overlay.to_str().unwrap(),
+        "1073741824",
+        "0",
+    ];
     assert_eq!(log.lines().collect::<Vec<_>>(), asked, "formats are explicit, and the file is a new, empty one");
     std::fs::write(bench.overlay(), &crafted).unwrap();
     bench.disks.remove(&bench.overlay()).await.unwrap();

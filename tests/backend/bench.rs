@@ -1,0 +1,208 @@
+//! The benches that the contract runs on: a hypervisor, directories, and what may be expected.
+
+use dayfly::rng::Rng;
+use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
+use dayfly::vm::proof::{LINE, disk_image};
+use dayfly::vm::{Accel, Attachment, Boot, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState};
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::{sleep, timeout};
+
+/// For anything that a guest or libvirtd is waited for: minutes of a busy host under TCG.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
+
+/// Where a state is looked for again.
+const GLANCE: Duration = Duration::from_millis(50);
+
+pub(crate) struct Bench {
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    pub(crate) installation: InstallationId,
+    pub(crate) rng: Rng,
+    dir: TempDir,
+}
+
+impl Bench {
+    fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
+        let parent = std::env::var_os("DAYFLY_TEST_DIRECTORY").map_or_else(std::env::temp_dir, PathBuf::from);
+        let dir = tempfile::Builder::new().prefix("df").tempdir_in(parent).unwrap();
+        let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        // As the service's: QEMU's user passes the disks' directory, and not the sockets'.
+        mode(dir.path(), 0o711);
+        for (name, bits) in [("disks", 0o711), ("sockets", 0o700)] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            mode(&dir.path().join(name), bits);
+        }
+        std::fs::write(dir.path().join("base.qcow2"), disk_image()).unwrap();
+        mode(&dir.path().join("base.qcow2"), 0o644);
+        let rng = Rng::system();
+        Self { hypervisor, installation: VmId::random(&rng), rng, dir }
+    }
+
+    /// The fake, its guests doing what the boot sector does.
+    pub(crate) fn fake() -> Self {
+        let fake = FakeHypervisor::new();
+        fake.set_timing(Timing { boot: Duration::from_secs(1), ..Timing::default() });
+        fake.set_guest(boot_sector);
+        Self::new(Arc::new(fake))
+    }
+
+    /// libvirt's test driver.
+    pub(crate) fn test_driver() -> Self {
+        let config = Config { uri: "test:///default".into(), accel: AccelChoice::Tcg };
+        Self::new(Arc::new(Libvirt::new(&config).with_domain_type("test")))
+    }
+
+    /// The libvirtd of the environment; `None` (and a line that says so) without one.
+    pub(crate) fn real(test: &str) -> Option<Self> {
+        let Ok(uri) = std::env::var("DAYFLY_TEST_LIBVIRT_URI") else {
+            skipped(test, "DAYFLY_TEST_LIBVIRT_URI is not set");
+            return None;
+        };
+        Some(Self::new(Arc::new(Libvirt::new(&Config { uri, accel: AccelChoice::Tcg }))))
+    }
+
+    pub(crate) fn disks(&self) -> PathBuf {
+        self.dir.path().join("disks")
+    }
+
+    pub(crate) fn sockets(&self) -> PathBuf {
+        self.dir.path().join("sockets")
+    }
+
+    pub(crate) fn base(&self) -> PathBuf {
+        self.dir.path().join("base.qcow2")
+    }
+
+    pub(crate) fn overlay(&self, id: &VmId) -> PathBuf {
+        self.disks().join(format!("df-{id}.qcow2"))
+    }
+
+    /// A small machine of the boot sector.
+    pub(crate) fn spec(&self) -> VmSpec {
+        let id = VmId::random(&self.rng);
+        VmSpec {
+            installation: self.installation.clone(),
+            bound: Some(("a <runner>".into(), 42)),
+            cpus: 1,
+            memory_mib: 64,
+            accel: Accel::Tcg,
+            boot: Boot::Disk,
+            overlay: self.overlay(&id),
+            base: self.base(),
+            attachment: Attachment::User,
+            socket_dir: self.sockets(),
+            id,
+        }
+    }
+
+    /// Makes the overlay of a machine and starts it.
+    pub(crate) async fn started(&self) -> (VmSpec, VmName) {
+        let spec = self.spec();
+        self.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+        self.hypervisor.start(&spec).await.unwrap();
+        let name = spec.id.clone().into();
+        (spec, name)
+    }
+
+    /// Destroys it and removes all that is its.
+    pub(crate) async fn end(&self, spec: &VmSpec) {
+        self.hypervisor.destroy(&spec.id.clone().into()).await.unwrap();
+        self.hypervisor.remove_overlay(&spec.overlay).await.unwrap();
+        self.hypervisor.remove_sockets(&spec.socket_dir, &spec.id).await.unwrap();
+    }
+
+    pub(crate) async fn channel(&self, spec: &VmSpec) -> Box<dyn Stream> {
+        self.hypervisor.open_channel(&spec.socket_dir, &spec.id).await.unwrap()
+    }
+
+    pub(crate) async fn console(&self, spec: &VmSpec) -> Box<dyn Stream> {
+        self.hypervisor.open_console(&spec.socket_dir, &spec.id).await.unwrap()
+    }
+
+    pub(crate) async fn listed(&self) -> Vec<VmName> {
+        self.hypervisor.list(&self.installation).await.unwrap().into_iter().map(|vm| vm.name).collect()
+    }
+
+    /// The first state that is told, by a libvirtd that may be on its way down or up.
+    pub(crate) async fn first_state(&self, name: &VmName) -> VmState {
+        let told = async {
+            loop {
+                match self.hypervisor.state(name).await {
+                    Ok(state) => return state,
+                    Err(error) => assert!(error.is_transient(), "{error}"),
+                }
+                sleep(GLANCE).await;
+            }
+        };
+        timeout(LIMIT, told).await.unwrap_or_else(|_| panic!("nobody tells the state of {name}"))
+    }
+
+    pub(crate) async fn await_state(&self, name: &VmName, wanted: VmState) {
+        let reached = async {
+            while self.first_state(name).await != wanted {
+                sleep(GLANCE).await;
+            }
+        };
+        timeout(LIMIT, reached).await.unwrap_or_else(|_| panic!("{name} did not become {wanted:?}"));
+    }
+
+    /// All is given back: no VM of this bench, no file.
+    pub(crate) async fn assert_clean(&self) {
+        assert_eq!(self.listed().await, []);
+        for dir in [self.disks(), self.sockets()] {
+            let left: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
+}
+
+/// Waits until a console prints the boot sector's line from now on.
+pub(crate) async fn await_line(console: &mut Box<dyn Stream>) {
+    await_bytes(console, LINE.as_bytes()).await;
+}
+
+pub(crate) async fn await_bytes(stream: &mut Box<dyn Stream>, wanted: &[u8]) {
+    let mut seen = Vec::new();
+    let came = async {
+        while !seen.ends_with(wanted) {
+            seen.push(stream.read_u8().await.unwrap());
+        }
+    };
+    let came = timeout(LIMIT, came).await;
+    assert!(came.is_ok(), "no {:?} in {:?}", String::from_utf8_lossy(wanted), String::from_utf8_lossy(&seen));
+}
+
+/// Waits for the end of a stream, whatever comes before it.
+pub(crate) async fn await_end(stream: &mut Box<dyn Stream>) {
+    // A killed QEMU may leave a reset behind instead of an end.
+    let _ = timeout(LIMIT, stream.read_to_end(&mut Vec::new())).await.expect("the stream ends with the VM");
+}
+
+/// Says, past the harness's capture, that a test did not run, and how many have not so far.
+pub(crate) fn skipped(test: &str, why: &str) {
+    static SKIPPED: AtomicUsize = AtomicUsize::new(0);
+    let n = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
+    // In one piece, for the harness writes at the same time.
+    let line = format!("backend: skipped {test}: {why} ({n} skipped so far)\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+/// What `dayfly::vm::proof`'s boot sector does.
+async fn boot_sector(mut machine: GuestMachine) {
+    loop {
+        machine.console.write_all(LINE.as_bytes()).await.unwrap();
+        if let Ok(byte) = timeout(Duration::from_millis(495), machine.console.read_u8()).await {
+            match byte.unwrap() {
+                b'q' => return,
+                byte => machine.console.write_u8(byte).await.unwrap(),
+            }
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What every hypervisor promises. `contract!` makes one test per promise and bench.
+
+use crate::bench::{Bench, await_bytes, await_end, await_line};
+use dayfly::vm::{VmError, VmId, VmName, VmState, VmSummary};
+use std::io::ErrorKind;
+use tokio::io::AsyncWriteExt as _;
+
+macro_rules! contract {
+    (everywhere: $($promise:ident)* ; with guests: $($guests:ident)*) => {
+        mod fake {
+            use super::*;
+            $(#[tokio::test(start_paused = true)]
+            async fn $promise() {
+                super::$promise(&Bench::fake()).await;
+            })*
+            $(#[tokio::test(start_paused = true)]
+            async fn $guests() {
+                super::$guests(&Bench::fake()).await;
+            })*
+        }
+        mod test_driver {
+            use super::*;
+            $(#[tokio::test]
+            async fn $promise() {
+                super::$promise(&Bench::test_driver()).await;
+            })*
+        }
+        mod real {
+            use super::*;
+            contract! { @real $($promise)* $($guests)* }
+        }
+    };
+    (@real $($promise:ident)*) => {
+        $(#[tokio::test]
+        async fn $promise() {
+            let _shared = crate::real::shared().await;
+            if let Some(bench) = Bench::real(stringify!($promise)) {
+                super::$promise(&bench).await;
+            }
+        })*
+    };
+}
+
+contract! {
+    everywhere:
+        a_vm_is_made_found_and_ended
+        what_is_done_already_counts_as_done
+        the_vms_of_another_installation_are_left_alone
+        overlays_are_listed_by_their_names
+        a_door_is_taken_once
+        a_host_says_what_it_can_do;
+    with guests:
+        a_guest_is_talked_to_until_its_end
+        two_guests_at_once_do_not_touch_each_other
+        a_guest_that_powers_off_is_gone
+        a_new_daemon_finds_channel_and_console_again
+        a_vm_without_a_disk_is_refused_by_name
+}
+
+async fn a_vm_is_made_found_and_ended(bench: &Bench) {
+    let (a, name) = bench.started().await;
+    let (b, _) = bench.started().await;
+    let mut both = [&a, &b].map(|spec| VmSummary { name: spec.id.clone().into(), state: VmState::Running });
+    both.sort_by_key(|vm| vm.name.clone());
+    assert_eq!(bench.hypervisor.list(&bench.installation).await.unwrap(), both);
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Running);
+    bench.end(&a).await;
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Gone);
+    assert_eq!(bench.listed().await, [b.id.clone().into()]);
+    bench.end(&b).await;
+    bench.assert_clean().await;
+}
+
+async fn a_guest_is_talked_to_until_its_end(bench: &Bench) {
+    let (spec, name) = bench.started().await;
+    let mut channel = bench.channel(&spec).await;
+    channel.write_all(b"a config may be written before the kernel runs").await.unwrap();
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    console.write_all(b"x").await.unwrap();
+    await_bytes(&mut console, b"x").await;
+    bench.hypervisor.destroy(&name).await.unwrap();
+    await_end(&mut channel).await;
+    await_end(&mut console).await;
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+async fn what_is_done_already_counts_as_done(bench: &Bench) {
+    let (spec, name) = bench.started().await;
+    bench.hypervisor.start(&spec).await.expect("it runs");
+    assert_eq!(bench.listed().await, [name]);
+    bench.end(&spec).await;
+    bench.end(&spec).await;
+    let never: VmName = VmId::random(&bench.rng).into();
+    bench.hypervisor.destroy(&never).await.expect("what never was is gone");
+    assert_eq!(bench.hypervisor.state(&never).await.unwrap(), VmState::Gone);
+    bench.assert_clean().await;
+}
+
+async fn two_guests_at_once_do_not_touch_each_other(bench: &Bench) {
+    let ((a, _), (b, b_name)) = tokio::join!(bench.started(), bench.started());
+    let (mut a_console, mut b_console) = (bench.console(&a).await, bench.console(&b).await);
+    tokio::join!(await_line(&mut a_console), await_line(&mut b_console));
+    a_console.write_all(b"A").await.unwrap();
+    await_bytes(&mut a_console, b"A").await;
+    bench.end(&a).await;
+    await_line(&mut b_console).await;
+    assert_eq!(bench.hypervisor.state(&b_name).await.unwrap(), VmState::Running);
+    bench.end(&b).await;
+    bench.assert_clean().await;
+}
+
+async fn a_guest_that_powers_off_is_gone(bench: &Bench) {
+    let (spec, name) = bench.started().await;
+    let mut channel = bench.channel(&spec).await;
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    console.write_all(b"q").await.unwrap();
+    await_end(&mut channel).await;
+    bench.await_state(&name, VmState::Gone).await;
+    assert_eq!(bench.listed().await, []);
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+async fn the_vms_of_another_installation_are_left_alone(bench: &Bench) {
+    let (ours, name) = bench.started().await;
+    let mut theirs = bench.spec();
+    theirs.installation = VmId::random(&bench.rng);
+    bench.hypervisor.create_overlay(&theirs.overlay, &theirs.base, 1).await.unwrap();
+    bench.hypervisor.start(&theirs).await.unwrap();
+    assert_eq!(bench.listed().await, [name]);
+    let mut same_id = theirs.clone();
+    same_id.installation = bench.installation.clone();
+    let error = bench.hypervisor.start(&same_id).await.unwrap_err();
+    assert!(matches!(error, VmError::Refused { .. }) && error.to_string().contains(same_id.id.as_str()), "{error}");
+    bench.end(&theirs).await;
+    bench.end(&ours).await;
+    bench.assert_clean().await;
+}
+
+async fn a_new_daemon_finds_channel_and_console_again(bench: &Bench) {
+    let (spec, _) = bench.started().await;
+    for _ in 0..3 {
+        let mut channel = bench.channel(&spec).await;
+        channel.write_all(b"the same config again").await.unwrap();
+        let mut console = bench.console(&spec).await;
+        await_line(&mut console).await;
+    }
+    let nowhere = bench.disks();
+    let error = bench.hypervisor.open_channel(&nowhere, &spec.id).await.err().expect("no socket lies there");
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    bench.end(&spec).await;
+    assert!(bench.hypervisor.open_channel(&spec.socket_dir, &spec.id).await.is_err());
+    assert!(bench.hypervisor.open_console(&spec.socket_dir, &spec.id).await.is_err());
+    bench.assert_clean().await;
+}
+
+async fn overlays_are_listed_by_their_names(bench: &Bench) {
+    let mut overlays: Vec<_> = (0..3).map(|_| bench.overlay(&VmId::random(&bench.rng))).collect();
+    overlays.sort();
+    let foreign = bench.disks().join("df-somebody-elses.qcow2");
+    for overlay in overlays.iter().chain([&foreign]) {
+        bench.hypervisor.create_overlay(overlay, &bench.base(), 1).await.unwrap();
+    }
+    assert_eq!(bench.hypervisor.list_overlays(&bench.disks()).await.unwrap(), overlays);
+    assert_eq!(
+        bench.hypervisor.list_overlays(&bench.disks().join("nowhere")).await.unwrap(),
+        [""; 0].map(std::path::PathBuf::from)
+    );
+    for overlay in overlays.iter().chain([&foreign]) {
+        bench.hypervisor.remove_overlay(overlay).await.unwrap();
+        bench.hypervisor.remove_overlay(overlay).await.expect("gone counts as removed");
+    }
+    bench.assert_clean().await;
+}
+
+async fn a_vm_without_a_disk_is_refused_by_name(bench: &Bench) {
+    let spec = bench.spec();
+    let error = bench.hypervisor.start(&spec).await.unwrap_err();
+    assert!(matches!(error, VmError::Refused { what: "start VM", .. }), "{error}");
+    assert!(error.to_string().contains(spec.id.as_str()) && !error.is_transient());
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+async fn a_door_is_taken_once(bench: &Bench) {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let door = bench.hypervisor.listen(free).await.unwrap();
+    let again = bench.hypervisor.listen(free).await.err().expect("it is taken");
+    assert_eq!(again.kind(), ErrorKind::AddrInUse);
+    drop(door);
+    bench.hypervisor.listen(free).await.expect("dropping a door closes it");
+}
+
+async fn a_host_says_what_it_can_do(bench: &Bench) {
+    let host = bench.hypervisor.probe().await.unwrap();
+    assert!(host.cpus > 0 && host.memory_mib > 0 && !host.version.is_empty(), "{host:?}");
+}

@@ -1,0 +1,239 @@
+//! What only a real libvirtd, and a real QEMU, can show.
+
+use crate::bench::{Bench, LIMIT, await_line, skipped};
+use dayfly::process::Program;
+use dayfly::vm::proof::{Places, prove, prove_kvm};
+use dayfly::vm::{Accel, VmError, VmId, VmName, VmState, VmSummary};
+use std::path::Path;
+use std::time::Duration;
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use tokio::time::Instant;
+
+/// Tests that stop libvirtd have it to themselves.
+static LIBVIRTD: RwLock<()> = RwLock::const_new(());
+
+pub(crate) async fn shared() -> RwLockReadGuard<'static, ()> {
+    LIBVIRTD.read().await
+}
+
+async fn alone() -> RwLockWriteGuard<'static, ()> {
+    LIBVIRTD.write().await
+}
+
+/// A domain of somebody else's, with this name, at the libvirtd of the environment.
+async fn foreign_domain(name: &VmName, metadata: &str) {
+    let xml = format!(
+        "<domain type='qemu'><name>{name}</name><metadata>{metadata}</metadata><memory unit='MiB'>32</memory>\
+         <os><type arch='x86_64' machine='q35'>hvm</type></os><devices><controller type='usb' model='none'/>\
+         <memballoon model='none'/></devices></domain>"
+    );
+    virsh(&["create", "/dev/stdin"], &xml).await;
+}
+
+async fn virsh(arguments: &[&str], stdin: &str) -> String {
+    let uri = std::env::var("DAYFLY_TEST_LIBVIRT_URI").unwrap();
+    let mut virsh = Program::new("virsh", LIMIT).args(["-q", "-c", &uri]).args(arguments).stdin(stdin);
+    for name in ["HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"] {
+        if let Some(value) = std::env::var_os(name) {
+            virsh = virsh.env(name, value);
+        }
+    }
+    virsh.run().await.unwrap().text()
+}
+
+#[tokio::test]
+async fn h16_domains_that_only_look_like_ours_are_left_alone() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("h16_domains_that_only_look_like_ours_are_left_alone") else { return };
+    let ours = &bench.installation;
+    let other = VmId::random(&bench.rng);
+    for metadata in [
+        "<other xmlns='urn:example:other'/>".to_owned(),
+        // Our installation, but another VM's id: somebody has copied a domain of ours.
+        format!("<d:vm xmlns:d='urn:dayfly:vm:1' installation='{ours}' vm='{other}'/>"),
+        format!("<d:vm xmlns:d='urn:dayfly:vm:1' installation='{ours}'/>"),
+    ] {
+        let spec = bench.spec();
+        let name: VmName = spec.id.clone().into();
+        foreign_domain(&name, &metadata).await;
+        assert_eq!(bench.listed().await, []);
+        let destroyed = bench.hypervisor.destroy(&name).await;
+        let started = bench.hypervisor.start(&spec).await;
+        assert!(matches!(destroyed, Err(VmError::Refused { what: "destroy VM", .. })), "{destroyed:?}");
+        assert!(matches!(started, Err(VmError::Refused { what: "start VM", .. })), "{started:?}");
+        assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Running);
+        virsh(&["destroy", &name.to_string()], "").await;
+        bench.hypervisor.destroy(&name).await.expect("it is gone");
+    }
+    bench.assert_clean().await;
+}
+
+#[tokio::test]
+async fn v11_a_vm_that_was_paused_is_seen_and_can_be_destroyed() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("v11_a_vm_that_was_paused_is_seen_and_can_be_destroyed") else { return };
+    let (spec, name) = bench.started().await;
+    virsh(&["suspend", &name.to_string()], "").await;
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Paused);
+    let listed = bench.hypervisor.list(&bench.installation).await.unwrap();
+    assert_eq!(listed, [VmSummary { name: name.clone(), state: VmState::Paused }]);
+    virsh(&["resume", &name.to_string()], "").await;
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Running);
+    virsh(&["suspend", &name.to_string()], "").await;
+    bench.end(&spec).await;
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Gone);
+    bench.assert_clean().await;
+}
+
+#[tokio::test]
+async fn a_socket_path_that_linux_cannot_hold_is_refused_in_words() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("a_socket_path_that_linux_cannot_hold_is_refused_in_words") else { return };
+    let mut spec = bench.spec();
+    spec.socket_dir = bench.sockets().join("x".repeat(100));
+    let error = bench.hypervisor.start(&spec).await.unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("of 107 that Linux allows: choose a shorter runtime directory"), "{cause}");
+    let error = bench.hypervisor.open_channel(&spec.socket_dir, &spec.id).await.err().unwrap();
+    assert!(error.to_string().contains("107"), "{error}");
+}
+
+#[tokio::test]
+async fn t17_a_vm_leaves_its_base_image_as_it_was() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("t17_a_vm_leaves_its_base_image_as_it_was") else { return };
+    let facts = || {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = std::fs::metadata(bench.base()).unwrap();
+        (std::fs::read(bench.base()).unwrap(), file.uid(), file.gid(), file.mode(), file.mtime(), file.mtime_nsec())
+    };
+    let before = facts();
+    let (spec, _) = bench.started().await;
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    assert_eq!(facts(), before, "also its owner, while a VM runs on it");
+    bench.end(&spec).await;
+    assert_eq!(facts(), before);
+}
+
+#[tokio::test]
+async fn a_vm_runs_in_the_directories_that_were_prepared() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("a_vm_runs_in_the_directories_that_were_prepared") else { return };
+    let (disks, sockets) = (bench.disks().join("above/overlays"), bench.sockets().join("made"));
+    for _ in 0..2 {
+        bench.hypervisor.prepare(&disks, &sockets).await.unwrap();
+    }
+    let mut spec = bench.spec();
+    (spec.overlay, spec.socket_dir) = (disks.join(format!("df-{}.qcow2", spec.id)), sockets.clone());
+    bench.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+    bench.hypervisor.start(&spec).await.unwrap();
+    await_line(&mut bench.console(&spec).await).await;
+    bench.end(&spec).await;
+    for dir in [&disks, &sockets] {
+        assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_guest_under_tcg_proves_itself() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("a_guest_under_tcg_proves_itself") else { return };
+    let (disks, sockets) = (bench.disks(), bench.sockets());
+    let places = Places { disks: &disks, sockets: &sockets };
+    prove(&*bench.hypervisor, Accel::Tcg, places, &bench.installation, &bench.rng).await.unwrap();
+    bench.assert_clean().await;
+}
+
+#[tokio::test]
+async fn kvm_is_proven_or_refuted_in_time_and_leaves_nothing() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("kvm_is_proven_or_refuted_in_time_and_leaves_nothing") else { return };
+    let (disks, sockets) = (bench.disks(), bench.sockets());
+    let places = Places { disks: &disks, sockets: &sockets };
+    let offered = bench.hypervisor.probe().await.unwrap().kvm_offered;
+    let since = Instant::now();
+    let proof = prove_kvm(&*bench.hypervisor, places, &bench.installation, &bench.rng).await;
+    let verdict = match &proof {
+        Ok(proof) => format!("a guest spoke after {:?}", proof.took),
+        Err(error) => chain(error),
+    };
+    println!("KVM offered: {offered}; verdict after {:?}: {verdict}", since.elapsed());
+    assert!(since.elapsed() < LIMIT);
+    assert!(offered || proof.is_err(), "what is not offered cannot be proven");
+    assert!(Path::new("/dev/kvm").exists() || proof.is_err());
+    bench.assert_clean().await;
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {}", chain(source)))
+}
+
+/// The pid of the libvirtd that belongs to the tests, which a call starts if it does not run.
+async fn libvirtd(test: &str) -> Option<String> {
+    let Some(file) = std::env::var_os("DAYFLY_TEST_LIBVIRTD_PID") else {
+        skipped(test, "DAYFLY_TEST_LIBVIRTD_PID is not set: no libvirtd is ours to stop");
+        return None;
+    };
+    virsh(&["version"], "").await;
+    Some(std::fs::read_to_string(file).unwrap().trim().to_owned())
+}
+
+async fn signal(signal: &str, pid: &str) {
+    Program::new("kill", LIMIT).args([signal, pid]).run().await.unwrap();
+}
+
+#[tokio::test]
+async fn h1_libvirtd_killed_and_started_again_finds_the_vm_alive() {
+    const TEST: &str = "h1_libvirtd_killed_and_started_again_finds_the_vm_alive";
+    let _alone = alone().await;
+    let Some(bench) = Bench::real(TEST) else { return };
+    let Some(pid) = libvirtd(TEST).await else { return };
+    let (spec, name) = bench.started().await;
+    let (gone, _) = bench.started().await;
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    signal("-KILL", &pid).await;
+    await_line(&mut console).await;
+    // In session mode the next call starts another one, once the old one is quite dead.
+    assert_eq!(bench.first_state(&name).await, VmState::Running, "never anything else on the way");
+    let mut both = [name.clone(), gone.id.clone().into()];
+    both.sort();
+    assert_eq!(bench.listed().await, both);
+    let after = libvirtd(TEST).await.unwrap();
+    assert_ne!(after, pid, "this is the new one's answer");
+
+    // A VM that dies while nobody looks is just not there afterwards.
+    let mut last_words = bench.console(&gone).await;
+    await_line(&mut last_words).await;
+    signal("-KILL", &after).await;
+    tokio::io::AsyncWriteExt::write_all(&mut last_words, b"q").await.unwrap();
+    bench.await_state(&gone.id.clone().into(), VmState::Gone).await;
+    await_line(&mut console).await;
+    assert_eq!(bench.listed().await, [name]);
+    bench.end(&gone).await;
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+#[tokio::test]
+async fn h4_a_libvirtd_that_stands_still_times_out_and_holds_up_no_guest() {
+    const TEST: &str = "h4_a_libvirtd_that_stands_still_times_out_and_holds_up_no_guest";
+    let _alone = alone().await;
+    let Some(bench) = Bench::real(TEST) else { return };
+    let Some(pid) = libvirtd(TEST).await else { return };
+    let (spec, name) = bench.started().await;
+    signal("-STOP", &pid).await;
+    let since = Instant::now();
+    let (state, list) = tokio::join!(bench.hypervisor.state(&name), bench.hypervisor.list(&bench.installation));
+    let waited = since.elapsed();
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    signal("-CONT", &pid).await;
+    let error = state.unwrap_err();
+    assert!(error.is_transient() && list.is_err(), "{error}");
+    assert!((Duration::from_secs(9)..Duration::from_secs(25)).contains(&waited), "{waited:?}");
+    assert_eq!(bench.first_state(&name).await, VmState::Running, "it answers again");
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
