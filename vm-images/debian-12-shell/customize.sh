@@ -29,7 +29,7 @@ mkdir "$root/.dayfly"
 APT_CONFIG=$MMDEBSTRAP_APT_CONFIG
 export APT_CONFIG
 kernel=$(apt-cache depends --important "$(cat "$here/kernel-package")" | sed -n 's/^ *Depends: //p' | head -n 1)
-(cd "$root/.dayfly" && apt-get -qq download "$kernel")
+(cd "$root/.dayfly" && apt-get -qq -o APT::Sandbox::User=root download "$kernel")
 chroot "$root" dpkg-query -W -f '${Package} ${Version}\n' > "$root/.dayfly/packages"
 
 # What belongs to the building host, and what each machine gets by itself. An empty machine-id (not

@@ -9,7 +9,7 @@ use super::recipe::Recipe;
 use super::{BuildError, Progress, file_error};
 use crate::process::Program;
 use std::ffi::OsStr;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -93,9 +93,9 @@ impl Work {
             let is_ours = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(&ours));
             // A link could be somebody else's trap.
             if is_ours && path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
-                let in_use = File::open(path.join("lock"))
-                    .is_ok_and(|lock| matches!(lock.try_lock(), Err(TryLockError::WouldBlock)));
-                if !in_use {
+                // Without a lock file it is just being made, or removed: not ours to judge.
+                let left_over = File::open(path.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
+                if left_over {
                     // What cannot be removed costs disk, not this build.
                     let _ = remove(&path, privilege).await;
                 }

@@ -121,7 +121,9 @@ pub fn files(root: &Path, config: &GuestConfig, user: &User) -> Result<(), Apply
     };
     let config_file = below(root, CONFIG_FILE);
     if let Some(dir) = config_file.parent() {
-        fs::create_dir_all(dir).map_err(|error| ApplyError::File(dir.to_owned(), error))?;
+        // The runner keeps a file of its own beside them, and warns if it can't.
+        let made = fs::create_dir_all(dir).and_then(|()| chown(dir, Some(user.uid), Some(user.gid)));
+        made.map_err(|error| ApplyError::File(dir.to_owned(), error))?;
     }
     write(&config_file, runner.config_toml.as_bytes(), 0o600, Some(user))?;
     if let Some(pem) = ca {

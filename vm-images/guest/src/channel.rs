@@ -4,6 +4,7 @@
 //! again once somebody is; a blocking write stands still as long as nobody is, so writes are
 //! non-blocking and may be lost; the port can be opened once, so one descriptor serves both ways.
 //! The host may write before the kernel runs, and writes the same config again when it is not sure.
+#![expect(clippy::disallowed_types, reason = "no async runtime in the guest")]
 
 use dayfly_guest_config::{CONFIG_BYTES_MAX, Report};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,10 +15,13 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Between two looks at a port with nobody at its other end. A hand-out waits this long at worst.
 const HUNG_UP_PAUSE: Duration = Duration::from_millis(20);
+
+/// Between two answers to a host that keeps on writing: it may itself be answering our reports.
+const ANSWER_PERIOD: Duration = Duration::from_secs(1);
 
 /// A poll of a quiet port; it only bounds one system call.
 const QUIET_POLL: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
@@ -73,10 +77,12 @@ impl Reporter {
         }
     }
 
-    /// Answers a line of the host with the last report. Not with `ready`: a host may answer that
-    /// with a config, and the two would go on for ever.
-    fn answer(&self) {
-        if *self.last.lock().unwrap_or_else(PoisonError::into_inner) != Some(Report::Ready) {
+    /// Answers a line of the host with the last report, now and then. Never with `ready`: the first
+    /// config is the answer to that.
+    fn answer(&self, answered: &mut Option<Instant>) {
+        let waits = *self.last.lock().unwrap_or_else(PoisonError::into_inner) == Some(Report::Ready);
+        if !waits && answered.is_none_or(|at| at.elapsed() >= ANSWER_PERIOD) {
+            *answered = Some(Instant::now());
             self.again();
         }
     }
@@ -100,6 +106,7 @@ pub fn read_lines(reporter: &Reporter, lines: SyncSender<Line>) -> io::Result<()
     thread::Builder::new().name("channel".into()).spawn(move || {
         let mut splitter = Splitter::default();
         let mut buffer = vec![0; 64 * 1024];
+        let mut answered = None;
         let mut connected = true; // the first report goes out by itself
         loop {
             match port.as_ref().read(&mut buffer) {
@@ -113,7 +120,7 @@ pub fn read_lines(reporter: &Reporter, lines: SyncSender<Line>) -> io::Result<()
                     for line in splitter.take(&buffer[..count]) {
                         // Nobody waits for lines once a config has been applied.
                         let _ = lines.try_send(line);
-                        reporter.answer();
+                        reporter.answer(&mut answered);
                     }
                     connected = true;
                 }
@@ -232,13 +239,15 @@ mod tests {
         let mut said = [0; 64];
         let count = reporter.port.as_ref().unwrap().as_ref().read(&mut said).unwrap();
         assert_eq!(&said[..count], b"ready\n");
-        reporter.answer(); // to a config, which `ready` has asked for
-        assert_eq!(
-            reporter.port.as_ref().unwrap().as_ref().read(&mut said).unwrap_err().kind(),
-            io::ErrorKind::WouldBlock
-        );
+        // A config, which `ready` has asked for, is no question; later ones are, once a second.
+        let mut answered = None;
+        reporter.answer(&mut answered);
+        let nothing = reporter.port.as_ref().unwrap().as_ref().read(&mut said).unwrap_err();
+        assert_eq!(nothing.kind(), io::ErrorKind::WouldBlock);
         reporter.report(Report::Applied);
-        reporter.answer();
+        for _ in 0..100 {
+            reporter.answer(&mut answered);
+        }
         let count = reporter.port.as_ref().unwrap().as_ref().read(&mut said).unwrap();
         assert_eq!(&said[..count], b"applied\napplied\n");
     }
