@@ -1,6 +1,8 @@
 //! What happens to one job without a GitLab?
 
 pub mod archive;
+pub mod instance;
+mod payload;
 pub mod pipeline;
 pub mod repository;
 mod terminal;
