@@ -337,7 +337,7 @@ mod tests {
         }
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_dead_runs_vms_and_files_are_reaped_and_no_others() {
         let scene = Scene::new();
         let dead = scene.claim(URI).await;
@@ -362,7 +362,7 @@ mod tests {
         assert_ne!(scene.installation(&next).await.id, scene.installation(&living).await.id);
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn what_is_at_another_hypervisor_or_cannot_be_reached_stays() {
         let scene = Scene::new();
         let dead = scene.claim("qemu:///system").await;
@@ -380,7 +380,7 @@ mod tests {
         assert_eq!((scene.vms().len(), scene.runs()), (0, 1), "the one of {URI}");
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_run_that_ends_well_leaves_nothing() {
         let scene = Scene::new();
         let run = scene.claim(URI).await;
@@ -391,7 +391,7 @@ mod tests {
         assert!(!runtime.exists());
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_place_that_was_never_finished_is_removed() {
         let scene = Scene::new();
         drop(scene.claim(URI).await);
