@@ -224,7 +224,7 @@ async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
     let mut backends = Backends::real(&config)?;
     // The stand-in is on this host: whatever proxy the developer uses is not for it.
     backends.transport = Arc::new(RealOpenTransport::new(RealLimits::default(), ProxyEnvironment::default()));
-    let image = backends.images.get(&args.image)?;
+    let image = backends.images.load(&args.image).await?;
     if image.manifest.runner_info().is_none() {
         return Err(ExecError::Untested(args.image.clone()));
     }
