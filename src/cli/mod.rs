@@ -14,6 +14,7 @@ mod run;
 
 use crate::config::ConfigError;
 use crate::daemon::DaemonError;
+use crate::exec;
 use crate::job::journal::JournalError;
 use crate::telemetry::printable;
 use clap::Parser as _;
@@ -50,6 +51,8 @@ enum Command {
     Doctor,
     /// Build, test, list and remove base images
     Image(image::Args),
+    /// Run jobs of a local pipeline file, each in a fresh VM, without a GitLab
+    Exec(Box<exec::Args>),
     /// Show how the running daemon is doing
     Status {
         /// As JSON
@@ -101,6 +104,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check => check::check(&config)?,
         Command::Doctor => return wait_for(doctor::doctor(&config)),
         Command::Image(args) => wait_for(image::image(&config, args))?,
+        Command::Exec(args) => return Ok(exec::main(&args)),
         Command::Status { json } => wait_for(operate::status(&config, json))?,
         Command::Drain => wait_for(operate::drain(&config))?,
         Command::Kill { job, runner } => wait_for(operate::kill(&config, job, runner))?,

@@ -18,7 +18,7 @@ mod shutdown;
 
 pub use installation::Installation;
 pub use jobs::Jobs;
-pub use process::{lock, main};
+pub use process::{Lock, lock, main};
 pub use shutdown::{Mode, Shutdown};
 
 use crate::capacity::{Bounds, Capacity, Resources};

@@ -207,11 +207,6 @@ fn is_unsafe(c: char) -> bool {
     c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')
 }
 
-/// Text of our own that holds words of somebody else's (a file's, a guest's) for the terminal.
-pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|c| if is_unsafe(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
-}
-
 /// Whether the line has a header (docs/protocol.md, log line format), and whether it goes on with the
 /// line before.
 fn header(line: &[u8]) -> Option<bool> {
@@ -390,10 +385,5 @@ mod tests {
         assert!(shown.len() >= LINE_BYTES_MAX && terminal.line.len() < 2 * LINE_BYTES_MAX, "{}", shown.len());
         let rest = terminal.finish();
         assert_eq!(shown.len() + rest.len(), 3 * LINE_BYTES_MAX + 6);
-    }
-
-    #[test]
-    fn words_of_others_are_made_printable() {
-        assert_eq!(printable("job\u{1b}[2J\n\u{202e}x"), "job\u{fffd}[2J\u{fffd}\u{fffd}x");
     }
 }

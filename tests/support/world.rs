@@ -102,9 +102,9 @@ impl World {
         });
     }
 
-    /// Starts a daemon: the first, or the next one after an end.
-    pub async fn start(&mut self) -> Result<(), daemon::DaemonError> {
-        let backends = Backends {
+    /// The seams of a daemon in this world.
+    pub fn backends(&self) -> Backends {
+        Backends {
             hypervisor: Arc::new(self.hypervisor.clone()),
             transport: self.standin.opener(),
             files: Arc::new(self.files.clone()),
@@ -112,9 +112,13 @@ impl World {
             rng: self.rng.clone(),
             images: ImageStore::fixed(image()),
             door_limits: Limits::default(),
-        };
+        }
+    }
+
+    /// Starts a daemon: the first, or the next one after an end.
+    pub async fn start(&mut self) -> Result<(), daemon::DaemonError> {
         let shutdown = Shutdown::new();
-        let daemon = daemon::start(self.config.clone(), backends, shutdown.clone()).await?;
+        let daemon = daemon::start(self.config.clone(), self.backends(), shutdown.clone()).await?;
         let jobs = daemon.jobs();
         let task = tokio::spawn(daemon.run());
         self.daemon = Some(Running { task, shutdown, jobs });

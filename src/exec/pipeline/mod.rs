@@ -29,6 +29,13 @@ use node::Entry;
 use resolve::Resolver;
 use std::io;
 use std::path::Path;
+use std::time::Duration;
+
+/// A timeout as GitLab reads it: `1h 30m`, `90 minutes`; at least a second, at most a month.
+#[must_use]
+pub fn parse_timeout(text: &str) -> Option<Duration> {
+    duration::parse(text).filter(|timeout| (Duration::from_secs(1)..=duration::TIMEOUT_MAX).contains(timeout))
+}
 
 /// Keys at the top of the file that are no jobs.
 const GLOBAL_KEYS: &[&str] = &[

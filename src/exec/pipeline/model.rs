@@ -43,6 +43,14 @@ pub struct Job {
     pub artifacts_from: Vec<String>,
 }
 
+impl Job {
+    /// Whether it may upload anything.
+    #[must_use]
+    pub fn uploads(&self) -> bool {
+        self.artifacts.untracked || !self.artifacts.paths.is_empty() || !self.artifacts.reports.is_empty()
+    }
+}
+
 /// One variable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Variable {
