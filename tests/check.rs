@@ -81,10 +81,22 @@ fn one(words: &[&str], at: &mut usize, allowed: &BTreeSet<&str>) -> bool {
 #[test]
 fn licence_expressions_are_read_right() {
     let allowed = BTreeSet::from(["MIT", "BSD-3-Clause", "Apache-2.0 WITH LLVM-exception"]);
-    for good in ["MIT", "MIT/Apache-2.0", "GPL-3.0 OR MIT", "(GPL-3.0 OR MIT) AND BSD-3-Clause", "Apache-2.0 WITH LLVM-exception"] {
+    for good in [
+        "MIT",
+        "MIT/Apache-2.0",
+        "GPL-3.0 OR MIT",
+        "(GPL-3.0 OR MIT) AND BSD-3-Clause",
+        "Apache-2.0 WITH LLVM-exception",
+    ] {
         assert!(licensed(good, &allowed), "{good}");
     }
-    for bad in ["GPL-3.0", "MIT AND GPL-3.0", "Apache-2.0", "GPL-2.0 WITH Classpath-exception-2.0", "(MIT AND GPL-3.0) OR GPL-2.0"] {
+    for bad in [
+        "GPL-3.0",
+        "MIT AND GPL-3.0",
+        "Apache-2.0",
+        "GPL-2.0 WITH Classpath-exception-2.0",
+        "(MIT AND GPL-3.0) OR GPL-2.0",
+    ] {
         assert!(!licensed(bad, &allowed), "{bad}");
     }
 }
@@ -105,7 +117,8 @@ fn every_crate_has_a_licence_a_source_and_a_name_that_deny_toml_allows() {
         .iter()
         .map(|ban| ban.as_inline_table().unwrap().get("crate").unwrap().as_str().unwrap())
         .collect();
-    let sources: BTreeSet<String> = texts(&deny["sources"]["allow-registry"]).into_iter().map(|url| format!("registry+{url}")).collect();
+    let sources: BTreeSet<String> =
+        texts(&deny["sources"]["allow-registry"]).into_iter().map(|url| format!("registry+{url}")).collect();
     let mut wrong = Vec::new();
     for package in metadata["packages"].as_array().unwrap() {
         let name = package["name"].as_str().unwrap();
@@ -128,8 +141,12 @@ fn every_crate_has_a_licence_a_source_and_a_name_that_deny_toml_allows() {
 #[test]
 fn the_tree_stays_small() {
     let metadata = metadata();
-    let nodes: BTreeMap<&str, &Value> =
-        metadata["resolve"]["nodes"].as_array().unwrap().iter().map(|node| (node["id"].as_str().unwrap(), node)).collect();
+    let nodes: BTreeMap<&str, &Value> = metadata["resolve"]["nodes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|node| (node["id"].as_str().unwrap(), node))
+        .collect();
     let product = metadata["resolve"]["root"].as_str().unwrap();
     let mut product_crates = BTreeSet::from([product]);
     let mut open = vec![product];
