@@ -1,16 +1,18 @@
 //! `dayfly image`: build, test, list and remove base images.
 
+use super::Interrupted;
 use crate::config::Config;
 use crate::image::boot_test::{BootTest, Booted, DEADLINE};
-use crate::image::build::{BuildRequest, RunnerSource, build, find_guest_program};
+use crate::image::build::{BuildRequest, RECIPES, RunnerSource, build, find_guest_program};
 use crate::image::store::{Image, ImageStore};
 use crate::rng::Rng;
 use crate::telemetry::printable;
 use crate::vm::libvirt::{AccelChoice, Libvirt};
 use crate::vm::{Accel, Hypervisor, VmId, proof};
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 
 /// Arguments of all image commands.
@@ -81,35 +83,78 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
                 guest_program: find_guest_program("dayfly-guest")?,
                 init: find_guest_program("dayfly-init")?,
             };
-            let mut staged = build(&request, &mut say).await?;
-            let booted = boot(&config, &staged.image()?).await.context("boot-test the new image; the old one, if any, stays in use")?;
+            let mut progress = say;
+            let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
+            // What is done is done. Dropping a build ends its programs and removes its files.
+            let mut staged = tokio::select! {
+                biased;
+                staged = build(&request, &mut progress) => staged?,
+                _ = &mut interrupted => return Err(Interrupted.into()),
+            };
+            let image = staged.image()?;
+            let booted = to_its_end(boot(&config, &image), interrupted)
+                .await?
+                .context("boot-test the new image; the old one, if any, stays in use")?;
             staged.set_info(booted.info.0.get().to_owned())?;
             let image = tokio::task::spawn_blocking(move || staged.promote()).await??;
             say(&format!("image `{}` is ready: {}", image.name, describe(&image)));
         }
         Command::Test { name } => {
             let image = store.load(&name).await?;
-            let booted = boot(&config, &image).await?;
+            let booted = to_its_end(boot(&config, &image), std::pin::pin!(tokio::signal::ctrl_c())).await??;
             store.set_info(&image, booted.info.0.get().to_owned())?;
             say(&format!("image `{name}` boots: {}", describe(&store.load(&name).await?)));
         }
         Command::List => {
-            for (name, image) in store.list()? {
+            let images = store.list()?;
+            if images.is_empty() {
+                say(&format!(
+                    "no images in {}; `dayfly image build {}` makes one",
+                    store.directory().display(),
+                    RECIPES.join("|")
+                ));
+            }
+            for (name, image) in images {
                 match image {
                     Ok(image) => say(&format!("{name}  {}", describe(&image))),
                     Err(error) => say(&format!("{name}  unusable: {}", crate::telemetry::chain(&error))),
                 }
             }
         }
-        Command::Remove { name } => store.remove(&name)?,
+        Command::Remove { name } => {
+            if !store.list()?.iter().any(|(listed, _)| *listed == name) {
+                bail!("remove image `{name}`: there is none; `dayfly image list` shows them");
+            }
+            store.remove(&name)?;
+        }
     }
     Ok(())
+}
+
+/// A boot test goes to its end, within minutes, even when it is interrupted: nobody else would take
+/// its VM down.
+async fn to_its_end<T>(
+    boot: impl Future<Output = T>,
+    mut interrupted: Pin<&mut impl Future>,
+) -> Result<T, Interrupted> {
+    let mut boot = std::pin::pin!(boot);
+    // The result first: an interruption that comes with it is too late to matter.
+    tokio::select! {
+        biased;
+        done = &mut boot => Ok(done),
+        _ = &mut interrupted => {
+            say("interrupted; waiting for the test VM to end");
+            boot.await;
+            Err(Interrupted)
+        }
+    }
 }
 
 /// One line about an image: whose runner, of which version, and whether it was tested.
 pub(super) fn describe(image: &Image) -> String {
     let runner = &image.manifest.runner;
-    let whose = if image.manifest.is_standin() { "dayfly's STAND-IN runner (not the official one)" } else { "gitlab-runner" };
+    let whose =
+        if image.manifest.is_standin() { "dayfly's STAND-IN runner (not the official one)" } else { "gitlab-runner" };
     let tested = if image.manifest.info.is_some() { "boot-tested" } else { "never boot-tested" };
     format!("{whose} {}, from {}, executor {}, {tested}", runner.version, runner.origin, image.manifest.executor)
 }

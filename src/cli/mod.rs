@@ -11,6 +11,7 @@ mod operate;
 mod prompt;
 mod register;
 mod run;
+mod scratch;
 
 use crate::config::ConfigError;
 use crate::daemon::DaemonError;
@@ -25,6 +26,8 @@ use std::process::ExitCode;
 
 /// `EX_USAGE` of sysexits.h.
 const EXIT_USAGE: u8 = 64;
+/// 128 + SIGINT, as shells have it.
+const EXIT_INTERRUPTED: u8 = 130;
 /// `EX_CONFIG` of sysexits.h; `RestartPreventExitStatus` of the unit names it.
 const EXIT_CONFIG: u8 = 78;
 
@@ -76,6 +79,11 @@ enum Command {
 #[error("{0}")]
 struct Usage(String);
 
+/// Ctrl-C, obeyed.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted")]
+struct Interrupted;
+
 /// Runs the command line and returns its exit code.
 pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
@@ -118,6 +126,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         EXIT_CONFIG
     } else if error.is::<Usage>() {
         EXIT_USAGE
+    } else if error.is::<Interrupted>() {
+        EXIT_INTERRUPTED
     } else {
         1
     }

@@ -15,9 +15,9 @@ use std::path::Path;
 use std::time::Duration;
 use url::Url;
 
-/// Bytes of `runtime_directory` at most: a unix socket path has 107, `/df-<16 characters>.guest`
-/// takes 26.
-const RUNTIME_DIRECTORY_BYTES_MAX: usize = 81;
+/// Bytes of `runtime_directory` at most: a unix socket path has 107, `/vm/df-<16 characters>.guest`
+/// takes 29.
+const RUNTIME_DIRECTORY_BYTES_MAX: usize = 78;
 
 /// Something wrong with one key.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,9 @@
 //! and root reach it, no guest and no network ever (safety.md T35). One request a connection, one
 //! line of JSON each way, so that `nc -U` will do where `dayfly` is not at hand:
 //!
-//!     {"command":"status"}      {"command":"drain"}      {"command":"kill","job":42,"runner":"ci"}
+//! ```text
+//! {"command":"status"}      {"command":"drain"}      {"command":"kill","job":42,"runner":"ci"}
+//! ```
 //!
 //! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
 //! worst that a stuck client can do is to delay the next one by [`EXCHANGE_DEADLINE`].

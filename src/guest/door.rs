@@ -1,6 +1,8 @@
 //! Who comes in? The accept loop of one VM's door, and the life of each connection.
 //!
-//!     accept ─► lobby (16, oldest out first) ─► greeting ─► HTTP (64) ─► lingering close
+//! ```text
+//! accept ─► lobby (16, oldest out first) ─► greeting ─► HTTP (64) ─► lingering close
+//! ```
 //!
 //! One task per door, one per connection in its `JoinSet`; all end when the pass is dropped. Only
 //! writes to the spool outlive their connection: a write that were dropped half-way could meet the

@@ -1,9 +1,11 @@
 //! Given this state and event, what next? No I/O, no clock: a deadline is an event.
 //!
-//!     Accepted ──► Booting ──► Running ──► Releasing ──► Ended
-//!                     │ ▲        │             ▲
-//!                     │ └ once: a machine that cannot be created, or dies before its first request
-//!                     └──────────┴─ cancel, deadline, loss, kill ─┘
+//! ```text
+//! Accepted ──► Booting ──► Running ──► Releasing ──► Ended
+//!                 │ ▲        │             ▲
+//!                 │ └ once: a machine that cannot be created, or dies before its first request
+//!                 └──────────┴─ cancel, deadline, loss, kill ─┘
+//! ```
 //!
 //! The job task journals each new state before it carries the commands out, and every command may
 //! run twice. Whatever happens, a job ends with one verdict and everything released: the property

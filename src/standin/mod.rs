@@ -1,12 +1,14 @@
 //! How does GitLab answer? A strict stand-in for GitLab's runner API.
 //!
 //! A function from request to response ([`Standin::call`]), called directly with the clock paused
-//! or served on a socket ([`serve`]). It refuses what GitLab refuses. `exec` uses it as its
+//! or served on a socket ([`serve()`]). It refuses what GitLab refuses. `exec` uses it as its
 //! GitLab; tests hold dayfly against it. Nothing on the daemon's path names it.
 //!
-//!     serve ──┐
-//!     call ───┼─► exchange ─► fault ─► routes: queue (+ payload), update, trace, artifacts, runners, git
-//!     transport                                   └──────── functions over model ────────┘
+//! ```text
+//! serve ──┐
+//! call ───┼─► exchange ─► fault ─► routes: queue (+ payload), update, trace, artifacts, runners, git
+//! transport                                   └──────── functions over model ────────┘
+//! ```
 //!
 //! One lock around the [`Model`], never held across an await: every route reads its request whole (an
 //! upload: streams it away), then changes the model in one step. Each step moves a counter that

@@ -1,7 +1,9 @@
 //! One machine, from its overlay to its end: one task, which alone calls the hypervisor for it.
 //!
-//!     make: overlay ─► start ─► channel, config ─► watch ──(release)──► destroy ─► overlay, sockets, lease
-//!                └───────┴─ failed: reported; the job decides, then releases
+//! ```text
+//! make: overlay ─► start ─► channel, config ─► watch ──(release)──► destroy ─► overlay, sockets, lease
+//!            └───────┴─ failed: reported; the job decides, then releases
+//! ```
 //!
 //! Every step may run twice, so a machine found running after a restart of the daemon enters at
 //! "channel". On `leave` (hand-over) the task ends and the machine lives on.

@@ -143,7 +143,7 @@ pub fn write(spec: &VmSpec, ownership: Option<Ownership>) -> Result<String, BadS
     write_as(spec, ownership, if spec.accel == Accel::Kvm { "kvm" } else { "qemu" })
 }
 
-/// [`write`] with another type of domain: libvirt's test driver knows its own only.
+/// [`write()`] with another type of domain: libvirt's test driver knows its own only.
 pub(super) fn write_as(spec: &VmSpec, ownership: Option<Ownership>, domain_type: &str) -> Result<String, BadSpec> {
     let texts = Texts::check(spec)?;
     let mut xml = Writer::new_with_indent(Vec::new(), b' ', 2);

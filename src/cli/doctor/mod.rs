@@ -5,18 +5,19 @@
 
 mod host;
 
+use super::scratch;
 use crate::config::{Config, Loaded};
 use crate::daemon::Backends;
+use crate::image::manifest::RunnerOrigin;
+use crate::image::store::ImageStore;
 use crate::rng::Rng;
 use crate::telemetry::{chain, printable};
 use crate::vm::libvirt::AccelChoice;
 use crate::vm::proof::{Places, prove};
 use crate::vm::{Accel, Hypervisor, VmId};
-use anyhow::Context as _;
 use host::Host;
 use std::fmt;
 use std::io::{self, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -72,6 +73,7 @@ pub(super) async fn doctor(config: &Path) -> anyhow::Result<ExitCode> {
     let host = Host::new(Path::new("/"), rustix::process::geteuid().as_raw());
     let mut findings = configuration(&loaded);
     findings.extend(files(&loaded.config, &host));
+    findings.extend(images(&loaded.config, &backends.images));
     findings.extend(machines(&loaded.config, backends.hypervisor.as_ref(), &backends.rng).await?);
     for finding in &findings {
         writeln!(io::stdout(), "{finding}")?;
@@ -151,6 +153,53 @@ fn judge_disk(config: &Config, free_gib: u64, place: &Path) -> Vec<Finding> {
     findings
 }
 
+/// Each image, whose runner is in it, and whether every class has one that will do.
+fn images(config: &Config, store: &ImageStore) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    match store.list() {
+        Err(error) => findings.push(Finding::bad(chain(&error), "check `image_directory`")),
+        Ok(images) => findings.extend(images.into_iter().map(|(name, image)| match image {
+            Ok(image) => {
+                let runner = &image.manifest.runner;
+                match runner.origin {
+                    RunnerOrigin::Standin => Finding::warn(
+                        format!(
+                            "image `{name}` holds dayfly's stand-in ({}), not the official gitlab-runner",
+                            runner.version
+                        ),
+                        format!("dayfly image build {name} --runner PATH-TO-gitlab-runner"),
+                    ),
+                    origin => {
+                        Finding::ok(format!("image `{name}` holds gitlab-runner {} (from: {origin})", runner.version))
+                    }
+                }
+            }
+            Err(error) => Finding::warn(chain(&error), format!("dayfly image build {name}")),
+        })),
+    }
+    for class in &config.class {
+        match store.get(&class.image) {
+            Err(error) => findings.push(Finding::bad(
+                format!("class `{}`: {}", class.name, chain(&error)),
+                format!("dayfly image build {}", class.image),
+            )),
+            Ok(image) if image.manifest.info.is_none() => {
+                let what = format!("class `{}`: image `{}` has not passed its boot test", class.name, class.image);
+                findings.push(Finding::bad(what, format!("dayfly image test {}", class.image)));
+            }
+            Ok(image) if image.manifest.runner.origin == RunnerOrigin::Standin && !class.allow_standin_runner => {
+                let what = format!("class `{}` takes no jobs: its image holds the stand-in", class.name);
+                findings.push(Finding::bad(
+                    what,
+                    "build the image with the official gitlab-runner, or set `allow_standin_runner = true` for a trial",
+                ));
+            }
+            Ok(_) => {}
+        }
+    }
+    findings
+}
+
 /// libvirt, and a guest that has to say something.
 async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> anyhow::Result<Vec<Finding>> {
     let uri = &config.hypervisor.uri;
@@ -176,7 +225,7 @@ async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> an
         ));
         return Ok(findings);
     }
-    let dir = proof_directory(config)?;
+    let dir = scratch::passable(&[&config.runtime_directory, &std::env::temp_dir()])?;
     let places = Places { disks: dir.path(), sockets: dir.path() };
     // An installation id of its own: a daemon that runs must not take this VM for a leftover of its own.
     findings.push(match prove(hypervisor, accel, places, &VmId::random(rng), rng).await {
@@ -187,16 +236,6 @@ async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> an
         }
     });
     Ok(findings)
-}
-
-/// A short path which QEMU, maybe another user, can pass but not list.
-fn proof_directory(config: &Config) -> anyhow::Result<tempfile::TempDir> {
-    let below = if config.runtime_directory.is_dir() { config.runtime_directory.clone() } else { std::env::temp_dir() };
-    let make = |below: &Path| tempfile::Builder::new().prefix("doctor-").tempdir_in(below);
-    let dir = make(&below).or_else(|_| make(&std::env::temp_dir())).context("make a directory for a test VM")?;
-    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))
-        .context("open a directory for a test VM")?;
-    Ok(dir)
 }
 
 #[cfg(test)]
@@ -242,6 +281,17 @@ mod tests {
             findings[0].what.contains("class `default` wants 20 GiB disk, 10 GiB are for jobs"),
             "{}",
             findings[0].what
+        );
+    }
+
+    #[test]
+    fn a_class_without_its_image_is_bad() {
+        let dir = tempfile::tempdir().unwrap();
+        let findings = images(&example(), &ImageStore::new(dir.path()));
+        assert_eq!(levels(&findings), [Level::Bad]);
+        assert!(
+            findings[0].what.contains("class `default`") && findings[0].remedy == "dayfly image build debian-12-shell",
+            "{findings:?}"
         );
     }
 

@@ -27,7 +27,7 @@ const TOKEN_MAX: usize = 512;
 /// Arguments of `register`. What is missing is asked for on a terminal.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// GitLab's address, like https://gitlab.example.com
+    /// GitLab's address, like `https://gitlab.example.com`
     #[arg(long)]
     url: Option<Url>,
     /// Name of the runner here; job logs show it [default: the host's name]

@@ -6,9 +6,11 @@
 //! destroyed holds one thread however often that is tried (V14). No handle of libvirt leaves its
 //! thread, for dropping one may panic; panics are caught here.
 //!
-//!     caller ── queue (256) ──► thread: connect? ── call ──► reply
-//!        │                        └ connection lost: connect again, call again, once
-//!        └ 10 s for a connection, then the call's own deadline
+//! ```text
+//! caller ── queue (256) ──► thread: connect? ── call ──► reply
+//!    │                        └ connection lost: connect again, call again, once
+//!    └ 10 s for a connection, then the call's own deadline
+//! ```
 //!
 //! A call may be repeated after a lost connection, so all calls of ours are written to be.
 

@@ -14,8 +14,10 @@
 //!
 //! For images it is linked statically (give it IP addresses, not names) and installed as `gitlab-runner`:
 //!
-//!     RUSTFLAGS="-C target-feature=+crt-static" \
-//!         cargo build --release -p dayfly-test-runner --target x86_64-unknown-linux-gnu
+//! ```text
+//! RUSTFLAGS="-C target-feature=+crt-static" \
+//!     cargo build --release -p dayfly-test-runner --target x86_64-unknown-linux-gnu
+//! ```
 //!
 //! Not there, and said in the log where a job asks for it: caches, services, images, secrets, job inputs, native
 //! steps, terminals.

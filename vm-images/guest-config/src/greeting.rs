@@ -1,8 +1,10 @@
 //! The greeting: three lines before any HTTP, by which relay and door prove the pass to each other.
 //!
-//!     relay → door   DAYFLY 1 <relay's nonce>
-//!     door → relay   <door's nonce> <door's proof>
-//!     relay → door   <relay's proof>
+//! ```text
+//! relay → door   DAYFLY 1 <relay's nonce>
+//! door → relay   <door's nonce> <door's proof>
+//! relay → door   <relay's proof>
+//! ```
 //!
 //! CR LF ends each. A nonce is 16 random bytes, hex. A proof is HMAC-SHA256 under the pass over
 //! `role NUL relay's nonce NUL door's nonce`, hex. The door proves itself first: while the daemon
