@@ -144,10 +144,9 @@ fn find_end(file: &File, length: u64) -> Result<End, ArchiveError> {
     let disks = (fields.u16()?, fields.u16()?);
     let (entries_here, entries) = (fields.u16()?, fields.u16()?);
     let (directory_bytes, directory_offset) = (fields.u32()?, fields.u32()?);
-    if entries == u16::MAX || directory_bytes == u32::MAX || directory_offset == u32::MAX {
-        if let Some(end) = find_end64(file, position)? {
-            return Ok(end);
-        }
+    let is_full = entries == u16::MAX || directory_bytes == u32::MAX || directory_offset == u32::MAX;
+    if is_full && let Some(end) = find_end64(file, position)? {
+        return Ok(end);
     }
     if disks != (0, 0) || entries_here != entries {
         return Err(ArchiveError::Broken("it is one of several"));

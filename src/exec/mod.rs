@@ -350,7 +350,10 @@ async fn prepare(
     backends: &Backends,
 ) -> Result<(Standin, ProjectId, standin::Served), ExecError> {
     let standin = Standin::new(backends.clock.clone(), backends.rng.clone());
-    let project = standin.add_project(repository.map_or("local/project", |r| &r.project_path));
+    let project = standin.add_project(&match repository {
+        Some(repository) => repository.project_path.clone(),
+        None => repository::project_path(None, &std::env::current_dir().unwrap_or_default()),
+    });
     let runner = standin.add_runner(project);
     let uploads = instance.state.join("artifacts");
     backends.files.create_dir(&uploads).await.map_err(system("make a directory for artifacts"))?;

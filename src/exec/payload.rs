@@ -58,6 +58,8 @@ pub(super) fn spec(job: &Job, common: &Common<'_>, ids: &BTreeMap<String, JobId>
         artifacts: artifacts(&job.artifacts),
         dependencies: job.artifacts_from.iter().filter_map(|name| ids.get(name)).copied().collect(),
         depth: Some(0),
+        sha: "0".repeat(40),
+        refspecs: Some(Vec::new()),
         variables,
         ..JobSpec::default()
     };
@@ -255,5 +257,6 @@ job:
         let (payload, remark) = payload("job: {script: x, variables: {GIT_STRATEGY: clone}}", None, &[]).await;
         assert_eq!(variable(&payload, "GIT_STRATEGY").unwrap()["value"], "none");
         assert_eq!(remark, None);
+        assert_eq!(payload["git_info"]["sha"], "0".repeat(40));
     }
 }

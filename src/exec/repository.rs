@@ -229,7 +229,7 @@ fn directory_bytes(path: &Path) -> io::Result<u64> {
 
 /// `group/name` out of `https://host/group/name.git` or `git@host:group/name.git`, with the letters
 /// that GitLab allows.
-fn project_path(origin: Option<&str>, top: &Path) -> String {
+pub(super) fn project_path(origin: Option<&str>, top: &Path) -> String {
     let path = origin.and_then(|url| match url.split_once("://") {
         Some((scheme, rest)) if scheme != "file" => rest.split_once('/').map(|(_, path)| path),
         Some(_) => None,

@@ -313,11 +313,10 @@ fn keep(folder: &Folder, job: &str, artifacts: Vec<Artifact>) -> (Vec<String>, b
                             .iter()
                             .map(|link| format!("artifacts of job `{job}`: link `{link}` was left out")),
                     );
-                    lines.push(format!(
-                        "artifacts of job `{job}`: {} files in {}",
-                        unpacked.files,
-                        folder.job_directory(job).display()
-                    ));
+                    let files =
+                        if unpacked.files == 1 { "1 file".to_owned() } else { format!("{} files", unpacked.files) };
+                    let place = folder.job_directory(job);
+                    lines.push(format!("artifacts of job `{job}`: {files} in {}", place.display()));
                 }
                 Err(error) => lines.push(fail(&error)),
             }

@@ -6,7 +6,7 @@
 //! unpacked into a fresh directory of ours, where no path component can be anybody's link, with
 //! limits on what really comes out; at the end that directory takes the place of the job's last one.
 //!
-//! Only a folder that `exec` made (it holds [`MARKER`]) is written to: what lies there is ours.
+//! Only a folder that `exec` made (it holds `.dayfly-artifacts`) is written to: what lies there is ours.
 //! All of it blocks; `run` calls it on a blocking thread.
 
 use super::archive::{Archive, ArchiveError, Entry, Kind, Method};
@@ -172,17 +172,17 @@ impl Folder {
     /// [`UnpackError`]; nothing of the archive is on disk then.
     pub fn unpack(&self, job: &str, archive: fs::File) -> Result<Unpacked, UnpackError> {
         let archive = Archive::open(archive, self.limits.entries)?;
-        let (plan, links) = judge(&archive)?;
+        let judged = judge(&archive)?;
         let target = self.job_directory(job);
         let staging = tempfile::Builder::new()
             .prefix(".new-")
             .tempdir_in(&self.path)
             .map_err(|source| UnpackError::Folder { path: self.path.clone(), source })?;
         let root = staging.path().join("files");
-        let mut unpacked = Unpacked { files: 0, links };
+        let mut unpacked = Unpacked { files: 0, links: judged.links };
         make_directory(&root)?;
         let mut budget = Budget { limits: self.limits, packed: 0, bytes: 0 };
-        for (entry, path) in plan {
+        for (entry, path) in judged.entries {
             let path = root.join(path);
             match entry.kind {
                 Kind::Directory => make_directories(&path)?,
@@ -240,8 +240,16 @@ pub(super) fn file_name(name: &str) -> String {
     if safe.is_empty() { "_".into() } else { safe }
 }
 
-/// Judges each entry, before anything is written: where it goes, and the links left out.
-fn judge(archive: &Archive) -> Result<(Vec<(&Entry, PathBuf)>, Vec<String>), UnpackError> {
+/// An archive that may be unpacked.
+struct Judged<'a> {
+    /// Files and directories, and where they go.
+    entries: Vec<(&'a Entry, PathBuf)>,
+    /// Names of links, which are left out.
+    links: Vec<String>,
+}
+
+/// Judges each entry, before anything is written.
+fn judge(archive: &Archive) -> Result<Judged<'_>, UnpackError> {
     let mut plan = Vec::new();
     let mut links = Vec::new();
     let mut files = BTreeSet::new();
@@ -272,7 +280,7 @@ fn judge(archive: &Archive) -> Result<(Vec<(&Entry, PathBuf)>, Vec<String>), Unp
             return Err(UnpackError::Refused { name: entry.name.clone(), what: "is in a directory that is a file" });
         }
     }
-    Ok((plan, links))
+    Ok(Judged { entries: plan, links })
 }
 
 /// The path below the job's directory.

@@ -1,5 +1,7 @@
 //! `dayfly exec`: jobs of a pipeline file through the whole daemon, and what the developer gets.
 
+#![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "helpers of tests")]
+
 use crate::support::world::World;
 use dayfly::exec::pipeline::{self, Plan};
 use dayfly::exec::unpack::{Folder, Limits};
@@ -155,7 +157,10 @@ async fn an_interrupt_ends_the_job_and_cleans_up() {
     desk.interrupt_at("hello", 1);
     assert_eq!(desk.exec("job: {script: [print hello, sleep 500]}", &["job"]).await, 130);
     let err = desk.err.text();
-    assert!(err.starts_with("dayfly: interrupted: the job is being ended; interrupt again to leave at once\n"), "{err}");
+    assert!(
+        err.starts_with("dayfly: interrupted: the job is being ended; interrupt again to leave at once\n"),
+        "{err}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
