@@ -1,0 +1,209 @@
+//! Each mistake that a configuration can hold, and the sentence that it gets.
+
+use super::*;
+
+/// A file that is right, to be spoilt.
+const GOOD: &str = r#"
+concurrent = 2
+[[class]]
+name = "small"
+image = "debian-12-shell"
+[[runner]]
+name = "ci"
+url = "https://gitlab.example.com"
+token_file = "tokens/ci"
+class = "small"
+"#;
+
+fn load(text: &str, environment: &[(&str, &str)]) -> Result<Loaded, ConfigError> {
+    let environment = environment.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned()));
+    Config::assemble(Some(("/etc/dayfly/config.toml".into(), text.into())), environment)
+}
+
+/// `text` is refused, and the message has all of `parts`.
+fn refused(text: &str, parts: &[&str]) {
+    let message = chain(&load(text, &[]).map(|loaded| loaded.config).unwrap_err());
+    for part in parts {
+        assert!(message.contains(part), "`{part}` is not in: {message}");
+    }
+}
+
+#[test]
+fn a_good_file_loads_and_relative_paths_are_its_own() {
+    let loaded = load(GOOD, &[]).unwrap();
+    assert_eq!(loaded.config.runner[0].token_file, Path::new("/etc/dayfly/tokens/ci"));
+    assert_eq!(loaded.config.class[0].memory_mib, 2048);
+    assert!(loaded.warnings.is_empty(), "{:?}", loaded.warnings);
+}
+
+#[test]
+fn an_unknown_key_names_line_and_what_was_meant() {
+    refused("concurent = 2\n", &["`concurent`", "/etc/dayfly/config.toml, line 1", "did you mean `concurrent`?"]);
+    refused("[log]\n\nlevle = \"info\"\n", &["`log.levle`", "line 3", "did you mean `level`?"]);
+    refused(&GOOD.replace("token_file", "token"), &["`runner.0.token`", "line 9"]);
+    refused(&format!("{GOOD}check_interval = 3\n"), &["`runner.0.check_interval`", "line 11", "poll_interval"]);
+}
+
+#[test]
+fn a_missing_key_names_its_section() {
+    refused(&GOOD.replace("class = \"small\"", ""), &["`runner.0.class`", "line 6", "is missing"]);
+}
+
+#[test]
+fn a_value_of_the_wrong_form_names_its_line() {
+    refused("concurrent = \"many\"\n", &["`concurrent`", "line 1", "string \"many\""]);
+    refused("\n[limits]\nkeepalive = 30\n", &["`limits.keepalive`", "line 3"]);
+    refused("[limits]\nkeepalive = \"soon\"\n", &["`limits.keepalive`", "line 2", "no duration"]);
+    refused("[network]\nguest_ports = \"80-90\"\n", &["`network.guest_ports`", "no port range"]);
+    refused("[hypervisor]\naccel = \"hvf\"\n", &["`hypervisor.accel`", "line 2", "auto, kvm, tcg"]);
+    refused("a = [\n", &["/etc/dayfly/config.toml`, line "]);
+}
+
+#[test]
+fn the_environment_beats_the_file_and_its_slips_are_named() {
+    let loaded = load(
+        GOOD,
+        &[
+            ("DAYFLY_CONCURRENT", "7"),
+            ("DAYFLY_LIMITS__KEEPALIVE", "10s"),
+            ("DAYFLY_CONFIG", "/x"),
+            ("DAYFLY_REGISTER_TOKEN", "t"),
+        ],
+    )
+    .unwrap();
+    assert_eq!(loaded.config.concurrent, 7);
+    assert_eq!(loaded.config.limits.keepalive.get(), Duration::from_secs(10));
+    assert_eq!(loaded.origins.of("concurrent"), Origin::Environment("DAYFLY_CONCURRENT".into()));
+    for (name, value) in [("DAYFLY_LOG__LEVLE", "info"), ("DAYFLY_CONCURENT", "2"), ("DAYFLY_LIMITS__KEEPALIVE", "x")] {
+        let message = chain(&load(GOOD, &[(name, value)]).map(|l| l.config).unwrap_err());
+        assert!(message.contains(&format!("environment variable {name}")), "{message}");
+    }
+}
+
+#[test]
+fn each_senseless_value_is_named() {
+    for (from, to, part) in [
+        ("concurrent = 2", "concurrent = 0", "`concurrent` (/etc/dayfly/config.toml, line 2) is 0"),
+        ("concurrent = 2", "concurrent = 2000", "1000 ports for 2000 jobs"),
+        (
+            "concurrent = 2",
+            "runtime_directory = \"/run/a-directory-that-is-much-too-long/for-any/unix-socket/that-should-be-made/below-it/here\"",
+            "too long",
+        ),
+        ("class = \"small\"", "class = \"smal\"", "did you mean `small`?"),
+        ("class = \"small\"", "class = \"gigantic\"", "add a [[class]]"),
+        ("https:", "http:", "allow_insecure_http"),
+        ("https:", "ssh:", "begins with `ssh:`"),
+        ("https://", "https://me:secret@", "leave user, password"),
+        ("name = \"ci\"", "name = \"\"", "printable"),
+        ("name = \"ci\"", "name = \"a\\nb\"", "is `a\\nb`"),
+        ("image = \"debian-12-shell\"", "image = \"../x\"", "dayfly image list"),
+        ("image =", "cpus = 0\nimage =", "`class.0.cpus`"),
+        ("url =", "limit = 0\nurl =", "`runner.0.limit`"),
+        ("url =", "poll_interval = \"5m\"\nurl =", "up to 60s"),
+        ("url =", "tls_cert_file = \"c.pem\"\nurl =", "`tls_key_file` too"),
+        ("url =", "tls_key_file = \"k.pem\"\nurl =", "`tls_cert_file` too"),
+    ] {
+        assert!(GOOD.contains(from), "{from}");
+        refused(&GOOD.replacen(from, to, 1), &[part]);
+    }
+    for (line, part) in [
+        ("[log]\nlevel = \"loud=very\"", "`log.level`"),
+        ("[limits]\nguest_update_interval = \"4s\"", "1s, 2s or 3s"),
+        ("[limits]\nguest_update_interval = \"1500ms\"", "1s, 2s or 3s"),
+        ("[limits]\nboot_deadline = \"0s\"", "`limits.boot_deadline`"),
+        ("[limits]\nspool_mib = 0", "`limits.spool_mib`"),
+        ("[hypervisor]\nuri = \"\"", "`hypervisor.uri`"),
+        ("[capacity]\ncpus = 0", "`capacity.cpus`"),
+    ] {
+        refused(&format!("{GOOD}\n{line}\n"), &[part]);
+    }
+}
+
+#[test]
+fn duplicates_are_refused() {
+    let class = "[[class]]\nname = \"small\"\nimage = \"x\"\n";
+    refused(&format!("{GOOD}{class}"), &["`class.1.name`", "line 12", "another [[class]]"]);
+    let runner = &GOOD[GOOD.find("[[runner]]").unwrap()..];
+    refused(&format!("{GOOD}{runner}"), &["`runner.1.name`", "and `runner.1.token_file`", "line 14"]);
+}
+
+#[test]
+fn all_problems_come_in_one_message() {
+    refused(
+        &GOOD.replace("concurrent = 2", "concurrent = 0").replace("https:", "http:"),
+        &["`concurrent`", "`runner.0.url`"],
+    );
+}
+
+#[test]
+fn ports_that_the_kernel_gives_away_are_warned_about() {
+    let mut config = Config::default();
+    let judge = |config: &Config| {
+        let mut report = Report { origins: &Origins::default(), errors: Vec::new(), warnings: Vec::new() };
+        network(config, "32768\t60999\n", &mut report);
+        report.warnings.len()
+    };
+    assert_eq!(judge(&config), 0);
+    config.network.guest_ports = "30000-33000".parse().unwrap();
+    assert_eq!(judge(&config), 1);
+    config.network.guest_ports = "61000-62000".parse().unwrap();
+    assert_eq!(judge(&config), 0);
+}
+
+#[test]
+fn risky_but_allowed_settings_are_warnings() {
+    let text = GOOD.replace("https:", "http:").replace("[[runner]]", "[[runner]]\nallow_insecure_http = true");
+    let loaded = load(&format!("{text}[hypervisor]\naccel = \"tcg\"\n"), &[]).unwrap();
+    let keys: Vec<_> = loaded.warnings.iter().map(Problem::key).collect();
+    assert_eq!(keys, ["hypervisor.accel", "runner.0.url"]);
+}
+
+#[test]
+fn running_needs_a_runner() {
+    let message = chain(&load("concurrent = 1\n", &[]).unwrap().check_for_running().unwrap_err());
+    assert!(message.contains("no runner is configured") && message.contains("dayfly register"), "{message}");
+}
+
+#[test]
+fn running_needs_files_that_can_be_used_and_only_we_can_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let write = |name: &str, text: &str, mode: u32| {
+        std::fs::write(path(name), text).unwrap();
+        std::fs::set_permissions(path(name), std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let text = GOOD.replace("tokens/ci", "token").replace(
+        "[[runner]]",
+        "[[runner]]\ntls_ca_file = \"ca.pem\"\ntls_cert_file = \"cert.pem\"\ntls_key_file = \"key.pem\"",
+    );
+    let check = || {
+        let loaded = Config::assemble(Some((path("config.toml"), text.clone())), []).unwrap();
+        loaded.check_for_running().map_err(|error| chain(&error))
+    };
+    let message = check().unwrap_err();
+    for name in ["token", "ca.pem", "cert.pem", "key.pem"] {
+        assert!(message.contains(&path(name).display().to_string()), "{name}: {message}");
+    }
+    write("token", "glrt-abcdefghijklmnopqrst\n", 0o644);
+    write("key.pem", "", 0o640);
+    write("ca.pem", "", 0o644);
+    write("cert.pem", "", 0o644);
+    let message = check().unwrap_err();
+    assert!(message.contains("has mode 644") && message.contains("has mode 640"), "{message}");
+    assert!(message.contains(&path("token").display().to_string()) && !message.contains("abcdefgh"), "{message}");
+    write("token", "glrt-abcdefghijklmnopqrst\n", 0o600);
+    write("key.pem", "", 0o400);
+    assert_eq!(check(), Ok(()));
+}
+
+#[test]
+fn every_value_has_an_origin() {
+    let resolved = load(GOOD, &[("DAYFLY_LOG__LEVEL", "debug")]).unwrap().resolved();
+    let get =
+        |key: &str| resolved.iter().find(|(k, ..)| k == key).map(|(_, v, o)| (v.as_str(), o.to_string())).unwrap();
+    assert_eq!(get("log.level"), ("\"debug\"", "environment variable DAYFLY_LOG__LEVEL".into()));
+    assert_eq!(get("concurrent"), ("2", "/etc/dayfly/config.toml, line 2".into()));
+    assert_eq!(get("runner.0.poll_interval").1, "default");
+    assert_eq!(get("capacity.cpus"), ("not set", "default".into()));
+}
