@@ -281,6 +281,8 @@ mod tests {
     #[tokio::test]
     async fn with_room_for_one_the_grants_go_round() {
         let capacity = capacity(1);
+        // All seven stand in the queue before the first grant.
+        let taken = capacity.reserve("before", 1, ONE).await.unwrap();
         let (grants, mut granted) = tokio::sync::mpsc::channel(1);
         let mut runners = tokio::task::JoinSet::new();
         for runner in 0..7_usize {
@@ -295,6 +297,9 @@ mod tests {
                 }
             });
         }
+        tokio::task::yield_now().await;
+        assert_eq!(capacity.lock().queue.len(), 7);
+        drop(taken);
         let mut counts = [0_i32; 7];
         for _ in 0..1000 {
             counts[granted.recv().await.unwrap()] += 1;

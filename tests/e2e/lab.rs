@@ -73,7 +73,10 @@ impl Lab {
         let port = listener.local_addr().unwrap().port();
         let standin = Standin::new(Clock::system(), Rng::system());
         // The guest reaches the host's loopback as 10.0.2.2.
-        standin.configure(|settings| settings.external_url = format!("https://10.0.2.2:{port}"));
+        standin.configure(|settings| {
+            settings.external_url = format!("https://10.0.2.2:{port}");
+            settings.trace_update_interval = Some(Duration::from_secs(1));
+        });
         let project = standin.add_project("group/project");
         standin.edit(|model| model.projects.get_mut(&project).unwrap().repository = Some(repository));
         let runner = standin.add_runner(project);
@@ -98,7 +101,7 @@ impl Lab {
         writeln!(text, "state_directory = \"{dir}/state\"\nruntime_directory = \"{dir}/run\"").unwrap();
         writeln!(text, "image_directory = \"{}\"\nconcurrent = {}", options.image_directory.display(), options.concurrent).unwrap();
         writeln!(text, "[log]\nlevel = \"debug\"\n[hypervisor]\nuri = \"qemu:///session\"\naccel = \"{}\"", accel()).unwrap();
-        writeln!(text, "[network]\nguest_ports = \"{}\"\n[limits]\n{}", guest_ports(), options.limits).unwrap();
+        writeln!(text, "[network]\nguest_ports = \"{}\"\n[limits]\nkeepalive = \"3s\"\n{}", guest_ports(), options.limits).unwrap();
         writeln!(text, "[[class]]\nname = \"small\"\nimage = \"{}\"\ncpus = 1\nmemory_mib = 512\ndisk_gib = 8", options.image).unwrap();
         writeln!(text, "allow_standin_runner = true").unwrap();
         writeln!(text, "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\"").unwrap();
@@ -129,7 +132,12 @@ impl Lab {
 
     /// A job that clones the repository and runs this script.
     pub fn spec(&self, script: &[&str]) -> JobSpec {
-        JobSpec { sha: self.sha.clone(), depth: Some(0), ..JobSpec::script(script.iter().copied()) }
+        JobSpec {
+            sha: self.sha.clone(),
+            depth: Some(0),
+            refspecs: Some(vec!["+refs/heads/main:refs/remotes/origin/main".into()]),
+            ..JobSpec::script(script.iter().copied())
+        }
     }
 
     pub fn job(&self, script: &[&str]) -> JobId {
