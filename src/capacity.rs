@@ -111,7 +111,12 @@ impl Capacity {
     ///
     /// # Cancel safety
     /// Safe: a grant that nobody takes goes back.
-    pub async fn reserve(&self, runner: &str, runner_limit: u32, resources: Resources) -> Result<Reservation, NeverFits> {
+    pub async fn reserve(
+        &self,
+        runner: &str,
+        runner_limit: u32,
+        resources: Resources,
+    ) -> Result<Reservation, NeverFits> {
         let granted = {
             let mut accounts = self.lock();
             let bounds = accounts.bounds;

@@ -179,11 +179,23 @@ impl JobMetrics {
         };
         registry.register("jobs_assigned", "Jobs that GitLab assigned", metrics.assigned.clone());
         registry.register("jobs_lost", "Assigned jobs that could not be written down", metrics.lost.clone());
-        registry.register("jobs_unreadable", "Assigned jobs whose payload could not be read", metrics.unreadable.clone());
+        registry.register(
+            "jobs_unreadable",
+            "Assigned jobs whose payload could not be read",
+            metrics.unreadable.clone(),
+        );
         registry.register("jobs_panicked", "Jobs whose task panicked", metrics.panicked.clone());
-        registry.register("machines_replaced", "Machines replaced before they were ready", metrics.machines_replaced.clone());
+        registry.register(
+            "machines_replaced",
+            "Machines replaced before they were ready",
+            metrics.machines_replaced.clone(),
+        );
         registry.register("jobs_ended", "Jobs by verdict", metrics.verdicts.family.clone());
-        registry.register("boot_seconds", "Seconds from the job's assignment to each boot phase", metrics.phases.clone());
+        registry.register(
+            "boot_seconds",
+            "Seconds from the job's assignment to each boot phase",
+            metrics.phases.clone(),
+        );
         metrics
     }
 

@@ -202,7 +202,9 @@ impl Poller {
         let (path, reserve) = &self.disk;
         match self.parts.files.free_bytes(path).await {
             Ok(free) if free >= *reserve => None,
-            Ok(free) => Some(format!("{} MiB are free at `{}`, {} MiB must be", free >> 20, path.display(), reserve >> 20)),
+            Ok(free) => {
+                Some(format!("{} MiB are free at `{}`, {} MiB must be", free >> 20, path.display(), reserve >> 20))
+            }
             Err(error) => Some(format!("free disk of `{}` is not known: {error}", path.display())),
         }
     }
@@ -243,7 +245,12 @@ impl Poller {
             }
             error => {
                 let pause = error.retry_after().unwrap_or_else(|| backoff.next(&self.parts.rng));
-                tracing::warn!(runner, error = chain(error), pause_s = pause.as_secs_f64(), "GitLab gave no answer to a poll");
+                tracing::warn!(
+                    runner,
+                    error = chain(error),
+                    pause_s = pause.as_secs_f64(),
+                    "GitLab gave no answer to a poll"
+                );
                 self.say(RunnerState::Retrying { error: chain(error), in_s: pause.as_secs() });
                 pause
             }

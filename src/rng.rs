@@ -43,7 +43,10 @@ impl Rng {
                 for chunk in bytes.chunks_mut(32) {
                     let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
                     state.1 += 1;
-                    let block = Sha256::new().chain_update(state.0.to_le_bytes()).chain_update(state.1.to_le_bytes()).finalize();
+                    let block = Sha256::new()
+                        .chain_update(state.0.to_le_bytes())
+                        .chain_update(state.1.to_le_bytes())
+                        .finalize();
                     chunk.copy_from_slice(&block[..chunk.len()]);
                 }
             }
@@ -69,7 +72,8 @@ impl Rng {
     pub fn jitter(&self, duration: Duration, percent: u32) -> Duration {
         let span = duration.mul_f64(f64::from(percent) / 100.0);
         let nanos = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX / 2);
-        (duration - span.min(duration)).saturating_add(Duration::from_nanos(self.below(nanos.saturating_mul(2).saturating_add(1))))
+        (duration - span.min(duration))
+            .saturating_add(Duration::from_nanos(self.below(nanos.saturating_mul(2).saturating_add(1))))
     }
 }
 

@@ -122,7 +122,9 @@ pub enum DaemonError {
     #[error("use the hypervisor (see `dayfly doctor`)")]
     Hypervisor(#[from] VmError),
     /// No acceleration.
-    #[error("use KVM: {0}; set `hypervisor.accel = \"tcg\"` for a trial without hardware virtualisation, which isolates nothing")]
+    #[error(
+        "use KVM: {0}; set `hypervisor.accel = \"tcg\"` for a trial without hardware virtualisation, which isolates nothing"
+    )]
     NoKvm(String),
     /// A runner's token file.
     #[error("set up runner `{runner}`")]
@@ -149,7 +151,11 @@ impl DaemonError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Installation { .. } | Self::Journal(_) | Self::Token { .. } | Self::Endpoint { .. } | Self::NoKvm(_) => 78,
+            Self::Installation { .. }
+            | Self::Journal(_)
+            | Self::Token { .. }
+            | Self::Endpoint { .. }
+            | Self::NoKvm(_) => 78,
             Self::Locked { .. } | Self::Files { .. } | Self::Hypervisor(_) => 1,
         }
     }
@@ -196,7 +202,8 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let installation = Installation::open(&*files, &config.state_directory, &backends.rng).await?;
     let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
     let host = backends.hypervisor.probe().await?;
-    let accel = accel(&config, &backends, Places { disks: &overlay_dir, sockets: &socket_dir }, &installation.id).await?;
+    let accel =
+        accel(&config, &backends, Places { disks: &overlay_dir, sockets: &socket_dir }, &installation.id).await?;
     let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
     let capacity = Capacity::new(Bounds {
         jobs: config.concurrent,
@@ -206,7 +213,11 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
             Some(disk_gib) => disk_gib,
             None => {
                 let free = files.free_bytes(&overlay_dir).await;
-                let free = free.map_err(|source| DaemonError::Files { what: "look for free disk at", path: overlay_dir.clone(), source })?;
+                let free = free.map_err(|source| DaemonError::Files {
+                    what: "look for free disk at",
+                    path: overlay_dir.clone(),
+                    source,
+                })?;
                 (free >> 30).saturating_sub(config.capacity.disk_reserve_gib)
             }
         },
@@ -263,7 +274,19 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         pollers.spawn(poller.run());
     }
     let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts.clock));
-    Ok(Daemon { parts, jobs, joined, runners, capacity, pollers, stop_polling, stop, background: vec![lister, sweeper], shutdown, handler })
+    Ok(Daemon {
+        parts,
+        jobs,
+        joined,
+        runners,
+        capacity,
+        pollers,
+        stop_polling,
+        stop,
+        background: vec![lister, sweeper],
+        shutdown,
+        handler,
+    })
 }
 
 impl Daemon {
@@ -380,7 +403,10 @@ impl Daemon {
         }
         tracing::error!(%key, "the task of a job panicked; the job is failed");
         self.parts.metrics.job().panicked.inc();
-        let (Some(mut record), Some(runner)) = (self.parts.journal.load(&key).await, self.runners.get(&key.runner)) else { return };
+        let (Some(mut record), Some(runner)) = (self.parts.journal.load(&key).await, self.runners.get(&key.runner))
+        else {
+            return;
+        };
         record.state = record.state.after_panic();
         let reservation = self.capacity.adopt(&key.runner, record.resources);
         self.jobs.add(job::adopt(&self.parts, runner.clone(), record, None, reservation));
@@ -395,43 +421,65 @@ fn watch_task(tasks: &mut JoinSet<(job::journal::JobKey, bool)>, key: job::journ
 }
 
 /// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was.
-async fn accel(config: &Config, backends: &Backends, places: Places<'_>, installation: &InstallationId) -> Result<Accel, DaemonError> {
+async fn accel(
+    config: &Config,
+    backends: &Backends,
+    places: Places<'_>,
+    installation: &InstallationId,
+) -> Result<Accel, DaemonError> {
     use crate::vm::libvirt::AccelChoice;
     match config.hypervisor.accel {
         AccelChoice::Kvm => Ok(Accel::Kvm),
         AccelChoice::Tcg => {
-            tracing::warn!("guests run under TCG (`hypervisor.accel = \"tcg\"`): slow, and NO ISOLATION between a job and this host");
+            tracing::warn!(
+                "guests run under TCG (`hypervisor.accel = \"tcg\"`): slow, and NO ISOLATION between a job and this host"
+            );
             Ok(Accel::Tcg)
         }
-        AccelChoice::Auto => match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
-            Ok(proof) => {
-                tracing::info!(took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX), "KVM runs guests here");
-                Ok(Accel::Kvm)
+        AccelChoice::Auto => {
+            match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
+                Ok(proof) => {
+                    tracing::info!(
+                        took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX),
+                        "KVM runs guests here"
+                    );
+                    Ok(Accel::Kvm)
+                }
+                Err(error) => Err(DaemonError::NoKvm(chain(&error))),
             }
-            Err(error) => Err(DaemonError::NoKvm(chain(&error))),
-        },
+        }
     }
 }
 
 /// Reads tokens and certificates, and opens each runner's GitLab.
-async fn runners(config: &Config, backends: &Backends, installation: &Installation) -> Result<BTreeMap<String, Arc<Runner>>, DaemonError> {
+async fn runners(
+    config: &Config,
+    backends: &Backends,
+    installation: &Installation,
+) -> Result<BTreeMap<String, Arc<Runner>>, DaemonError> {
     let mut runners = BTreeMap::new();
     for entry in &config.runner {
         let Some(class) = config.class.iter().find(|class| class.name == entry.class) else { continue };
         let name = || entry.name.clone();
-        let token = RunnerToken::from_file(&entry.token_file).map_err(|source| DaemonError::Token { runner: name(), source })?;
+        let token = RunnerToken::from_file(&entry.token_file)
+            .map_err(|source| DaemonError::Token { runner: name(), source })?;
         let endpoint = endpoint(entry);
-        let transport = backends.transport.open(&endpoint).map_err(|source| DaemonError::Endpoint { runner: name(), source })?;
+        let transport =
+            backends.transport.open(&endpoint).map_err(|source| DaemonError::Endpoint { runner: name(), source })?;
         let ca_pem = match &entry.tls_ca_file {
             None => None,
             Some(path) => {
                 let bytes = backends.files.read(path, dayfly_guest_config::CONFIG_BYTES_MAX as u64 / 2).await;
-                let bytes = bytes.map_err(|source| DaemonError::Files { what: "read CA file", path: path.clone(), source })?;
+                let bytes =
+                    bytes.map_err(|source| DaemonError::Files { what: "read CA file", path: path.clone(), source })?;
                 Some(String::from_utf8_lossy(&bytes).into_owned())
             }
         };
         let api = RunnerApi::new(transport.clone(), token, installation.system_id(), backends.rng.clone());
-        runners.insert(entry.name.clone(), Arc::new(Runner { config: entry.clone(), class: class.clone(), transport, api, ca_pem }));
+        runners.insert(
+            entry.name.clone(),
+            Arc::new(Runner { config: entry.clone(), class: class.clone(), transport, api, ca_pem }),
+        );
     }
     Ok(runners)
 }

@@ -34,7 +34,8 @@ pub fn lock(state_directory: &Path) -> Result<Lock, DaemonError> {
         move |source| DaemonError::Files { what, path, source }
     };
     std::fs::create_dir_all(state_directory).map_err(failed("make the directory of"))?;
-    let mut file = File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed("open"))?;
+    let mut file =
+        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed("open"))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {

@@ -74,7 +74,12 @@ impl MemoryFiles {
         self.memory().history.clone()
     }
 
-    fn call<T>(&self, what: &str, path: &Path, work: impl FnOnce(&mut Memory) -> io::Result<T>) -> BoxFuture<'static, io::Result<T>>
+    fn call<T>(
+        &self,
+        what: &str,
+        path: &Path,
+        work: impl FnOnce(&mut Memory) -> io::Result<T>,
+    ) -> BoxFuture<'static, io::Result<T>>
     where
         T: Send + 'static,
     {

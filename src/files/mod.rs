@@ -105,10 +105,14 @@ impl Files for RealFiles {
         let path = path.to_owned();
         Box::pin(blocking(move || {
             use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-            let file = std::fs::OpenOptions::new().write(true).create(offset == 0).truncate(false).mode(0o600).open(&path)?;
+            let file =
+                std::fs::OpenOptions::new().write(true).create(offset == 0).truncate(false).mode(0o600).open(&path)?;
             let length = file.metadata()?.len();
             if length < offset {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, format!("file ends at {length}, before {offset}")));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("file ends at {length}, before {offset}"),
+                ));
             }
             if length > offset {
                 file.set_len(offset)?;

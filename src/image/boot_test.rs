@@ -96,9 +96,17 @@ impl BootTest<'_> {
         let rng = Rng::system();
         let installation = VmId::random(&rng);
         let overlay_dir = self.work_dir.join(format!("boot-test-{installation}"));
-        self.hypervisor.prepare(&overlay_dir, self.socket_dir).await.map_err(|e| BootTestError::Set("make the work directory", e))?;
+        self.hypervisor
+            .prepare(&overlay_dir, self.socket_dir)
+            .await
+            .map_err(|e| BootTestError::Set("make the work directory", e))?;
         let stop = CancellationToken::new();
-        let place = Place { installation, accel: self.accel, overlay_dir: overlay_dir.clone(), socket_dir: self.socket_dir.to_owned() };
+        let place = Place {
+            installation,
+            accel: self.accel,
+            overlay_dir: overlay_dir.clone(),
+            socket_dir: self.socket_dir.to_owned(),
+        };
         let network = Network::new(&self.network);
         let (supply, lister) = Supply::new(self.hypervisor.clone(), rng.clone(), network, place, stop.clone());
         let booted = self.boot(&supply, image, &overlay_dir, &rng, progress).await;

@@ -150,7 +150,11 @@ impl ImageStore {
     pub async fn load(&self, name: &str) -> Result<Image, ImageError> {
         #[cfg(any(test, feature = "test-util"))]
         if let Some(image) = &self.fixed {
-            return if image.name == name { Ok(image.clone()) } else { Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() }) };
+            return if image.name == name {
+                Ok(image.clone())
+            } else {
+                Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() })
+            };
         }
         let (store, name) = (self.clone(), name.to_owned());
         match tokio::task::spawn_blocking(move || store.get(&name)).await {

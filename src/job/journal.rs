@@ -176,7 +176,11 @@ impl Journal {
     ///
     /// # Errors
     /// If they cannot be made.
-    pub async fn open(files: Arc<dyn Files>, state_directory: &Path, runtime_directory: &Path) -> Result<Self, JournalError> {
+    pub async fn open(
+        files: Arc<dyn Files>,
+        state_directory: &Path,
+        runtime_directory: &Path,
+    ) -> Result<Self, JournalError> {
         let journal = Self { files, state: state_directory.join("jobs"), runtime: runtime_directory.join("jobs") };
         for path in [&journal.state, &journal.runtime] {
             let made = journal.files.create_dir(path).await;

@@ -71,7 +71,12 @@ pub(super) struct Machinery {
 
 impl Machinery {
     /// Opens the spool and starts the uploader.
-    pub(super) async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>) -> io::Result<Self> {
+    pub(super) async fn open(
+        parts: Parts,
+        runner: Arc<Runner>,
+        record: Record,
+        payload: Option<JobPayload>,
+    ) -> io::Result<Self> {
         let path = parts.journal.spool_path(&record.key);
         let bytes_max = parts.limits.spool_mib.saturating_mul(1024 * 1024);
         let spool = Spool::open(parts.files.clone(), &path, bytes_max, record.guest_base).await?;
@@ -80,7 +85,12 @@ impl Machinery {
         let (events, uploads) = mpsc::channel(EVENTS_MAX);
         let mut tasks = JoinSet::new();
         let upload_parts = Upload {
-            client: JobClient::new(runner.transport.clone(), record.key.id, record.job_token.clone(), parts.rng.clone()),
+            client: JobClient::new(
+                runner.transport.clone(),
+                record.key.id,
+                record.job_token.clone(),
+                parts.rng.clone(),
+            ),
             spool: spool.reader(),
             outbox: outbox_in,
             events,
@@ -174,7 +184,8 @@ impl Machinery {
     /// When the job's VM is destroyed at the latest, after GitLab's 201. A job without a timeout
     /// has nobody else to end it, so its default counts to the second.
     pub(super) fn cap(&self) -> Duration {
-        let grace = if self.record.timeout_s.is_some() { self.parts.limits.timeout_grace.get() } else { Duration::ZERO };
+        let grace =
+            if self.record.timeout_s.is_some() { self.parts.limits.timeout_grace.get() } else { Duration::ZERO };
         self.timeout().saturating_add(grace)
     }
 
@@ -203,7 +214,10 @@ impl Machinery {
         self.own_line(|now| lines::boot_section_start(now, sections)).await;
         self.section_open = true;
         let class = &self.runner.class;
-        let text = format!("  image {}, {} CPUs, {} MiB memory, {} GiB disk", class.image, class.cpus, class.memory_mib, class.disk_gib);
+        let text = format!(
+            "  image {}, {} CPUs, {} MiB memory, {} GiB disk",
+            class.image, class.cpus, class.memory_mib, class.disk_gib
+        );
         self.own_line(|now| lines::note(now, &text)).await;
     }
 
@@ -294,7 +308,10 @@ impl Machinery {
             self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
             self.end_boot_section().await;
             self.parts.metrics.job().phase("hand-out", elapsed);
-            tracing::info!(elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX), "job handed to its guest");
+            tracing::info!(
+                elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+                "job handed to its guest"
+            );
             self.record.guest_base = Some(self.spool.begin_guest().await);
         }
         Some(HandOut { payload: raw, request_id: payload.request_id })
@@ -364,7 +381,11 @@ impl Machinery {
     }
 
     /// A machine of the record, after a restart: its pass is in the runtime directory.
-    async fn known_machine(&mut self, machine: MachineRecord, executor: &str) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+    async fn known_machine(
+        &mut self,
+        machine: MachineRecord,
+        executor: &str,
+    ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         let config = match self.parts.journal.guest(&self.record.key).await {
             Ok(line) => GuestConfig::from_line(&line).map_err(|error| {
                 tracing::error!(error = chain(&error), "read the kept guest config");
@@ -385,7 +406,10 @@ impl Machinery {
     }
 
     /// A new machine: names, record, guest config, door, in this order.
-    async fn new_machine(&mut self, executor: &str) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+    async fn new_machine(
+        &mut self,
+        executor: &str,
+    ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         for _ in 0..PORT_TRIES {
             let machine = self.parts.supply.plan().map_err(|error| {
                 tracing::error!(error = chain(&error), "choose a door for the guest");
@@ -398,11 +422,16 @@ impl Machinery {
             }
             match self.listen(&machine).await {
                 Ok(listener) => {
-                    let config = self.write_config(&machine, executor).await.inspect_err(|_| self.forget_machine(false))?;
+                    let config =
+                        self.write_config(&machine, executor).await.inspect_err(|_| self.forget_machine(false))?;
                     return Ok((machine, config, listener));
                 }
                 Err(error) => {
-                    tracing::warn!(error = chain(&error), port = machine.lease.port, "bind a door; trying another port");
+                    tracing::warn!(
+                        error = chain(&error),
+                        port = machine.lease.port,
+                        "bind a door; trying another port"
+                    );
                     self.forget_machine(true);
                 }
             }

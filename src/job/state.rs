@@ -168,12 +168,17 @@ impl State {
             Self::Accepted => Self::accepted(event),
             Self::Booting { replaced } => Self::booting(replaced, event),
             Self::Running { canceling } => Self::running(canceling, event),
-            Self::Releasing { verdict, machine_gone, delivered } => Self::releasing(verdict, machine_gone, delivered, event),
-            Self::Ended => (Self::Ended, match event {
-                Event::GuestAsked => vec![Command::HandNothing],
-                Event::Started => vec![Command::Finish],
-                _ => vec![],
-            }),
+            Self::Releasing { verdict, machine_gone, delivered } => {
+                Self::releasing(verdict, machine_gone, delivered, event)
+            }
+            Self::Ended => (
+                Self::Ended,
+                match event {
+                    Event::GuestAsked => vec![Command::HandNothing],
+                    Event::Started => vec![Command::Finish],
+                    _ => vec![],
+                },
+            ),
         }
     }
 
@@ -294,7 +299,9 @@ impl State {
         let (mut machine_gone, mut delivered) = (machine_gone, delivered);
         match event {
             Event::GuestAsked => commands.push(Command::HandNothing),
-            Event::MachineStopped | Event::MachineFailed | Event::MachinePaused | Event::GraceOver | Event::Killed if !machine_gone => {
+            Event::MachineStopped | Event::MachineFailed | Event::MachinePaused | Event::GraceOver | Event::Killed
+                if !machine_gone =>
+            {
                 commands.push(Command::ReleaseMachine);
             }
             Event::MachineReleased => machine_gone = true,
@@ -327,7 +334,10 @@ impl State {
     }
 
     fn over() -> (Self, Vec<Command>) {
-        (Self::Releasing { verdict: None, machine_gone: false, delivered: false }, vec![Command::CloseGuest, Command::Abandon])
+        (
+            Self::Releasing { verdict: None, machine_gone: false, delivered: false },
+            vec![Command::CloseGuest, Command::Abandon],
+        )
     }
 }
 
@@ -350,7 +360,11 @@ mod tests {
     fn a_job_that_goes_well_takes_five_steps() {
         let state = check(State::Accepted, Event::Started, &[Command::TakeMachine]);
         let state = check(state, Event::GuestAsked, &[Command::HandOut]);
-        let state = check(state, Event::GuestVerdict(success()), &[Command::CloseGuest, Command::Deliver(success()), Command::Arm(Grace::PowerOff)]);
+        let state = check(
+            state,
+            Event::GuestVerdict(success()),
+            &[Command::CloseGuest, Command::Deliver(success()), Command::Arm(Grace::PowerOff)],
+        );
         let state = check(state, Event::MachineStopped, &[Command::ReleaseMachine]);
         let state = check(state, Event::MachineReleased, &[]);
         assert_eq!(check(state, Event::Delivered, &[Command::Finish]), State::Ended);
@@ -359,12 +373,20 @@ mod tests {
     #[test]
     fn a_machine_that_dies_booting_is_replaced_once() {
         let state = check(State::Booting { replaced: false }, Event::MachineStopped, &[Command::ReplaceMachine]);
-        check(state, Event::MachineStopped, &[Command::CloseGuest, Command::Fail(Failure::DiedBooting), Command::ReleaseMachine]);
+        check(
+            state,
+            Event::MachineStopped,
+            &[Command::CloseGuest, Command::Fail(Failure::DiedBooting), Command::ReleaseMachine],
+        );
     }
 
     #[test]
     fn a_boot_that_times_out_is_not_repeated() {
-        check(State::Booting { replaced: false }, Event::BootDeadline, &[Command::CloseGuest, Command::Fail(Failure::BootDeadline), Command::ReleaseMachine]);
+        check(
+            State::Booting { replaced: false },
+            Event::BootDeadline,
+            &[Command::CloseGuest, Command::Fail(Failure::BootDeadline), Command::ReleaseMachine],
+        );
     }
 
     #[test]
@@ -384,7 +406,11 @@ mod tests {
             Just(Event::Started),
             Just(Event::GuestAsked),
             Just(Event::GuestVerdict(success())),
-            Just(Event::GuestVerdict(Verdict { success: false, failure_reason: Some("script_failure".into()), exit_code: Some(3) })),
+            Just(Event::GuestVerdict(Verdict {
+                success: false,
+                failure_reason: Some("script_failure".into()),
+                exit_code: Some(3)
+            })),
             Just(Event::MachineFailed),
             Just(Event::MachineStopped),
             Just(Event::MachinePaused),

@@ -61,11 +61,23 @@ pub async fn accept(
 
 /// Goes on with a job of a former daemon. `payload` is `None` if it did not survive.
 #[must_use]
-pub fn adopt(parts: &Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>, reservation: Reservation) -> JobHandle {
+pub fn adopt(
+    parts: &Parts,
+    runner: Arc<Runner>,
+    record: Record,
+    payload: Option<JobPayload>,
+    reservation: Reservation,
+) -> JobHandle {
     start(parts.clone(), runner, record, payload, reservation)
 }
 
-fn start(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>, reservation: Reservation) -> JobHandle {
+fn start(
+    parts: Parts,
+    runner: Arc<Runner>,
+    record: Record,
+    payload: Option<JobPayload>,
+    reservation: Reservation,
+) -> JobHandle {
     let key = record.key.clone();
     let (inbox, inbox_in) = mpsc::channel(INBOX_MAX);
     let (view_out, view) = watch::channel(JobView {
@@ -98,7 +110,10 @@ async fn run(
         Ok(machinery) => machinery,
         Err(error) => {
             // Without a spool there is no trace and no verdict; the record waits for a better day.
-            tracing::error!(error = chain(&error), "open the job's spool; the job waits for the next start of the daemon");
+            tracing::error!(
+                error = chain(&error),
+                "open the job's spool; the job waits for the next start of the daemon"
+            );
             return;
         }
     };
@@ -215,7 +230,11 @@ impl Job {
             Command::TakeMachine => self.m.take_machine(false).await.err(),
             Command::ResumeMachine => self.m.take_machine(true).await.err(),
             Command::ReplaceMachine => {
-                self.m.own_line(|now| lines::note(now, "dayfly: the machine was lost before it was ready; taking another.")).await;
+                self.m
+                    .own_line(|now| {
+                        lines::note(now, "dayfly: the machine was lost before it was ready; taking another.")
+                    })
+                    .await;
                 self.m.metrics().job().machines_replaced.inc();
                 if self.m.release_for_another() { None } else { self.m.take_machine(false).await.err() }
             }
@@ -273,7 +292,8 @@ impl Job {
             self.m.end_boot_section().await;
         }
         self.m.own_line(|now| lines::failure(now, failure, job, limit)).await;
-        if booting && matches!(failure, Failure::BootDeadline | Failure::DiedBooting)
+        if booting
+            && matches!(failure, Failure::BootDeadline | Failure::DiedBooting)
             && let Some(tail) = self.m.console_tail()
         {
             tracing::warn!(console = tail, "the console of the machine that never asked for its job");
@@ -397,7 +417,11 @@ impl Job {
         if self.m.record.guest_base.is_none() && matches!(self.m.record.state, State::Booting { .. }) {
             let since = self.m.elapsed();
             self.m.metrics().job().phase(what, since);
-            tracing::info!(phase = what, elapsed_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX), "boot goes on");
+            tracing::info!(
+                phase = what,
+                elapsed_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+                "boot goes on"
+            );
             self.m.own_line(|now| lines::phase(now, what, since)).await;
         }
     }

@@ -88,7 +88,13 @@ pub struct Order {
 impl Supply {
     /// A supply, and the task that asks for the list; it ends with `stop`.
     #[must_use]
-    pub fn new(hypervisor: Arc<dyn Hypervisor>, rng: Rng, network: Network, place: Place, stop: CancellationToken) -> (Self, JoinHandle<()>) {
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        rng: Rng,
+        network: Network,
+        place: Place,
+        stop: CancellationToken,
+    ) -> (Self, JoinHandle<()>) {
         let (sender, listing) = watch::channel(Listing::default());
         let shared = Arc::new(Shared { hypervisor, rng, network, place, listing, driven: Mutex::default() });
         let supply = Self(shared);

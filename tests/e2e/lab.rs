@@ -42,7 +42,8 @@ impl Default for Options {
 }
 
 fn required(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `scripts/test e2e`, which prepares what these tests need"))
+    std::env::var(name)
+        .unwrap_or_else(|_| panic!("{name} is not set: run `scripts/test e2e`, which prepares what these tests need"))
 }
 
 pub fn image_directory() -> PathBuf {
@@ -99,13 +100,36 @@ impl Lab {
         let dir = self.dir.path().display();
         let mut text = String::new();
         writeln!(text, "state_directory = \"{dir}/state\"\nruntime_directory = \"{dir}/run\"").unwrap();
-        writeln!(text, "image_directory = \"{}\"\nconcurrent = {}", options.image_directory.display(), options.concurrent).unwrap();
-        writeln!(text, "[log]\nlevel = \"debug\"\n[hypervisor]\nuri = \"qemu:///session\"\naccel = \"{}\"", accel()).unwrap();
-        writeln!(text, "[network]\nguest_ports = \"{}\"\n[limits]\nkeepalive = \"3s\"\n{}", guest_ports(), options.limits).unwrap();
-        writeln!(text, "[[class]]\nname = \"small\"\nimage = \"{}\"\ncpus = 1\nmemory_mib = 512\ndisk_gib = 8", options.image).unwrap();
+        writeln!(
+            text,
+            "image_directory = \"{}\"\nconcurrent = {}",
+            options.image_directory.display(),
+            options.concurrent
+        )
+        .unwrap();
+        writeln!(text, "[log]\nlevel = \"debug\"\n[hypervisor]\nuri = \"qemu:///session\"\naccel = \"{}\"", accel())
+            .unwrap();
+        writeln!(
+            text,
+            "[network]\nguest_ports = \"{}\"\n[limits]\nkeepalive = \"3s\"\n{}",
+            guest_ports(),
+            options.limits
+        )
+        .unwrap();
+        writeln!(
+            text,
+            "[[class]]\nname = \"small\"\nimage = \"{}\"\ncpus = 1\nmemory_mib = 512\ndisk_gib = 8",
+            options.image
+        )
+        .unwrap();
         writeln!(text, "allow_standin_runner = true").unwrap();
-        writeln!(text, "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\"").unwrap();
-        writeln!(text, "class = \"small\"\ntls_ca_file = \"{dir}/ca.pem\"\nclone_url = \"https://10.0.2.2:{port}\"").unwrap();
+        writeln!(
+            text,
+            "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\""
+        )
+        .unwrap();
+        writeln!(text, "class = \"small\"\ntls_ca_file = \"{dir}/ca.pem\"\nclone_url = \"https://10.0.2.2:{port}\"")
+            .unwrap();
         writeln!(text, "poll_interval = \"1s\"").unwrap();
         fs::write(self.dir.path().join("config.toml"), text).unwrap();
     }
@@ -181,7 +205,12 @@ impl Lab {
             }
         };
         let in_time = tokio::time::timeout(Duration::from_secs(30), clean).await;
-        assert!(in_time.is_ok(), "left behind: {:?}\n{}", self.leftovers(), fs::read_to_string(self.log_path()).unwrap());
+        assert!(
+            in_time.is_ok(),
+            "left behind: {:?}\n{}",
+            self.leftovers(),
+            fs::read_to_string(self.log_path()).unwrap()
+        );
         assert_eq!(self.stop_daemon("TERM").await, Some(0));
         let log = fs::read_to_string(self.log_path()).unwrap();
         let errors: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ") || l.contains("panicked")).collect();
@@ -260,7 +289,10 @@ fn tls(dir: &Path) -> Arc<rustls::ServerConfig> {
     fs::write(dir.join("ca.pem"), ca.pem()).unwrap();
     let issuer = rcgen::Issuer::from_params(&params, &ca_key);
     let key = rcgen::KeyPair::generate().unwrap();
-    let server = rcgen::CertificateParams::new(vec!["127.0.0.1".into(), "10.0.2.2".into()]).unwrap().signed_by(&key, &issuer).unwrap();
+    let server = rcgen::CertificateParams::new(vec!["127.0.0.1".into(), "10.0.2.2".into()])
+        .unwrap()
+        .signed_by(&key, &issuer)
+        .unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
     let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();

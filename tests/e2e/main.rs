@@ -19,7 +19,9 @@ async fn a_job_clones_uploads_an_artifact_and_succeeds() {
     let trace = lab.trace(job);
     let first = trace.lines().next().unwrap();
     assert!(first.contains(" 00O section_start:") && first.contains(":dayfly_boot[collapsed=true]"), "{trace}");
-    for text in ["disk ready", "machine started", "gitlab-runner asks for the job", "content", "gitlab-runner", "Job succeeded"] {
+    for text in
+        ["disk ready", "machine started", "gitlab-runner asks for the job", "content", "gitlab-runner", "Job succeeded"]
+    {
         assert!(trace.contains(text), "no {text:?}\n{trace}");
     }
     assert_eq!(found.artifacts.len(), 1, "{trace}");
@@ -31,7 +33,12 @@ async fn a_failing_script_reports_its_exit_code() {
     let mut lab = Lab::start(Options::default()).await;
     let job = lab.job(&["exit 42"]);
     let found = lab.until(job, JobState::Failed).await;
-    assert_eq!((found.failure_reason.as_deref(), found.exit_code), (Some("script_failure"), Some(42)), "{}", lab.story(job));
+    assert_eq!(
+        (found.failure_reason.as_deref(), found.exit_code),
+        (Some("script_failure"), Some(42)),
+        "{}",
+        lab.story(job)
+    );
     lab.assert_clean().await;
 }
 
@@ -87,16 +94,27 @@ async fn an_image_that_never_asks_fails_the_job_with_our_fault() {
     let copied = run("cp", &["-rL", "--reflink=auto", &from.display().to_string(), &to.display().to_string()]);
     assert!(copied.status.success());
     let manifest = fs::read_to_string(to.join("image.toml")).unwrap();
-    let mute = manifest.replace("name = \"debian-12-shell\"", "name = \"mute\"").replace("init=/usr/lib/systemd/systemd", "init=/bin/cat").replace(" quiet", "");
+    let mute = manifest
+        .replace("name = \"debian-12-shell\"", "name = \"mute\"")
+        .replace("init=/usr/lib/systemd/systemd", "init=/bin/cat")
+        .replace(" quiet", "");
     assert_ne!(mute, manifest);
     fs::write(to.join("image.toml"), mute).unwrap();
-    let options = Options { image: "mute".into(), image_directory: images.path().to_owned(), limits: "boot_deadline = \"30s\"", ..Options::default() };
+    let options = Options {
+        image: "mute".into(),
+        image_directory: images.path().to_owned(),
+        limits: "boot_deadline = \"30s\"",
+        ..Options::default()
+    };
     let mut lab = Lab::start(options).await;
     let job = lab.job(&["echo never"]);
     let found = lab.until(job, JobState::Failed).await;
     assert_eq!(found.failure_reason.as_deref(), Some("runner_system_failure"));
     let trace = lab.trace(job);
-    assert!(trace.contains("the virtual machine was not ready within 30 s. Your job is not the cause; please retry."), "{trace}");
+    assert!(
+        trace.contains("the virtual machine was not ready within 30 s. Your job is not the cause; please retry."),
+        "{trace}"
+    );
     assert!(trace.contains("the last lines of the machine's console:") && trace.contains("  | ["), "{trace}");
     lab.assert_clean().await;
 }
@@ -111,7 +129,14 @@ async fn two_jobs_run_at_once_each_in_its_own_machine() {
     assert_eq!(lab.vms(), 2, "both run at once");
     lab.until(a, JobState::Success).await;
     lab.until(b, JobState::Success).await;
-    let ids = |trace: String| trace.lines().filter_map(|l| l.get(32..)).filter(|l| l.len() >= 32 && l.chars().all(|c| c.is_ascii_hexdigit() || c == '-')).map(str::to_owned).collect::<Vec<_>>();
+    let ids = |trace: String| {
+        trace
+            .lines()
+            .filter_map(|l| l.get(32..))
+            .filter(|l| l.len() >= 32 && l.chars().all(|c| c.is_ascii_hexdigit() || c == '-'))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
     let (a, b) = (ids(lab.trace(a)), ids(lab.trace(b)));
     assert!(a.len() >= 2 && b.len() >= 2 && a.iter().all(|id| !b.contains(id)), "{a:?} {b:?}");
     lab.assert_clean().await;

@@ -106,7 +106,10 @@ impl Guest {
     /// One request on a connection of its own. `None`: no answer came.
     pub async fn call(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Answer> {
         let mut stream = self.connect().await?;
-        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {}\r\nConnection: close\r\n", body.len());
+        let mut head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {}\r\nConnection: close\r\n",
+            body.len()
+        );
         for (name, value) in headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
@@ -138,7 +141,8 @@ impl Guest {
 
     /// Asks until there is a job, as `run-single` does.
     pub async fn ask(&self) -> Option<Value> {
-        let info: Value = json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
+        let info: Value =
+            json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
         let body = json!({"info": info, "token": self.token, "system_id": "s_0123456789ab"}).to_string();
         let deadline = Instant::now() + Duration::from_secs(self.config.runner.wait_timeout_s);
         while Instant::now() < deadline {
@@ -316,7 +320,8 @@ impl JobRun {
         }
         let range = format!("{}-{}", self.sent, end - 1);
         let path = format!("/api/v4/jobs/{}/trace?debug_trace=false", self.id);
-        let headers = [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", self.token.as_str())];
+        let headers =
+            [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", self.token.as_str())];
         let Some(answer) = guest.call("PATCH", &path, &headers, &self.trace[self.sent..end]).await else { return };
         self.heard(&answer);
         match answer.status {

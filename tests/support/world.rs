@@ -71,7 +71,15 @@ impl World {
         config.hypervisor.accel = dayfly::vm::libvirt::AccelChoice::Tcg;
         config.capacity.memory_mib = Some(100_000);
         let mut world = Self {
-            standin, hypervisor, files: MemoryFiles::default(), rng, clock, config, project, _tokens: tokens, daemon: None,
+            standin,
+            hypervisor,
+            files: MemoryFiles::default(),
+            rng,
+            clock,
+            config,
+            project,
+            _tokens: tokens,
+            daemon: None,
         };
         world.add_runner("runner");
         world
@@ -141,7 +149,8 @@ impl World {
 
     /// Waits until the job's trace at GitLab holds this text.
     pub async fn until_trace(&self, job: JobId, text: &str) {
-        let reached = self.standin.wait_for(|m| m.jobs.get(&job).is_some_and(|j| contains(&j.trace.bytes, text)), LONG).await;
+        let reached =
+            self.standin.wait_for(|m| m.jobs.get(&job).is_some_and(|j| contains(&j.trace.bytes, text)), LONG).await;
         assert!(reached.is_ok(), "no {text:?} in the trace:\n{}\n{}", self.trace(job), self.histories());
     }
 
@@ -192,7 +201,8 @@ impl World {
         self.until_idle().await;
         let counts = self.hypervisor.counts();
         assert!(counts.is_clean(), "left behind: {counts:?}\n{}", self.histories());
-        let left: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|p| !p.ends_with("installation.json")).collect();
+        let left: Vec<_> =
+            self.files.paths_below(Path::new("/")).into_iter().filter(|p| !p.ends_with("installation.json")).collect();
         assert!(left.is_empty(), "files are left: {left:?}");
         let running = self.daemon.as_ref().expect("a daemon runs");
         assert!(running.jobs.views().is_empty());
@@ -235,7 +245,12 @@ fn image() -> Image {
             cmdline: None,
             executor: "shell".into(),
             info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
-            runner: ImageRunner { version: "19.3.0".into(), revision: None, origin: RunnerOrigin::Path, sha256: String::new() },
+            runner: ImageRunner {
+                version: "19.3.0".into(),
+                revision: None,
+                origin: RunnerOrigin::Path,
+                sha256: String::new(),
+            },
             disk: file("disk.qcow2"),
             kernel: None,
             initrd: None,

@@ -136,7 +136,11 @@ impl Greeting {
     }
 
     fn check(&self, role: &str, proof: &str) -> Result<(), GreetingError> {
-        if bool::from(self.proof(role).as_bytes().ct_eq(proof.as_bytes())) { Ok(()) } else { Err(GreetingError::WrongProof) }
+        if bool::from(self.proof(role).as_bytes().ct_eq(proof.as_bytes())) {
+            Ok(())
+        } else {
+            Err(GreetingError::WrongProof)
+        }
     }
 }
 
@@ -191,7 +195,14 @@ mod tests {
 
     #[test]
     fn malformed_openings_are_refused() {
-        for line in ["", "DAYFLY 1", "DAYFLY 2 00000000000000000000000000000000", "DAYFLY 1 0", "DAYFLY 1 0000000000000000000000000000000G", "DAYFLY 1 +0000000000000000000000000000000"] {
+        for line in [
+            "",
+            "DAYFLY 1",
+            "DAYFLY 2 00000000000000000000000000000000",
+            "DAYFLY 1 0",
+            "DAYFLY 1 0000000000000000000000000000000G",
+            "DAYFLY 1 +0000000000000000000000000000000",
+        ] {
             assert_eq!(Greeting::door(&pass(1), [2; 16], line).unwrap_err(), GreetingError::Malformed, "{line}");
         }
     }
