@@ -134,31 +134,26 @@ impl Machinery {
 
     /// What happens next to the job. Cancel safe.
     pub(super) async fn next(&mut self) -> Next {
-        loop {
-            let machine = async {
-                match &mut self.machine {
-                    Some(machine) => machine.event().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                biased;
-                // All are receivers, so cancel safe. GitLab's word first: it outranks the guest's.
-                Some(event) = self.uploads.recv() => match event {
-                    UploaderEvent::Status(status) => return Next::Gitlab(status),
-                    UploaderEvent::Done => return Next::Delivered,
-                },
-                Some(event) = self.guest_in.recv() => return Next::Guest(event),
-                event = machine => match event {
-                    Some(event) => return Next::Machine(event),
-                    None => {
-                        // Its task died; recovery's sweep and a later release find what is left.
-                        tracing::error!("the task of the job's machine ended early");
-                        self.machine = None;
-                        return Next::Machine(MachineEvent::Stopped);
-                    }
-                },
+        let machine = async {
+            match &mut self.machine {
+                Some(machine) => machine.event().await,
+                None => std::future::pending().await,
             }
+        };
+        tokio::select! {
+            biased;
+            // All are receivers, so cancel safe. GitLab's word first: it outranks the guest's.
+            Some(event) = self.uploads.recv() => match event {
+                UploaderEvent::Status(status) => Next::Gitlab(status),
+                UploaderEvent::Done => Next::Delivered,
+            },
+            Some(event) = self.guest_in.recv() => Next::Guest(event),
+            event = machine => Next::Machine(event.unwrap_or_else(|| {
+                // Its task died; recovery's sweep and a later release find what is left.
+                tracing::error!("the task of the job's machine ended early");
+                self.machine = None;
+                MachineEvent::Stopped
+            })),
         }
     }
 

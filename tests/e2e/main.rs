@@ -1,7 +1,11 @@
 //! The e2e ring: real libvirt, QEMU and image, the real binary, GitLab's stand-in over TLS.
 //!
 //! One run per behaviour, for each boots a VM. `scripts/test e2e` prepares the image and the user.
-#![expect(clippy::disallowed_methods, reason = "this harness starts the daemon as a process and waits for it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a harness: it starts the daemon as a process and waits for it"
+)]
 
 mod lab;
 

@@ -1,4 +1,9 @@
 //! The lifecycle ring: the whole daemon, one thread, paused time, no sockets.
+#![allow(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "tests: a panic is a failed one, and its tasks end with its runtime"
+)]
 
 #[path = "../support/mod.rs"]
 #[allow(
