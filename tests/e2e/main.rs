@@ -161,3 +161,18 @@ async fn a_restart_of_the_daemon_costs_no_job() {
     assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
     lab.assert_clean().await;
 }
+
+/// E4: killed without a word in the middle of a job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_outright_costs_no_job() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.job(&["echo before", "sleep 20", "echo after"]);
+    lab.until_trace(job, "before").await;
+    assert_eq!(lab.stop_daemon("KILL").await, None);
+    assert_eq!(lab.vms(), 1, "the VM lives on");
+    lab.start_daemon().await;
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
+    lab.assert_clean().await;
+}
