@@ -10,12 +10,15 @@
 //! | `crash`, `off`, `pause` | the VM dies, powers off without a verdict, is paused by its host |
 //! | `hang` | says nothing more, for ever |
 //! | `upload BYTES` | uploads an artifact of this size |
+//! | `deaf` | neither timeout nor cancel ends this script |
 
 use dayfly::vm::Stream;
 use dayfly::vm::fake::GuestMachine;
 use dayfly_guest_config::{Greeting, GuestConfig, Pass, Report};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::time::{Instant, sleep, timeout};
@@ -42,10 +45,39 @@ impl Answer {
     }
 }
 
+/// What guests know of their jobs, by job token: the truth that GitLab's copy is held to.
+#[derive(Clone, Debug, Default)]
+pub struct Memory(Arc<Mutex<BTreeMap<String, Told>>>);
+
+/// One job as its guest knows it.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// How many guests were given it.
+    pub runs: u32,
+    /// All that it printed.
+    pub printed: Vec<u8>,
+    /// How much of that the door has taken.
+    pub taken: usize,
+    /// The verdict that the door has taken: its state.
+    pub verdict: Option<String>,
+}
+
+impl Memory {
+    fn note(&self, token: &str, change: impl FnOnce(&mut Told)) {
+        change(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(token.to_owned()).or_default());
+    }
+
+    /// What is known of the job with this token.
+    pub fn of(&self, token: &str) -> Told {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(token).cloned().unwrap_or_default()
+    }
+}
+
 /// A guest that has its config.
 pub struct Guest {
     pub machine: GuestMachine,
     pub config: GuestConfig,
+    pub memory: Memory,
     token: String,
 }
 
@@ -68,7 +100,7 @@ impl Guest {
         report(&mut machine, &Report::RunnerStarted).await;
         let toml: toml_edit::DocumentMut = config.runner.config_toml.parse().ok()?;
         let token = toml["runners"][0]["token"].as_str()?.to_owned();
-        Some(Self { machine, config, token })
+        Some(Self { machine, config, memory: Memory::default(), token })
     }
 
     /// A connection to the door after the greeting. A door that refuses is waited for, as the relay does.
@@ -158,12 +190,24 @@ impl Guest {
     }
 
     /// Runs one job as the official runner would, then powers off.
-    pub async fn run(machine: GuestMachine) {
+    pub async fn run(machine: GuestMachine, memory: Memory) {
         let Some(mut guest) = Self::boot(machine).await else { return };
+        guest.memory = memory;
         if let Some(payload) = guest.ask().await {
-            let mut job = JobRun::new(&payload);
-            job.run(&mut guest, &payload).await;
+            guest.work(&payload).await;
         }
+        guest.power_off().await;
+    }
+
+    /// Runs the job that it was given.
+    pub async fn work(&mut self, payload: &Value) {
+        let mut job = JobRun::new(payload, self.memory.clone());
+        job.run(self, payload).await;
+    }
+
+    /// Ends, as the guest program does when its runner has ended.
+    pub async fn power_off(self) {
+        let mut guest = self;
         report(&mut guest.machine, &Report::RunnerExited(0)).await;
         guest.machine.power.off();
         std::future::pending::<()>().await;
@@ -177,6 +221,7 @@ async fn report(machine: &mut GuestMachine, report: &Report) {
 
 /// One job in a guest.
 pub struct JobRun {
+    memory: Memory,
     id: u64,
     token: String,
     trace: Vec<u8>,
@@ -184,6 +229,10 @@ pub struct JobRun {
     interval: Duration,
     next_tick: Instant,
     word: Word,
+    /// Canceled, and on its way out.
+    after_script: bool,
+    /// Ignores timeout and cancel.
+    deaf: bool,
 }
 
 /// How a script ended.
@@ -194,8 +243,10 @@ enum End {
 }
 
 impl JobRun {
-    pub fn new(payload: &Value) -> Self {
+    pub fn new(payload: &Value, memory: Memory) -> Self {
+        memory.note(payload["token"].as_str().unwrap_or_default(), |told| told.runs += 1);
         Self {
+            memory,
             id: payload["id"].as_u64().unwrap_or(0),
             token: payload["token"].as_str().unwrap_or_default().to_owned(),
             trace: Vec::new(),
@@ -203,12 +254,15 @@ impl JobRun {
             interval: Duration::from_secs(3),
             next_tick: Instant::now() + Duration::from_secs(3),
             word: Word::Running,
+            after_script: false,
+            deaf: false,
         }
     }
 
     fn print(&mut self, text: &str) {
         self.trace.extend_from_slice(text.as_bytes());
         self.trace.push(b'\n');
+        self.memory.note(&self.token, |told| told.printed.clone_from(&self.trace));
     }
 
     async fn run(&mut self, guest: &mut Guest, payload: &Value) {
@@ -218,7 +272,9 @@ impl JobRun {
         }
         self.print("Running with gitlab-runner 19.3.0");
         let script = payload["steps"][0]["script"].as_array().cloned().unwrap_or_default();
+        self.deaf = script.iter().any(|line| line == "deaf");
         let timeout_s = payload["runner_info"]["timeout"].as_u64().filter(|t| *t > 0).unwrap_or(7200);
+        let timeout_s = if self.deaf { u64::from(u32::MAX) } else { timeout_s };
         let ended = timeout(Duration::from_secs(timeout_s), self.script(guest, &script)).await;
         let (state, reason, code) = match ended {
             Err(_) => ("failed", Some("job_execution_timeout"), 0),
@@ -230,7 +286,9 @@ impl JobRun {
                 return;
             }
             Ok(End::Canceled) => {
+                let after = payload["steps"][1]["script"].as_array().cloned().unwrap_or_default();
                 self.print("after_script");
+                self.script(guest, &after).await;
                 ("failed", Some("unknown_failure"), 0)
             }
         };
@@ -249,7 +307,11 @@ impl JobRun {
                 }
             }
             match self.put(guest, self.verdict(state, reason, code)).await {
-                Some(200 | 403 | 404) => return,
+                Some(200) => {
+                    self.memory.note(&self.token, |told| told.verdict = Some(state.to_owned()));
+                    return;
+                }
+                Some(403 | 404) => return,
                 _ => sleep(Duration::from_secs(3)).await,
             }
         }
@@ -283,8 +345,13 @@ impl JobRun {
                             self.tick(guest).await;
                         }
                         match self.word {
+                            _ if self.deaf => {}
                             Word::Running => {}
-                            Word::Canceling => return End::Canceled,
+                            Word::Canceling if self.after_script => {}
+                            Word::Canceling => {
+                                self.after_script = true;
+                                return End::Canceled;
+                            }
                             Word::Over => return End::Aborted,
                         }
                     }
@@ -293,6 +360,7 @@ impl JobRun {
                 "crash" => guest.machine.power.crash(),
                 "off" => guest.machine.power.off(),
                 "pause" => guest.machine.power.pause(),
+                "deaf" => {}
                 "hang" => std::future::pending::<()>().await,
                 "upload" => self.upload(guest, rest.parse().unwrap_or(1)).await,
                 _ => self.print(line),
@@ -325,7 +393,10 @@ impl JobRun {
         let Some(answer) = guest.call("PATCH", &path, &headers, &self.trace[self.sent..end]).await else { return };
         self.heard(&answer);
         match answer.status {
-            202 => self.sent = end,
+            202 => {
+                self.sent = end;
+                self.memory.note(&self.token, |told| told.taken = end);
+            }
             416 => {
                 let range = answer.header("Range").and_then(|r| r.split_once('-')?.1.parse().ok());
                 self.sent = range.unwrap_or(0);
@@ -363,7 +434,15 @@ impl JobRun {
         let path = format!("/api/v4/jobs/{}/artifacts?artifact_format=zip&artifact_type=archive", self.id);
         let content = format!("multipart/form-data; boundary={boundary}");
         let headers = [("Content-Type", content.as_str()), ("Job-Token", self.token.as_str())];
-        let status = guest.call("POST", &path, &headers, &body).await.map(|a| a.status);
+        // The official runner tries three times, a second apart.
+        let mut status = None;
+        for _ in 0..3 {
+            status = guest.call("POST", &path, &headers, &body).await.map(|a| a.status);
+            if status.is_some_and(|status| status < 500) {
+                break;
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
         self.print(&format!("upload: {status:?}"));
     }
 }

@@ -2,4 +2,6 @@
 //! GitLab's stand-in, a fake hypervisor with scripted guests, files in memory.
 
 pub mod guest;
+pub mod log;
+pub mod mortal;
 pub mod world;

@@ -1,0 +1,368 @@
+//! One life of a daemon, and its sudden end: the seams as a process sees them that may be killed.
+//!
+//! Tasks on one runtime cannot be killed, but a process that can do nothing any more is as good as
+//! dead: once a [`Life`] has ended, every call through its seams waits for ever, and what it held
+//! of the world (doors, connections, calls to GitLab) is dropped, as the kernel does for a process.
+//! The world behind (files, VMs, GitLab) lives on for the next life.
+
+use bytes::Bytes;
+use dayfly::BoxFuture;
+use dayfly::files::{Entry, Files};
+use dayfly::gitlab::transport::{Body, OpenError};
+use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
+use dayfly::vm::{
+    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+};
+use std::future::{pending, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::sync::CancellationToken;
+
+/// A seam whose calls are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Seam {
+    Files,
+    Hypervisor,
+    GitLab,
+}
+
+/// On which side of the call's effect the end comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    Before,
+    After,
+}
+
+/// The call at which a life ends; counted from 1.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    pub seam: Seam,
+    pub call: u64,
+    pub when: When,
+}
+
+/// What is looked at before a call of [`Files`]: the call's name and its path. It may panic.
+pub type Look = Arc<dyn Fn(&str, &Path) + Send + Sync>;
+
+/// One life. Clones are the same one.
+#[derive(Clone)]
+pub struct Life(Arc<Inner>);
+
+struct Inner {
+    dead: CancellationToken,
+    end: Option<End>,
+    look: Option<Look>,
+    calls: Mutex<[u64; 3]>,
+    held: Mutex<Vec<Held>>,
+}
+
+/// Something of the world that a process holds.
+enum Held {
+    Stream(Weak<Mutex<Option<Box<dyn Stream>>>>),
+    Door(Weak<Mutex<Option<Box<dyn DoorListener>>>>),
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Life {
+    /// A life that ends at this call, or when somebody ends it.
+    pub fn new(end: Option<End>, look: Option<Look>) -> Self {
+        Self(Arc::new(Inner {
+            dead: CancellationToken::new(),
+            end,
+            look,
+            calls: Mutex::default(),
+            held: Mutex::default(),
+        }))
+    }
+
+    /// The end, at once.
+    pub fn kill(&self) {
+        self.0.dead.cancel();
+        for held in std::mem::take(&mut *lock(&self.0.held)) {
+            match held {
+                Held::Stream(slot) => drop(slot.upgrade().and_then(|slot| lock(&slot).take())),
+                Held::Door(slot) => drop(slot.upgrade().and_then(|slot| lock(&slot).take())),
+            }
+        }
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.0.dead.is_cancelled()
+    }
+
+    /// Waits for the end.
+    pub async fn over(&self) {
+        self.0.dead.cancelled().await;
+    }
+
+    /// Calls of this seam so far.
+    pub fn calls(&self, seam: Seam) -> u64 {
+        lock(&self.0.calls)[seam as usize]
+    }
+
+    /// One call of this life: it happens, or the end comes before or after it.
+    async fn call<T>(&self, seam: Seam, call: impl Future<Output = T>) -> T {
+        let number = {
+            let mut calls = lock(&self.0.calls);
+            calls[seam as usize] += 1;
+            calls[seam as usize]
+        };
+        let end = self.0.end.filter(|end| end.seam == seam && end.call == number).map(|end| end.when);
+        if end == Some(When::Before) {
+            self.kill();
+        }
+        let result = tokio::select! {
+            biased;
+            // The dead do nothing. Dropping the call closes what it had open.
+            () = self.over() => pending().await,
+            result = call => result,
+        };
+        if end == Some(When::After) {
+            self.kill();
+            pending().await
+        }
+        result
+    }
+
+    fn stream(&self, stream: Box<dyn Stream>) -> Box<dyn Stream> {
+        let slot = Arc::new(Mutex::new(Some(stream)));
+        self.hold(Held::Stream(Arc::downgrade(&slot)));
+        Box::new(MortalStream(slot))
+    }
+
+    fn hold(&self, held: Held) {
+        let mut all = lock(&self.0.held);
+        all.retain(|held| match held {
+            Held::Stream(slot) => slot.strong_count() > 0,
+            Held::Door(slot) => slot.strong_count() > 0,
+        });
+        all.push(held);
+    }
+
+    /// The seams as this life sees them.
+    pub fn files(&self, files: Arc<dyn Files>) -> Arc<dyn Files> {
+        Arc::new(MortalFiles { life: self.clone(), files })
+    }
+
+    pub fn hypervisor(&self, hypervisor: Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> {
+        Arc::new(MortalHypervisor { life: self.clone(), hypervisor })
+    }
+
+    pub fn transport(&self, opener: Arc<dyn OpenTransport>) -> Arc<dyn OpenTransport> {
+        Arc::new(MortalOpener { life: self.clone(), opener })
+    }
+}
+
+struct MortalStream(Arc<Mutex<Option<Box<dyn Stream>>>>);
+
+impl AsyncRead for MortalStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_read(cx, buffer))
+    }
+}
+
+impl AsyncWrite for MortalStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_write(cx, bytes))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_shutdown(cx))
+    }
+}
+
+struct MortalDoor {
+    life: Life,
+    slot: Arc<Mutex<Option<Box<dyn DoorListener>>>>,
+}
+
+impl DoorListener for MortalDoor {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+        Box::pin(async {
+            // Accepting is cancel safe, so each poll may begin anew.
+            let accepted = poll_fn(|cx| match lock(&self.slot).as_mut() {
+                Some(door) => door.accept().as_mut().poll(cx),
+                None => Poll::Pending,
+            });
+            Ok(self.life.stream(accepted.await?))
+        })
+    }
+}
+
+struct MortalFiles {
+    life: Life,
+    files: Arc<dyn Files>,
+}
+
+impl MortalFiles {
+    fn call<'a, T: Send + 'a>(
+        &'a self,
+        what: &'static str,
+        path: &'a Path,
+        call: impl Future<Output = T> + Send + 'a,
+    ) -> BoxFuture<'a, T> {
+        Box::pin(async move {
+            if let Some(look) = self.life.0.look.as_ref().filter(|_| !self.life.is_over()) {
+                look(what, path);
+            }
+            self.life.call(Seam::Files, call).await
+        })
+    }
+}
+
+// Each call is made inside `async move`, so that nothing of it happens before the end may come.
+impl Files for MortalFiles {
+    fn read<'a>(&'a self, path: &'a Path, bytes_max: u64) -> BoxFuture<'a, io::Result<Vec<u8>>> {
+        self.call("read", path, async move { self.files.read(path, bytes_max).await })
+    }
+
+    fn read_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: usize) -> BoxFuture<'a, io::Result<Vec<u8>>> {
+        self.call("read_at", path, async move { self.files.read_at(path, offset, bytes).await })
+    }
+
+    fn replace<'a>(&'a self, path: &'a Path, bytes: Vec<u8>) -> BoxFuture<'a, io::Result<()>> {
+        self.call("replace", path, async move { self.files.replace(path, bytes).await })
+    }
+
+    fn write_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: Bytes) -> BoxFuture<'a, io::Result<()>> {
+        self.call("write_at", path, async move { self.files.write_at(path, offset, bytes).await })
+    }
+
+    fn sync<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("sync", path, async move { self.files.sync(path).await })
+    }
+
+    fn length<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<Option<u64>>> {
+        self.call("length", path, async move { self.files.length(path).await })
+    }
+
+    fn create_dir<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("create_dir", path, async move { self.files.create_dir(path).await })
+    }
+
+    fn remove<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("remove", path, async move { self.files.remove(path).await })
+    }
+
+    fn rename<'a>(&'a self, from: &'a Path, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call("rename", from, async move { self.files.rename(from, to).await })
+    }
+
+    fn list<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<Vec<Entry>>> {
+        self.call("list", path, async move { self.files.list(path).await })
+    }
+
+    fn free_bytes<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<u64>> {
+        self.call("free_bytes", path, async move { self.files.free_bytes(path).await })
+    }
+}
+
+struct MortalHypervisor {
+    life: Life,
+    hypervisor: Arc<dyn Hypervisor>,
+}
+
+impl MortalHypervisor {
+    fn call<'a, T: Send + 'a>(&'a self, call: impl Future<Output = T> + Send + 'a) -> BoxFuture<'a, T> {
+        Box::pin(self.life.call(Seam::Hypervisor, call))
+    }
+}
+
+impl Hypervisor for MortalHypervisor {
+    fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>> {
+        self.call(async move { self.hypervisor.probe().await })
+    }
+
+    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call(async move { self.hypervisor.prepare(overlay_dir, socket_dir).await })
+    }
+
+    fn create_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
+        self.call(async move { self.hypervisor.create_overlay(overlay, base, disk_gib).await })
+    }
+
+    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
+        self.call(async move { self.hypervisor.remove_overlay(overlay).await })
+    }
+
+    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
+        self.call(async move { self.hypervisor.list_overlays(dir).await })
+    }
+
+    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
+        self.call(async move { self.hypervisor.start(spec).await })
+    }
+
+    fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
+        self.call(async move { self.hypervisor.state(name).await })
+    }
+
+    fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        self.call(async move { self.hypervisor.destroy(name).await })
+    }
+
+    fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
+        self.call(async move { self.hypervisor.list(installation).await })
+    }
+
+    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        self.call(async move { Ok(self.life.stream(self.hypervisor.open_channel(socket_dir, id).await?)) })
+    }
+
+    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        self.call(async move { Ok(self.life.stream(self.hypervisor.open_console(socket_dir, id).await?)) })
+    }
+
+    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
+        self.call(async move { self.hypervisor.remove_sockets(socket_dir, id).await })
+    }
+
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+        self.call(async move {
+            let slot = Arc::new(Mutex::new(Some(self.hypervisor.listen(address).await?)));
+            self.life.hold(Held::Door(Arc::downgrade(&slot)));
+            Ok(Box::new(MortalDoor { life: self.life.clone(), slot }) as Box<dyn DoorListener>)
+        })
+    }
+}
+
+struct MortalOpener {
+    life: Life,
+    opener: Arc<dyn OpenTransport>,
+}
+
+impl OpenTransport for MortalOpener {
+    fn open(&self, endpoint: &Endpoint) -> Result<Arc<dyn Transport>, OpenError> {
+        let transport = self.opener.open(endpoint)?;
+        Ok(Arc::new(MortalTransport { life: self.life.clone(), transport }))
+    }
+}
+
+struct MortalTransport {
+    life: Life,
+    transport: Arc<dyn Transport>,
+}
+
+impl Transport for MortalTransport {
+    fn call(&self, call: Call) -> BoxFuture<'static, Result<http::Response<Body>, TransportError>> {
+        let (life, transport) = (self.life.clone(), self.transport.clone());
+        Box::pin(async move { life.call(Seam::GitLab, async move { transport.call(call).await }).await })
+    }
+}
