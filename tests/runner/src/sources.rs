@@ -135,7 +135,8 @@ fn fetch(script: &mut Script, job: &Job, variables: &Variables, project_dir: &Pa
         0 => script.notice("Fetching changes..."),
         depth => script.notice(&format!("Fetching changes with git depth set to {depth}...")),
     };
-    let mut init = vec!["git", "init"];
+    // As the official runner: no hint about branch names in the job's log.
+    let mut init = vec!["git", "-c", "init.defaultBranch=none", "init"];
     let format = format!("--object-format={}", info.repo_object_format);
     if !matches!(info.repo_object_format.as_str(), "" | "sha1") {
         init.push(&format);
