@@ -1,0 +1,167 @@
+//! Plays one recording: GitLab is the stand-in, the runner is the recording, all between is real.
+//!
+//! ```text
+//! recording ──TCP──► relay ──greeting, TCP──► door ► job, spool, uploader ──► stand-in GitLab
+//! ```
+//!
+//! The daemon takes the recorded job and "boots" a VM that is none; the guest config that this VM is
+//! given leads the relay to the door. Then the recorded requests go out, one after the other, each on
+//! the connection that it was recorded on.
+
+use crate::compare;
+use crate::gitlab::Gitlab;
+use crate::http::{Answer, Connection, message};
+use crate::recording::{Class, Recording, Request};
+use dayfly::network::PortRange;
+use dayfly::telemetry::chain;
+use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
+use dayfly_guest::relay::{Relay, Target};
+use dayfly_guest_config::{GuestConfig, Pass};
+use dayfly_test_tools::host::{AT_ONCE, Choice, Host, door, guest_token, take_config};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+
+/// Longest wait for one thing. All of a recording takes well below a second on an idle machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// After this the host is looked at again.
+const GLANCE: Duration = Duration::from_millis(5);
+
+/// Ports of the doors: below the ephemeral ones, and apart from the product's default.
+const PORTS: PortRange = PortRange { first: 23_000, last: 23_099 };
+
+/// What all recordings share: one relay, which gets a new target for each.
+pub(crate) struct Stage {
+    pub(crate) relay: Relay,
+    pub(crate) address: SocketAddr,
+}
+
+/// Plays `recording`.
+///
+/// # Errors
+/// What was not as the official runner needs it, or not as it was recorded.
+pub(crate) async fn play(stage: &Stage, recording: &Recording) -> Result<(), String> {
+    let gitlab = Gitlab::new(recording)?;
+    let hypervisor = FakeHypervisor::new();
+    hypervisor.set_timing(AT_ONCE);
+    let (configs_in, configs) = mpsc::channel(4);
+    let power = watch::Sender::new(true);
+    let button = power.subscribe();
+    hypervisor.set_guest(move |machine| guest(machine, configs_in.clone(), button.clone()));
+    let choice = Choice {
+        transport: gitlab.standin.opener(),
+        url: url::Url::parse("http://gitlab.example").map_err(|error| error.to_string())?,
+        token: gitlab.runner_token.clone(),
+        concurrent: 1,
+        ports: PORTS,
+    };
+    let host = Host::start(hypervisor, choice).await.map_err(|error| chain(&error))?;
+    let mut played = run(stage, recording, configs).await;
+    power.send_replace(false);
+    if played.is_ok() {
+        played = over(&gitlab, &host).await;
+    }
+    let ended = host.end().await;
+    played?;
+    if !ended {
+        return Err("the daemon did not end".into());
+    }
+    compare::trace_and_verdict(&gitlab, recording)
+}
+
+/// A VM: it takes its config, and is there until the runner in it has ended.
+async fn guest(mut machine: GuestMachine, configs: mpsc::Sender<GuestConfig>, mut power: watch::Receiver<bool>) {
+    let Some(config) = take_config(&mut machine).await else { return };
+    // Full: nobody plays this VM, and the job fails with its boot deadline.
+    let _ = configs.try_send(config);
+    let _ = power.wait_for(|on| !on).await;
+}
+
+async fn run(stage: &Stage, recording: &Recording, mut configs: mpsc::Receiver<GuestConfig>) -> Result<(), String> {
+    let config = timeout(LIMIT, configs.recv()).await.ok().flatten().ok_or("no VM came to its config")?;
+    let mut runner = Runner::new(stage, recording, &config)?;
+    for (number, request) in recording.requests.iter().enumerate() {
+        let sent = runner.send(number, request).await;
+        sent.map_err(|why| format!("request {} ({} {}): {why}", number + 1, request.method, request.target))?;
+        // The runner's helpers have one each, and end.
+        if !recording.requests[number + 1..].iter().any(|later| later.connection == request.connection) {
+            runner.connections.remove(request.connection.as_str());
+        }
+    }
+    if configs.is_empty() { Ok(()) } else { Err("the job got a second VM".into()) }
+}
+
+/// Waits until GitLab has the verdict and nothing is left on the host.
+async fn over(gitlab: &Gitlab, host: &Host) -> Result<(), String> {
+    let at_gitlab =
+        gitlab.standin.wait_for(|model| model.jobs.get(&gitlab.job).is_some_and(|job| job.state.is_over()), LIMIT);
+    at_gitlab.await.map_err(|_| "GitLab got no verdict")?;
+    let clean = async {
+        while !host.is_clean() {
+            sleep(GLANCE).await;
+        }
+    };
+    let left = || format!("something is left: {:?} {:?}", host.jobs().views(), host.hypervisor.counts());
+    timeout(LIMIT, clean).await.map_err(|_| left())
+}
+
+/// The recorded runner.
+struct Runner<'a> {
+    relay: SocketAddr,
+    recording: &'a Recording,
+    /// The guest token of this run; the recorded one is another.
+    token: String,
+    connections: BTreeMap<&'a str, Connection>,
+    /// The number of the request that got the job.
+    hand_out: usize,
+    /// Bytes of trace that were sent.
+    sent: u64,
+}
+
+impl<'a> Runner<'a> {
+    fn new(stage: &Stage, recording: &'a Recording, config: &GuestConfig) -> Result<Self, String> {
+        let pass = Pass::from_text(&config.pass).ok_or("the guest config holds no pass")?;
+        let door = door(config).ok_or("the guest config names no door")?;
+        stage.relay.hand_over(Target { door, pass, patience: LIMIT });
+        let hand_out = recording.requests.iter().position(|r| r.class == Class::Ask && r.answer.status == Some(201));
+        Ok(Self {
+            relay: stage.address,
+            recording,
+            token: guest_token(config).ok_or("the guest config holds no guest token")?,
+            connections: BTreeMap::new(),
+            hand_out: hand_out.ok_or("no request got the job")?,
+            sent: 0,
+        })
+    }
+
+    /// Sends one request, and holds its answer to what the runner needs.
+    async fn send(&mut self, number: usize, request: &'a Request) -> Result<(), String> {
+        match request.class {
+            // From guest to GitLab directly.
+            Class::Git | Class::Other => return Ok(()),
+            // dayfly has a job before it has a guest, so no guest's first ask is ever in vain.
+            Class::Ask if number < self.hand_out => return Ok(()),
+            _ => {}
+        }
+        let bytes = message(request, &self.recording.runner_token, &self.token).map_err(|error| error.to_string())?;
+        let exchange = async {
+            if !self.connections.contains_key(request.connection.as_str()) {
+                let connection = Connection::open(self.relay).await?;
+                self.connections.insert(&request.connection, connection);
+            }
+            let Some(connection) = self.connections.get_mut(request.connection.as_str()) else {
+                return Err(std::io::ErrorKind::NotConnected.into());
+            };
+            connection.exchange(&bytes).await
+        };
+        let answer = timeout(LIMIT, exchange).await.map_err(|_| "no answer in time")?;
+        let answer: Answer = answer.map_err(|error| format!("no answer: {error}"))?;
+        if answer.closes() {
+            self.connections.remove(request.connection.as_str());
+        }
+        compare::answer(request, &answer, &mut self.sent)
+    }
+}

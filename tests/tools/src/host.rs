@@ -1,0 +1,232 @@
+//! A whole daemon on a host that is a fake only where it must be: real clock, real files in a
+//! temporary directory, doors on loopback sockets; VMs without machines, whose inside a tool plays.
+
+use crate::doors::TcpDoors;
+use dayfly::clock::Clock;
+use dayfly::config::{Class, Config, Runner, Span};
+use dayfly::daemon::{self, Backends, DaemonError, Jobs, Shutdown};
+use dayfly::files::RealFiles;
+use dayfly::gitlab::OpenTransport;
+use dayfly::guest::Limits;
+use dayfly::image::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, Manifest, RunnerOrigin};
+use dayfly::image::store::{Image, ImageStore};
+use dayfly::network::PortRange;
+use dayfly::rng::Rng;
+use dayfly::secret::Secret;
+use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly_guest_config::{GuestConfig, Report};
+use std::io::{self, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::task::JoinHandle;
+
+/// How long a daemon may take to end when told to: it ends its jobs first.
+const END_LIMIT: Duration = Duration::from_secs(40);
+
+/// VMs that take no time of their own.
+pub const AT_ONCE: Timing = Timing {
+    overlay: Duration::ZERO,
+    start: Duration::ZERO,
+    boot: Duration::ZERO,
+    lifetime: None,
+    destroy: Duration::ZERO,
+};
+
+/// A daemon and what is below it.
+pub struct Host {
+    /// Its hypervisor.
+    pub hypervisor: FakeHypervisor,
+    jobs: Jobs,
+    shutdown: Shutdown,
+    task: JoinHandle<()>,
+    // Last: files go when the daemon has gone.
+    _dir: tempfile::TempDir,
+}
+
+/// Why there is no daemon.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// A temporary file.
+    #[error("prepare the daemon's files")]
+    Files(#[from] io::Error),
+    /// The daemon's own reason.
+    #[error("start the daemon")]
+    Daemon(#[from] DaemonError),
+}
+
+/// What a tool chooses of its daemon.
+pub struct Choice {
+    /// GitLab.
+    pub transport: Arc<dyn OpenTransport>,
+    /// GitLab's URL; `http` is allowed here.
+    pub url: url::Url,
+    /// The runner token there.
+    pub token: Secret,
+    /// Jobs at once.
+    pub concurrent: u32,
+    /// Ports of the doors.
+    pub ports: PortRange,
+}
+
+impl Host {
+    /// Starts a daemon with one runner on `hypervisor`.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub async fn start(hypervisor: FakeHypervisor, choice: Choice) -> Result<Self, HostError> {
+        let dir = tempfile::tempdir()?;
+        let config = config(dir.path(), &choice)?;
+        let backends = Backends {
+            hypervisor: Arc::new(TcpDoors(hypervisor.clone())),
+            transport: choice.transport,
+            files: Arc::new(RealFiles),
+            clock: Clock::system(),
+            rng: Rng::system(),
+            images: ImageStore::fixed(image()),
+            door_limits: Limits::default(),
+        };
+        let shutdown = Shutdown::new();
+        let daemon = daemon::start(config, backends, shutdown.clone()).await?;
+        let jobs = daemon.jobs();
+        #[expect(clippy::disallowed_methods, reason = "the daemon's task, joined by `end`")]
+        let task = tokio::spawn(daemon.run());
+        Ok(Self { hypervisor, jobs, shutdown, task, _dir: dir })
+    }
+
+    /// Whether no job and nothing of one is left.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        // Doors here are no listeners of the fake.
+        self.jobs.views().is_empty() && self.hypervisor.counts().is_clean()
+    }
+
+    /// The jobs under way.
+    #[must_use]
+    pub fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    /// Ends jobs and daemon. `false`: it did not end in time, or panicked.
+    pub async fn end(self) -> bool {
+        self.shutdown.end();
+        matches!(tokio::time::timeout(END_LIMIT, self.task).await, Ok(Ok(())))
+    }
+}
+
+fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
+    let token_file = dir.join("token");
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&token_file)?;
+    file.write_all(choice.token.expose().as_bytes())?;
+    let mut config = Config {
+        state_directory: dir.join("state"),
+        runtime_directory: dir.join("run"),
+        image_directory: dir.join("images"),
+        concurrent: choice.concurrent,
+        class: vec![Class {
+            name: "small".into(),
+            image: "test".into(),
+            cpus: 1,
+            memory_mib: 512,
+            disk_gib: 10,
+            run_as_root: false,
+            allow_standin_runner: true,
+        }],
+        runner: vec![Runner {
+            name: "runner".into(),
+            url: choice.url.clone(),
+            token_file,
+            class: "small".into(),
+            limit: None,
+            tls_ca_file: None,
+            tls_cert_file: None,
+            tls_key_file: None,
+            clone_url: None,
+            allow_insecure_http: true,
+            direct_download: false,
+            poll_interval: Span::from_secs(1),
+        }],
+        ..Config::default()
+    };
+    for below in [&config.state_directory, &config.runtime_directory] {
+        std::fs::create_dir_all(below)?;
+    }
+    config.network.guest_ports = choice.ports;
+    // Nothing of these VMs is real, so the host's size is no bound.
+    config.hypervisor.accel = dayfly::vm::libvirt::AccelChoice::Tcg;
+    config.capacity.cpus = Some(u32::MAX);
+    config.capacity.memory_mib = Some(1 << 30);
+    config.capacity.disk_gib = Some(1 << 30);
+    config.capacity.disk_reserve_gib = 0;
+    Ok(config)
+}
+
+/// An image that exists on no disk: the fake hypervisor reads none.
+fn image() -> Image {
+    let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
+    Image {
+        name: "test".into(),
+        dir: "/images/test".into(),
+        disk: "/images/test/disk.qcow2".into(),
+        disk_bytes: 1 << 30,
+        boot: dayfly::vm::Boot::Disk,
+        manifest: Manifest {
+            format_version: 1,
+            name: "test".into(),
+            architecture: "x86_64".into(),
+            boot: BootKind::Disk,
+            cmdline: None,
+            executor: "shell".into(),
+            info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
+            runner: ImageRunner {
+                version: "19.3.0".into(),
+                revision: None,
+                origin: RunnerOrigin::Path,
+                sha256: String::new(),
+            },
+            disk: file("disk.qcow2"),
+            kernel: None,
+            initrd: None,
+            build: BuildInputs::default(),
+        },
+    }
+}
+
+/// The guest program's first half: reports, and takes its config. `None`: the VM is ending.
+pub async fn take_config(machine: &mut GuestMachine) -> Option<GuestConfig> {
+    report(machine, &Report::Ready).await;
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        if BufReader::new(&mut machine.channel).read_until(b'\n', &mut line).await.ok()? == 0 {
+            return None;
+        }
+    }
+    let config = GuestConfig::from_line(&line).ok()?;
+    for told in [Report::Applied, Report::RunnerStarted] {
+        report(machine, &told).await;
+    }
+    Some(config)
+}
+
+async fn report(machine: &mut GuestMachine, report: &Report) {
+    // Dropped when nobody listens, as the guest program does.
+    let line = format!("{report}\n");
+    let _ = tokio::time::timeout(Duration::from_millis(10), machine.channel.write_all(line.as_bytes())).await;
+}
+
+/// Where a guest of this host finds its door: SLIRP would map its address to the loopback.
+#[must_use]
+pub fn door(config: &GuestConfig) -> Option<SocketAddr> {
+    let port = config.door.rsplit(':').next()?.parse().ok()?;
+    Some(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
+}
+
+/// The guest token that the runner's config.toml holds.
+#[must_use]
+pub fn guest_token(config: &GuestConfig) -> Option<String> {
+    let toml: toml_edit::DocumentMut = config.runner.config_toml.parse().ok()?;
+    Some(toml.get("runners")?.get(0)?.get("token")?.as_str()?.to_owned())
+}
