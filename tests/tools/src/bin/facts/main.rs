@@ -73,8 +73,22 @@ async fn main() -> ExitCode {
     if failed == 0 && run > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// `facts.json` out of an archive: the form in which the repository carries it.
+fn member(path: &str) -> Result<String, String> {
+    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+    let mut archive = zip::ZipArchive::new(file).map_err(|error| error.to_string())?;
+    let mut text = String::new();
+    let mut facts = archive.by_name("facts.json").map_err(|error| error.to_string())?;
+    std::io::Read::read_to_string(&mut facts, &mut text).map_err(|error| error.to_string())?;
+    Ok(text)
+}
+
 fn read(path: &str) -> Result<Vec<Fact>, String> {
-    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    let text = if path.ends_with(".zip") {
+        member(path)?
+    } else {
+        std::fs::read_to_string(path).map_err(|error| error.to_string())?
+    };
     serde_json::from_str(&text).map_err(|error| error.to_string())
 }
 
