@@ -6,29 +6,45 @@
 //! held it so long that its answer is no job (design D11). A job goes to the journal before
 //! anything else happens, then to `daemon`.
 
-use crate::capacity::{Capacity, Resources};
+use crate::capacity::{Capacity, Reservation, Resources};
 use crate::daemon::Jobs;
-use crate::gitlab::{GitlabError, JobPayload, Poll, RunnerInfo};
+use crate::gitlab::{GitlabError, JobClient, JobId, JobPayload, Poll, RunnerInfo, Verified};
 use crate::job::journal::JobKey;
 use crate::job::{self, Parts, Runner};
 use crate::retry::Backoff;
+use crate::secret::Secret;
 use crate::status::RunnerState;
 use crate::telemetry::chain;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How long a poll that is under way is awaited at a hand-over (safety.md G13).
-const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a poll that is under way is awaited at a hand-over (safety.md G13): of the 5 s that a
+/// hand-over may take (E1), all but what the end itself needs.
+const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_millis(4200);
 
 /// Pause after GitLab refused the token (safety.md G4): nothing but an operator helps.
 const REFUSED_PAUSE: Duration = Duration::from_secs(300);
 
 /// Pause while something on this host is missing: an image, disk.
 const BLOCKED_PAUSE: Duration = Duration::from_secs(10);
+
+/// Machines in a row that were lost before they were ready, after which jobs are asked for only
+/// every [`RETRY_PAUSE`] (safety.md V1). A job may lose two.
+const LOST_IN_A_ROW: u32 = 3;
+
+/// See [`LOST_IN_A_ROW`].
+const RETRY_PAUSE: Duration = Duration::from_secs(60);
+
+/// What the author of an unreadable job reads.
+const UNREADABLE: &str = "this runner could not read GitLab's description of the job. Please tell your operators.";
+
+/// What the author reads of a job that could not be written down.
+const UNWRITTEN: &str = "this runner's host could not write the job down. Your job is not the cause; please retry.";
 
 /// A poll that GitLab held at least this long was a long poll: the queue moved, or its time ran
 /// out. Either way the next one may go out at once.
@@ -75,10 +91,22 @@ impl Poller {
         let mut backoff = Backoff::poll();
         let mut conflicts = 0_u32;
         let mut verified = false;
+        let mut tried = None;
+        // Jobs that cannot be begun; what is left at the end is given up with this set.
+        let mut refusals = JoinSet::new();
         loop {
+            while refusals.try_join_next().is_some() {}
             let Some(info) = self.info().await else { break };
             if !verified {
-                verified = self.verify(&info).await;
+                match self.verify(&info).await {
+                    None => break,
+                    Some(Ok(_)) => verified = true,
+                    // Waits like a poll: it was a call to GitLab as well.
+                    Some(Err(error)) => {
+                        let pause = self.trouble(&error, &mut backoff, 0);
+                        if self.pause(pause).await { continue } else { break }
+                    }
+                }
             }
             self.say(RunnerState::WaitingForRoom { missing: "room for one more job".into() });
             let reservation = tokio::select! {
@@ -95,7 +123,7 @@ impl Poller {
                     }
                 },
             };
-            if let Some(reason) = self.disk_is_short().await {
+            if let Some(reason) = self.host_is_unfit(&mut tried).await {
                 drop(reservation);
                 self.say(RunnerState::Blocked { reason });
                 if self.pause(BLOCKED_PAUSE).await { continue } else { break }
@@ -108,10 +136,14 @@ impl Poller {
             if !matches!(answer, Err(GitlabError::Unavailable { .. })) {
                 self.state.send_modify(|view| view.answered = Some(Instant::now()));
             }
+            if let Err(GitlabError::UnreadableJob { job: Some(job), .. }) = &answer {
+                let (id, token) = job.as_ref().clone();
+                self.refuse(&mut refusals, id, token, UNREADABLE);
+            }
             let pause = match answer {
                 Ok(Poll::Job(payload)) => {
                     (backoff, conflicts) = (Backoff::poll(), 0);
-                    self.take(*payload, reservation).await;
+                    self.take(*payload, reservation, &mut refusals).await;
                     Duration::ZERO
                 }
                 Ok(Poll::Nothing { last_update: newer }) => {
@@ -176,14 +208,45 @@ impl Poller {
 
     /// Tells GitLab this runner manager's features before the first poll: it stores them from the
     /// first call and would else kill jobs without their `after_script` for the next 40 minutes.
-    /// Trouble shows at the poll that follows.
-    async fn verify(&self, info: &RunnerInfo) -> bool {
+    /// `None`: stopped.
+    async fn verify(&self, info: &RunnerInfo) -> Option<Result<Verified, GitlabError>> {
         tokio::select! {
             biased;
             // Nothing is assigned by this call, so it may be cut.
-            () = self.stop.cancelled() => false,
-            verified = self.runner.api.verify(Some(info)) => verified.is_ok(),
+            () = self.stop.cancelled() => None,
+            verified = self.runner.api.verify(Some(info)) => Some(verified),
         }
+    }
+
+    /// Tells GitLab in the background that a job of it cannot be begun.
+    fn refuse(&self, refusals: &mut JoinSet<()>, id: JobId, token: Secret, why: &'static str) {
+        let client = JobClient::new(self.runner.transport.clone(), id, token, self.parts.rng.clone());
+        let (clock, rng) = (self.parts.clock.clone(), self.parts.rng.clone());
+        refusals.spawn(async move { job::refuse(&client, why, &clock, &rng).await });
+    }
+
+    /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that
+    /// come up. A host that loses every machine must not empty the project's queue; one job every
+    /// [`RETRY_PAUSE`] finds out whether it is well again.
+    async fn host_is_unfit(&self, tried: &mut Option<Instant>) -> Option<String> {
+        if let Some(reason) = self.disk_is_short().await {
+            return Some(reason);
+        }
+        let supply = &self.parts.supply;
+        if let Err(error) = supply.hypervisor().list(&supply.place().installation).await {
+            return Some(chain(&error));
+        }
+        let lost = supply.lost_in_a_row();
+        if lost < LOST_IN_A_ROW {
+            *tried = None;
+            return None;
+        }
+        if tried.is_some_and(|at| at.elapsed() >= RETRY_PAUSE) {
+            *tried = Some(Instant::now());
+            return None;
+        }
+        tried.get_or_insert_with(Instant::now);
+        Some(format!("the last {lost} machines were lost before they were ready; see the log, and `dayfly doctor`"))
     }
 
     /// One poll. `None`: stopped, and the poll was closed.
@@ -210,7 +273,7 @@ impl Poller {
     }
 
     /// Journals the job and starts it.
-    async fn take(&self, payload: JobPayload, reservation: crate::capacity::Reservation) {
+    async fn take(&self, payload: JobPayload, reservation: Reservation, refusals: &mut JoinSet<()>) {
         let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
         if self.jobs.contains(&key) {
             tracing::warn!(%key, "GitLab assigned a job again that is under way here; it goes on as it is");
@@ -218,11 +281,16 @@ impl Poller {
         }
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
+        let (id, token) = (payload.id, payload.token.clone());
         match job::accept(&self.parts, self.runner.clone(), payload, self.resources, reservation).await {
             Ok(handle) => self.jobs.add(handle),
             Err(error) => {
-                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started, and GitLab will fail it");
+                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started");
                 self.parts.metrics.job().lost.inc();
+                if let Err(error) = self.parts.journal.remove(&key).await {
+                    tracing::error!(%key, error = chain(&error), "remove what was written of it");
+                }
+                self.refuse(refusals, id, token, UNWRITTEN);
             }
         }
     }
@@ -244,7 +312,7 @@ impl Poller {
                 self.runner.config.poll_interval.get()
             }
             error => {
-                let pause = error.retry_after().unwrap_or_else(|| backoff.next(&self.parts.rng));
+                let pause = backoff.next_told(&self.parts.rng, error.retry_after());
                 tracing::warn!(
                     runner,
                     error = chain(error),

@@ -7,7 +7,7 @@
 //! Running it twice, or dying in it, changes nothing more.
 
 use crate::capacity::Capacity;
-use crate::job::journal::{JournalError, MachineRecord, Record};
+use crate::job::journal::{Loaded, MachineRecord, Record};
 use crate::job::{self, JobHandle, Parts, Runner};
 use crate::network::Lease;
 use crate::supply::overlay_id;
@@ -35,16 +35,14 @@ pub struct Adopted {
 ///
 /// A record whose runner is no longer configured goes on with `former`'s answer: the verdict still
 /// belongs to the GitLab that it came from.
-///
-/// # Errors
-/// [`JournalError`]: the daemon must not start.
 pub async fn adopt_all(
     parts: &Parts,
+    loaded: Loaded,
     runners: &BTreeMap<String, Arc<Runner>>,
     capacity: &Capacity,
     former: &(dyn Fn(&Record) -> Option<Arc<Runner>> + Send + Sync),
-) -> Result<Adopted, JournalError> {
-    let (records, aside) = parts.journal.load_all().await?;
+) -> Adopted {
+    let Loaded { records, aside } = loaded;
     for damaged in aside {
         tracing::error!(path = %damaged.path.display(), reason = damaged.reason, "a damaged record was set aside; its job will fail at GitLab as stuck");
     }
@@ -73,7 +71,7 @@ pub async fn adopt_all(
         let reservation = capacity.adopt(&record.key.runner, record.resources);
         adopted.jobs.push(job::adopt(parts, runner, record, payload, reservation));
     }
-    Ok(adopted)
+    adopted
 }
 
 fn job_payload(raw: bytes::Bytes, record: &Record) -> Option<crate::gitlab::JobPayload> {

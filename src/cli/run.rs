@@ -6,6 +6,9 @@ use crate::telemetry::{self, chain};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use std::path::Path;
 
+/// How long blocking calls may take to end after the daemon has: part of the 5 s of a hand-over.
+const RUNTIME_PATIENCE: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// Runs until a signal ends it.
 pub(super) fn run(config: &Path) -> anyhow::Result<()> {
     let loaded = Config::load(config)?;
@@ -16,7 +19,11 @@ pub(super) fn run(config: &Path) -> anyhow::Result<()> {
     for warning in &loaded.warnings {
         tracing::warn!("configuration: {warning}");
     }
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(daemon::main(loaded))
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(daemon::main(loaded));
+    // A blocking call that hangs (a disk, libvirt) must not hold a hand-over up.
+    runtime.shutdown_timeout(RUNTIME_PATIENCE);
+    ended
 }
 
 /// Tokens and payloads are in our memory: no core dump, no debugger of the same user (safety.md T36).

@@ -52,7 +52,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 /// How long a hand-over may take (design D11: seconds).
-const HAND_OVER_PATIENCE: Duration = Duration::from_millis(5500);
+const HAND_OVER_PATIENCE: Duration = Duration::from_millis(4500);
 
 /// How long ending all jobs may take (safety.md E2).
 const END_PATIENCE: Duration = Duration::from_secs(30);
@@ -96,6 +96,9 @@ pub enum DaemonError {
         /// Its holder, as far as known.
         pid: String,
     },
+    /// A part of the daemon died; jobs and VMs are as after a hand-over.
+    #[error("keep running (see the log); jobs go on when the daemon is started again")]
+    Failed,
     /// A directory or file of the installation.
     #[error("{what} `{}`", path.display())]
     Files {
@@ -156,7 +159,7 @@ impl DaemonError {
             | Self::Token { .. }
             | Self::Endpoint { .. }
             | Self::NoKvm(_) => 78,
-            Self::Locked { .. } | Self::Files { .. } | Self::Hypervisor(_) => 1,
+            Self::Locked { .. } | Self::Files { .. } | Self::Hypervisor(_) | Self::Failed => 1,
         }
     }
 }
@@ -182,8 +185,7 @@ pub struct Daemon {
 /// # Errors
 /// [`DaemonError`], before anything of a job has been touched.
 pub async fn run(config: Config, backends: Backends, shutdown: Shutdown) -> Result<(), DaemonError> {
-    start(config, backends, shutdown).await?.run().await;
-    Ok(())
+    if start(config, backends, shutdown).await?.run().await { Ok(()) } else { Err(DaemonError::Failed) }
 }
 
 /// Makes every part, adopts the jobs of before, starts the pollers.
@@ -201,26 +203,38 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     })?;
     let installation = Installation::open(&*files, &config.state_directory, &backends.rng).await?;
     let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
-    let host = backends.hypervisor.probe().await?;
-    let accel =
-        accel(&config, &backends, Places { disks: &overlay_dir, sockets: &socket_dir }, &installation.id).await?;
+    let loaded = journal.load_all().await?;
+    let restart = !loaded.records.is_empty();
+    let memory_mib = match backends.hypervisor.probe().await {
+        Ok(host) => host.memory_mib,
+        // Guests wait for their doors, and those need no libvirt. No job is asked for before it answers.
+        Err(error) if restart => {
+            tracing::warn!(error = chain(&error), "the hypervisor does not answer; the jobs of before go on");
+            own_memory_mib()
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let places = Places { disks: &overlay_dir, sockets: &socket_dir };
+    let accel = accel(&config, &backends, places, &installation.id, restart).await?;
     let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
+    let disk_gib = match config.capacity.disk_gib {
+        Some(disk_gib) => disk_gib,
+        None => {
+            let free = files.free_bytes(&overlay_dir).await.map_err(|source| DaemonError::Files {
+                what: "look for free disk at",
+                path: overlay_dir.clone(),
+                source,
+            })?;
+            // What the jobs of before hold is theirs already, and not free any more.
+            let held: u64 = loaded.records.iter().map(|record| record.resources.disk_gib).sum();
+            (free >> 30).saturating_sub(config.capacity.disk_reserve_gib).saturating_add(held)
+        }
+    };
     let capacity = Capacity::new(Bounds {
         jobs: config.concurrent,
         cpus: config.capacity.cpus.unwrap_or(u32::MAX),
-        memory_mib: config.capacity.memory_mib.unwrap_or_else(|| host.memory_mib.saturating_sub(HOST_MEMORY_MIB)),
-        disk_gib: match config.capacity.disk_gib {
-            Some(disk_gib) => disk_gib,
-            None => {
-                let free = files.free_bytes(&overlay_dir).await;
-                let free = free.map_err(|source| DaemonError::Files {
-                    what: "look for free disk at",
-                    path: overlay_dir.clone(),
-                    source,
-                })?;
-                (free >> 30).saturating_sub(config.capacity.disk_reserve_gib)
-            }
-        },
+        memory_mib: config.capacity.memory_mib.unwrap_or_else(|| memory_mib.saturating_sub(HOST_MEMORY_MIB)),
+        disk_gib,
     });
     let stop = CancellationToken::new();
     let leave = CancellationToken::new();
@@ -243,7 +257,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let runners = runners(&config, &backends, &installation).await?;
     let (jobs, joined) = Jobs::new();
     let former = |record: &Record| former(record, &runners);
-    let adopted = recovery::adopt_all(&parts, &runners, &capacity, &former).await?;
+    let adopted = recovery::adopt_all(&parts, loaded, &runners, &capacity, &former).await;
     for handle in adopted.jobs {
         jobs.add(handle);
     }
@@ -302,8 +316,10 @@ impl Daemon {
         self.jobs.clone()
     }
 
-    /// Joins jobs until the shutdown's mode is done.
-    pub async fn run(mut self) {
+    /// Joins jobs until the shutdown's mode is done. `false`: a part of the daemon itself failed, and
+    /// somebody should start it again.
+    pub async fn run(mut self) -> bool {
+        let mut well = true;
         let mut mode = self.shutdown.mode();
         let mut tasks: JoinSet<(job::journal::JobKey, bool)> = JoinSet::new();
         let mut count = self.jobs.count();
@@ -342,6 +358,7 @@ impl Daemon {
                 Some(poller) = self.pollers.join_next() => if let Err(error) = poller {
                     // A poller is long-lived: without it a runner would be silent for ever.
                     tracing::error!(error = chain(&error), "a poller died; the daemon hands over to a fresh start");
+                    well = false;
                     self.shutdown.hand_over();
                 },
                 Ok(()) = count.changed() => {}
@@ -368,10 +385,11 @@ impl Daemon {
         self.stop.cancel();
         for task in self.background.drain(..) {
             // Both end at their next await but for a call to the hypervisor, which has a deadline.
-            if tokio::time::timeout(Duration::from_secs(1), task).await.is_err() {
+            if tokio::time::timeout(Duration::from_millis(200), task).await.is_err() {
                 tracing::debug!("a background task is still in a call to the hypervisor");
             }
         }
+        well
     }
 
     /// Joins job tasks until none is left or `patience` is over. Returns how many ended.
@@ -403,7 +421,8 @@ impl Daemon {
         }
         tracing::error!(%key, "the task of a job panicked; the job is failed");
         self.parts.metrics.job().panicked.inc();
-        let (Some(mut record), Some(runner)) = (self.parts.journal.load(&key).await, self.runners.get(&key.runner))
+        let (Some(mut record), Some(runner)) =
+            (self.parts.journal.load(&key).await, self.runners.get(&key.runner).cloned())
         else {
             return;
         };
@@ -420,34 +439,46 @@ fn watch_task(tasks: &mut JoinSet<(job::journal::JobKey, bool)>, key: job::journ
     });
 }
 
-/// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was.
+/// Memory of the machine that we run on, MiB.
+fn own_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) >> 20
+}
+
+/// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was. A
+/// restart with jobs believes the proof of before: their guests wait for us, and run already.
 async fn accel(
     config: &Config,
     backends: &Backends,
     places: Places<'_>,
     installation: &InstallationId,
+    restart: bool,
 ) -> Result<Accel, DaemonError> {
     use crate::vm::libvirt::AccelChoice;
     match config.hypervisor.accel {
-        AccelChoice::Kvm => Ok(Accel::Kvm),
+        AccelChoice::Kvm => return Ok(Accel::Kvm),
         AccelChoice::Tcg => {
             tracing::warn!(
                 "guests run under TCG (`hypervisor.accel = \"tcg\"`): slow, and NO ISOLATION between a job and this host"
             );
-            Ok(Accel::Tcg)
+            return Ok(Accel::Tcg);
         }
-        AccelChoice::Auto => {
-            match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
-                Ok(proof) => {
-                    tracing::info!(
-                        took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX),
-                        "KVM runs guests here"
-                    );
-                    Ok(Accel::Kvm)
-                }
-                Err(error) => Err(DaemonError::NoKvm(chain(&error))),
+        AccelChoice::Auto => {}
+    }
+    let proven = config.state_directory.join("kvm-proven");
+    if restart && matches!(backends.files.length(&proven).await, Ok(Some(_))) {
+        return Ok(Accel::Kvm);
+    }
+    match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
+        Ok(proof) => {
+            tracing::info!(took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX), "KVM runs guests here");
+            // Without the mark the next start proves it again.
+            if let Err(error) = backends.files.replace(&proven, Vec::new()).await {
+                tracing::warn!(error = chain(&error), "note that KVM is proven");
             }
+            Ok(Accel::Kvm)
         }
+        Err(error) => Err(DaemonError::NoKvm(chain(&error))),
     }
 }
 

@@ -95,7 +95,9 @@ pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
     tokio::select! {
         biased;
         // The daemon's own end is the only one that is expected.
-        () = run => {}
+        well = run => if !well {
+            return Err(DaemonError::Failed.into());
+        },
         served = &mut served => served?,
         () = watchdog => {}
         () = signals => {}

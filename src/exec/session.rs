@@ -98,7 +98,7 @@ impl End {
 /// The daemon under way.
 struct Running {
     shutdown: Shutdown,
-    task: JoinHandle<()>,
+    task: JoinHandle<bool>,
     handler: Arc<dyn ControlHandler>,
     /// Interrupts seen.
     interrupts: u32,

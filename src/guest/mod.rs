@@ -163,12 +163,19 @@ pub enum GuestEvent {
 }
 
 /// The payload to hand out.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct HandOut {
     /// The body, whole.
     pub payload: Bytes,
     /// `X-Request-Id` for the answer.
     pub request_id: Option<String>,
+}
+
+impl std::fmt::Debug for HandOut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The payload is full of secrets.
+        write!(f, "HandOut({} bytes)", self.payload.len())
+    }
 }
 
 /// The job's answer to a final PUT.

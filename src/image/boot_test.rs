@@ -15,7 +15,7 @@ use crate::metrics::Metrics;
 use crate::network::{self, Network};
 use crate::rng::Rng;
 use crate::secret::Secret;
-use crate::supply::{Machine, MachineEvent, Order, Place, Supply};
+use crate::supply::{Blueprint, Machine, MachineEvent, Order, Place, Supply};
 use crate::vm::{Accel, Hypervisor, VmError, VmId};
 use dayfly_guest_config::{Pass, Report};
 use std::path::Path;
@@ -180,13 +180,14 @@ impl BootTest<'_> {
         let mut machine = supply.take(Order {
             machine: record,
             bound: ("boot test".into(), 0),
-            cpus: CPUS,
-            memory_mib: MEMORY_MIB,
-            disk_gib: DISK_GIB,
-            base: image.disk.clone(),
-            boot: image.boot.clone(),
             config: config.to_line(),
-            resume: false,
+            make: Some(Blueprint {
+                cpus: CPUS,
+                memory_mib: MEMORY_MIB,
+                disk_gib: DISK_GIB,
+                base: image.disk.clone(),
+                boot: image.boot.clone(),
+            }),
         });
         let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut asked, since, progress)).await;
         let console = machine.console_tail();

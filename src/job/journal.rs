@@ -162,6 +162,15 @@ pub struct Journal {
     runtime: PathBuf,
 }
 
+/// What the journal held at the start.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// Records that can be read.
+    pub records: Vec<Record>,
+    /// What had to be set aside.
+    pub aside: Vec<SetAside>,
+}
+
 /// A record set aside by [`Journal::load_all`].
 #[derive(Debug)]
 pub struct SetAside {
@@ -264,7 +273,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`].
-    pub async fn load_all(&self) -> Result<(Vec<Record>, Vec<SetAside>), JournalError> {
+    pub async fn load_all(&self) -> Result<Loaded, JournalError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| JournalError::Files { what, path, source }
@@ -298,7 +307,7 @@ impl Journal {
             aside.push(SetAside { path: self.set_aside(&path).await?, reason });
         }
         self.remove_strays(&records).await?;
-        Ok((records, aside))
+        Ok(Loaded { records, aside })
     }
 
     /// Moves a damaged entry out of the way, under a name that is still free.
@@ -386,7 +395,7 @@ mod tests {
         let files = MemoryFiles::default();
         let journal = journal(&files).await;
         journal.accept(&record(42), Bytes::from_static(b"{}")).await.unwrap();
-        let (records, aside) = journal.load_all().await.unwrap();
+        let Loaded { records, aside } = journal.load_all().await.unwrap();
         assert_eq!((records.len(), aside.len()), (1, 0));
         assert_eq!(records[0].key.id, JobId(42));
         assert!(!format!("{:?}", records[0]).contains("glcbt"));
@@ -406,7 +415,7 @@ mod tests {
         for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
             files.create_dir(path.parent().unwrap()).await.unwrap();
             files.replace(&path, whole[..cut].to_vec()).await.unwrap();
-            let (records, aside) = journal.load_all().await.unwrap();
+            let Loaded { records, aside } = journal.load_all().await.unwrap();
             assert_eq!(records.iter().map(|r| r.key.id.0).collect::<Vec<_>>(), [2]);
             assert_eq!(aside.len(), 1, "cut at {cut}");
         }

@@ -64,7 +64,9 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
         Failure::Killed => {
             ("an operator of this runner ended the job".into(), "Please retry it, or ask your operators.")
         }
-        Failure::HostLost => ("this runner's host was restarted".into(), NOT_YOURS),
+        Failure::HostLost => {
+            ("this runner's host was restarted, or lost what the job needs to go on".into(), NOT_YOURS)
+        }
     };
     let label = match failure {
         Failure::NoMachine => "no machine",

@@ -9,9 +9,10 @@ use super::{Parts, Runner};
 use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{self, Admission, GuestEvent, GuestPass, GuestView, HandOut};
 use crate::guest_config::{GuestParts, guest_config};
+use crate::image::store::Image;
 use crate::metrics::Metrics;
 use crate::secret::Secret;
-use crate::supply::{Machine, MachineEvent, Order};
+use crate::supply::{Blueprint, Machine, MachineEvent, Order};
 use crate::telemetry::chain;
 use crate::vm::DoorListener;
 use dayfly_guest_config::{GuestConfig, Pass};
@@ -28,6 +29,15 @@ const EVENTS_MAX: usize = 64;
 
 /// Ports tried for one door before the job's machine counts as failed.
 const PORT_TRIES: u32 = 8;
+
+/// How long a door of before is tried to be bound again: less than the relay's patience.
+const REBIND_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Pause between two tries.
+const REBIND_PAUSE: Duration = Duration::from_millis(500);
+
+/// Time for a guest of before to find its door open again; a relay tries every 0.2 s.
+const REOPENED_GRACE: Duration = Duration::from_secs(20);
 
 /// The guest runner's `--wait-timeout` beyond the boot deadline: it must outlast us.
 const WAIT_MARGIN: Duration = Duration::from_secs(60);
@@ -67,6 +77,8 @@ pub(super) struct Machinery {
     another: bool,
     /// Whether the boot section stands open in the trace.
     section_open: bool,
+    /// Whether a former daemon had begun this job's machine.
+    adopted: bool,
 }
 
 impl Machinery {
@@ -110,6 +122,7 @@ impl Machinery {
             started: Instant::now(),
             last_spoke: Instant::now(),
             section_open: record.guest_base.is_none() && spool.view().length > 0,
+            adopted: record.machine.is_some(),
             spool,
             outbox,
             debug_trace,
@@ -169,6 +182,11 @@ impl Machinery {
     /// The instant `after` GitLab's 201; at the earliest when this task began.
     pub(super) fn since_received(&self, after: Duration) -> Instant {
         self.started + after.saturating_sub(self.elapsed_before)
+    }
+
+    /// Until when a guest of before is given time to find its door open again.
+    pub(super) fn reopened(&self) -> Instant {
+        if self.adopted { self.started + REOPENED_GRACE } else { self.started }
     }
 
     /// The job's timeout, or the default for a job without one.
@@ -234,6 +252,11 @@ impl Machinery {
         self.debug_trace.send_replace(true);
     }
 
+    /// Whether the guest has sent anything of its trace.
+    pub(super) fn guest_has_written(&self) -> bool {
+        self.record.guest_base.is_some_and(|base| self.spool.view().length > base)
+    }
+
     pub(super) fn outbox(&self, verdict: Verdict) {
         self.outbox.send_replace(Outbox::Verdict(verdict));
     }
@@ -278,7 +301,15 @@ impl Machinery {
         true
     }
 
+    /// Writes down that the guest has its job. `false`: not written.
+    pub(super) async fn keep_hand_out(&self) -> bool {
+        let (state, _) = self.record.state.clone().on(Event::GuestAsked);
+        let kept = self.parts.journal.put(&Record { state, ..self.record.clone() }).await;
+        kept.inspect_err(|error| tracing::error!(error = chain(error), "write the hand-out down")).is_ok()
+    }
+
     pub(super) fn greeted(&self) {
+        self.parts.supply.machine_came_up();
         if let Some(machine) = &self.machine {
             machine.greeted();
         }
@@ -324,16 +355,22 @@ impl Machinery {
             tracing::warn!("the job's payload did not survive; was the host restarted?");
             return Err(Event::CannotGoOn);
         };
-        let image = match self.parts.images.load(&self.runner.class.image).await {
-            Ok(image) => image,
-            Err(error) => {
-                tracing::error!(error = chain(&error), "the job's image cannot be used");
-                return Err(Event::MachineFailed);
-            }
+        let class = &self.runner.class;
+        // A guest that has its job needs nothing of the image any more.
+        let image = match resume {
+            true => None,
+            false => match self.parts.images.load(&class.image).await {
+                Ok(image) => Some(image),
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "the job's image cannot be used");
+                    return Err(Event::MachineFailed);
+                }
+            },
         };
-        let (machine, config, listener) = match self.record.machine.clone() {
-            Some(machine) => self.known_machine(machine, &image.manifest.executor).await?,
-            None => self.new_machine(&image.manifest.executor).await?,
+        let (machine, config, listener) = match (self.record.machine.clone(), &image) {
+            (Some(machine), image) => self.known_machine(machine, image.as_ref()).await?,
+            (None, Some(image)) => self.new_machine(image).await?,
+            (None, None) => return Err(Event::CannotGoOn),
         };
         let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
         self.last_spoke = Instant::now();
@@ -364,13 +401,14 @@ impl Machinery {
         self.machine = Some(self.parts.supply.take(Order {
             machine,
             bound: (self.record.key.runner.clone(), self.record.key.id.0),
-            cpus: class.cpus,
-            memory_mib: class.memory_mib,
-            disk_gib: class.disk_gib,
-            base: image.disk,
-            boot: image.boot,
             config: config.to_line(),
-            resume,
+            make: image.map(|image| Blueprint {
+                cpus: class.cpus,
+                memory_mib: class.memory_mib,
+                disk_gib: class.disk_gib,
+                base: image.disk,
+                boot: image.boot,
+            }),
         }));
         Ok(())
     }
@@ -379,31 +417,42 @@ impl Machinery {
     async fn known_machine(
         &mut self,
         machine: MachineRecord,
-        executor: &str,
+        image: Option<&Image>,
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
-        let config = match self.parts.journal.guest(&self.record.key).await {
-            Ok(line) => GuestConfig::from_line(&line).map_err(|error| {
+        let config = match (self.parts.journal.guest(&self.record.key).await, image) {
+            (Ok(line), _) => GuestConfig::from_line(&line).map_err(|error| {
                 tracing::error!(error = chain(&error), "read the kept guest config");
                 Event::CannotGoOn
             })?,
             // The crash came between record and guest config: nothing of the machine was made.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => self.write_config(&machine, executor).await?,
-            Err(error) => {
+            (Err(error), Some(image)) if error.kind() == io::ErrorKind::NotFound => {
+                self.write_config(&machine, &image.manifest.executor).await?
+            }
+            (Err(error), _) => {
                 tracing::error!(error = chain(&error), "read the kept guest config");
                 return Err(Event::CannotGoOn);
             }
         };
-        let listener = self.listen(&machine).await.map_err(|error| {
-            tracing::error!(error = chain(&error), port = machine.lease.port, "bind the guest's door again");
-            Event::CannotGoOn
-        })?;
+        let since = Instant::now();
+        let listener = loop {
+            let error = match self.listen(&machine).await {
+                Ok(listener) => break listener,
+                Err(error) => error,
+            };
+            // The process before may still be closing it; the guest's relay waits.
+            if since.elapsed() >= REBIND_PATIENCE || self.parts.leave.is_cancelled() {
+                tracing::error!(error = chain(&error), port = machine.lease.port, "bind the guest's door again");
+                return Err(Event::CannotGoOn);
+            }
+            tokio::time::sleep(REBIND_PAUSE).await;
+        };
         Ok((machine, config, listener))
     }
 
     /// A new machine: names, record, guest config, door, in this order.
     async fn new_machine(
         &mut self,
-        executor: &str,
+        image: &Image,
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         for _ in 0..PORT_TRIES {
             let machine = self.parts.supply.plan().map_err(|error| {
@@ -417,17 +466,18 @@ impl Machinery {
             }
             match self.listen(&machine).await {
                 Ok(listener) => {
-                    let config =
-                        self.write_config(&machine, executor).await.inspect_err(|_| self.forget_machine(false))?;
+                    let config = self.write_config(&machine, &image.manifest.executor).await;
+                    let config = config.inspect_err(|_| self.forget_machine(false))?;
                     return Ok((machine, config, listener));
                 }
-                Err(error) => {
-                    tracing::warn!(
-                        error = chain(&error),
-                        port = machine.lease.port,
-                        "bind a door; trying another port"
-                    );
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    tracing::warn!(port = machine.lease.port, "a door's port is in use; trying another");
                     self.forget_machine(true);
+                }
+                Err(error) => {
+                    tracing::error!(error = chain(&error), port = machine.lease.port, "bind a door");
+                    self.forget_machine(false);
+                    return Err(Event::MachineFailed);
                 }
             }
         }
@@ -509,8 +559,9 @@ impl Machinery {
     /// The machine is gone: its door closes. `true`: another is wanted.
     pub(super) async fn machine_released(&mut self) -> bool {
         self.machine = None;
-        self.record.machine = None;
         self.close_door().await;
+        // Only now is the port free for the next machine.
+        self.forget_machine(false);
         std::mem::take(&mut self.another)
     }
 

@@ -16,12 +16,14 @@ pub mod journal;
 mod limits;
 mod lines;
 mod machinery;
+mod refuse;
 pub mod spool;
 pub mod state;
 mod task;
 mod uploader;
 
 pub use limits::Limits;
+pub use refuse::refuse;
 pub use task::{accept, adopt};
 
 use crate::clock::Clock;

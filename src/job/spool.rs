@@ -44,6 +44,9 @@ struct State {
     guest_closed: bool,
     /// The bound was met and its notice written.
     full: bool,
+    /// The bound was met before a restart: how much the guest has sent is not known any more, and
+    /// whatever offset it names is right.
+    uncounted: bool,
     /// Whether the last byte is a line break (or there is none).
     line_ended: bool,
 }
@@ -84,7 +87,9 @@ impl Spool {
         }
         let (view, _) = watch::channel(SpoolView { length, crc: crc.clone().finalize() });
         let guest_length = guest_base.map_or(0, |base| length.saturating_sub(base));
-        let state = State { length, crc, guest_base, guest_length, guest_closed: false, full: false, line_ended };
+        let full = guest_base.is_some() && length >= bytes_max;
+        let state =
+            State { length, crc, guest_base, guest_length, guest_closed: false, full, uncounted: full, line_ended };
         Ok(Self(Arc::new(Shared { files, path: path.to_owned(), bytes_max, state: Mutex::new(state), view })))
     }
 
@@ -176,6 +181,9 @@ impl SpoolWriter {
         let mut state = shared.state.lock().await;
         if state.guest_base.is_none() || state.guest_closed {
             return Ok(Appended::Closed);
+        }
+        if std::mem::take(&mut state.uncounted) {
+            state.guest_length = offset;
         }
         if offset != state.guest_length {
             // Exactly the last piece again (its answer was lost) is a success, as at GitLab.

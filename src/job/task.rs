@@ -7,11 +7,13 @@
 use super::journal::{JobKey, RECORD_VERSION, Record};
 use super::lines;
 use super::machinery::{Machinery, Next};
+use super::refuse;
 use super::state::{Command, Event, Failure, Grace, State};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use crate::capacity::{Reservation, Resources};
-use crate::gitlab::JobPayload;
+use crate::gitlab::{JobClient, JobPayload};
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
+use crate::retry::Backoff;
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
 use dayfly_guest_config::Report;
@@ -106,18 +108,13 @@ async fn run(
     view: watch::Sender<JobView>,
 ) {
     let leave = parts.leave.clone();
-    let machinery = match Machinery::open(parts, runner, record, payload).await {
-        Ok(machinery) => machinery,
-        Err(error) => {
-            // Without a spool there is no trace and no verdict; the record waits for a better day.
-            tracing::error!(
-                error = chain(&error),
-                "open the job's spool; the job waits for the next start of the daemon"
-            );
-            return;
-        }
-    };
-    let mut job = Job { m: machinery, view, last_hand_out: None, spoke: false, grace: None, graced: Duration::ZERO };
+    if leave.is_cancelled() {
+        // Assigned during a hand-over: it is written down, and the next process begins it (G13).
+        return;
+    }
+    let Some(machinery) = open(parts, runner, record, payload).await else { return };
+    let spoke = machinery.guest_has_written();
+    let mut job = Job { m: machinery, view, last_hand_out: None, spoke, grace: None, graced: Duration::ZERO };
     job.feed(Event::Started).await;
     while job.m.record.state != State::Ended {
         let deadline = job.deadline();
@@ -145,6 +142,38 @@ async fn run(
     job.m.leave().await;
     drop(reservation);
 }
+
+/// Opens the spool. A job of which nothing is on the host yet is refused if that fails; one whose
+/// guest may be running is tried until it works: its machine must not look like nobody's.
+async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>) -> Option<Machinery> {
+    let mut backoff = Backoff::uploader();
+    loop {
+        let opened = Machinery::open(parts.clone(), runner.clone(), record.clone(), payload.clone()).await;
+        let error = match opened {
+            Ok(machinery) => return Some(machinery),
+            Err(error) => error,
+        };
+        tracing::error!(error = chain(&error), "open the job's spool");
+        if record.machine.is_none() && matches!(record.state, State::Accepted | State::Booting { .. }) {
+            let token = record.job_token.clone();
+            let client = JobClient::new(runner.transport.clone(), record.key.id, token, parts.rng.clone());
+            refuse(&client, NO_SPOOL, &parts.clock, &parts.rng).await;
+            if let Err(error) = parts.journal.remove(&record.key).await {
+                tracing::error!(error = chain(&error), "remove the record of a refused job");
+            }
+            return None;
+        }
+        tokio::select! {
+            biased;
+            // Both are cancel safe.
+            () = parts.leave.cancelled() => return None,
+            () = tokio::time::sleep(backoff.next(&parts.rng)) => {}
+        }
+    }
+}
+
+/// What the author reads of a job whose log could not be kept.
+const NO_SPOOL: &str = "this runner's host could not keep the job's log. Your job is not the cause; please retry.";
 
 enum Happened {
     Event(Event),
@@ -175,7 +204,9 @@ impl Job {
         };
         match self.m.record.state {
             State::Booting { .. } => {
-                sooner(self.m.since_received(limits.boot_deadline.get()), Event::BootDeadline);
+                // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
+                let deadline = self.m.since_received(limits.boot_deadline.get()).max(self.m.reopened());
+                sooner(deadline, Event::BootDeadline);
                 sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
             }
             State::Running { .. } => {
@@ -197,6 +228,10 @@ impl Job {
         while let Some(event) = events.pop() {
             let before = self.m.record.state.clone();
             let (state, commands) = before.clone().on(event.clone());
+            let lost = matches!(event, Event::MachineFailed | Event::MachineStopped | Event::BootDeadline);
+            if lost && matches!(before, State::Booting { .. }) {
+                self.m.parts.supply.machine_was_lost();
+            }
             if state != before {
                 tracing::info!(state = state.word(), ?event, "job goes on");
             }
@@ -342,6 +377,12 @@ impl Job {
         if first {
             answer = self.m.hand_out().await;
             if answer.is_some() {
+                // Written down before it goes out, or a restart would find a guest that works on a
+                // job which it was never given. Asked again, it gets it then.
+                if !self.m.keep_hand_out().await {
+                    let _ = reply.send(None);
+                    return;
+                }
                 self.feed(Event::GuestAsked).await;
                 self.m.last_spoke = Instant::now();
             } else {

@@ -79,6 +79,8 @@ pub(super) async fn upload(upload: Upload) {
         not_before: Instant::now(),
         not_found_since: None,
         read_failures: 0,
+        opened: false,
+        refusals: 0,
         truncated_at: None,
         upload,
     };
@@ -120,7 +122,12 @@ struct Uploader {
     /// No call before this, after a failure or on GitLab's wish.
     not_before: Instant,
     not_found_since: Option<Instant>,
+    /// In a row.
     read_failures: u32,
+    /// GitLab has heard `running` from this uploader, or will not hear it.
+    opened: bool,
+    /// Answers in a row that asked for other bytes than were sent.
+    refusals: u32,
     /// Where the trace ends because the spool could not be read further.
     truncated_at: Option<u64>,
 }
@@ -166,19 +173,26 @@ impl Uploader {
             return Next::Wait(Some(self.not_before));
         }
         let waiting = self.end().saturating_sub(self.sent);
+        // The mark goes before everything: a trace with secrets in it must not stand unmarked.
+        if *self.upload.debug_trace.borrow() && !self.marked_debug && self.sent > 0 {
+            return Next::MarkDebug;
+        }
         if let Outbox::Verdict(verdict) = outbox {
             return if waiting > 0 { Next::Patch } else { Next::Verdict(verdict) };
         }
-        if *self.upload.debug_trace.borrow() && !self.marked_debug && self.end() > 0 {
-            return Next::MarkDebug;
+        // GitLab hears `running` first: a server that waits for it takes no trace before (safety.md
+        // G20), and a job that is over by now ends here (G18).
+        if !self.opened {
+            return Next::Keepalive;
+        }
+        // A keepalive that is due goes before a PATCH: while PATCHes fail it is the only sign of life.
+        let keepalive_due = self.last_answer.map_or(now, |last| last + self.upload.keepalive);
+        if now >= keepalive_due {
+            return Next::Keepalive;
         }
         let patch_due = self.last_patch.map_or(now, |last| last + self.interval);
         if waiting > 0 && (now >= patch_due || waiting >= PATCH_BYTES_MAX as u64) {
             return Next::Patch;
-        }
-        let keepalive_due = self.last_answer.map_or(now, |last| last + self.upload.keepalive);
-        if now >= keepalive_due {
-            return Next::Keepalive;
         }
         Next::Wait(Some(if waiting > 0 { keepalive_due.min(patch_due) } else { keepalive_due }))
     }
@@ -203,7 +217,7 @@ impl Uploader {
             changed = self.upload.debug_trace.changed() => if changed.is_err() {
                 std::future::pending::<()>().await;
             },
-            () = self.upload.spool.grown_beyond(threshold), if !backing_off => {}
+            () = self.upload.spool.grown_beyond(threshold), if !backing_off && self.truncated_at.is_none() => {}
             () = tokio::time::sleep_until(until) => {}
         }
     }
@@ -211,7 +225,10 @@ impl Uploader {
     async fn patch(&mut self) -> Step {
         let wanted = usize::try_from(self.end() - self.sent).map_or(PATCH_BYTES_MAX, |n| n.min(PATCH_BYTES_MAX));
         let bytes = match self.upload.spool.read(self.sent, wanted).await {
-            Ok(bytes) if !bytes.is_empty() => bytes,
+            Ok(bytes) if !bytes.is_empty() => {
+                self.read_failures = 0;
+                bytes
+            }
             read => {
                 let error = read.err().map_or_else(|| "file is shorter than it was".to_owned(), |e| e.to_string());
                 self.read_failures += 1;
@@ -229,10 +246,12 @@ impl Uploader {
         match self.upload.client.append_trace(self.sent, bytes, debug).await {
             Ok(answer) => {
                 self.answered(answer.interval);
+                // GitLab takes the mark from a PATCH at offset 0, even from one that it refuses.
+                self.marked_debug |= debug && self.sent == 0;
                 match answer.continue_at {
                     None if answer.status != JobStatus::Over => {
-                        self.marked_debug |= debug && self.sent == 0;
                         self.sent += length;
+                        self.progressed();
                     }
                     None => {}
                     Some(held) => {
@@ -245,6 +264,7 @@ impl Uploader {
                         }
                         // GitLab may have lost bytes (resend them) or have taken a piece whose answer was lost.
                         self.sent = held;
+                        self.refused();
                     }
                 }
                 self.status(answer.status).await
@@ -259,7 +279,7 @@ impl Uploader {
             Ok(first) => first,
             Err(error) => {
                 tracing::error!(error = chain(&error), "read the trace's spool");
-                self.marked_debug = true;
+                self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
                 return Step::Continue;
             }
         };
@@ -285,10 +305,13 @@ impl Uploader {
         match self.upload.client.update_job(&JobUpdate { verdict, trace }).await {
             Ok(answer) => {
                 self.answered(answer.interval);
+                self.opened = true;
                 if answer.resend_trace {
                     self.sent = 0;
+                    self.refused();
                     return Step::Continue;
                 }
+                self.progressed();
                 if let Some(pause) = answer.ask_again.filter(|_| last) {
                     self.not_before = Instant::now() + pause;
                     return Step::Continue;
@@ -302,8 +325,21 @@ impl Uploader {
     fn answered(&mut self, interval: Option<Duration>) {
         self.last_answer = Some(Instant::now());
         self.interval = interval.unwrap_or(self.interval);
-        self.backoff.reset();
         self.not_found_since = None;
+    }
+
+    fn progressed(&mut self) {
+        self.backoff.reset();
+        self.refusals = 0;
+    }
+
+    /// GitLab wants other bytes. Once that is the end of a lost answer, and goes on at once; again
+    /// and again it must not become a storm.
+    fn refused(&mut self) {
+        self.refusals += 1;
+        if self.refusals > 1 {
+            self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
+        }
     }
 
     async fn status(&mut self, status: JobStatus) -> Step {
@@ -319,6 +355,12 @@ impl Uploader {
 
     async fn failed(&mut self, error: &GitlabError) -> Step {
         let mut pause = self.backoff.next(&self.upload.rng);
+        if *self.upload.outbox.borrow() == Outbox::Empty {
+            // A live job is spoken of every 30 s, or a cancel would be learnt late.
+            pause = pause.min(self.upload.keepalive);
+        }
+        // An early `running` that GitLab refuses to understand is no reason to keep the trace back.
+        self.opened |= !error.is_transient();
         if let Some(wish) = error.retry_after() {
             pause = pause.max(wish);
         }

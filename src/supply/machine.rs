@@ -47,7 +47,7 @@ pub enum MachineEvent {
     Stopped,
     /// The hypervisor paused it: a disk error.
     Paused,
-    /// All of it is gone: VM, overlay, sockets, lease. The last event.
+    /// All of it is gone: VM, overlay, sockets. The last event. Its door and lease are the job's.
     Released,
 }
 
@@ -185,10 +185,8 @@ impl Driver {
     /// Makes overlay and VM, unless the VM runs already. `false`: it should have, and is gone.
     async fn start(&mut self, order: &Order) -> Result<bool, VmError> {
         let hypervisor = self.supply.hypervisor().clone();
-        if hypervisor.state(&self.name).await? == VmState::Gone {
-            if order.resume {
-                return Ok(false);
-            }
+        if self.look(order.make.is_none()).await? == VmState::Gone {
+            let Some(make) = &order.make else { return Ok(false) };
             let place = self.supply.place();
             let overlay = self.supply.overlay(&self.record.id);
             hypervisor.remove_sockets(&place.socket_dir, &self.record.id).await.map_err(|source| VmError::Refused {
@@ -196,7 +194,7 @@ impl Driver {
                 name: self.name.to_string(),
                 source: source.into(),
             })?;
-            hypervisor.create_overlay(&overlay, &order.base, order.disk_gib).await?;
+            hypervisor.create_overlay(&overlay, &make.base, make.disk_gib).await?;
             self.tell(MachineEvent::DiskReady).await;
             if self.wish() != Wish::Keep {
                 return Ok(true);
@@ -205,12 +203,12 @@ impl Driver {
                 id: self.record.id.clone(),
                 installation: place.installation.clone(),
                 bound: Some(order.bound.clone()),
-                cpus: order.cpus,
-                memory_mib: order.memory_mib,
+                cpus: make.cpus,
+                memory_mib: make.memory_mib,
                 accel: place.accel,
-                boot: order.boot.clone(),
+                boot: make.boot.clone(),
                 overlay,
-                base: order.base.clone(),
+                base: make.base.clone(),
                 attachment: self.record.lease.attachment(),
                 socket_dir: place.socket_dir.clone(),
             };
@@ -218,6 +216,27 @@ impl Driver {
         }
         self.tell(MachineEvent::Started).await;
         Ok(true)
+    }
+
+    /// The VM's state. For a guest that has its job "I could not look" is not "it is gone": it is
+    /// asked again until there is an answer, or a wish.
+    async fn look(&mut self, patiently: bool) -> Result<VmState, VmError> {
+        let mut backoff = Backoff::hypervisor();
+        loop {
+            let error = match self.supply.hypervisor().state(&self.name).await {
+                Ok(state) => return Ok(state),
+                Err(error) if patiently && error.is_transient() => error,
+                Err(error) => return Err(error),
+            };
+            tracing::warn!(vm = %self.record.id, error = chain(&error), "look for the VM of a running job; trying again");
+            let pause = backoff.next(&self.supply.0.rng);
+            tokio::select! {
+                biased;
+                // Both cancel safe. With a wish the state no longer matters: it is taken down, or left.
+                _ = self.wish.wait_for(|wish| *wish != Wish::Keep) => return Ok(VmState::Running),
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
     }
 
     async fn wait_for_wish(&mut self) {
@@ -238,7 +257,13 @@ impl Driver {
             let seen = tokio::select! {
                 biased;
                 // All cancel safe. The wish first: a release needs no further news.
-                _ = self.wish.changed() => continue,
+                wished = self.wish.changed() => {
+                    if wished.is_err() {
+                        // The job's task died; another takes the VM up, or the sweep reaps it.
+                        return;
+                    }
+                    continue;
+                }
                 // The channel's end tells QEMU's death within milliseconds …
                 Some(()) = ended.recv() => self.supply.hypervisor().state(&self.name).await.ok(),
                 // … the list within its interval, whatever becomes of the channel.
@@ -339,7 +364,6 @@ impl Driver {
                 }
             }
         }
-        self.supply.0.network.release(&self.record.lease);
         self.tell(MachineEvent::Released).await;
     }
 }

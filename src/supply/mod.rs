@@ -14,6 +14,7 @@ use crate::rng::Rng;
 use crate::vm::{Accel, Boot, Hypervisor, InstallationId, VmId, VmName, VmState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -39,6 +40,8 @@ struct Shared {
     listing: watch::Receiver<Listing>,
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
     driven: Mutex<BTreeSet<VmId>>,
+    /// Machines in a row that never showed their pass.
+    failures: AtomicU32,
 }
 
 /// What all machines of this daemon have in common.
@@ -63,12 +66,21 @@ struct Listing {
 }
 
 /// What one machine is made from.
-#[derive(Clone, Debug)]
 pub struct Order {
     /// Its names, in the job's record already.
     pub machine: MachineRecord,
     /// Runner entry and job, for people.
     pub bound: (String, u64),
+    /// The guest config, as a line: its pass is in it, so an order never prints.
+    pub config: Vec<u8>,
+    /// What to make the VM from if there is none. `None`: its guest has its job already; a VM that
+    /// is gone has stopped, and no other is made.
+    pub make: Option<Blueprint>,
+}
+
+/// A VM that does not exist yet.
+#[derive(Clone, Debug)]
+pub struct Blueprint {
     /// Virtual CPUs.
     pub cpus: u32,
     /// Guest memory, MiB.
@@ -79,10 +91,6 @@ pub struct Order {
     pub base: PathBuf,
     /// How it boots.
     pub boot: Boot,
-    /// The guest config, as a line.
-    pub config: Vec<u8>,
-    /// The guest has its job already: if the VM is gone, it has stopped, and no other is made.
-    pub resume: bool,
 }
 
 impl Supply {
@@ -96,7 +104,15 @@ impl Supply {
         stop: CancellationToken,
     ) -> (Self, JoinHandle<()>) {
         let (sender, listing) = watch::channel(Listing::default());
-        let shared = Arc::new(Shared { hypervisor, rng, network, place, listing, driven: Mutex::default() });
+        let shared = Arc::new(Shared {
+            hypervisor,
+            rng,
+            network,
+            place,
+            listing,
+            driven: Mutex::default(),
+            failures: AtomicU32::new(0),
+        });
         let supply = Self(shared);
         let lister = supply.clone();
         #[expect(clippy::disallowed_methods, reason = "joined by daemon")]
@@ -117,7 +133,7 @@ impl Supply {
         self.0.network.adopt(&machine.lease);
     }
 
-    /// Gives a plan back of which nothing was made. `in_use`: its port is somebody else's.
+    /// Gives a plan back: nothing was made of it, or all of it is gone and its door closed. `in_use`: its port is somebody else's.
     pub fn forget(&self, machine: &MachineRecord, in_use: bool) {
         if in_use {
             self.0.network.release_in_use(&machine.lease);
@@ -149,6 +165,22 @@ impl Supply {
     #[must_use]
     pub fn hypervisor(&self) -> &Arc<dyn Hypervisor> {
         &self.0.hypervisor
+    }
+
+    /// A machine was lost before its guest showed the pass.
+    pub fn machine_was_lost(&self) {
+        self.0.failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A guest has shown its pass: machines can be made here.
+    pub fn machine_came_up(&self) {
+        self.0.failures.store(0, Ordering::Relaxed);
+    }
+
+    /// Machines in a row that were lost before their guest showed the pass.
+    #[must_use]
+    pub fn lost_in_a_row(&self) -> u32 {
+        self.0.failures.load(Ordering::Relaxed)
     }
 
     /// The VMs that have a task in this daemon.
