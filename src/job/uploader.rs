@@ -92,7 +92,10 @@ pub(super) async fn upload(upload: Upload) {
         if matches!(*uploader.upload.outbox.borrow(), Outbox::Verdict(_)) {
             let since = *verdict_since.get_or_insert_with(Instant::now);
             if !end && since.elapsed() >= keep {
-                tracing::error!(hours = keep.as_secs() / 3600, "verdict could not be delivered to GitLab and is dropped");
+                tracing::error!(
+                    hours = keep.as_secs() / 3600,
+                    "verdict could not be delivered to GitLab and is dropped"
+                );
                 break;
             }
         }
@@ -166,8 +169,13 @@ impl Uploader {
         if let Outbox::Verdict(verdict) = outbox {
             return if waiting > 0 { Next::Patch } else { Next::Verdict(verdict) };
         }
-        if *self.upload.debug_trace.borrow() && !self.marked_debug && self.end() > 0 {
+        if self.last_answer.is_some() && *self.upload.debug_trace.borrow() && !self.marked_debug && self.end() > 0 {
             return Next::MarkDebug;
+        }
+        // GitLab hears `running` first: a server that waits for it takes no trace before (safety.md G20), and
+        // a job that is over by now ends here (G18).
+        if self.last_answer.is_none() {
+            return Next::Keepalive;
         }
         let patch_due = self.last_patch.map_or(now, |last| last + self.interval);
         if waiting > 0 && (now >= patch_due || waiting >= PATCH_BYTES_MAX as u64) {
@@ -234,7 +242,11 @@ impl Uploader {
                     None => {}
                     Some(held) => {
                         if held > self.end() {
-                            tracing::error!(held, ours = self.end(), "GitLab holds more of the trace than was ever sent");
+                            tracing::error!(
+                                held,
+                                ours = self.end(),
+                                "GitLab holds more of the trace than was ever sent"
+                            );
                         }
                         // GitLab may have lost bytes (resend them) or have taken a piece whose answer was lost.
                         self.sent = held;
@@ -323,7 +335,11 @@ impl Uploader {
         } else {
             self.not_found_since = None;
         }
-        tracing::warn!(error = chain(error), pause_s = pause.as_secs_f64(), "GitLab did not take trace or state; it will be sent again");
+        tracing::warn!(
+            error = chain(error),
+            pause_s = pause.as_secs_f64(),
+            "GitLab did not take trace or state; it will be sent again"
+        );
         self.not_before = Instant::now() + pause;
         Step::Continue
     }
