@@ -13,8 +13,8 @@ use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
 use crate::vm::{Stream, VmError, VmName, VmSpec, VmState};
 use dayfly_guest_config::{REPORT_LINE_MAX, Report};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::sync::{mpsc, watch};
@@ -76,7 +76,11 @@ impl Machine {
         Self::spawn(supply, record, |mut driver| async move { driver.take_down().await })
     }
 
-    fn spawn<F: Future<Output = ()> + Send + 'static>(supply: Supply, record: MachineRecord, run: impl FnOnce(Driver) -> F) -> Self {
+    fn spawn<F: Future<Output = ()> + Send + 'static>(
+        supply: Supply,
+        record: MachineRecord,
+        run: impl FnOnce(Driver) -> F,
+    ) -> Self {
         let (events_out, events) = mpsc::channel(EVENTS_MAX);
         let (wish, wish_in) = watch::channel(Wish::Keep);
         let console = Arc::new(Mutex::new(Ring::default()));
@@ -231,8 +235,9 @@ impl Driver {
         while self.wish() == Wish::Keep {
             let seen = tokio::select! {
                 biased;
-                // All cancel safe. The wish first: a release needs no further news.
-                _ = self.wish.changed() => continue,
+                // All cancel safe. The wish first: a release needs no further news. A handle that was
+                // dropped without one means that the job's task died: its successor reaps the machine.
+                wish = self.wish.changed() => if wish.is_ok() { continue } else { return },
                 // The channel's end tells QEMU's death within milliseconds …
                 Some(()) = ended.recv() => self.supply.hypervisor().state(&self.name).await.ok(),
                 // … the list within its interval, whatever becomes of the channel.
@@ -258,7 +263,8 @@ impl Driver {
 
     /// Writes the config until the guest has been seen, and passes its reports on.
     fn serve_channel(&self, wires: &mut JoinSet<()>, config: Vec<u8>, ended: mpsc::Sender<()>) {
-        let (supply, id, greeted, events) = (self.supply.clone(), self.record.id.clone(), self.greeted.clone(), self.events.clone());
+        let (supply, id, greeted, events) =
+            (self.supply.clone(), self.record.id.clone(), self.greeted.clone(), self.events.clone());
         wires.spawn(async move {
             loop {
                 if let Ok(stream) = supply.hypervisor().open_channel(&supply.place().socket_dir, &id).await {
@@ -312,7 +318,11 @@ impl Driver {
                 hypervisor.destroy(&self.name).await?;
                 hypervisor.remove_overlay(&overlay).await?;
                 let sockets = hypervisor.remove_sockets(&self.supply.place().socket_dir, &self.record.id).await;
-                sockets.map_err(|source| VmError::Refused { what: "remove sockets of", name: self.name.to_string(), source: source.into() })
+                sockets.map_err(|source| VmError::Refused {
+                    what: "remove sockets of",
+                    name: self.name.to_string(),
+                    source: source.into(),
+                })
             };
             match result.await {
                 Ok(()) => break,
