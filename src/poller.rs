@@ -8,10 +8,11 @@
 
 use crate::capacity::{Capacity, Resources};
 use crate::daemon::Jobs;
-use crate::gitlab::{GitlabError, JobPayload, Poll, RunnerInfo};
+use crate::gitlab::{GitlabError, JobId, JobPayload, PayloadError, Poll, RunnerInfo};
 use crate::job::journal::JobKey;
-use crate::job::{self, Parts, Runner};
+use crate::job::{self, Parts, Refusal, Runner};
 use crate::retry::Backoff;
+use crate::secret::Secret;
 use crate::status::RunnerState;
 use crate::telemetry::chain;
 use std::path::PathBuf;
@@ -120,6 +121,12 @@ impl Poller {
                     last_update = newer.or(last_update);
                     if asked.elapsed() >= HELD { HELD_PAUSE } else { self.runner.config.poll_interval.get() }
                 }
+                Err(GitlabError::UnreadableJob { job, source }) => {
+                    drop(reservation);
+                    (backoff, conflicts) = (Backoff::poll(), 0);
+                    self.unreadable(job, &source).await;
+                    self.runner.config.poll_interval.get()
+                }
                 Err(error) => {
                     drop(reservation);
                     conflicts = if matches!(error, GitlabError::Conflict) { conflicts + 1 } else { 0 };
@@ -202,7 +209,9 @@ impl Poller {
         let (path, reserve) = &self.disk;
         match self.parts.files.free_bytes(path).await {
             Ok(free) if free >= *reserve => None,
-            Ok(free) => Some(format!("{} MiB are free at `{}`, {} MiB must be", free >> 20, path.display(), reserve >> 20)),
+            Ok(free) => {
+                Some(format!("{} MiB are free at `{}`, {} MiB must be", free >> 20, path.display(), reserve >> 20))
+            }
             Err(error) => Some(format!("free disk of `{}` is not known: {error}", path.display())),
         }
     }
@@ -216,12 +225,32 @@ impl Poller {
         }
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
+        let token = payload.token.clone();
         match job::accept(&self.parts, self.runner.clone(), payload, self.resources, reservation).await {
             Ok(handle) => self.jobs.add(handle),
             Err(error) => {
-                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started, and GitLab will fail it");
+                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started");
                 self.parts.metrics.job().lost.inc();
+                if let Err(error) = self.parts.journal.remove(&key).await {
+                    tracing::warn!(%key, error = chain(&error), "remove what was written of it; the next start does");
+                }
+                job::refuse(&self.parts, &self.runner, key.id, token, Refusal::NotKept).await;
             }
+        }
+    }
+
+    /// A 201 that cannot be used: where id and token arrived, the job is ended at once (G6).
+    async fn unreadable(&self, job: Option<Box<(JobId, Secret)>>, error: &PayloadError) {
+        let runner = &self.runner.config.name;
+        tracing::error!(
+            runner,
+            error = chain(error),
+            known = job.is_some(),
+            "GitLab assigned a job that cannot be read"
+        );
+        self.parts.metrics.job().unreadable.inc();
+        if let Some((id, token)) = job.map(|job| *job) {
+            job::refuse(&self.parts, &self.runner, id, token, Refusal::Unreadable).await;
         }
     }
 
@@ -236,14 +265,14 @@ impl Poller {
             // The queue changed under the question: ask again at once, but only once.
             GitlabError::Conflict if conflicts == 1 => Duration::ZERO,
             GitlabError::Conflict => self.runner.config.poll_interval.get(),
-            GitlabError::UnreadableJob { .. } => {
-                tracing::error!(runner, error = chain(error), "GitLab assigned a job that cannot be read");
-                self.parts.metrics.job().unreadable.inc();
-                self.runner.config.poll_interval.get()
-            }
             error => {
                 let pause = error.retry_after().unwrap_or_else(|| backoff.next(&self.parts.rng));
-                tracing::warn!(runner, error = chain(error), pause_s = pause.as_secs_f64(), "GitLab gave no answer to a poll");
+                tracing::warn!(
+                    runner,
+                    error = chain(error),
+                    pause_s = pause.as_secs_f64(),
+                    "GitLab gave no answer to a poll"
+                );
                 self.say(RunnerState::Retrying { error: chain(error), in_s: pause.as_secs() });
                 pause
             }

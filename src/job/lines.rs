@@ -5,6 +5,7 @@
 //! GitLab decides from the first line whether a log has timestamps, so ours must have them
 //! (design D20). Lines name no host, no path and no secret: the CI user reads them.
 
+use super::refuse::Refusal;
 use super::state::Failure;
 use jiff::Timestamp;
 use std::fmt::Write as _;
@@ -61,7 +62,9 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
             format!("the job was canceled, and its after_script did not end within {limit}"),
             "Shorten after_script if its work must be finished.",
         ),
-        Failure::Killed => ("an operator of this runner ended the job".into(), "Please retry it, or ask your operators."),
+        Failure::Killed => {
+            ("an operator of this runner ended the job".into(), "Please retry it, or ask your operators.")
+        }
         Failure::HostLost => ("this runner's host was restarted".into(), NOT_YOURS),
     };
     let label = match failure {
@@ -79,6 +82,19 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
     };
     let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
     let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {whose}\x1b[0;m"));
+    text.push_str(&line(now, &format!("dayfly: for your operators: job {job}, {label}, {seconds}")));
+    text
+}
+
+/// What the author of a job reads that is never run here.
+#[must_use]
+pub(super) fn refusal(now: Timestamp, why: Refusal, job: u64) -> String {
+    let (what, label) = match why {
+        Refusal::Unreadable => ("what GitLab sent of this job could not be read", "unreadable"),
+        Refusal::NotKept => ("this runner's host could not write the job down", "not kept"),
+    };
+    let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
+    let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {NOT_YOURS}\x1b[0;m"));
     text.push_str(&line(now, &format!("dayfly: for your operators: job {job}, {label}, {seconds}")));
     text
 }
@@ -133,26 +149,35 @@ mod tests {
     #[test]
     fn our_lines_have_the_runners_timestamp_format() {
         assert_eq!(note(now(), "text"), "2026-01-02T12:03:11.052991Z 00O text\n");
-        assert_eq!(phase(now(), "disk ready", Duration::from_millis(1234)), "2026-01-02T12:03:11.052991Z 00O      1.23 s  disk ready\n");
+        assert_eq!(
+            phase(now(), "disk ready", Duration::from_millis(1234)),
+            "2026-01-02T12:03:11.052991Z 00O      1.23 s  disk ready\n"
+        );
     }
 
     #[test]
     fn the_first_line_of_a_log_is_no_continuation() {
         let start = boot_section_start(now(), true);
-        assert!(start.starts_with("2026-01-02T12:03:11.052991Z 00O section_start:1767355391:dayfly_boot[collapsed=true]\r\x1b[0K\n"));
+        assert!(start.starts_with(
+            "2026-01-02T12:03:11.052991Z 00O section_start:1767355391:dayfly_boot[collapsed=true]\r\x1b[0K\n"
+        ));
         assert!(start.lines().all(|l| l.len() >= 32 && l.as_bytes()[26] == b'Z'));
     }
 
     #[test]
     fn a_failure_says_what_happened_whose_move_it_is_and_what_operators_need() {
         let text = failure(now(), Failure::BootDeadline, 42, Duration::from_secs(300));
-        assert!(text.contains("dayfly: the virtual machine was not ready within 5 min. Your job is not the cause; please retry."));
+        assert!(text.contains(
+            "dayfly: the virtual machine was not ready within 5 min. Your job is not the cause; please retry."
+        ));
         assert!(text.contains("dayfly: for your operators: job 42, boot deadline, 2026-01-02T12:03:11Z"));
     }
 
     #[test]
     fn durations_read_like_words() {
-        for (seconds, text) in [(0, "0 s"), (59, "59 s"), (300, "5 min"), (61, "1 min 1 s"), (3600, "1 h"), (5400, "1 h 30 min")] {
+        for (seconds, text) in
+            [(0, "0 s"), (59, "59 s"), (300, "5 min"), (61, "1 min 1 s"), (3600, "1 h"), (5400, "1 h 30 min")]
+        {
             assert_eq!(people(Duration::from_secs(seconds)), text);
         }
     }

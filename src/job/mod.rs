@@ -14,12 +14,14 @@ pub mod journal;
 mod limits;
 mod lines;
 mod machinery;
+mod refuse;
 pub mod spool;
 pub mod state;
 mod task;
 mod uploader;
 
 pub use limits::Limits;
+pub use refuse::{Refusal, refuse};
 pub use task::{accept, adopt};
 
 use crate::clock::Clock;
