@@ -1,7 +1,17 @@
 //! The lifecycle ring: the whole daemon, one thread, paused time, no sockets.
 
 #[path = "../support/mod.rs"]
-#[allow(unreachable_pub, missing_docs, dead_code, reason = "shared by several test binaries, each of which uses a part")]
+#[allow(
+    unreachable_pub,
+    missing_docs,
+    dead_code,
+    reason = "shared by several test binaries, each of which uses a part"
+)]
 mod support;
 
+mod cancels;
+mod crashes;
 mod ends;
+mod gitlab;
+mod machines;
+mod room;

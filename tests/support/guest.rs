@@ -138,7 +138,10 @@ impl Guest {
     /// One request on a connection of its own. `None`: no answer came.
     pub async fn call(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Answer> {
         let mut stream = self.connect().await?;
-        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {}\r\nConnection: close\r\n", body.len());
+        let mut head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {}\r\nConnection: close\r\n",
+            body.len()
+        );
         for (name, value) in headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
@@ -168,16 +171,20 @@ impl Guest {
         Some(answer)
     }
 
+    /// Asks once for a job.
+    pub async fn ask_once(&self) -> Option<Answer> {
+        let info: Value =
+            json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
+        let body = json!({"info": info, "token": self.token, "system_id": "s_0123456789ab"}).to_string();
+        let headers = [("Content-Type", "application/json"), ("Runner-Token", self.token.as_str())];
+        self.call("POST", "/api/v4/jobs/request", &headers, body.as_bytes()).await
+    }
+
     /// Asks until there is a job, as `run-single` does.
     pub async fn ask(&self) -> Option<Value> {
-        let info: Value = json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
-        let body = json!({"info": info, "token": self.token, "system_id": "s_0123456789ab"}).to_string();
         let deadline = Instant::now() + Duration::from_secs(self.config.runner.wait_timeout_s);
         while Instant::now() < deadline {
-            let headers = [("Content-Type", "application/json"), ("Runner-Token", self.token.as_str())];
-            if let Some(answer) = self.call("POST", "/api/v4/jobs/request", &headers, body.as_bytes()).await
-                && answer.status == 201
-            {
+            if let Some(answer) = self.ask_once().await.filter(|answer| answer.status == 201) {
                 return serde_json::from_slice(&answer.body).ok();
             }
             sleep(Duration::from_secs(3)).await;
@@ -193,6 +200,12 @@ impl Guest {
             guest.work(&payload).await;
         }
         guest.power_off().await;
+    }
+
+    /// Says that the job runs, as the runner does before it does anything else.
+    pub async fn begin(&self, payload: &Value) {
+        let mut job = JobRun::new(payload, Memory::default());
+        job.put(self, json!({"state": "running", "output": {}})).await;
     }
 
     /// Runs the job that it was given.
@@ -384,7 +397,8 @@ impl JobRun {
         }
         let range = format!("{}-{}", self.sent, end - 1);
         let path = format!("/api/v4/jobs/{}/trace?debug_trace=false", self.id);
-        let headers = [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", self.token.as_str())];
+        let headers =
+            [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", self.token.as_str())];
         let Some(answer) = guest.call("PATCH", &path, &headers, &self.trace[self.sent..end]).await else { return };
         self.heard(&answer);
         match answer.status {

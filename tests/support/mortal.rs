@@ -10,7 +10,9 @@ use dayfly::BoxFuture;
 use dayfly::files::{Entry, Files};
 use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
-use dayfly::vm::{DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use dayfly::vm::{
+    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+};
 use std::future::{pending, poll_fn};
 use std::io;
 use std::net::SocketAddr;
@@ -72,7 +74,13 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 impl Life {
     /// A life that ends at this call, or when somebody ends it.
     pub fn new(end: Option<End>, look: Option<Look>) -> Self {
-        Self(Arc::new(Inner { dead: CancellationToken::new(), end, look, calls: Mutex::default(), held: Mutex::default() }))
+        Self(Arc::new(Inner {
+            dead: CancellationToken::new(),
+            end,
+            look,
+            calls: Mutex::default(),
+            held: Mutex::default(),
+        }))
     }
 
     /// The end, at once.
@@ -199,7 +207,12 @@ struct MortalFiles {
 }
 
 impl MortalFiles {
-    fn call<'a, T: Send + 'a>(&'a self, what: &'static str, path: &'a Path, call: impl Future<Output = T> + Send + 'a) -> BoxFuture<'a, T> {
+    fn call<'a, T: Send + 'a>(
+        &'a self,
+        what: &'static str,
+        path: &'a Path,
+        call: impl Future<Output = T> + Send + 'a,
+    ) -> BoxFuture<'a, T> {
         Box::pin(async move {
             if let Some(look) = self.life.0.look.as_ref().filter(|_| !self.life.is_over()) {
                 look(what, path);
@@ -276,7 +289,12 @@ impl Hypervisor for MortalHypervisor {
         self.call(async move { self.hypervisor.prepare(overlay_dir, socket_dir).await })
     }
 
-    fn create_overlay<'a>(&'a self, overlay: &'a Path, base: &'a Path, disk_gib: u64) -> BoxFuture<'a, Result<(), VmError>> {
+    fn create_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
         self.call(async move { self.hypervisor.create_overlay(overlay, base, disk_gib).await })
     }
 
