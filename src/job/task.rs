@@ -12,6 +12,7 @@ use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use crate::capacity::{Reservation, Resources};
 use crate::gitlab::JobPayload;
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
+use crate::retry::Backoff;
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
 use dayfly_guest_config::Report;
@@ -94,12 +95,18 @@ async fn run(
     view: watch::Sender<JobView>,
 ) {
     let leave = parts.leave.clone();
-    let machinery = match Machinery::open(parts, runner, record, payload).await {
-        Ok(machinery) => machinery,
-        Err(error) => {
-            // Without a spool there is no trace and no verdict; the record waits for a better day.
-            tracing::error!(error = chain(&error), "open the job's spool; the job waits for the next start of the daemon");
-            return;
+    let mut backoff = Backoff::uploader();
+    // Without a spool there is no trace and no verdict: the record waits for a better day.
+    let machinery = loop {
+        match Machinery::open(parts.clone(), runner.clone(), record.clone(), payload.clone()).await {
+            Ok(machinery) => break machinery,
+            Err(error) => tracing::error!(error = chain(&error), "open the job's spool; trying again"),
+        }
+        tokio::select! {
+            biased;
+            // Both are cancel safe.
+            () = leave.cancelled() => return,
+            () = tokio::time::sleep(backoff.next(&parts.rng)) => {}
         }
     };
     let mut job = Job { m: machinery, view, last_hand_out: None, spoke: false, grace: None, graced: Duration::ZERO };
