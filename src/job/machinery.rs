@@ -374,7 +374,7 @@ impl Machinery {
             Err(error) if error.kind() == io::ErrorKind::NotFound => self.write_config(&machine, executor).await?,
             Err(error) => {
                 tracing::error!(error = chain(&error), "read the kept guest config");
-                return Err(Event::CannotGoOn);
+                return Err(Event::HostDiskFailed);
             }
         };
         let listener = self.listen(&machine).await.map_err(|error| {
@@ -394,7 +394,7 @@ impl Machinery {
             self.record.machine = Some(machine.clone());
             if !self.put().await {
                 self.forget_machine(false);
-                return Err(Event::CannotGoOn);
+                return Err(Event::HostDiskFailed);
             }
             match self.listen(&machine).await {
                 Ok(listener) => {
@@ -444,7 +444,7 @@ impl Machinery {
         );
         self.parts.journal.put_guest(&self.record.key, config.to_line()).await.map_err(|error| {
             tracing::error!(error = chain(&error), "keep the guest config");
-            Event::CannotGoOn
+            Event::HostDiskFailed
         })?;
         Ok(config)
     }
