@@ -12,6 +12,7 @@ mod support;
 mod cancels;
 mod crashes;
 mod ends;
+mod faults;
 mod gitlab;
 mod machines;
 mod room;
