@@ -8,9 +8,9 @@
 
 use crate::capacity::{Capacity, Reservation, Resources};
 use crate::daemon::Jobs;
-use crate::gitlab::{GitlabError, JobClient, JobId, JobPayload, Poll, RunnerInfo, Verified};
+use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, Verified};
 use crate::job::journal::JobKey;
-use crate::job::{self, Parts, Runner};
+use crate::job::{self, Parts, Refusal, Runner};
 use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::status::RunnerState;
@@ -39,12 +39,6 @@ const LOST_IN_A_ROW: u32 = 3;
 
 /// See [`LOST_IN_A_ROW`].
 const RETRY_PAUSE: Duration = Duration::from_secs(60);
-
-/// What the author of an unreadable job reads.
-const UNREADABLE: &str = "this runner could not read GitLab's description of the job. Please tell your operators.";
-
-/// What the author reads of a job that could not be written down.
-const UNWRITTEN: &str = "this runner's host could not write the job down. Your job is not the cause; please retry.";
 
 /// A poll that GitLab held at least this long was a long poll: the queue moved, or its time ran
 /// out. Either way the next one may go out at once.
@@ -138,7 +132,7 @@ impl Poller {
             }
             if let Err(GitlabError::UnreadableJob { job: Some(job), .. }) = &answer {
                 let (id, token) = job.as_ref().clone();
-                self.refuse(&mut refusals, id, token, UNREADABLE);
+                self.refuse(&mut refusals, id, token, Refusal::Unreadable);
             }
             let pause = match answer {
                 Ok(Poll::Job(payload)) => {
@@ -219,10 +213,9 @@ impl Poller {
     }
 
     /// Tells GitLab in the background that a job of it cannot be begun.
-    fn refuse(&self, refusals: &mut JoinSet<()>, id: JobId, token: Secret, why: &'static str) {
-        let client = JobClient::new(self.runner.transport.clone(), id, token, self.parts.rng.clone());
-        let (clock, rng) = (self.parts.clock.clone(), self.parts.rng.clone());
-        refusals.spawn(async move { job::refuse(&client, why, &clock, &rng).await });
+    fn refuse(&self, refusals: &mut JoinSet<()>, id: JobId, token: Secret, why: Refusal) {
+        let (parts, runner) = (self.parts.clone(), self.runner.clone());
+        refusals.spawn(async move { job::refuse(&parts, &runner, id, token, why).await });
     }
 
     /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that
@@ -290,7 +283,7 @@ impl Poller {
                 if let Err(error) = self.parts.journal.remove(&key).await {
                     tracing::error!(%key, error = chain(&error), "remove what was written of it");
                 }
-                self.refuse(refusals, id, token, UNWRITTEN);
+                self.refuse(refusals, id, token, Refusal::NotKept);
             }
         }
     }

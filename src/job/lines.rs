@@ -5,6 +5,7 @@
 //! GitLab decides from the first line whether a log has timestamps, so ours must have them
 //! (design D20). Lines name no host, no path and no secret: the CI user reads them.
 
+use super::refuse::Refusal;
 use super::state::Failure;
 use jiff::Timestamp;
 use std::fmt::Write as _;
@@ -64,9 +65,7 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
         Failure::Killed => {
             ("an operator of this runner ended the job".into(), "Please retry it, or ask your operators.")
         }
-        Failure::HostLost => {
-            ("this runner's host was restarted, or lost what the job needs to go on".into(), NOT_YOURS)
-        }
+        Failure::HostLost => ("this runner's host was restarted".into(), NOT_YOURS),
     };
     let label = match failure {
         Failure::NoMachine => "no machine",
@@ -83,6 +82,19 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
     };
     let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
     let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {whose}\x1b[0;m"));
+    text.push_str(&line(now, &format!("dayfly: for your operators: job {job}, {label}, {seconds}")));
+    text
+}
+
+/// What the author of a job reads that is never run here.
+#[must_use]
+pub(super) fn refusal(now: Timestamp, why: Refusal, job: u64) -> String {
+    let (what, label) = match why {
+        Refusal::Unreadable => ("what GitLab sent of this job could not be read", "unreadable"),
+        Refusal::NotKept => ("this runner's host could not write the job down", "not kept"),
+    };
+    let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
+    let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {NOT_YOURS}\x1b[0;m"));
     text.push_str(&line(now, &format!("dayfly: for your operators: job {job}, {label}, {seconds}")));
     text
 }

@@ -430,7 +430,7 @@ impl Machinery {
             }
             (Err(error), _) => {
                 tracing::error!(error = chain(&error), "read the kept guest config");
-                return Err(Event::CannotGoOn);
+                return Err(Event::HostDiskFailed);
             }
         };
         let since = Instant::now();
@@ -462,7 +462,7 @@ impl Machinery {
             self.record.machine = Some(machine.clone());
             if !self.put().await {
                 self.forget_machine(false);
-                return Err(Event::CannotGoOn);
+                return Err(Event::HostDiskFailed);
             }
             match self.listen(&machine).await {
                 Ok(listener) => {
@@ -471,7 +471,7 @@ impl Machinery {
                     return Ok((machine, config, listener));
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    tracing::warn!(port = machine.lease.port, "a door's port is in use; trying another");
+                    tracing::warn!(port = machine.lease.port, "bind a door; trying another port");
                     self.forget_machine(true);
                 }
                 Err(error) => {
@@ -518,7 +518,7 @@ impl Machinery {
         );
         self.parts.journal.put_guest(&self.record.key, config.to_line()).await.map_err(|error| {
             tracing::error!(error = chain(&error), "keep the guest config");
-            Event::CannotGoOn
+            Event::HostDiskFailed
         })?;
         Ok(config)
     }

@@ -4,13 +4,11 @@
 //! deadlines. It feeds events to the pure [`state`] machine, journals each new state, and carries
 //! out the commands. Others reach it through its [`JobHandle`]: a bounded inbox and a view.
 //!
-//! ```text
-//! poller, recovery ──► task ──► state      what next?
-//!                       │  ├──► journal    what must survive?
-//!                       │  ├──► supply     its machine
-//!                       │  ├──► guest      its door
-//!                       │  └──► uploader   spool and outbox to GitLab
-//! ```
+//!     poller, recovery ──► task ──► state      what next?
+//!                           │  ├──► journal    what must survive?
+//!                           │  ├──► supply     its machine
+//!                           │  ├──► guest      its door
+//!                           │  └──► uploader   spool and outbox to GitLab
 
 pub mod journal;
 mod limits;
@@ -23,7 +21,7 @@ mod task;
 mod uploader;
 
 pub use limits::Limits;
-pub use refuse::refuse;
+pub use refuse::{Refusal, refuse};
 pub use task::{accept, adopt};
 
 use crate::clock::Clock;

@@ -1,50 +1,51 @@
-//! A job that was assigned and cannot be begun: GitLab is told so at once, with a line for the
-//! author, instead of leaving it to fail the job as stuck in an hour.
+//! Ends a job at GitLab that was assigned, but will never have a record here.
+//!
+//! Its 201 could not be read to its end, or the journal did not take it. Without a word GitLab
+//! would show it as running until its own worker gives it up, up to an hour later (safety.md G6,
+//! H6). Best effort: what is known of the job is its id and token, and nothing of it survives us.
 
 use super::lines;
-use crate::clock::Clock;
-use crate::gitlab::{JobClient, JobStatus, JobUpdate, Verdict};
+use super::{Parts, Runner};
+use crate::gitlab::{GitlabError, JobClient, JobId, JobUpdate, Verdict};
 use crate::retry::Backoff;
-use crate::rng::Rng;
+use crate::secret::Secret;
 use crate::telemetry::chain;
 use bytes::Bytes;
-use std::time::Duration;
-use tokio::time::Instant;
 
-/// How long GitLab is tried; after that it fails the job by itself.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// Calls made for each part; with their pauses about half a minute.
+const TRIES: u32 = 5;
 
-/// Tells GitLab that `client`'s job has failed and why, until it has heard it or 10 min are over.
-/// `why` continues the words "dayfly: ".
-///
-/// # Cancel safety
-/// Dropping it may leave the line without the verdict, or nothing at all.
-pub async fn refuse(client: &JobClient, why: &str, clock: &Clock, rng: &Rng) {
-    let line = Bytes::from(lines::note(clock.now(), &format!("\x1b[31;1mdayfly: {why}\x1b[0;m")));
-    let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".to_owned()), exit_code: None };
-    let trace = Some((crc32fast::hash(&line), line.len() as u64));
-    let since = Instant::now();
+/// Why the job is not run; chooses the author's line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its payload makes no sense, or broke off.
+    Unreadable,
+    /// The journal did not take it.
+    NotKept,
+}
+
+/// Tells GitLab and the author.
+pub async fn refuse(parts: &Parts, runner: &Runner, id: JobId, token: Secret, why: Refusal) {
+    let client = JobClient::new(runner.transport.clone(), id, token, parts.rng.clone());
+    let text = Bytes::from(lines::refusal(parts.clock.now(), why, id.0));
     let mut backoff = Backoff::uploader();
-    let mut told = false;
-    while since.elapsed() < PATIENCE {
-        // A 416 means that the line is there: its answer was lost.
-        let result = async {
-            if !told {
-                let answer = client.append_trace(0, line.clone(), false).await?;
-                if answer.status == JobStatus::Over {
-                    return Ok(true);
-                }
+    for _ in 0..TRIES {
+        match tell(&client, &text).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::warn!(job = %id, error = chain(&error), "tell GitLab that a job is not run");
+                tokio::time::sleep(backoff.next(&parts.rng)).await;
             }
-            told = true;
-            let answer = client.update_job(&JobUpdate { verdict: Some(verdict.clone()), trace }).await?;
-            Ok::<bool, crate::gitlab::GitlabError>(answer.ask_again.is_none() || answer.status == JobStatus::Over)
-        };
-        match result.await {
-            Ok(true) => return,
-            Ok(false) => {}
-            Err(error) => tracing::warn!(error = chain(&error), "tell GitLab that a job cannot be begun; trying again"),
         }
-        tokio::time::sleep(backoff.next(rng)).await;
     }
-    tracing::error!("GitLab could not be told that a job cannot be begun");
+    tracing::error!(job = %id, "GitLab does not know that this job is not run; it will fail it as stuck");
+}
+
+async fn tell(client: &JobClient, text: &Bytes) -> Result<(), GitlabError> {
+    // A piece that GitLab has already is answered with a success or a 416, and either will do.
+    client.append_trace(0, text.clone(), false).await?;
+    let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".to_owned()), exit_code: None };
+    let trace = Some((crc32fast::hash(text), text.len() as u64));
+    client.update_job(&JobUpdate { verdict: Some(verdict), trace }).await?;
+    Ok(())
 }

@@ -74,8 +74,10 @@ pub enum Event {
     GraceOver,
     /// The operator ends the job.
     Killed,
-    /// What the job needs to go on did not survive: a reboot of the host, a journal that fails.
+    /// What the job needs to go on did not survive: a reboot of the host.
     CannotGoOn,
+    /// The host's disk does not take, or give back, what the job needs.
+    HostDiskFailed,
 }
 
 /// Why a job ends without a verdict of its guest; chooses the author's lines.
@@ -89,7 +91,7 @@ pub enum Failure {
     BootDeadline,
     /// The machine ended in mid-job.
     Died,
-    /// The machine was paused by a disk error of the host.
+    /// The machine was paused by a disk error of the host, or the journal fails.
     HostDisk,
     /// The guest went silent.
     Silent,
@@ -240,7 +242,7 @@ impl State {
             }
             Event::MachineFailed => Self::fail(Failure::NoMachine),
             Event::MachineStopped => Self::fail(Failure::DiedBooting),
-            Event::MachinePaused => Self::fail(Failure::HostDisk),
+            Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
@@ -268,7 +270,7 @@ impl State {
                 vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
             ),
             Event::MachineFailed | Event::MachineStopped => Self::fail(Failure::Died),
-            Event::MachinePaused => Self::fail(Failure::HostDisk),
+            Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::SilenceDeadline => Self::fail(Failure::Silent),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) if !canceling => {
@@ -423,6 +425,7 @@ mod tests {
             Just(Event::GraceOver),
             Just(Event::Killed),
             Just(Event::CannotGoOn),
+            Just(Event::HostDiskFailed),
         ]
     }
 

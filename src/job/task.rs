@@ -7,11 +7,11 @@
 use super::journal::{JobKey, RECORD_VERSION, Record};
 use super::lines;
 use super::machinery::{Machinery, Next};
-use super::refuse;
 use super::state::{Command, Event, Failure, Grace, State};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
+use super::{Refusal, refuse};
 use crate::capacity::{Reservation, Resources};
-use crate::gitlab::{JobClient, JobPayload};
+use crate::gitlab::JobPayload;
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
 use crate::retry::Backoff;
 use crate::supply::MachineEvent;
@@ -143,10 +143,14 @@ async fn run(
     drop(reservation);
 }
 
+/// Tries to open the spool of a job that could still be refused; with their pauses 3 s.
+const SPOOL_TRIES: u32 = 3;
+
 /// Opens the spool. A job of which nothing is on the host yet is refused if that fails; one whose
 /// guest may be running is tried until it works: its machine must not look like nobody's.
 async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>) -> Option<Machinery> {
     let mut backoff = Backoff::uploader();
+    let mut tries = 0;
     loop {
         let opened = Machinery::open(parts.clone(), runner.clone(), record.clone(), payload.clone()).await;
         let error = match opened {
@@ -154,10 +158,12 @@ async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option
             Err(error) => error,
         };
         tracing::error!(error = chain(&error), "open the job's spool");
-        if record.machine.is_none() && matches!(record.state, State::Accepted | State::Booting { .. }) {
-            let token = record.job_token.clone();
-            let client = JobClient::new(runner.transport.clone(), record.key.id, token, parts.rng.clone());
-            refuse(&client, NO_SPOOL, &parts.clock, &parts.rng).await;
+        tries += 1;
+        if tries >= SPOOL_TRIES
+            && record.machine.is_none()
+            && matches!(record.state, State::Accepted | State::Booting { .. })
+        {
+            refuse(&parts, &runner, record.key.id, record.job_token.clone(), Refusal::NotKept).await;
             if let Err(error) = parts.journal.remove(&record.key).await {
                 tracing::error!(error = chain(&error), "remove the record of a refused job");
             }
@@ -171,9 +177,6 @@ async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option
         }
     }
 }
-
-/// What the author reads of a job whose log could not be kept.
-const NO_SPOOL: &str = "this runner's host could not keep the job's log. Your job is not the cause; please retry.";
 
 enum Happened {
     Event(Event),

@@ -1,7 +1,37 @@
-//! Every way in which one job can end.
+//! The ends that a job comes to by its own doing, by its clock, or by an operator.
 
+use crate::support::guest::Guest;
 use crate::support::world::World;
-use dayfly::standin::JobState;
+use dayfly::control::KillOutcome;
+use dayfly::gitlab::JobId;
+use dayfly::secret::Secret;
+use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+/// How long GitLab saw the job run.
+fn ran_for(world: &World, job: JobId) -> Duration {
+    let found = world.found(job);
+    let ran = found.finished_at.unwrap().duration_since(found.started_at.unwrap());
+    ran.try_into().unwrap()
+}
+
+/// A payload without timeout, failure reasons or anything else that may be missing.
+fn bare(id: u64, script: &[&str]) -> JobSpec {
+    let token = format!("glcbt-64_bare{id}");
+    let payload = serde_json::json!({
+        "id": id, "token": token, "allow_git_fetch": true,
+        "job_info": {"id": id, "name": "bare", "stage": "test", "project_id": 1, "project_name": "project"},
+        "git_info": {}, "runner_info": {}, "inputs": [], "variables": [],
+        "steps": [{"name": "script", "script": script, "timeout": 3600, "when": "on_success", "allow_failure": false}],
+        "features": {},
+    });
+    JobSpec::raw(JobId(id), Secret::new(token), payload.to_string())
+}
 
 #[tokio::test(start_paused = true)]
 async fn a_job_runs_in_a_fresh_vm_and_leaves_nothing() {
@@ -13,6 +43,7 @@ async fn a_job_runs_in_a_fresh_vm_and_leaves_nothing() {
     assert!(trace.contains("hello\nJob succeeded\n"), "{trace}");
     assert!(trace.lines().next().unwrap().contains("section_start:"), "{trace}");
     world.assert_clean().await;
+    assert_eq!(world.machines_started(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -21,7 +52,172 @@ async fn a_failing_script_keeps_its_exit_code() {
     let job = world.job(&["exit 42"]);
     world.start().await.unwrap();
     world.until(job, JobState::Failed).await;
-    let found = world.standin.job(job).unwrap();
+    let found = world.found(job);
     assert_eq!((found.failure_reason.as_deref(), found.exit_code), (Some("script_failure"), Some(42)));
+    world.assert_clean().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_takes_too_long_is_ended_by_its_guest() {
+    let mut world = World::new(1);
+    let job = world.job_of(JobSpec::script(["print begun", "sleep 600"]).with_timeout(Duration::from_secs(60)));
+    world.start().await.unwrap();
+    world.until_failed(job, "job_execution_timeout", "begun").await;
+    let ran = ran_for(&world, job);
+    assert!((50..70).contains(&ran.as_secs()), "the guest counts from GitLab's 201: {ran:?}");
+    world.assert_clean().await;
+}
+
+/// T13: a guest that never ends is gone at the cap.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_ignores_its_timeout_is_destroyed_two_minutes_later() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["failure=Timeout"]);
+    let job =
+        world.job_of(JobSpec::script(["deaf", "print begun", "sleep 7000"]).with_timeout(Duration::from_secs(60)));
+    world.start().await.unwrap();
+    world.until_failed(job, "job_execution_timeout", "did not end within its timeout of 1 min").await;
+    let ran = ran_for(&world, job);
+    assert!((180..191).contains(&ran.as_secs()), "{ran:?}");
+    world.assert_clean().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_without_a_timeout_ends_after_an_hour() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["failure=Timeout"]);
+    // GitLab's own view of such a job is longer.
+    world.standin.edit(|m| m.projects.get_mut(&world.project).unwrap().build_timeout = Duration::from_secs(7200));
+    let job = world.job_of(bare(7, &["deaf", "print begun", "sleep 9000"]));
+    world.start().await.unwrap();
+    world.until_failed(job, "job_execution_timeout", "did not end within its timeout of 1 h").await;
+    let ran = ran_for(&world, job);
+    assert!((3600..3611).contains(&ran.as_secs()), "{ran:?}");
+    world.assert_clean().await;
+}
+
+/// T12, V4: 100 parallel asks give one 201.
+#[tokio::test(start_paused = true)]
+async fn a_hundred_asks_at_once_are_given_one_job() {
+    let mut world = World::new(1);
+    let statuses = Arc::new(Mutex::new(Vec::new()));
+    let seen = statuses.clone();
+    world.set_guest(move |mut guest: Guest| {
+        let seen = seen.clone();
+        async move {
+            let mut payload: Option<serde_json::Value> = None;
+            let asker = Arc::new(guest);
+            let mut asks = JoinSet::new();
+            for _ in 0..100 {
+                let asker = asker.clone();
+                asks.spawn(async move {
+                    let answer = asker.ask_once().await?;
+                    let given = serde_json::from_slice(&answer.body).ok().filter(|_| answer.status == 201);
+                    // A runner begins at once, and its other asks are under way still.
+                    if let Some(given) = &given {
+                        asker.begin(given).await;
+                    }
+                    Some((answer.status, given))
+                });
+            }
+            while let Some(answer) = asks.join_next().await {
+                let Ok(Some((status, given))) = answer else { continue };
+                seen.lock().unwrap().push(status);
+                payload = given.or(payload);
+            }
+            guest = Arc::into_inner(asker).unwrap();
+            guest.work(&payload.unwrap()).await;
+            guest.power_off().await;
+        }
+    });
+    let job = world.job(&["print hello"]);
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+    let statuses = statuses.lock().unwrap();
+    assert_eq!(statuses.iter().filter(|status| **status == 201).count(), 1, "{statuses:?}");
+    assert!(statuses.iter().all(|status| matches!(status, 201 | 204 | 429)) && statuses.len() > 50, "{statuses:?}");
+}
+
+/// V5: a 201 that was perhaps never read is given again, until the guest has said anything of its job.
+#[tokio::test(start_paused = true)]
+async fn a_second_ask_is_given_the_job_again_only_before_the_guest_has_spoken() {
+    let mut world = World::new(1);
+    let statuses = Arc::new(Mutex::new(Vec::new()));
+    let seen = statuses.clone();
+    world.set_guest(move |mut guest: Guest| {
+        let seen = seen.clone();
+        async move {
+            let first = guest.ask_once().await.unwrap();
+            sleep(Duration::from_secs(3)).await;
+            let second = guest.ask_once().await.unwrap();
+            assert_eq!(first.body, second.body.clone(), "the job is the same, and so is its time but for what is gone");
+            let payload = serde_json::from_slice(&second.body).unwrap();
+            guest.work(&payload).await;
+            let third = guest.ask_once().await.unwrap();
+            seen.lock().unwrap().extend([first.status, second.status, third.status]);
+            guest.power_off().await;
+        }
+    });
+    let job = world.job_of(bare(8, &["print hello", "sleep 3"]));
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+    assert_eq!(*statuses.lock().unwrap(), [201, 201, 204]);
+}
+
+/// E2: in GitLab's own word where it has one.
+#[tokio::test(start_paused = true)]
+async fn an_operator_ends_a_job() {
+    for (knows, reason) in [(true, "runner_interrupted"), (false, "runner_system_failure")] {
+        let mut world = World::new(1);
+        world.expect_trouble(&["failure=Killed"]);
+        let script = ["print begun", "sleep 600"];
+        let job = world.job_of(if knows { JobSpec::script(script) } else { bare(9, &script) });
+        world.start().await.unwrap();
+        world.until_trace(job, "begun").await;
+        assert!(matches!(world.kill_job(job), KillOutcome::Told { .. }));
+        world.until_failed(job, reason, "an operator of this runner ended the job").await;
+        world.assert_clean().await;
+    }
+}
+
+/// V9: what GitLab was promised stands, whatever becomes of the machine.
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_dies_after_its_verdict_costs_nothing() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["it will be sent again"]);
+    world.set_guest(|mut guest: Guest| async move {
+        let payload = guest.ask().await.unwrap();
+        guest.work(&payload).await;
+        guest.machine.power.crash();
+        std::future::pending::<()>().await;
+    });
+    let job = world.job(&["print hello"]);
+    world.standin.script(Matcher::on(Route::UpdateJob).after(1).times(10), Fault::html(503));
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+}
+
+/// E5: a panic costs its own job and no other.
+#[tokio::test(start_paused = true)]
+async fn a_panic_in_one_jobs_task_fails_that_job_only() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["panicked"]);
+    let other = world.job(&["print other", "sleep 600"]);
+    let job = world.job(&["print begun", "sleep 200"]);
+    let armed = Arc::new(AtomicBool::new(false));
+    let trigger = armed.clone();
+    let record = format!("-{job}/record.json");
+    world.look = Some(Arc::new(move |what: &str, path: &Path| {
+        let its = what == "replace" && path.to_string_lossy().ends_with(&record);
+        assert!(!(its && trigger.swap(false, Ordering::SeqCst)), "injected");
+    }));
+    world.start().await.unwrap();
+    world.until_trace(job, "begun").await;
+    armed.store(true, Ordering::SeqCst);
+    world.until_failed(job, "runner_system_failure", "begun").await;
+    world.until(other, JobState::Success).await;
     world.assert_clean().await;
 }

@@ -14,5 +14,11 @@
 )]
 mod support;
 
+mod cancels;
+mod crashes;
 mod ends;
 mod exec;
+mod faults;
+mod gitlab;
+mod machines;
+mod room;

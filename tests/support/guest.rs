@@ -171,17 +171,20 @@ impl Guest {
         Some(answer)
     }
 
-    /// Asks until there is a job, as `run-single` does.
-    pub async fn ask(&self) -> Option<Value> {
+    /// Asks once for a job.
+    pub async fn ask_once(&self) -> Option<Answer> {
         let info: Value =
             json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
         let body = json!({"info": info, "token": self.token, "system_id": "s_0123456789ab"}).to_string();
+        let headers = [("Content-Type", "application/json"), ("Runner-Token", self.token.as_str())];
+        self.call("POST", "/api/v4/jobs/request", &headers, body.as_bytes()).await
+    }
+
+    /// Asks until there is a job, as `run-single` does.
+    pub async fn ask(&self) -> Option<Value> {
         let deadline = Instant::now() + Duration::from_secs(self.config.runner.wait_timeout_s);
         while Instant::now() < deadline {
-            let headers = [("Content-Type", "application/json"), ("Runner-Token", self.token.as_str())];
-            if let Some(answer) = self.call("POST", "/api/v4/jobs/request", &headers, body.as_bytes()).await
-                && answer.status == 201
-            {
+            if let Some(answer) = self.ask_once().await.filter(|answer| answer.status == 201) {
                 return serde_json::from_slice(&answer.body).ok();
             }
             sleep(Duration::from_secs(3)).await;
@@ -197,6 +200,12 @@ impl Guest {
             guest.work(&payload).await;
         }
         guest.power_off().await;
+    }
+
+    /// Says that the job runs, as the runner does before it does anything else.
+    pub async fn begin(&self, payload: &Value) {
+        let mut job = JobRun::new(payload, Memory::default());
+        job.put(self, json!({"state": "running", "output": {}})).await;
     }
 
     /// Runs the job that it was given.

@@ -1,0 +1,84 @@
+//! Jobs are asked for only where there is room for them.
+
+use crate::support::world::World;
+use dayfly::standin::{JobState, Route};
+use dayfly::status::RunnerState;
+use std::time::Duration;
+use tokio::time::sleep;
+
+/// Invariant 14: never more machines than `concurrent`, and all room is used.
+#[tokio::test(start_paused = true)]
+async fn no_more_jobs_run_at_once_than_there_is_room_for() {
+    let mut world = World::new(1);
+    world.config.concurrent = 3;
+    world.add_runner("second");
+    let jobs: Vec<_> = (0..12).map(|_| world.job(&["print hello", "sleep 60"])).collect();
+    world.start().await.unwrap();
+    for job in jobs {
+        world.until(job, JobState::Success).await;
+    }
+    assert_eq!(world.machines_at_once(), 3);
+    world.assert_clean().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runners_own_limit_holds() {
+    let mut world = World::new(1);
+    world.config.runner[0].limit = Some(1);
+    let jobs: Vec<_> = (0..3).map(|_| world.job(&["print hello", "sleep 60"])).collect();
+    world.start().await.unwrap();
+    for job in jobs {
+        world.until(job, JobState::Success).await;
+    }
+    assert_eq!(world.machines_at_once(), 1);
+    world.assert_clean().await;
+}
+
+/// H10: nothing is asked for, and the status says why.
+#[tokio::test(start_paused = true)]
+async fn without_its_image_a_runner_asks_for_nothing() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["no job is asked for"]);
+    world.config.class[0].image = "missing".into();
+    let _never = world.job(&["print never"]);
+    world.start().await.unwrap();
+    world.until_status(|status| status.daemon.problems.iter().any(|problem| problem.contains("missing"))).await;
+    sleep(Duration::from_secs(600)).await;
+    assert_eq!(world.requests(Route::RequestJob).len(), 0);
+    world.assert_clean().await;
+}
+
+/// H6: no poll while less disk is free than the reserve; then the job comes.
+#[tokio::test(start_paused = true)]
+async fn without_free_disk_nothing_is_asked_for() {
+    let mut world = World::new(1);
+    world.config.capacity.disk_gib = Some(1000);
+    world.config.capacity.disk_reserve_gib = 20;
+    world.files.set_free_bytes(19 << 30);
+    let job = world.job(&["print hello"]);
+    world.start().await.unwrap();
+    world
+        .until_status(
+            |status| matches!(&status.runners[0].state, RunnerState::Blocked { reason } if reason.contains("are free")),
+        )
+        .await;
+    assert_eq!(world.status().daemon.problems.len(), 1);
+    sleep(Duration::from_secs(600)).await;
+    assert_eq!(world.requests(Route::RequestJob).len(), 0);
+    world.files.set_free_bytes(100 << 30);
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_class_larger_than_the_host_takes_no_job() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["can never take a job here"]);
+    world.config.capacity.memory_mib = Some(500);
+    let _never = world.job(&["print never"]);
+    world.start().await.unwrap();
+    world.until_status(|status| status.daemon.problems.len() == 1).await;
+    sleep(Duration::from_secs(600)).await;
+    assert_eq!(world.requests(Route::RequestJob).len(), 0);
+    world.assert_clean().await;
+}
