@@ -114,4 +114,3 @@ impl Connection {
 fn bad(why: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
-

@@ -33,7 +33,10 @@ pub(crate) async fn boot(
     executor: &str,
     limit: Duration,
 ) -> Result<Duration, String> {
-    let dir = tempfile::Builder::new().prefix("df-bare-").tempdir_in("/tmp").map_err(|error| format!("make a directory: {error}"))?;
+    let dir = tempfile::Builder::new()
+        .prefix("df-bare-")
+        .tempdir_in("/tmp")
+        .map_err(|error| format!("make a directory: {error}"))?;
     let rng = Rng::system();
     let spec = VmSpec {
         id: VmId::random(&rng),
@@ -157,17 +160,29 @@ fn arguments(spec: &VmSpec, channel: &Path, console: &Path) -> Result<Vec<String
     // One PCI Express port for each device below, and one to spare.
     for port in 0..5 {
         let function = if port == 0 { "addr=0x1,multifunction=on".into() } else { format!("addr=0x1.0x{port}") };
-        add("-device", format!("pcie-root-port,port={},chassis={},id=pci.{},bus=pcie.0,{function}", 8 + port, port + 1, port + 1));
+        add(
+            "-device",
+            format!("pcie-root-port,port={},chassis={},id=pci.{},bus=pcie.0,{function}", 8 + port, port + 1, port + 1),
+        );
     }
     add("-device", "virtio-serial-pci,id=virtio-serial0,bus=pci.2".into());
-    add("-drive", format!("file={},format=qcow2,if=none,id=disk0,cache=unsafe,discard=unmap,werror=stop,rerror=stop", spec.overlay.display()));
+    add(
+        "-drive",
+        format!(
+            "file={},format=qcow2,if=none,id=disk0,cache=unsafe,discard=unmap,werror=stop,rerror=stop",
+            spec.overlay.display()
+        ),
+    );
     add("-device", "virtio-blk-pci,bus=pci.3,drive=disk0,bootindex=1".into());
     add("-netdev", "user,id=net0".into());
     add("-device", format!("virtio-net-pci,netdev=net0,mac={},bus=pci.1", spec.id.mac()));
     add("-chardev", format!("socket,id=serial0,path={},server=on,wait=off", console.display()));
     add("-device", "isa-serial,chardev=serial0".into());
     add("-chardev", format!("socket,id=channel0,path={},server=on,wait=off", channel.display()));
-    add("-device", format!("virtserialport,bus=virtio-serial0.0,nr=1,chardev=channel0,name={}", dayfly_guest_config::PORT_NAME));
+    add(
+        "-device",
+        format!("virtserialport,bus=virtio-serial0.0,nr=1,chardev=channel0,name={}", dayfly_guest_config::PORT_NAME),
+    );
     add("-object", "rng-random,id=rng0,filename=/dev/urandom".into());
     add("-device", "virtio-rng-pci,rng=rng0,bus=pci.4".into());
     add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());

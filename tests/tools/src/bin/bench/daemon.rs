@@ -21,7 +21,7 @@ use dayfly::gitlab::RealOpenTransport;
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::standin::{JobSpec, Model, Standin, serve};
+use dayfly::standin::{JobSpec, Model, ProjectId, RunnerId, Standin, serve};
 use dayfly::telemetry::chain;
 use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
 use dayfly::vm::libvirt::AccelChoice;
@@ -77,29 +77,48 @@ pub(crate) async fn measure(vms: u16) -> Result<(), String> {
     let mut child = command.spawn().map_err(|error| format!("start the daemon: {error}"))?;
     let stdout = child.stdout.take().ok_or("the daemon has no output")?;
 
+    let weighed = weigh(&standin, (project, runner), &child, stdout, vms).await;
+    // End of input is the sign, however the weighing went: its files go with it.
+    drop(child.stdin.take());
+    let ended = timeout(END_LIMIT, child.wait()).await.map_err(|_| "the daemon did not end")?;
+    let ended = ended.map_err(|error| format!("wait for the daemon: {error}"))?;
+    let (idle, busy) = weighed?;
+    if !ended.success() {
+        return Err(format!("the daemon ended with {ended}"));
+    }
+    figure("daemon.idle_mib", idle.rss_mib, "MiB")?;
+    figure("daemon.per_vm_mib", (busy.rss_mib - idle.rss_mib) / f64::from(vms), "MiB")
+}
+
+/// The daemon idle, and with so many jobs.
+async fn weigh(
+    standin: &Standin,
+    (project, runner): (ProjectId, RunnerId),
+    child: &Child,
+    stdout: ChildStdout,
+    vms: u16,
+) -> Result<(Memory, Memory), String> {
     let asked = |model: &Model| model.runners.get(&runner).is_some_and(|runner| runner.contacted_at.is_some());
     standin.wait_for(asked, START_LIMIT).await.map_err(|_| "the daemon does not poll")?;
-    let idle = largest(&child).await?;
+    let idle = largest(child).await?;
     say(&format!("idle: {idle}"))?;
 
     for _ in 0..vms {
         let _ = standin.enqueue(project, JobSpec::script(["work"]));
     }
-    let (mut guests, mut failed) = guests(stdout);
+    // Dropped at the end, and all guests with it.
+    let (_guests, mut failed) = guests(stdout);
     let all_speak = |model: &Model| model.jobs.values().all(|job| job.trace.bytes.len() > 8 << 10);
-    let started = async {
-        let all_speak = standin.wait_for(all_speak, START_LIMIT);
-        tokio::select! {
-            biased;
-            // Both only wait. A guest in trouble ends it first: the rest would wait in vain.
-            Some(error) = failed.recv() => Err(error),
-            started = all_speak => started.map_err(|_| "not all jobs came to run".to_owned()),
-        }
-    };
-    started.await?;
-    let before = traces(&standin);
-    let busy = largest(&child).await?;
-    let after = traces(&standin);
+    let started = standin.wait_for(all_speak, START_LIMIT);
+    tokio::select! {
+        biased;
+        // Both only wait. A guest in trouble ends it first: the rest would wait in vain.
+        Some(error) = failed.recv() => return Err(error),
+        started = started => started.map_err(|_| "not all jobs came to run")?,
+    }
+    let before = traces(standin);
+    let busy = largest(child).await?;
+    let after = traces(standin);
     if let Ok(error) = failed.try_recv() {
         return Err(error);
     }
@@ -107,17 +126,7 @@ pub(crate) async fn measure(vms: u16) -> Result<(), String> {
         return Err("not all jobs ran all the time".into());
     }
     say(&format!("{vms} jobs run: {busy}"))?;
-
-    // End of input is the sign; the guests see their doors close.
-    drop(child.stdin.take());
-    guests.abort_all();
-    let ended = timeout(END_LIMIT, child.wait()).await.map_err(|_| "the daemon did not end")?;
-    let ended = ended.map_err(|error| format!("wait for the daemon: {error}"))?;
-    if !ended.success() {
-        return Err(format!("the daemon ended with {ended}"));
-    }
-    figure("daemon.idle_mib", idle.rss_mib, "MiB")?;
-    figure("daemon.per_vm_mib", (busy.rss_mib - idle.rss_mib) / f64::from(vms), "MiB")
+    Ok((idle, busy))
 }
 
 fn traces(standin: &Standin) -> BTreeMap<u64, usize> {
@@ -168,7 +177,8 @@ async fn largest(child: &Child) -> Result<Memory, String> {
     for _ in 0..SAMPLES {
         sleep(Duration::from_secs(1)).await;
         let pid = child.id().ok_or("the daemon has ended")?;
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|error| format!("weigh: {error}"))?;
+        let status =
+            std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|error| format!("weigh: {error}"))?;
         let memory = Memory { rss_mib: mib(&status, "VmRSS:")?, anonymous_mib: mib(&status, "RssAnon:")? };
         if memory.rss_mib > largest.rss_mib {
             largest = memory;

@@ -91,7 +91,9 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         ports: PortRange { first: 25_000, last: 25_099 },
     };
     let host = Host::start(choice).await.map_err(|error| chain(&error))?;
-    let measured = rounds(wanted, &Bench { standin, project, host: &host, watch, libvirt, executor: image.manifest.executor }).await;
+    let measured =
+        rounds(wanted, &Bench { standin, project, host: &host, watch, libvirt, executor: image.manifest.executor })
+            .await;
     let ended = host.end().await;
     let (dayfly, bare, phases) = measured?;
     if !ended {
