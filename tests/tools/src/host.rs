@@ -1,7 +1,5 @@
-//! A whole daemon on a host that is a fake only where it must be: real clock, real files in a
-//! temporary directory, doors on loopback sockets; VMs without machines, whose inside a tool plays.
+//! A whole daemon on real clock and real files, and the first half of a guest program for fake VMs.
 
-use crate::doors::TcpDoors;
 use dayfly::clock::Clock;
 use dayfly::config::{Class, Config, Runner, Span};
 use dayfly::daemon::{self, Backends, DaemonError, Jobs, Shutdown};
@@ -13,11 +11,13 @@ use dayfly::image::store::{Image, ImageStore};
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly::vm::Hypervisor;
+use dayfly::vm::fake::{GuestMachine, Timing};
+use dayfly::vm::libvirt::AccelChoice;
 use dayfly_guest_config::{GuestConfig, Report};
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,8 +38,6 @@ pub const AT_ONCE: Timing = Timing {
 
 /// A daemon and what is below it.
 pub struct Host {
-    /// Its hypervisor.
-    pub hypervisor: FakeHypervisor,
     jobs: Jobs,
     shutdown: Shutdown,
     task: JoinHandle<()>,
@@ -60,6 +58,12 @@ pub enum HostError {
 
 /// What a tool chooses of its daemon.
 pub struct Choice {
+    /// Machines.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// How they run.
+    pub accel: AccelChoice,
+    /// The images; the machine class uses the one of this name.
+    pub images: (ImageStore, String),
     /// GitLab.
     pub transport: Arc<dyn OpenTransport>,
     /// GitLab's URL; `http` is allowed here.
@@ -73,20 +77,22 @@ pub struct Choice {
 }
 
 impl Host {
-    /// Starts a daemon with one runner on `hypervisor`.
+    /// Starts a daemon with one runner.
     ///
     /// # Errors
     /// [`HostError`].
-    pub async fn start(hypervisor: FakeHypervisor, choice: Choice) -> Result<Self, HostError> {
-        let dir = tempfile::tempdir()?;
+    pub async fn start(choice: Choice) -> Result<Self, HostError> {
+        // A short path: unix sockets end at 107 bytes. Passable: QEMU may run as another user.
+        let dir = tempfile::Builder::new().prefix("df-").tempdir_in("/tmp")?;
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
         let config = config(dir.path(), &choice)?;
         let backends = Backends {
-            hypervisor: Arc::new(TcpDoors(hypervisor.clone())),
+            hypervisor: choice.hypervisor,
             transport: choice.transport,
             files: Arc::new(RealFiles),
             clock: Clock::system(),
             rng: Rng::system(),
-            images: ImageStore::fixed(image()),
+            images: choice.images.0,
             door_limits: Limits::default(),
         };
         let shutdown = Shutdown::new();
@@ -94,14 +100,7 @@ impl Host {
         let jobs = daemon.jobs();
         #[expect(clippy::disallowed_methods, reason = "the daemon's task, joined by `end`")]
         let task = tokio::spawn(daemon.run());
-        Ok(Self { hypervisor, jobs, shutdown, task, _dir: dir })
-    }
-
-    /// Whether no job and nothing of one is left.
-    #[must_use]
-    pub fn is_clean(&self) -> bool {
-        // Doors here are no listeners of the fake.
-        self.jobs.views().is_empty() && self.hypervisor.counts().is_clean()
+        Ok(Self { jobs, shutdown, task, _dir: dir })
     }
 
     /// The jobs under way.
@@ -128,7 +127,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
         concurrent: choice.concurrent,
         class: vec![Class {
             name: "small".into(),
-            image: "test".into(),
+            image: choice.images.1.clone(),
             cpus: 1,
             memory_mib: 512,
             disk_gib: 10,
@@ -155,8 +154,8 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
         std::fs::create_dir_all(below)?;
     }
     config.network.guest_ports = choice.ports;
-    // Nothing of these VMs is real, so the host's size is no bound.
-    config.hypervisor.accel = dayfly::vm::libvirt::AccelChoice::Tcg;
+    config.hypervisor.accel = choice.accel;
+    // The tool says how many VMs there are, so the host's size is no bound.
     config.capacity.cpus = Some(u32::MAX);
     config.capacity.memory_mib = Some(1 << 30);
     config.capacity.disk_gib = Some(1 << 30);
@@ -164,7 +163,12 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
     Ok(config)
 }
 
-/// An image that exists on no disk: the fake hypervisor reads none.
+/// A store of one image, `test`, that exists on no disk: the fake hypervisor reads none.
+#[must_use]
+pub fn no_image() -> (ImageStore, String) {
+    (ImageStore::fixed(image()), "test".into())
+}
+
 fn image() -> Image {
     let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
     Image {

@@ -1,4 +1,5 @@
-//! What the test tools share: a fake host whose doors are real sockets, and a daemon on it.
+//! What the test tools share: a daemon on a host with real sockets, and what a guest does there.
 
 pub mod doors;
 pub mod host;
+pub mod http;

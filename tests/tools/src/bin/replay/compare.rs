@@ -2,9 +2,10 @@
 //! and the verdict that the recorded runner gave.
 
 use crate::gitlab::Gitlab;
-use crate::http::{Answer, content};
+use crate::message::content;
 use crate::recording::{Body, Class, Recording, Request};
 use dayfly::standin::{Job, JobState, Recorded, Route};
+use dayfly_test_tools::http::Answer;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 

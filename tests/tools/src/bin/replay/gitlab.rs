@@ -1,7 +1,7 @@
 //! The stand-in GitLab as the recorded runner's GitLab was: the job with its very payload, and the
 //! jobs whose artifacts it fetches.
 
-use crate::http::content;
+use crate::message::content;
 use crate::recording::{Class, Recording};
 use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;

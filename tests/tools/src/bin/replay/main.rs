@@ -8,7 +8,7 @@
 mod choose;
 mod compare;
 mod gitlab;
-mod http;
+mod message;
 mod play;
 mod recording;
 

@@ -10,17 +10,22 @@
 
 use crate::compare;
 use crate::gitlab::Gitlab;
-use crate::http::{Answer, Connection, message};
+use crate::message::message;
 use crate::recording::{Class, Recording, Request};
 use dayfly::network::PortRange;
 use dayfly::telemetry::chain;
 use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
+use dayfly::vm::libvirt::AccelChoice;
 use dayfly_guest::relay::{Relay, Target};
 use dayfly_guest_config::{GuestConfig, Pass};
-use dayfly_test_tools::host::{AT_ONCE, Choice, Host, door, guest_token, take_config};
+use dayfly_test_tools::doors::TcpDoors;
+use dayfly_test_tools::host::{AT_ONCE, Choice, Host, door, guest_token, no_image, take_config};
+use dayfly_test_tools::http::{Answer, Connection};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
@@ -52,17 +57,20 @@ pub(crate) async fn play(stage: &Stage, recording: &Recording) -> Result<(), Str
     let button = power.subscribe();
     hypervisor.set_guest(move |machine| guest(machine, configs_in.clone(), button.clone()));
     let choice = Choice {
+        hypervisor: Arc::new(TcpDoors(hypervisor.clone())),
+        accel: AccelChoice::Tcg,
+        images: no_image(),
         transport: gitlab.standin.opener(),
         url: url::Url::parse("http://gitlab.example").map_err(|error| error.to_string())?,
         token: gitlab.runner_token.clone(),
         concurrent: 1,
         ports: PORTS,
     };
-    let host = Host::start(hypervisor, choice).await.map_err(|error| chain(&error))?;
+    let host = Host::start(choice).await.map_err(|error| chain(&error))?;
     let mut played = run(stage, recording, configs).await;
     power.send_replace(false);
     if played.is_ok() {
-        played = over(&gitlab, &host).await;
+        played = over(&gitlab, &host, &hypervisor).await;
     }
     let ended = host.end().await;
     played?;
@@ -95,16 +103,16 @@ async fn run(stage: &Stage, recording: &Recording, mut configs: mpsc::Receiver<G
 }
 
 /// Waits until GitLab has the verdict and nothing is left on the host.
-async fn over(gitlab: &Gitlab, host: &Host) -> Result<(), String> {
+async fn over(gitlab: &Gitlab, host: &Host, hypervisor: &FakeHypervisor) -> Result<(), String> {
     let at_gitlab =
         gitlab.standin.wait_for(|model| model.jobs.get(&gitlab.job).is_some_and(|job| job.state.is_over()), LIMIT);
     at_gitlab.await.map_err(|_| "GitLab got no verdict")?;
     let clean = async {
-        while !host.is_clean() {
+        while !(host.jobs().views().is_empty() && hypervisor.counts().is_clean()) {
             sleep(GLANCE).await;
         }
     };
-    let left = || format!("something is left: {:?} {:?}", host.jobs().views(), host.hypervisor.counts());
+    let left = || format!("something is left: {:?} {:?}", host.jobs().views(), hypervisor.counts());
     timeout(LIMIT, clean).await.map_err(|_| left())
 }
 
@@ -149,7 +157,7 @@ impl<'a> Runner<'a> {
         let bytes = message(request, &self.recording.runner_token, &self.token).map_err(|error| error.to_string())?;
         let exchange = async {
             if !self.connections.contains_key(request.connection.as_str()) {
-                let connection = Connection::open(self.relay).await?;
+                let connection = Connection::new(TcpStream::connect(self.relay).await?)?;
                 self.connections.insert(&request.connection, connection);
             }
             let Some(connection) = self.connections.get_mut(request.connection.as_str()) else {

@@ -1,0 +1,241 @@
+//! What a daemon weighs, idle and with many running jobs.
+//!
+//! ```text
+//!     this process                          a process of its own, which is weighed
+//!     stand-in GitLab ◄──────── HTTP ────── the daemon: pollers, jobs, spools, uploaders, doors
+//!     guests ──────── greeting, HTTP ─────► │
+//!        ▲                                  fake VMs: a config is taken, then nothing
+//!        └───── guest configs, by a pipe ───┘
+//! ```
+//!
+//! Counted is `VmRSS` of that process, the largest of some samples: program text and libraries too, as
+//! far as they are touched. The daemon is the product's, with the real transport, real files and TCP
+//! doors, but for the hypervisor: a fake VM weighs a few KiB in this process, a real one a connection to
+//! each of its two sockets. QEMU's own memory is no part of the daemon. Towards GitLab it is HTTP
+//! without TLS, so a handful of kept-alive connections less their TLS state are counted.
+
+use crate::figures::{figure, say};
+use crate::guest;
+use dayfly::clock::Clock;
+use dayfly::gitlab::RealOpenTransport;
+use dayfly::network::PortRange;
+use dayfly::rng::Rng;
+use dayfly::secret::Secret;
+use dayfly::standin::{JobSpec, Model, ProjectId, RunnerId, Standin, serve};
+use dayfly::telemetry::chain;
+use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
+use dayfly::vm::libvirt::AccelChoice;
+use dayfly_guest_config::GuestConfig;
+use dayfly_test_tools::doors::TcpDoors;
+use dayfly_test_tools::host::{AT_ONCE, Choice, Host, no_image, take_config};
+use std::collections::BTreeMap;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::TcpListener;
+use tokio::process::{Child, ChildStdout};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// How long all jobs may take to start: 100 in some seconds, on a busy machine in a minute.
+const START_LIMIT: Duration = Duration::from_secs(300);
+
+/// How long the daemon may take to end all jobs.
+const END_LIMIT: Duration = Duration::from_secs(60);
+
+/// Samples, one a second: several polls, and several rounds of trace.
+const SAMPLES: u32 = 15;
+
+/// How often GitLab wants each trace.
+const TRACE_INTERVAL: Duration = Duration::from_secs(3);
+
+/// First port of the doors.
+const PORT: u16 = 24_000;
+
+/// Measures and prints.
+pub(crate) async fn measure(vms: u16) -> Result<(), String> {
+    let standin = Standin::new(Clock::system(), Rng::system());
+    // As for a job that somebody watches: the uploaders have more to do than otherwise.
+    standin.configure(|settings| settings.trace_update_interval = Some(TRACE_INTERVAL));
+    let project = standin.add_project("group/project");
+    let runner = standin.add_runner(project);
+    let token = standin.runner_token(runner).ok_or("the runner has no token")?;
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(|error| format!("listen: {error}"))?;
+    let served = serve(standin.clone(), listener, None).map_err(|error| format!("serve: {error}"))?;
+    let dir = tempfile::tempdir().map_err(|error| format!("make a directory: {error}"))?;
+    let token_file = dir.path().join("token");
+    std::fs::write(&token_file, token.expose()).map_err(|error| format!("write the token: {error}"))?;
+
+    let url = format!("http://{}", served.address());
+    let program = std::env::current_exe().map_err(|error| format!("find this program: {error}"))?;
+    #[expect(clippy::disallowed_methods, reason = "the process that is weighed; ended below, or with us")]
+    let mut command = tokio::process::Command::new(program);
+    command.args(["daemon-process", &url]).arg(&token_file).arg(vms.to_string());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+    let mut child = command.spawn().map_err(|error| format!("start the daemon: {error}"))?;
+    let stdout = child.stdout.take().ok_or("the daemon has no output")?;
+
+    let weighed = weigh(&standin, (project, runner), &child, stdout, vms).await;
+    // End of input is the sign, however the weighing went: its files go with it.
+    drop(child.stdin.take());
+    let ended = timeout(END_LIMIT, child.wait()).await.map_err(|_| "the daemon did not end")?;
+    let ended = ended.map_err(|error| format!("wait for the daemon: {error}"))?;
+    let (idle, busy) = weighed?;
+    if !ended.success() {
+        return Err(format!("the daemon ended with {ended}"));
+    }
+    figure("daemon.idle_mib", idle.rss_mib, "MiB")?;
+    figure("daemon.per_vm_mib", (busy.rss_mib - idle.rss_mib) / f64::from(vms), "MiB")
+}
+
+/// The daemon idle, and with so many jobs.
+async fn weigh(
+    standin: &Standin,
+    (project, runner): (ProjectId, RunnerId),
+    child: &Child,
+    stdout: ChildStdout,
+    vms: u16,
+) -> Result<(Memory, Memory), String> {
+    let asked = |model: &Model| model.runners.get(&runner).is_some_and(|runner| runner.contacted_at.is_some());
+    standin.wait_for(asked, START_LIMIT).await.map_err(|_| "the daemon does not poll")?;
+    let idle = largest(child).await?;
+    say(&format!("idle: {idle}"))?;
+
+    for _ in 0..vms {
+        let _ = standin.enqueue(project, JobSpec::script(["work"]));
+    }
+    // Dropped at the end, and all guests with it.
+    let (_guests, mut failed) = guests(stdout);
+    let all_speak = |model: &Model| model.jobs.values().all(|job| job.trace.bytes.len() > 8 << 10);
+    let started = standin.wait_for(all_speak, START_LIMIT);
+    tokio::select! {
+        biased;
+        // Both only wait. A guest in trouble ends it first: the rest would wait in vain.
+        Some(error) = failed.recv() => return Err(error),
+        started = started => started.map_err(|_| "not all jobs came to run")?,
+    }
+    let before = traces(standin);
+    let busy = largest(child).await?;
+    let after = traces(standin);
+    if let Ok(error) = failed.try_recv() {
+        return Err(error);
+    }
+    if before.len() != usize::from(vms) || before.iter().any(|(job, bytes)| after.get(job) <= Some(bytes)) {
+        return Err("not all jobs ran all the time".into());
+    }
+    say(&format!("{vms} jobs run: {busy}"))?;
+    Ok((idle, busy))
+}
+
+fn traces(standin: &Standin) -> BTreeMap<u64, usize> {
+    standin.read(|model| model.jobs.iter().map(|(id, job)| (id.0, job.trace.bytes.len())).collect())
+}
+
+/// One guest for each config that the daemon's process prints; their troubles.
+fn guests(stdout: ChildStdout) -> (JoinSet<()>, mpsc::Receiver<String>) {
+    let (failed, failures) = mpsc::channel(8);
+    let mut tasks = JoinSet::new();
+    let mut lines = BufReader::new(stdout);
+    tasks.spawn(async move {
+        let mut guests = JoinSet::new();
+        let rng = Rng::system();
+        let mut line = Vec::new();
+        while let Ok(1..) = lines.read_until(b'\n', &mut line).await {
+            let Ok(config) = GuestConfig::from_line(&line) else { break };
+            line.clear();
+            let (rng, failed) = (rng.clone(), failed.clone());
+            guests.spawn(async move {
+                if let Err(error) = guest::run(&config, &rng).await {
+                    // The first ones tell enough.
+                    let _ = failed.try_send(format!("a guest: {error}"));
+                }
+            });
+        }
+        guests.join_all().await;
+    });
+    (tasks, failures)
+}
+
+/// Memory of a process.
+#[derive(Clone, Copy, Debug, Default)]
+struct Memory {
+    rss_mib: f64,
+    anonymous_mib: f64,
+}
+
+impl std::fmt::Display for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.1} MiB resident, {:.1} of it anonymous", self.rss_mib, self.anonymous_mib)
+    }
+}
+
+/// The largest of some samples.
+async fn largest(child: &Child) -> Result<Memory, String> {
+    let mut largest = Memory::default();
+    for _ in 0..SAMPLES {
+        sleep(Duration::from_secs(1)).await;
+        let pid = child.id().ok_or("the daemon has ended")?;
+        let status =
+            std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|error| format!("weigh: {error}"))?;
+        let memory = Memory { rss_mib: mib(&status, "VmRSS:")?, anonymous_mib: mib(&status, "RssAnon:")? };
+        if memory.rss_mib > largest.rss_mib {
+            largest = memory;
+        }
+    }
+    Ok(largest)
+}
+
+/// A line of `/proc/PID/status`, in kB there.
+fn mib(status: &str, name: &str) -> Result<f64, String> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    let kib: Option<f64> = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    kib.map(|kib| kib / 1024.0).ok_or_else(|| format!("the kernel tells no {name}"))
+}
+
+/// The process that is weighed: a daemon, until its input ends.
+pub(crate) async fn process(url: &str, token_file: &str, vms: u16) -> Result<(), String> {
+    let hypervisor = FakeHypervisor::new();
+    hypervisor.set_timing(AT_ONCE);
+    let (configs, mut taken) = mpsc::channel(usize::from(vms));
+    hypervisor.set_guest(move |mut machine: GuestMachine| {
+        let configs = configs.clone();
+        async move {
+            if let Some(config) = take_config(&mut machine).await {
+                let _ = configs.send(config.to_line()).await;
+            }
+            std::future::pending().await
+        }
+    });
+    let token = std::fs::read_to_string(token_file).map_err(|error| format!("read the token: {error}"))?;
+    let choice = Choice {
+        hypervisor: Arc::new(TcpDoors(hypervisor)),
+        accel: AccelChoice::Tcg,
+        images: no_image(),
+        transport: Arc::new(RealOpenTransport::default()),
+        url: url.parse().map_err(|error| format!("the URL: {error}"))?,
+        token: Secret::new(token),
+        concurrent: vms.into(),
+        ports: PortRange { first: PORT, last: PORT.saturating_add(vms).saturating_add(100) },
+    };
+    let host = Host::start(choice).await.map_err(|error| chain(&error))?;
+    let mut out = tokio::io::stdout();
+    let mut input = tokio::io::stdin();
+    let mut nothing = Vec::new();
+    let end = input.read_to_end(&mut nothing);
+    tokio::pin!(end);
+    loop {
+        tokio::select! {
+            biased;
+            // Nothing is ever written there: this is the end of the pipe.
+            _ = &mut end => break,
+            // Cancel safe; the write is no branch, so a line goes out whole.
+            Some(line) = taken.recv() => {
+                let written = async { out.write_all(&line).await?; out.flush().await };
+                written.await.map_err(|error| format!("hand a config out: {error}"))?;
+            }
+        }
+    }
+    if host.end().await { Ok(()) } else { Err("the daemon did not end".into()) }
+}

@@ -1,0 +1,72 @@
+//! `bench daemon` and `bench start`: what a daemon weighs, and what a cold start costs.
+//!
+//! The last lines are figures, `figure NAME NUMBER UNIT`; it fails if something could not be measured.
+
+mod bare;
+mod daemon;
+mod figures;
+mod guest;
+mod start;
+mod watched;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: bench daemon [--vms N]
+       bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let measured = match arguments.as_slice() {
+        ["daemon", rest @ ..] => match options(rest, &["--vms"]).and_then(|o| number(&o, "--vms", 100)) {
+            Some(vms) => daemon::measure(vms).await,
+            None => return usage(),
+        },
+        // The process that `bench daemon` weighs.
+        ["daemon-process", url, token_file, vms] => match vms.parse() {
+            Ok(vms) => daemon::process(url, token_file, vms).await,
+            Err(_) => return usage(),
+        },
+        ["start", rest @ ..] => {
+            let read = options(rest, &["--runs", "--images", "--image", "--accel"]);
+            match read.and_then(|options| start::Wanted::read(&options)) {
+                Some(wanted) => start::measure(&wanted).await,
+                None => return usage(),
+            }
+        }
+        _ => return usage(),
+    };
+    match measured {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("bench: failed to measure: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn usage() -> ExitCode {
+    eprintln!("{USAGE}");
+    ExitCode::from(64)
+}
+
+/// Options as pairs; `None` for one that is unknown or has no value.
+fn options<'a>(arguments: &[&'a str], known: &[&str]) -> Option<Vec<(&'a str, &'a str)>> {
+    let mut options = Vec::new();
+    for pair in arguments.chunks(2) {
+        let [name, value] = pair else { return None };
+        options.push((*known.contains(name).then_some(name)?, *value));
+    }
+    Some(options)
+}
+
+/// The value of an option.
+fn text<'a>(options: &[(&str, &'a str)], name: &str) -> Option<&'a str> {
+    options.iter().rev().find(|(n, _)| *n == name).map(|(_, value)| *value)
+}
+
+/// The positive number of an option, or what counts without it.
+fn number(options: &[(&str, &str)], name: &str, otherwise: u16) -> Option<u16> {
+    text(options, name).map_or(Some(otherwise), |value| value.parse().ok().filter(|number| *number > 0))
+}
