@@ -106,3 +106,14 @@ choose_accel() {
         echo tcg
     fi
 }
+
+# example_job: the job `hello` of examples/hello, in a git repository of its own, by `dayfly exec` with
+# the image in `$trial/images`. Its log is the output.
+example_job() {
+    rm -rf "$trial/hello" && cp -r "$root/examples/hello" "$trial/hello"
+    own_trial
+    as_trial sh -ec 'cd "$1"; git init -q -b main; git add -A
+        git -c user.name=dayfly -c user.email=dayfly@localhost commit -q -m example' sh "$trial/hello" >&2
+    as_trial sh -ec 'cd "$1"; shift; exec "$@"' sh "$trial/hello" \
+        "$trial/bin/dayfly" exec --image-directory "$trial/images" --accel "$accel" hello
+}

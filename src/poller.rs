@@ -1,6 +1,6 @@
 //! May we ask GitLab for a job now? One task per configured runner.
 //!
-//! Room first: a [`Reservation`](crate::capacity::Reservation) and free disk, then the question
+//! Room first: a [`Reservation`] and free disk, then the question
 //! (design D3). A poll under way is never cut, because GitLab may assign a job before the answer
 //! is read; only at a hand-over it is closed after [`HAND_OVER_POLL_PATIENCE`], when GitLab has
 //! held it so long that its answer is no job (design D11). A job goes to the journal before

@@ -4,11 +4,13 @@
 //! deadlines. It feeds events to the pure [`state`] machine, journals each new state, and carries
 //! out the commands. Others reach it through its [`JobHandle`]: a bounded inbox and a view.
 //!
-//!     poller, recovery ──► task ──► state      what next?
-//!                           │  ├──► journal    what must survive?
-//!                           │  ├──► supply     its machine
-//!                           │  ├──► guest      its door
-//!                           │  └──► uploader   spool and outbox to GitLab
+//! ```text
+//! poller, recovery ──► task ──► state      what next?
+//!                       │  ├──► journal    what must survive?
+//!                       │  ├──► supply     its machine
+//!                       │  ├──► guest      its door
+//!                       │  └──► uploader   spool and outbox to GitLab
+//! ```
 
 pub mod journal;
 mod limits;

@@ -33,7 +33,7 @@ async fn story(end: End) -> bool {
     let found = world.found(job);
     let lost = found.failure_reason.as_deref() == Some("no_updates_running");
     // K1 to K3: GitLab gave the job to a daemon that died before it was written down.
-    if !(lost && !assigned) {
+    if !lost || assigned {
         assert_eq!(found.state, JobState::Success, "killed {end:?}: {:?}\n{}", found.failure_reason, world.histories());
         assert!(world.trace(job).ends_with("three\nJob succeeded\n"), "killed {end:?}");
     }

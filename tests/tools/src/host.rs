@@ -40,7 +40,7 @@ pub const AT_ONCE: Timing = Timing {
 pub struct Host {
     jobs: Jobs,
     shutdown: Shutdown,
-    task: JoinHandle<()>,
+    task: JoinHandle<bool>,
     // Last: files go when the daemon has gone.
     _dir: tempfile::TempDir,
 }
@@ -112,7 +112,7 @@ impl Host {
     /// Ends jobs and daemon. `false`: it did not end in time, or panicked.
     pub async fn end(self) -> bool {
         self.shutdown.end();
-        matches!(tokio::time::timeout(END_LIMIT, self.task).await, Ok(Ok(())))
+        matches!(tokio::time::timeout(END_LIMIT, self.task).await, Ok(Ok(true)))
     }
 }
 
