@@ -12,6 +12,28 @@ use std::time::Duration;
 /// not all who were told the same come at once.
 const TOLD_SPREAD: Duration = Duration::from_millis(500);
 
+/// Tries of [`few`], and the pause between them: 1.5 s in all.
+const FEW: u32 = 4;
+const FEW_PAUSE: Duration = Duration::from_millis(500);
+
+/// Makes a quick call again that failed as things fail for a moment, as a disk's single error.
+/// `passing`: whether an error is of that kind.
+///
+/// # Errors
+/// The last try's, or the first that does not pass.
+pub async fn few<T, E, F>(mut call: impl FnMut() -> F, passing: impl Fn(&E) -> bool) -> Result<T, E>
+where
+    F: Future<Output = Result<T, E>>,
+{
+    for _ in 1..FEW {
+        match call().await {
+            Err(error) if passing(&error) => tokio::time::sleep(FEW_PAUSE).await,
+            result => return result,
+        }
+    }
+    call().await
+}
+
 /// Growing pauses between tries of one thing.
 #[derive(Debug)]
 pub struct Backoff {

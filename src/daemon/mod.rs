@@ -155,11 +155,16 @@ impl DaemonError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Installation { .. }
-            | Self::Journal(_)
+            | Self::Journal(JournalError::Newer { .. })
             | Self::Token { .. }
             | Self::Endpoint { .. }
             | Self::NoKvm(_) => 78,
-            Self::Locked { .. } | Self::Files { .. } | Self::Hypervisor(_) | Self::Failed => 1,
+            // A disk that fails may do better at the next start.
+            Self::Journal(JournalError::Files { .. })
+            | Self::Locked { .. }
+            | Self::Files { .. }
+            | Self::Hypervisor(_)
+            | Self::Failed => 1,
         }
     }
 }

@@ -13,6 +13,7 @@ use super::state::State;
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
 use crate::network::Lease;
+use crate::retry;
 use crate::secret::Secret;
 use crate::vm::VmId;
 use bytes::Bytes;
@@ -130,7 +131,7 @@ mod secret_text {
     }
 }
 
-/// Why the journal cannot be used. Exit code 78.
+/// Why the journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The file layer failed.
@@ -144,7 +145,7 @@ pub enum JournalError {
         #[source]
         source: io::Error,
     },
-    /// A newer dayfly wrote it. Nothing was touched.
+    /// A newer dayfly wrote it. Nothing was touched. Exit code 78.
     #[error("record `{}` is of version {version}, this dayfly reads up to {RECORD_VERSION}; install the newer one again, or let its jobs end first", path.display())]
     Newer {
         /// Where.
@@ -239,7 +240,7 @@ impl Journal {
     /// `NotFound` after a reboot of the host; else the file layer's.
     pub async fn payload(&self, key: &JobKey) -> io::Result<Bytes> {
         let path = child(&self.runtime, &key.directory()).join("payload");
-        self.files.read(&path, PAYLOAD_BYTES_MAX).await.map(Bytes::from)
+        self.read(&path, PAYLOAD_BYTES_MAX).await.map(Bytes::from)
     }
 
     /// The guest config that [`Journal::put_guest`] kept.
@@ -248,7 +249,13 @@ impl Journal {
     /// As [`Journal::payload`].
     pub async fn guest(&self, key: &JobKey) -> io::Result<Vec<u8>> {
         let path = child(&self.runtime, &key.directory()).join("guest");
-        self.files.read(&path, dayfly_guest_config::CONFIG_BYTES_MAX as u64).await
+        self.read(&path, dayfly_guest_config::CONFIG_BYTES_MAX as u64).await
+    }
+
+    /// Reads what a job stands or falls with: one error of the disk must not cost it.
+    async fn read(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+        let passing = |error: &io::Error| !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData);
+        retry::few(|| self.files.read(path, bytes_max), passing).await
     }
 
     /// Removes all that is kept of a job, the record last.
@@ -288,7 +295,7 @@ impl Journal {
                 continue;
             }
             let path = dir.join("record.json");
-            match self.files.read(&path, RECORD_BYTES_MAX).await {
+            match self.read(&path, RECORD_BYTES_MAX).await {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => empty.push(dir),
                 Err(error) => broken.push((dir, error.to_string())),
                 Ok(bytes) => match parse(&bytes) {
