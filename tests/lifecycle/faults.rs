@@ -8,6 +8,8 @@ use crate::support::world::{World, paused};
 use dayfly::standin::{Fault, JobState, Matcher, Route};
 use dayfly::vm::fake;
 use std::io;
+use std::time::Duration;
+use tokio::time::sleep;
 
 const SCRIPT: &[&str] = &["print one", "sleep 5", "upload 1000", "print two", "sleep 4", "print three"];
 
@@ -17,6 +19,15 @@ const CALLS_MAX: u64 = 500;
 /// What is in every line of trouble: each fault may say something.
 const ANYTHING: &[&str] = &[""];
 
+/// Who meets the fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Meets {
+    /// The daemon that takes the job.
+    First,
+    /// The one that adopts it this many seconds later.
+    Second(u64),
+}
+
 /// How many of the jobs of a loop did not succeed.
 #[derive(Debug, Default)]
 struct Tally {
@@ -25,10 +36,21 @@ struct Tally {
 }
 
 /// One job with a fault planned before the daemon starts. `false`: the fault is still to come.
-async fn story(seed: u64, n: u64, plan: &dyn Fn(&World), pending: &dyn Fn(&World) -> bool, tally: &mut Tally) -> bool {
-    let mut world = World::new(seed);
+async fn story(
+    meets: Meets,
+    n: u64,
+    plan: &dyn Fn(&World),
+    pending: &dyn Fn(&World) -> bool,
+    tally: &mut Tally,
+) -> bool {
+    let mut world = World::new(1);
     world.expect_trouble(ANYTHING);
     let job = world.job(SCRIPT);
+    if let Meets::Second(after) = meets {
+        world.start().await.unwrap();
+        sleep(Duration::from_secs(after)).await;
+        world.hand_over().await;
+    }
     plan(&world);
     if world.start().await.is_err() {
         world.start().await.expect("the fault comes once");
@@ -63,11 +85,11 @@ async fn story(seed: u64, n: u64, plan: &dyn Fn(&World), pending: &dyn Fn(&World
 }
 
 /// Goes through the calls of one life until the fault is not met any more.
-fn every_call(plan: impl Fn(&World, u64), pending: impl Fn(&World, u64) -> bool) -> Tally {
+fn every_call(meets: Meets, plan: impl Fn(&World, u64), pending: impl Fn(&World, u64) -> bool) -> Tally {
     let mut tally = Tally::default();
     for n in 1..CALLS_MAX {
         let mut met = false;
-        paused(async { met = story(1, n, &|w| plan(w, n), &|w| pending(w, n), &mut tally).await });
+        paused(async { met = story(meets, n, &|w| plan(w, n), &|w| pending(w, n), &mut tally).await });
         if !met {
             tally.calls = n - 1;
             return tally;
@@ -80,8 +102,27 @@ fn every_call(plan: impl Fn(&World, u64), pending: impl Fn(&World, u64) -> bool)
 #[test]
 fn a_call_of_the_file_layer_that_fails_costs_at_most_its_job() {
     for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
-        let tally = every_call(|w, n| w.files.fail_call(n, kind), |w, _| w.files.failure_pending());
+        let tally = every_call(Meets::First, |w, n| w.files.fail_call(n, kind), |w, _| w.files.failure_pending());
         assert!(tally.calls > 30 && tally.failed.len() < 8, "{tally:?}");
+    }
+}
+
+/// H8: a file that cannot be read once, by the daemon that adopts a job.
+#[test]
+fn a_call_of_the_file_layer_that_fails_in_an_adoption_costs_no_job() {
+    for after in [1, 8] {
+        let plan = |w: &World, n| w.files.fail_call(n, io::ErrorKind::Other);
+        let tally = every_call(Meets::Second(after), plan, |w, _| w.files.failure_pending());
+        assert!(tally.calls > 15 && tally.failed.is_empty(), "{tally:?}");
+    }
+}
+
+/// H1: likewise a call to the hypervisor.
+#[test]
+fn a_call_to_the_hypervisor_that_fails_in_an_adoption_costs_no_job() {
+    for after in [1, 8] {
+        let tally = every_call(Meets::Second(after), |w, n| w.hypervisor.fail_call(n), |_, n| n > 25);
+        assert!(tally.failed.is_empty(), "{tally:?}");
     }
 }
 
@@ -98,7 +139,7 @@ fn a_call_to_the_hypervisor_that_fails_costs_no_job() {
             });
         };
         // The calls of a life go on with its list: those of the job come first.
-        let tally = every_call(plan, |w, n| w.hypervisor.calls() < n || n > 60);
+        let tally = every_call(Meets::First, plan, |w, n| w.hypervisor.calls() < n || n > 60);
         assert!(tally.calls > 15 && tally.failed.is_empty(), "{fault:?}: {tally:?}");
     }
 }
@@ -111,7 +152,7 @@ fn a_request_to_gitlab_that_fails_costs_no_job() {
     for fault in faults {
         // The polls of a runner go on for ever: those of the job come first.
         let plan = |w: &World, n: u64| w.standin.script(Matcher::any().after(n - 1), fault.clone());
-        let tally = every_call(plan, |_, n| n > 24);
+        let tally = every_call(Meets::First, plan, |_, n| n > 24);
         assert!(tally.failed.len() <= 1, "{tally:?}");
     }
 }

@@ -20,5 +20,6 @@ mod ends;
 mod exec;
 mod faults;
 mod gitlab;
+mod handover;
 mod machines;
 mod room;
