@@ -10,14 +10,10 @@ const SCRIPT: &[&str] = &["print one", "sleep 5", "upload 1000", "print two", "s
 /// More calls than a life has; a loop that goes on for ever is a bug of its own.
 const CALLS_MAX: u64 = 500;
 
-/// Warnings that the death of a daemon may bring: its guest, its doors and GitLab see cut connections.
-const TROUBLE: &[&str] = &[];
-
 /// One life that ends at this call, then another that must bring the job to its end. `false`: the
 /// job ended before.
 async fn story(end: End) -> bool {
     let mut world = World::new(1);
-    world.expect_trouble(TROUBLE);
     let job = world.job(SCRIPT);
     world.live(Some(end)).await.unwrap();
     world.until_dead_or(job, &[JobState::Success, JobState::Failed]).await;
