@@ -1,0 +1,105 @@
+//! What a daemon is set up from: how guests run here, and the runners with their tokens and GitLabs.
+
+use super::{Backends, DaemonError, Installation};
+use crate::config::{self, Config};
+use crate::gitlab::{Endpoint, RunnerApi, RunnerToken};
+use crate::job::Runner;
+use crate::job::journal::Record;
+use crate::telemetry::chain;
+use crate::vm::proof::Places;
+use crate::vm::{Accel, InstallationId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Memory of the machine that we run on, MiB.
+pub(super) fn own_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) >> 20
+}
+
+/// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was. A
+/// restart with jobs believes the proof of before: their guests wait for us, and run already.
+pub(super) async fn accel(
+    config: &Config,
+    backends: &Backends,
+    places: Places<'_>,
+    installation: &InstallationId,
+    restart: bool,
+) -> Result<Accel, DaemonError> {
+    use crate::vm::libvirt::AccelChoice;
+    match config.hypervisor.accel {
+        AccelChoice::Kvm => return Ok(Accel::Kvm),
+        AccelChoice::Tcg => {
+            tracing::warn!(
+                "guests run under TCG (`hypervisor.accel = \"tcg\"`): slow, and NO ISOLATION between a job and this host"
+            );
+            return Ok(Accel::Tcg);
+        }
+        AccelChoice::Auto => {}
+    }
+    let proven = config.state_directory.join("kvm-proven");
+    if restart && matches!(backends.files.length(&proven).await, Ok(Some(_))) {
+        return Ok(Accel::Kvm);
+    }
+    match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
+        Ok(proof) => {
+            tracing::info!(took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX), "KVM runs guests here");
+            // Without the mark the next start proves it again.
+            if let Err(error) = backends.files.replace(&proven, Vec::new()).await {
+                tracing::warn!(error = chain(&error), "note that KVM is proven");
+            }
+            Ok(Accel::Kvm)
+        }
+        Err(error) => Err(DaemonError::NoKvm(chain(&error))),
+    }
+}
+
+/// Reads tokens and certificates, and opens each runner's GitLab.
+pub(super) async fn runners(
+    config: &Config,
+    backends: &Backends,
+    installation: &Installation,
+) -> Result<BTreeMap<String, Arc<Runner>>, DaemonError> {
+    let mut runners = BTreeMap::new();
+    for entry in &config.runner {
+        let Some(class) = config.class.iter().find(|class| class.name == entry.class) else { continue };
+        let name = || entry.name.clone();
+        let token = RunnerToken::from_file(&entry.token_file)
+            .map_err(|source| DaemonError::Token { runner: name(), source })?;
+        let endpoint = endpoint(entry);
+        let transport =
+            backends.transport.open(&endpoint).map_err(|source| DaemonError::Endpoint { runner: name(), source })?;
+        let ca_pem = match &entry.tls_ca_file {
+            None => None,
+            Some(path) => {
+                let bytes = backends.files.read(path, dayfly_guest_config::CONFIG_BYTES_MAX as u64 / 2).await;
+                let bytes =
+                    bytes.map_err(|source| DaemonError::Files { what: "read CA file", path: path.clone(), source })?;
+                Some(String::from_utf8_lossy(&bytes).into_owned())
+            }
+        };
+        let api = RunnerApi::new(transport.clone(), token, installation.system_id(), backends.rng.clone());
+        runners.insert(
+            entry.name.clone(),
+            Arc::new(Runner { config: entry.clone(), class: class.clone(), transport, api, ca_pem }),
+        );
+    }
+    Ok(runners)
+}
+
+/// How a runner's GitLab is reached.
+#[must_use]
+pub fn endpoint(runner: &config::Runner) -> Endpoint {
+    Endpoint {
+        url: runner.url.clone(),
+        tls_ca_file: runner.tls_ca_file.clone(),
+        tls_client: runner.tls_cert_file.clone().zip(runner.tls_key_file.clone()),
+        allow_insecure_http: runner.allow_insecure_http,
+    }
+}
+
+/// A runner that can still speak to the GitLab of a record whose own runner entry is gone: its
+/// connection serves, for job calls need the job's token only.
+pub(super) fn former(record: &Record, runners: &BTreeMap<String, Arc<Runner>>) -> Option<Arc<Runner>> {
+    runners.values().find(|runner| runner.config.url == record.gitlab).cloned()
+}

@@ -1,0 +1,266 @@
+//! The machine of one job and its door: planned, written down, made, adopted, taken down.
+
+use super::Machinery;
+use crate::gitlab::JobClient;
+use crate::guest::{self, Admission};
+use crate::guest_config::{GuestParts, guest_config};
+use crate::image::store::Image;
+use crate::job::journal::MachineRecord;
+use crate::job::state::Event;
+use crate::secret::Secret;
+use crate::supply::{Blueprint, Machine, Order};
+use crate::telemetry::chain;
+use crate::vm::DoorListener;
+use dayfly_guest_config::{GuestConfig, Pass};
+use std::io;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Ports tried for one door before the job's machine counts as failed.
+const PORT_TRIES: u32 = 8;
+
+/// How long a door of before is tried to be bound again: less than the relay's patience.
+const REBIND_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Pause between two tries.
+const REBIND_PAUSE: Duration = Duration::from_millis(500);
+
+/// The guest runner's `--wait-timeout` beyond the boot deadline: it must outlast us.
+const WAIT_MARGIN: Duration = Duration::from_secs(60);
+
+impl Machinery {
+    pub(in crate::job) fn console_tail(&self) -> Option<String> {
+        self.machine.as_ref().map(Machine::console_tail)
+    }
+
+    /// Writes the machine's names down, opens its door, and has it made. `resume`: it must exist.
+    pub(in crate::job) async fn take_machine(&mut self, resume: bool) -> Result<(), Event> {
+        let Some(payload) = self.payload.clone() else {
+            tracing::warn!("the job's payload did not survive; was the host restarted?");
+            return Err(Event::CannotGoOn);
+        };
+        let class = &self.runner.class;
+        // A guest that has its job needs nothing of the image any more.
+        let image = match resume {
+            true => None,
+            false => match self.parts.images.load(&class.image).await {
+                Ok(image) => Some(image),
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "the job's image cannot be used");
+                    return Err(Event::MachineFailed);
+                }
+            },
+        };
+        let (machine, config, listener) = match (self.record.machine.clone(), &image) {
+            (Some(machine), image) => self.known_machine(machine, image.as_ref()).await?,
+            (None, Some(image)) => self.new_machine(image).await?,
+            (None, None) => return Err(Event::CannotGoOn),
+        };
+        let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
+        self.last_spoke = Instant::now();
+        self.door = Some(guest::admit(Admission {
+            vm: machine.id.clone(),
+            listener,
+            pass,
+            guest_token: Secret::new(guest_token(&config)),
+            job: self.record.key.id,
+            job_token: self.record.job_token.clone(),
+            dependencies: payload.dependencies.clone(),
+            spool: self.spool.writer(),
+            client: JobClient::new(
+                self.runner.transport.clone(),
+                self.record.key.id,
+                self.record.job_token.clone(),
+                self.parts.rng.clone(),
+            ),
+            direct_download: self.runner.config.direct_download,
+            events: self.guest_out.clone(),
+            view: self.guest_view.subscribe(),
+            limits: self.parts.door_limits.clone(),
+            rng: self.parts.rng.clone(),
+            clock: self.parts.clock.clone(),
+            metrics: self.parts.metrics.clone(),
+        }));
+        let class = &self.runner.class;
+        self.machine = Some(self.parts.supply.take(Order {
+            machine,
+            bound: (self.record.key.runner.clone(), self.record.key.id.0),
+            config: config.to_line(),
+            make: image.map(|image| Blueprint {
+                cpus: class.cpus,
+                memory_mib: class.memory_mib,
+                disk_gib: class.disk_gib,
+                base: image.disk,
+                boot: image.boot,
+            }),
+        }));
+        Ok(())
+    }
+
+    /// A machine of the record, after a restart: its pass is in the runtime directory.
+    async fn known_machine(
+        &mut self,
+        machine: MachineRecord,
+        image: Option<&Image>,
+    ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+        let config = match (self.parts.journal.guest(&self.record.key).await, image) {
+            (Ok(line), _) => GuestConfig::from_line(&line).map_err(|error| {
+                tracing::error!(error = chain(&error), "read the kept guest config");
+                Event::CannotGoOn
+            })?,
+            // The crash came between record and guest config: nothing of the machine was made.
+            (Err(error), Some(image)) if error.kind() == io::ErrorKind::NotFound => {
+                self.write_config(&machine, &image.manifest.executor).await?
+            }
+            (Err(error), _) => {
+                tracing::error!(error = chain(&error), "read the kept guest config");
+                return Err(Event::HostDiskFailed);
+            }
+        };
+        let since = Instant::now();
+        let listener = loop {
+            let error = match self.listen(&machine).await {
+                Ok(listener) => break listener,
+                Err(error) => error,
+            };
+            // The process before may still be closing it; the guest's relay waits.
+            if since.elapsed() >= REBIND_PATIENCE || self.parts.leave.is_cancelled() {
+                tracing::error!(error = chain(&error), port = machine.lease.port, "bind the guest's door again");
+                return Err(Event::CannotGoOn);
+            }
+            tokio::time::sleep(REBIND_PAUSE).await;
+        };
+        Ok((machine, config, listener))
+    }
+
+    /// A new machine: names, record, guest config, door, in this order.
+    async fn new_machine(
+        &mut self,
+        image: &Image,
+    ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+        for _ in 0..PORT_TRIES {
+            let machine = self.parts.supply.plan().map_err(|error| {
+                tracing::error!(error = chain(&error), "choose a door for the guest");
+                Event::MachineFailed
+            })?;
+            self.record.machine = Some(machine.clone());
+            if !self.put().await {
+                self.forget_machine(false);
+                return Err(Event::HostDiskFailed);
+            }
+            match self.listen(&machine).await {
+                Ok(listener) => {
+                    let config = self.write_config(&machine, &image.manifest.executor).await;
+                    let config = config.inspect_err(|_| self.forget_machine(false))?;
+                    return Ok((machine, config, listener));
+                }
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    tracing::warn!(port = machine.lease.port, "bind a door; trying another port");
+                    self.forget_machine(true);
+                }
+                Err(error) => {
+                    tracing::error!(error = chain(&error), port = machine.lease.port, "bind a door");
+                    self.forget_machine(false);
+                    return Err(Event::MachineFailed);
+                }
+            }
+        }
+        Err(Event::MachineFailed)
+    }
+
+    fn forget_machine(&mut self, in_use: bool) {
+        if let Some(machine) = self.record.machine.take() {
+            self.parts.supply.forget(&machine, in_use);
+        }
+    }
+
+    async fn listen(&self, machine: &MachineRecord) -> io::Result<Box<dyn DoorListener>> {
+        self.parts.supply.hypervisor().listen(machine.lease.listen_address()).await
+    }
+
+    async fn write_config(&self, machine: &MachineRecord, executor: &str) -> Result<GuestConfig, Event> {
+        let runner = &self.runner;
+        let random: String = self.parts.rng.bytes::<12>().iter().map(|b| format!("{b:02x}")).collect();
+        let limits = &self.parts.limits;
+        let config = guest_config(
+            &GuestParts {
+                vm: &machine.id,
+                lease: &machine.lease,
+                runner_name: &runner.config.name,
+                guest_token: &runner.api.token().guest_token(&random),
+                executor,
+                clone_url: runner.config.clone_url.as_ref().unwrap_or(&runner.config.url),
+                ca_pem: runner.ca_pem.as_deref(),
+                run_as_root: runner.class.run_as_root,
+                installation_machine_id: &self.parts.machine_id,
+                wait_timeout: limits.boot_deadline.get() + WAIT_MARGIN,
+                door_patience: limits.door_patience.get(),
+                power_off_after: limits.guest_power_off.get(),
+            },
+            &self.parts.clock,
+            &self.parts.rng,
+        );
+        self.parts.journal.put_guest(&self.record.key, config.to_line()).await.map_err(|error| {
+            tracing::error!(error = chain(&error), "keep the guest config");
+            Event::HostDiskFailed
+        })?;
+        Ok(config)
+    }
+
+    /// Takes the machine down. `true`: there is none.
+    pub(in crate::job) async fn release_machine(&mut self) -> bool {
+        self.another = false;
+        if self.machine.is_none() {
+            let Some(machine) = self.record.machine.clone() else {
+                self.close_door().await;
+                return true;
+            };
+            self.machine = Some(self.parts.supply.reap(machine));
+        }
+        if let Some(machine) = &self.machine {
+            machine.release();
+        }
+        false
+    }
+
+    /// Takes the machine down so that another can be made. `false`: there is none.
+    pub(in crate::job) fn release_for_another(&mut self) -> bool {
+        self.another = true;
+        match &self.machine {
+            Some(machine) => machine.release(),
+            None => match self.record.machine.clone() {
+                Some(machine) => {
+                    let machine = self.parts.supply.reap(machine);
+                    machine.release();
+                    self.machine = Some(machine);
+                }
+                None => self.another = false,
+            },
+        }
+        self.another
+    }
+
+    /// The machine is gone: its door closes. `true`: another is wanted.
+    pub(in crate::job) async fn machine_released(&mut self) -> bool {
+        self.machine = None;
+        self.close_door().await;
+        // Only now is the port free for the next machine.
+        self.forget_machine(false);
+        std::mem::take(&mut self.another)
+    }
+
+    async fn close_door(&mut self) {
+        if let Some(door) = self.door.take() {
+            door.revoke().await;
+        }
+        // Events of the machine that was must not be taken for the next one's.
+        while self.guest_in.try_recv().is_ok() {}
+    }
+}
+
+/// The guest token, out of the config.toml that carries it.
+fn guest_token(config: &GuestConfig) -> String {
+    let parsed = config.runner.config_toml.parse::<toml_edit::DocumentMut>().ok();
+    let token = parsed.as_ref().and_then(|doc| doc.get("runners")?.get(0)?.get("token")?.as_str().map(str::to_owned));
+    token.unwrap_or_default()
+}
