@@ -82,6 +82,11 @@ prepare_trial() {
         trial=${XDG_CACHE_HOME:-$HOME/.cache}/dayfly-trial
     fi
     mkdir -p "$trial/bin" "$trial/images"
+    if [ -n "${DAYFLY_GITLAB_RUNNER:-}" ] && [ "$DAYFLY_GITLAB_RUNNER" != "$trial/gitlab-runner" ]; then
+        # Where the trial's user can read it.
+        install -m 755 "$DAYFLY_GITLAB_RUNNER" "$trial/gitlab-runner"
+        export DAYFLY_GITLAB_RUNNER=$trial/gitlab-runner
+    fi
     own_trial
 }
 

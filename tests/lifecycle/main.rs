@@ -16,6 +16,7 @@ mod support;
 
 mod cancels;
 mod crashes;
+mod determinism;
 mod ends;
 mod exec;
 mod faults;
