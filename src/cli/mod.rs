@@ -135,16 +135,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 /// Whether somebody must change configuration or journal before another start makes sense.
 fn needs_a_change(cause: &(dyn std::error::Error + 'static)) -> bool {
-    let daemon = cause.downcast_ref::<DaemonError>().is_some_and(|error| {
-        matches!(
-            error,
-            DaemonError::Installation { .. }
-                | DaemonError::Token { .. }
-                | DaemonError::Endpoint { .. }
-                | DaemonError::NoKvm(_)
-        )
-    });
-    daemon || cause.is::<ConfigError>() || cause.is::<JournalError>()
+    let daemon = cause.downcast_ref::<DaemonError>().is_some_and(|error| error.exit_code() == EXIT_CONFIG);
+    let journal = cause.downcast_ref::<JournalError>().is_some_and(|error| matches!(error, JournalError::Newer { .. }));
+    daemon || journal || cause.is::<ConfigError>()
 }
 
 /// Runs one short command on a runtime of its own.
