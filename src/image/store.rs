@@ -110,6 +110,45 @@ pub struct Image {
     pub manifest: Manifest,
 }
 
+#[cfg(any(test, feature = "test-util"))]
+impl Image {
+    /// The image `test`, boot-tested, with an official runner, and on no disk: the fake hypervisor
+    /// reads none.
+    #[must_use]
+    pub fn of_no_disk() -> Self {
+        use super::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, RunnerOrigin};
+        let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
+        Self {
+            name: "test".into(),
+            dir: "/images/test".into(),
+            disk: "/images/test/disk.qcow2".into(),
+            disk_bytes: 1 << 30,
+            boot: Boot::Disk,
+            manifest: Manifest {
+                format_version: 1,
+                name: "test".into(),
+                architecture: "x86_64".into(),
+                boot: BootKind::Disk,
+                cmdline: None,
+                executor: "shell".into(),
+                info: Some(
+                    r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into(),
+                ),
+                runner: ImageRunner {
+                    version: "19.3.0".into(),
+                    revision: None,
+                    origin: RunnerOrigin::Path,
+                    sha256: String::new(),
+                },
+                disk: file("disk.qcow2"),
+                kernel: None,
+                initrd: None,
+                build: BuildInputs::default(),
+            },
+        }
+    }
+}
+
 /// An image's name, and the image or what is wrong with it.
 pub type Listed = (String, Result<Image, ImageError>);
 

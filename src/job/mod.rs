@@ -29,7 +29,7 @@ pub use task::{accept, adopt};
 use crate::clock::Clock;
 use crate::config;
 use crate::files::Files;
-use crate::gitlab::{JobId, RunnerApi, Transport};
+use crate::gitlab::{RunnerApi, Transport};
 use crate::guest;
 use crate::image::store::ImageStore;
 use crate::metrics::Metrics;
@@ -123,12 +123,4 @@ pub struct JobHandle {
     pub view: watch::Receiver<JobView>,
     /// Its task, to be joined by `daemon`.
     pub task: JoinHandle<()>,
-}
-
-impl JobHandle {
-    /// GitLab's id of the job.
-    #[must_use]
-    pub fn id(&self) -> JobId {
-        self.key.id
-    }
 }

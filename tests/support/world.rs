@@ -11,7 +11,6 @@ use dayfly::files::fake::MemoryFiles;
 use dayfly::gitlab::transport::OpenError;
 use dayfly::gitlab::{Endpoint, JobId, OpenTransport, Transport};
 use dayfly::guest::Limits;
-use dayfly::image::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, Manifest, RunnerOrigin};
 use dayfly::image::store::{Image, ImageStore};
 use dayfly::rng::Rng;
 use dayfly::standin::{Job, JobSpec, JobState, ProjectId, Recorded, Route, Standin};
@@ -124,7 +123,7 @@ impl World {
             clock,
             config,
             project,
-            images: ImageStore::fixed(image()),
+            images: ImageStore::fixed(Image::of_no_disk()),
             memory,
             look: None,
             expected: USUAL_TROUBLE.to_vec(),
@@ -515,37 +514,6 @@ fn exact(held: &[u8], told: &Told, whole: bool) -> Result<(), String> {
 /// Whether a line of a trace is one of the daemon's.
 fn is_ours(line: &str) -> bool {
     line.as_bytes().get(26) == Some(&b'Z') && line.get(27..31) == Some(" 00O")
-}
-
-/// An image that exists on no disk: the fake hypervisor reads none.
-fn image() -> Image {
-    let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
-    Image {
-        name: "test".into(),
-        dir: "/images/test".into(),
-        disk: "/images/test/disk.qcow2".into(),
-        disk_bytes: 1 << 30,
-        boot: dayfly::vm::Boot::Disk,
-        manifest: Manifest {
-            format_version: 1,
-            name: "test".into(),
-            architecture: "x86_64".into(),
-            boot: BootKind::Disk,
-            cmdline: None,
-            executor: "shell".into(),
-            info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
-            runner: ImageRunner {
-                version: "19.3.0".into(),
-                revision: None,
-                origin: RunnerOrigin::Path,
-                sha256: String::new(),
-            },
-            disk: file("disk.qcow2"),
-            kernel: None,
-            initrd: None,
-            build: BuildInputs::default(),
-        },
-    }
 }
 
 fn contains(bytes: &[u8], text: &str) -> bool {

@@ -22,8 +22,7 @@ mod disk;
 mod workers;
 
 use super::{
-    Accel, DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState,
-    VmSummary,
+    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
 };
 use crate::BoxFuture;
 use disk::Disks;
@@ -73,7 +72,7 @@ impl Default for Config {
     }
 }
 
-/// Wish for [`Accel`].
+/// Wish for [`Accel`](super::Accel).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AccelChoice {
@@ -83,19 +82,6 @@ pub enum AccelChoice {
     Kvm,
     /// QEMU's translator: slow, no isolation.
     Tcg,
-}
-
-impl AccelChoice {
-    /// What it comes to, once `kvm_proven` is known.
-    #[must_use]
-    pub fn resolve(self, kvm_proven: bool) -> Option<Accel> {
-        match self {
-            Self::Kvm => Some(Accel::Kvm),
-            Self::Tcg => Some(Accel::Tcg),
-            Self::Auto if kvm_proven => Some(Accel::Kvm),
-            Self::Auto => None,
-        }
-    }
 }
 
 /// libvirt at one URI. Connects when first asked, and again whenever the connection is lost.

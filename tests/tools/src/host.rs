@@ -6,7 +6,6 @@ use dayfly::daemon::{self, Backends, DaemonError, Jobs, Shutdown};
 use dayfly::files::RealFiles;
 use dayfly::gitlab::OpenTransport;
 use dayfly::guest::Limits;
-use dayfly::image::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, Manifest, RunnerOrigin};
 use dayfly::image::store::{Image, ImageStore};
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
@@ -166,37 +165,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
 /// A store of one image, `test`, that exists on no disk: the fake hypervisor reads none.
 #[must_use]
 pub fn no_image() -> (ImageStore, String) {
-    (ImageStore::fixed(image()), "test".into())
-}
-
-fn image() -> Image {
-    let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
-    Image {
-        name: "test".into(),
-        dir: "/images/test".into(),
-        disk: "/images/test/disk.qcow2".into(),
-        disk_bytes: 1 << 30,
-        boot: dayfly::vm::Boot::Disk,
-        manifest: Manifest {
-            format_version: 1,
-            name: "test".into(),
-            architecture: "x86_64".into(),
-            boot: BootKind::Disk,
-            cmdline: None,
-            executor: "shell".into(),
-            info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
-            runner: ImageRunner {
-                version: "19.3.0".into(),
-                revision: None,
-                origin: RunnerOrigin::Path,
-                sha256: String::new(),
-            },
-            disk: file("disk.qcow2"),
-            kernel: None,
-            initrd: None,
-            build: BuildInputs::default(),
-        },
-    }
+    (ImageStore::fixed(Image::of_no_disk()), "test".into())
 }
 
 /// The guest program's first half: reports, and takes its config. `None`: the VM is ending.
