@@ -29,6 +29,8 @@ pub mod retry; // when do we try again?
 pub mod secret; // what must never be printed?
 pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
+pub mod failpoint; // where may a test pull the plug?
+pub mod planted; // would our tests notice?
 
 use std::future::Future;
 use std::pin::Pin;
