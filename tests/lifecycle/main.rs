@@ -23,4 +23,6 @@ mod faults;
 mod gitlab;
 mod handover;
 mod machines;
+mod panics;
 mod room;
+mod twice;
