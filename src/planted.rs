@@ -71,6 +71,8 @@ bugs! {
     LeakedOverlay,
     /// 13: the room of a job that was canceled is never given back.
     RoomNeverBack,
+    /// 13: the machine of a running job that is over at GitLab counts as gone.
+    MachineForgotten,
     /// 13: the door of a machine that is gone stays open.
     DoorLeftOpen,
     /// 13: a machine that could not be destroyed at once counts as gone.
@@ -97,11 +99,11 @@ bugs! {
     BootDeadlineNever,
     /// 18: a running guest may be silent for ever.
     SilenceNever,
-    /// 18: the silence of a guest counts while the daemon was away.
+    /// 18: a guest counts as silent since ever when the daemon comes back.
     SilenceWhileAway,
     /// 18: a job's timeout ends nothing.
     CapIgnored,
-    /// 18: the machine of a job that is over at GitLab may live as long as it likes.
+    /// 18: a guest that was told to end, or has said its last word, may live as long as it likes.
     GraceNeverOver,
     /// 18: the hypervisor's list is not asked for again once that has failed: a paused machine goes unnoticed.
     ListGivenUp,

@@ -284,8 +284,11 @@ impl State {
             }
             Event::GraceOver if canceling => Self::fail(Failure::CancelGrace),
             Event::Gitlab(JobStatus::Over) => {
-                let (state, mut commands) = Self::over();
+                let (mut state, mut commands) = Self::over();
                 commands.push(Command::Arm(Grace::Over));
+                if planted::on(Bug::MachineForgotten) {
+                    state = Self::Releasing { verdict: None, machine_gone: true, delivered: false };
+                }
                 (state, commands)
             }
             Event::Killed => Self::fail(Failure::Killed),

@@ -326,9 +326,7 @@ impl Job {
                     Grace::PowerOff => limits.power_off_grace,
                 }
                 .get();
-                if !(planted::on(Bug::GraceNeverOver) && grace == Grace::Over) {
-                    self.grace = Some(Instant::now() + self.graced);
-                }
+                self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);
                 None
             }
             Command::ReleaseMachine => self.m.release_machine().await.then_some(Event::MachineReleased),

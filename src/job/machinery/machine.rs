@@ -62,7 +62,8 @@ impl Machinery {
         let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
         self.last_spoke = Instant::now();
         if planted::on(Bug::SilenceWhileAway) && resume {
-            self.last_spoke = self.started.checked_sub(self.elapsed_before).unwrap_or(self.started);
+            let silent = self.parts.limits.silence_deadline.get();
+            self.last_spoke = self.started.checked_sub(silent).unwrap_or(self.started);
         }
         self.door = Some(guest::admit(Admission {
             vm: machine.id.clone(),
