@@ -143,10 +143,7 @@ async fn run(
                 job.m.tell_guest(status);
                 job.feed(Event::Gitlab(status)).await;
             }
-            Happened::Next(Next::Delivered) => {
-                reached(Point::K15);
-                job.feed(Event::Delivered).await;
-            }
+            Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
         }
         if planted::on(Bug::RoomBackTooEarly) && matches!(job.m.record.state, State::Releasing { .. }) {
             reservation = None;
@@ -216,28 +213,23 @@ impl Job {
     fn deadline(&self) -> (Instant, Event) {
         let limits = &self.m.parts.limits;
         let mut next = self.grace.map(|at| (at, Event::GraceOver));
-        let mut sooner = |at: Instant, event: Event| {
-            if next.as_ref().is_none_or(|(first, _)| at < *first) {
+        let mut sooner = |at: Instant, event: Event, forgotten: Bug| {
+            if !planted::on(forgotten) && next.as_ref().is_none_or(|(first, _)| at < *first) {
                 next = Some((at, event));
             }
         };
         match self.m.record.state {
             State::Booting { .. } => {
-                // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
                 let early = if planted::on(Bug::BootDeadlineEarly) { 10 } else { 1 };
+                // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
                 let deadline = self.m.since_received(limits.boot_deadline.get() / early).max(self.m.reopened());
-                if !planted::on(Bug::BootDeadlineNever) {
-                    sooner(deadline, Event::BootDeadline);
-                }
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+                sooner(deadline, Event::BootDeadline, Bug::BootDeadlineNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Running { .. } => {
-                if !planted::on(Bug::SilenceNever) {
-                    sooner(self.m.last_spoke + limits.silence_deadline.get(), Event::SilenceDeadline);
-                }
-                if !planted::on(Bug::CapIgnored) {
-                    sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
-                }
+                let silence = self.m.last_spoke + limits.silence_deadline.get();
+                sooner(silence, Event::SilenceDeadline, Bug::SilenceNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Accepted | State::Releasing { .. } | State::Ended => {}
         }
@@ -442,7 +434,6 @@ impl Job {
         if !self.m.keep_verdict(state).await {
             return VerdictAnswer::Later;
         }
-        // Kept, and the guest does not know.
         reached(Point::K14);
         self.feed(Event::GuestVerdict(verdict)).await;
         VerdictAnswer::Taken

@@ -145,7 +145,10 @@ impl Machinery {
             // All are receivers, so cancel safe. GitLab's word first: it outranks the guest's.
             Some(event) = self.uploads.recv() => match event {
                 UploaderEvent::Status(status) => Next::Gitlab(status),
-                UploaderEvent::Done => Next::Delivered,
+                UploaderEvent::Done => {
+                    reached(Point::K15);
+                    Next::Delivered
+                }
             },
             Some(event) = self.guest_in.recv() => Next::Guest(event),
             event = machine => Next::Machine(event.unwrap_or_else(|| {
