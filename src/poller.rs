@@ -12,6 +12,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, Verified};
 use crate::job::journal::JobKey;
 use crate::job::{self, Parts, Refusal, Runner};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::status::RunnerState;
@@ -277,6 +278,9 @@ impl Poller {
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
         let (id, token) = (payload.id, payload.token.clone());
+        if planted::on(Bug::JobTokenInLog) {
+            tracing::info!(%key, token = token.expose(), "the job's token");
+        }
         match job::accept(&self.parts, self.runner.clone(), payload, self.resources, reservation).await {
             Ok(handle) => self.jobs.add(handle),
             Err(error) => {

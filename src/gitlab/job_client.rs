@@ -6,6 +6,7 @@ use super::answers;
 use super::calls::{Draft, JOB_TOKEN, Kind, REQUEST_ID, is_request_id, query};
 use super::transport::{Body, Call};
 use super::{GitlabError, JobId, JobStatus, Transport};
+use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use bytes::Bytes;
@@ -178,8 +179,13 @@ impl JobClient {
     pub async fn append_trace(&self, offset: u64, bytes: Bytes, debug_trace: bool) -> Result<TraceAnswer, GitlabError> {
         let last = offset.saturating_add((bytes.len() as u64).saturating_sub(1));
         let range = HeaderValue::try_from(format!("{offset}-{last}")).expect("digits are a header value");
+        let token = if planted::on(Bug::CredentialInUrl) {
+            format!("&job_token={}", self.token.expose())
+        } else {
+            String::new()
+        };
         let call = self
-            .draft(Method::PATCH, if debug_trace { "/trace?debug_trace=true" } else { "/trace?debug_trace=false" })
+            .draft(Method::PATCH, &format!("/trace?debug_trace={debug_trace}{token}"))
             .header(CONTENT_RANGE, range)
             .header(CONTENT_TYPE, HeaderValue::from_static("text/plain"))
             .bytes(bytes, Kind::Small);

@@ -12,6 +12,7 @@
 //! tests below send any sequence of events.
 
 use crate::gitlab::{JobStatus, Verdict};
+use crate::planted::{self, Bug};
 use serde::{Deserialize, Serialize};
 
 /// The life of a job. Plain data: it stands in the record.
@@ -115,6 +116,7 @@ impl Failure {
         match self {
             Self::Timeout => "job_execution_timeout",
             Self::Killed => "runner_interrupted",
+            _ if planted::on(Bug::AuthorBlamed) => "script_failure",
             _ => "runner_system_failure",
         }
     }
@@ -246,6 +248,7 @@ impl State {
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
+            Event::Gitlab(JobStatus::Over) if planted::on(Bug::CanceledJobRuns) => (Self::Booting { replaced }, vec![]),
             Event::Gitlab(JobStatus::Over) => {
                 let (state, mut commands) = Self::over();
                 commands.push(Command::ReleaseMachine);
@@ -269,6 +272,9 @@ impl State {
                 Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
                 vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
             ),
+            Event::MachineStopped if planted::on(Bug::RunTwice) => {
+                (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
+            }
             Event::MachineFailed | Event::MachineStopped => Self::fail(Failure::Died),
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::SilenceDeadline => Self::fail(Failure::Silent),
@@ -278,8 +284,11 @@ impl State {
             }
             Event::GraceOver if canceling => Self::fail(Failure::CancelGrace),
             Event::Gitlab(JobStatus::Over) => {
-                let (state, mut commands) = Self::over();
+                let (mut state, mut commands) = Self::over();
                 commands.push(Command::Arm(Grace::Over));
+                if planted::on(Bug::MachineForgotten) {
+                    state = Self::Releasing { verdict: None, machine_gone: true, delivered: false };
+                }
                 (state, commands)
             }
             Event::Killed => Self::fail(Failure::Killed),

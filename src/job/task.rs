@@ -14,6 +14,7 @@ use crate::capacity::{Reservation, Resources};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
@@ -59,7 +60,10 @@ pub async fn accept(
         state: State::Accepted,
     };
     reached(Point::K3);
-    parts.journal.accept(&record, payload.raw().clone()).await?;
+    let kept = parts.journal.accept(&record, payload.raw().clone()).await;
+    if !planted::on(Bug::StartedUnjournalled) {
+        kept?;
+    }
     reached(Point::K4);
     Ok(start(parts.clone(), runner, record, Some(payload), reservation))
 }
@@ -95,7 +99,7 @@ fn start(
         since: Instant::now(),
     });
     let span = tracing::info_span!("job", runner = %key.runner, job = %key.id);
-    let run = run(parts, runner, record, payload, reservation, inbox_in, view_out).instrument(span);
+    let run = run(parts, runner, record, payload, Some(reservation), inbox_in, view_out).instrument(span);
     #[expect(clippy::disallowed_methods, reason = "joined by daemon through the handle")]
     let task = tokio::spawn(run);
     JobHandle { key, inbox, view, task }
@@ -106,7 +110,7 @@ async fn run(
     runner: Arc<Runner>,
     record: Record,
     payload: Option<JobPayload>,
-    reservation: Reservation,
+    mut reservation: Option<Reservation>,
     mut inbox: mpsc::Receiver<JobCommand>,
     view: watch::Sender<JobView>,
 ) {
@@ -139,13 +143,16 @@ async fn run(
                 job.m.tell_guest(status);
                 job.feed(Event::Gitlab(status)).await;
             }
-            Happened::Next(Next::Delivered) => {
-                reached(Point::K15);
-                job.feed(Event::Delivered).await;
-            }
+            Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
+        }
+        if planted::on(Bug::RoomBackTooEarly) && matches!(job.m.record.state, State::Releasing { .. }) {
+            reservation = None;
         }
     }
     job.m.leave().await;
+    if planted::on(Bug::RoomNeverBack) && job.graced == job.m.parts.limits.cancel_grace.get() {
+        std::mem::forget(reservation.take());
+    }
     drop(reservation);
 }
 
@@ -206,21 +213,23 @@ impl Job {
     fn deadline(&self) -> (Instant, Event) {
         let limits = &self.m.parts.limits;
         let mut next = self.grace.map(|at| (at, Event::GraceOver));
-        let mut sooner = |at: Instant, event: Event| {
-            if next.as_ref().is_none_or(|(first, _)| at < *first) {
+        let mut sooner = |at: Instant, event: Event, forgotten: Bug| {
+            if !planted::on(forgotten) && next.as_ref().is_none_or(|(first, _)| at < *first) {
                 next = Some((at, event));
             }
         };
         match self.m.record.state {
             State::Booting { .. } => {
+                let early = if planted::on(Bug::BootDeadlineEarly) { 10 } else { 1 };
                 // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
-                let deadline = self.m.since_received(limits.boot_deadline.get()).max(self.m.reopened());
-                sooner(deadline, Event::BootDeadline);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+                let deadline = self.m.since_received(limits.boot_deadline.get() / early).max(self.m.reopened());
+                sooner(deadline, Event::BootDeadline, Bug::BootDeadlineNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Running { .. } => {
-                sooner(self.m.last_spoke + limits.silence_deadline.get(), Event::SilenceDeadline);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+                let silence = self.m.last_spoke + limits.silence_deadline.get();
+                sooner(silence, Event::SilenceDeadline, Bug::SilenceNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Accepted | State::Releasing { .. } | State::Ended => {}
         }
@@ -309,7 +318,7 @@ impl Job {
                     Grace::PowerOff => limits.power_off_grace,
                 }
                 .get();
-                self.grace = Some(Instant::now() + self.graced);
+                self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);
                 None
             }
             Command::ReleaseMachine => self.m.release_machine().await.then_some(Event::MachineReleased),
@@ -335,7 +344,9 @@ impl Job {
         if booting {
             self.m.end_boot_section().await;
         }
-        self.m.own_line(|now| lines::failure(now, failure, job, limit)).await;
+        if !planted::on(Bug::FailureUnexplained) {
+            self.m.own_line(|now| lines::failure(now, failure, job, limit)).await;
+        }
         if booting
             && matches!(failure, Failure::BootDeadline | Failure::DiedBooting)
             && let Some(tail) = self.m.console_tail()
@@ -381,7 +392,7 @@ impl Job {
     async fn asked(&mut self, reply: oneshot::Sender<Option<HandOut>>) {
         let first = matches!(self.m.record.state, State::Booting { .. });
         let again = matches!(self.m.record.state, State::Running { canceling: false })
-            && !self.spoke
+            && (!self.spoke || planted::on(Bug::HandedOutTwice))
             && self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
         let mut answer = None;
         if first {
@@ -423,7 +434,6 @@ impl Job {
         if !self.m.keep_verdict(state).await {
             return VerdictAnswer::Later;
         }
-        // Kept, and the guest does not know.
         reached(Point::K14);
         self.feed(Event::GuestVerdict(verdict)).await;
         VerdictAnswer::Taken

@@ -8,6 +8,7 @@ use crate::guest_config::{GuestParts, guest_config};
 use crate::image::store::Image;
 use crate::job::journal::MachineRecord;
 use crate::job::state::Event;
+use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::supply::{Blueprint, Machine, Order};
 use crate::telemetry::chain;
@@ -52,13 +53,18 @@ impl Machinery {
                 }
             },
         };
-        let (machine, config, listener) = match (self.record.machine.clone(), &image) {
+        let known = self.record.machine.clone().filter(|_| resume || !planted::on(Bug::SecondMachine));
+        let (machine, config, listener) = match (known, &image) {
             (Some(machine), image) => self.known_machine(machine, image.as_ref()).await?,
             (None, Some(image)) => self.new_machine(image).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
         let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
         self.last_spoke = Instant::now();
+        if planted::on(Bug::SilenceWhileAway) && resume {
+            let silent = self.parts.limits.silence_deadline.get();
+            self.last_spoke = self.started.checked_sub(silent).unwrap_or(self.started);
+        }
         self.door = Some(guest::admit(Admission {
             vm: machine.id.clone(),
             listener,
@@ -145,7 +151,7 @@ impl Machinery {
                 Event::MachineFailed
             })?;
             self.record.machine = Some(machine.clone());
-            if !self.put().await {
+            if !planted::on(Bug::DomainBeforeRecord) && !self.put().await {
                 self.forget_machine(false);
                 return Err(Event::HostDiskFailed);
             }
@@ -248,9 +254,14 @@ impl Machinery {
     /// The machine is gone: its door closes. `true`: another is wanted.
     pub(in crate::job) async fn machine_released(&mut self) -> bool {
         self.machine = None;
+        if planted::on(Bug::DoorLeftOpen) {
+            std::mem::forget(self.door.take());
+        }
         self.close_door().await;
         // Only now is the port free for the next machine.
-        self.forget_machine(false);
+        if !(planted::on(Bug::MachineReused) && self.another) {
+            self.forget_machine(false);
+        }
         std::mem::take(&mut self.another)
     }
 

@@ -12,6 +12,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{GuestEvent, GuestPass, GuestView, HandOut};
 use crate::metrics::Metrics;
+use crate::planted::{self, Bug};
 use crate::supply::{Machine, MachineEvent};
 use crate::telemetry::chain;
 use jiff::Timestamp;
@@ -144,7 +145,10 @@ impl Machinery {
             // All are receivers, so cancel safe. GitLab's word first: it outranks the guest's.
             Some(event) = self.uploads.recv() => match event {
                 UploaderEvent::Status(status) => Next::Gitlab(status),
-                UploaderEvent::Done => Next::Delivered,
+                UploaderEvent::Done => {
+                    reached(Point::K15);
+                    Next::Delivered
+                }
             },
             Some(event) = self.guest_in.recv() => Next::Guest(event),
             event = machine => Next::Machine(event.unwrap_or_else(|| {
@@ -316,6 +320,7 @@ impl Machinery {
                 payload.with_timeout(Duration::from_secs(left))
             }
         };
+        let raw = if planted::on(Bug::PayloadRewritten) { planted::rewritten(&raw) } else { raw };
         if self.record.guest_base.is_none() {
             self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
             self.end_boot_section().await;
@@ -333,6 +338,9 @@ impl Machinery {
 
     /// Removes all that is kept of the job.
     pub(super) async fn finish(&mut self) {
+        if planted::on(Bug::RecordKept) {
+            return;
+        }
         for attempt in 1..=REMOVE_TRIES {
             match self.parts.journal.remove(&self.record.key).await {
                 Ok(()) => {
