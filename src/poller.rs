@@ -8,6 +8,7 @@
 
 use crate::capacity::{Capacity, Reservation, Resources};
 use crate::daemon::Jobs;
+use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, Verified};
 use crate::job::journal::JobKey;
 use crate::job::{self, Parts, Refusal, Runner};
@@ -125,6 +126,7 @@ impl Poller {
             self.say(RunnerState::Polling);
             // With somebody waiting for this room a held poll would keep it: ask for an answer at once.
             let known = if self.capacity.contended() { None } else { last_update.clone() };
+            reached(Point::K0);
             let asked = Instant::now();
             let Some(answer) = self.ask(&info, known.as_deref()).await else { break };
             if !matches!(answer, Err(GitlabError::Unavailable { .. })) {

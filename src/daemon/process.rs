@@ -90,6 +90,8 @@ pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
     // Errors mean that nobody waits for us: no systemd.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "dayfly runs");
+    #[cfg(feature = "test-util")]
+    tracing::warn!(marker = crate::TEST_UTIL_MARKER, "this build can be told to end itself, for tests");
     let run = daemon.run();
     let watchdog = watchdog();
     tokio::select! {

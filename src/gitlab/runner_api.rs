@@ -5,6 +5,7 @@ use super::calls::{Draft, Kind, RUNNER_TOKEN};
 use super::payload::{PayloadError, salvage};
 use super::transport::Body;
 use super::{GitlabError, JobPayload, RunnerToken, Transport};
+use crate::failpoint::{Point, reached};
 use crate::rng::Rng;
 use http::header::CONTENT_ENCODING;
 use http::{Method, Response, StatusCode};
@@ -147,6 +148,8 @@ impl RunnerApi {
 async fn read_job(response: Response<Body>) -> Result<JobPayload, GitlabError> {
     let (parts, body) = response.into_parts();
     let request_id = parts.headers.get("x-request-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    // The head is read, with the 201 in it; the body is not.
+    reached(Point::K2);
     let read = answers::read(body, PAYLOAD_BYTES_MAX).await;
     let parsed = if let Some(cut) = read.cut {
         Err(PayloadError::Body(format!("body {cut}")))

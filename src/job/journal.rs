@@ -10,6 +10,7 @@
 //! version stops the daemon.
 
 use super::state::State;
+use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
 use crate::network::Lease;
@@ -214,6 +215,8 @@ impl Journal {
         self.files.create_dir(&runtime).await?;
         self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
         self.files.create_dir(&child(&self.state, &record.key.directory())).await?;
+        // Without the record nothing of this counts.
+        reached(Point::K3);
         self.put(record).await
     }
 
@@ -265,7 +268,9 @@ impl Journal {
     pub async fn remove(&self, key: &JobKey) -> io::Result<()> {
         self.files.remove(&child(&self.runtime, &key.directory())).await?;
         let dir = child(&self.state, &key.directory());
+        reached(Point::K17);
         self.files.remove(&dir.join("trace")).await?;
+        reached(Point::K17);
         self.files.remove(&dir).await
     }
 

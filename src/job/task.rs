@@ -11,6 +11,7 @@ use super::state::{Command, Event, Failure, Grace, State};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use super::{Refusal, refuse};
 use crate::capacity::{Reservation, Resources};
+use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
 use crate::retry::Backoff;
@@ -57,7 +58,9 @@ pub async fn accept(
         guest_base: None,
         state: State::Accepted,
     };
+    reached(Point::K3);
     parts.journal.accept(&record, payload.raw().clone()).await?;
+    reached(Point::K4);
     Ok(start(parts.clone(), runner, record, Some(payload), reservation))
 }
 
@@ -136,7 +139,10 @@ async fn run(
                 job.m.tell_guest(status);
                 job.feed(Event::Gitlab(status)).await;
             }
-            Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
+            Happened::Next(Next::Delivered) => {
+                reached(Point::K15);
+                job.feed(Event::Delivered).await;
+            }
         }
     }
     job.m.leave().await;
@@ -351,6 +357,7 @@ impl Job {
     async fn guest(&mut self, event: GuestEvent) {
         match event {
             GuestEvent::Greeted => {
+                reached(Point::K9);
                 self.m.greeted();
                 self.m.last_spoke = Instant::now();
             }
@@ -382,10 +389,12 @@ impl Job {
             if answer.is_some() {
                 // Written down before it goes out, or a restart would find a guest that works on a
                 // job which it was never given. Asked again, it gets it then.
+                reached(Point::K10);
                 if !self.m.keep_hand_out().await {
                     let _ = reply.send(None);
                     return;
                 }
+                reached(Point::K10);
                 self.feed(Event::GuestAsked).await;
                 self.m.last_spoke = Instant::now();
             } else {
@@ -410,9 +419,12 @@ impl Job {
             _ => return VerdictAnswer::Over,
         }
         let (state, _) = self.m.record.state.clone().on(Event::GuestVerdict(verdict.clone()));
+        reached(Point::K14);
         if !self.m.keep_verdict(state).await {
             return VerdictAnswer::Later;
         }
+        // Kept, and the guest does not know.
+        reached(Point::K14);
         self.feed(Event::GuestVerdict(verdict)).await;
         VerdictAnswer::Taken
     }

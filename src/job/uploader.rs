@@ -8,6 +8,7 @@
 
 use super::spool::SpoolReader;
 use crate::clock::Clock;
+use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
 use crate::retry::Backoff;
 use crate::rng::Rng;
@@ -243,8 +244,10 @@ impl Uploader {
         let length = bytes.len() as u64;
         self.last_patch = Some(Instant::now());
         let debug = *self.upload.debug_trace.borrow();
+        reached(Point::K12);
         match self.upload.client.append_trace(self.sent, bytes, debug).await {
             Ok(answer) => {
+                reached(Point::K12);
                 self.answered(answer.interval);
                 // GitLab takes the mark from a PATCH at offset 0, even from one that it refuses.
                 self.marked_debug |= debug && self.sent == 0;
@@ -302,8 +305,11 @@ impl Uploader {
         let first = self.last_answer.is_none();
         let trace = (whole && !(first && verdict.is_none())).then_some((view.crc, view.length));
         let last = verdict.is_some();
+        reached(if last { Point::K14 } else { Point::K11 });
         match self.upload.client.update_job(&JobUpdate { verdict, trace }).await {
             Ok(answer) => {
+                // GitLab has it, and nobody here has noted that.
+                reached(if last { Point::K15 } else { Point::K11 });
                 self.answered(answer.interval);
                 self.opened = true;
                 if answer.resend_trace {

@@ -9,6 +9,7 @@
 //! "channel". On `leave` (hand-over) the task ends and the machine lives on.
 
 use super::{Order, Supply};
+use crate::failpoint::{Point, reached};
 use crate::job::journal::MachineRecord;
 use crate::retry::Backoff;
 use crate::telemetry::chain;
@@ -195,6 +196,7 @@ impl Driver {
                 source: source.into(),
             })?;
             hypervisor.create_overlay(&overlay, &make.base, make.disk_gib).await?;
+            reached(Point::K5);
             self.tell(MachineEvent::DiskReady).await;
             if self.wish() != Wish::Keep {
                 return Ok(true);
@@ -212,9 +214,13 @@ impl Driver {
                 attachment: self.record.lease.attachment(),
                 socket_dir: place.socket_dir.clone(),
             };
+            reached(Point::K8);
             hypervisor.start(&spec).await?;
+            // It runs, and we have not heard of it.
+            reached(Point::K8);
         }
         self.tell(MachineEvent::Started).await;
+        reached(Point::K9);
         Ok(true)
     }
 
@@ -342,7 +348,9 @@ impl Driver {
         loop {
             let result = async {
                 hypervisor.destroy(&self.name).await?;
+                reached(Point::K16);
                 hypervisor.remove_overlay(&overlay).await?;
+                reached(Point::K17);
                 let sockets = hypervisor.remove_sockets(&self.supply.place().socket_dir, &self.record.id).await;
                 sockets.map_err(|source| VmError::Refused {
                     what: "remove sockets of",

@@ -1,6 +1,7 @@
 //! The machine of one job and its door: planned, written down, made, adopted, taken down.
 
 use super::Machinery;
+use crate::failpoint::{Point, reached};
 use crate::gitlab::JobClient;
 use crate::guest::{self, Admission};
 use crate::guest_config::{GuestParts, guest_config};
@@ -148,10 +149,14 @@ impl Machinery {
                 self.forget_machine(false);
                 return Err(Event::HostDiskFailed);
             }
+            // The record names a machine now, and nothing of it is there.
+            reached(Point::K4);
             match self.listen(&machine).await {
                 Ok(listener) => {
+                    reached(Point::K7);
                     let config = self.write_config(&machine, &image.manifest.executor).await;
                     let config = config.inspect_err(|_| self.forget_machine(false))?;
+                    reached(Point::K6);
                     return Ok((machine, config, listener));
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {

@@ -8,6 +8,7 @@ use super::spool::Spool;
 use super::state::{Event, State};
 use super::uploader::{Outbox, Upload, UploaderEvent, upload};
 use super::{Parts, Runner};
+use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{GuestEvent, GuestPass, GuestView, HandOut};
 use crate::metrics::Metrics;
@@ -334,7 +335,10 @@ impl Machinery {
     pub(super) async fn finish(&mut self) {
         for attempt in 1..=REMOVE_TRIES {
             match self.parts.journal.remove(&self.record.key).await {
-                Ok(()) => return,
+                Ok(()) => {
+                    reached(Point::K18);
+                    return;
+                }
                 Err(error) => tracing::warn!(attempt, error = chain(&error), "remove the job's record"),
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
