@@ -12,6 +12,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, Verified};
 use crate::job::journal::JobKey;
 use crate::job::{self, GivenAgain, Parts, Refusal, Runner};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::status::RunnerState;
@@ -280,6 +281,9 @@ impl Poller {
         let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
+        if planted::on(Bug::JobTokenInLog) {
+            tracing::info!(%key, token = payload.token.expose(), "the job's token");
+        }
         let taking = Taking {
             parts: self.parts.clone(),
             runner: self.runner.clone(),

@@ -14,6 +14,7 @@ use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
 use crate::network::Lease;
+use crate::planted::{self, Bug};
 use crate::retry;
 use crate::secret::Secret;
 use crate::vm::VmId;
@@ -248,7 +249,8 @@ impl Journal {
     /// # Errors
     /// The file layer's; the job must not be started then.
     pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
-        let runtime = child(&self.runtime, &record.key.directory());
+        let directory = if planted::on(Bug::PayloadOnDisk) { &self.state } else { &self.runtime };
+        let runtime = child(directory, &record.key.directory());
         self.files.create_dir(&runtime).await?;
         self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
         self.files.create_dir(&child(&self.state, &record.key.directory())).await?;

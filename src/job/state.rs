@@ -12,6 +12,7 @@
 //! tests below send any sequence of events.
 
 use crate::gitlab::{JobStatus, Verdict};
+use crate::planted::{self, Bug};
 use serde::{Deserialize, Serialize};
 
 /// The life of a job. Plain data: it stands in the record.
@@ -54,6 +55,8 @@ pub enum Event {
     GuestVerdict(Verdict),
     /// The machine could not be made.
     MachineFailed,
+    /// No door is free for the machine; nothing of it was made.
+    NoDoor,
     /// The machine ended by itself.
     MachineStopped,
     /// The hypervisor paused the machine: its disk has an error.
@@ -123,6 +126,7 @@ impl Failure {
         match self {
             Self::Timeout => "job_execution_timeout",
             Self::Killed => "runner_interrupted",
+            _ if planted::on(Bug::AuthorBlamed) => "script_failure",
             _ => "runner_system_failure",
         }
     }
@@ -168,6 +172,8 @@ pub enum Grace {
     Over,
     /// For the power-off after the verdict.
     PowerOff,
+    /// For a door to become free.
+    Door,
 }
 
 impl State {
@@ -232,11 +238,15 @@ impl State {
                 (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
             }
             Event::MachineFailed => Self::fail(Failure::NoMachine),
+            // Another job may end meanwhile: it is tried again until the boot deadline.
+            Event::NoDoor => (Self::Booting { replaced }, vec![Command::Arm(Grace::Door)]),
+            Event::GraceOver => (Self::Booting { replaced }, vec![Command::TakeMachine]),
             Event::MachineStopped => Self::fail(Failure::DiedBooting),
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
+            Event::Gitlab(JobStatus::Over) if planted::on(Bug::CanceledJobRuns) => (Self::Booting { replaced }, vec![]),
             Event::Gitlab(JobStatus::Over) => {
                 let (state, mut commands) = Self::over();
                 commands.push(Command::ReleaseMachine);
@@ -250,8 +260,7 @@ impl State {
             | Event::MachineReleased
             | Event::Gitlab(JobStatus::Running)
             | Event::Delivered
-            | Event::SilenceDeadline
-            | Event::GraceOver => (Self::Booting { replaced }, vec![]),
+            | Event::SilenceDeadline => (Self::Booting { replaced }, vec![]),
         }
     }
 
@@ -262,6 +271,9 @@ impl State {
                 Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
                 vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
             ),
+            Event::MachineStopped if planted::on(Bug::RunTwice) => {
+                (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
+            }
             Event::MachineFailed | Event::MachineStopped => Self::fail(Failure::Died),
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::SilenceDeadline => Self::fail(Failure::Silent),
@@ -271,8 +283,11 @@ impl State {
             }
             Event::GraceOver if canceling => Self::fail(Failure::CancelGrace),
             Event::Gitlab(JobStatus::Over) => {
-                let (state, mut commands) = Self::over();
+                let (mut state, mut commands) = Self::over();
                 commands.push(Command::Arm(Grace::Over));
+                if planted::on(Bug::MachineForgotten) {
+                    state = Self::Releasing { verdict: None, machine_gone: true, delivered: false };
+                }
                 (state, commands)
             }
             Event::Killed => Self::fail(Failure::Killed),
@@ -285,9 +300,12 @@ impl State {
                 commands.extend(canceling.then_some(Command::Arm(Grace::Canceling)));
                 (Self::Running { canceling }, commands)
             }
-            Event::MachineReleased | Event::Gitlab(_) | Event::Delivered | Event::BootDeadline | Event::GraceOver => {
-                (Self::Running { canceling }, vec![])
-            }
+            Event::MachineReleased
+            | Event::Gitlab(_)
+            | Event::Delivered
+            | Event::BootDeadline
+            | Event::GraceOver
+            | Event::NoDoor => (Self::Running { canceling }, vec![]),
         }
     }
 

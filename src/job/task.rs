@@ -11,9 +11,11 @@ use super::state::{Command, Event, Failure, Grace, State};
 use super::{GivenAgain, Refusal, refuse};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use crate::capacity::{Held, Reservation, Resources};
+use crate::config::Span;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
@@ -28,6 +30,9 @@ use tracing::Instrument as _;
 /// A second ask is answered with the payload again only this long after the first (V5): parallel
 /// asks are one runner's slip or a hostile guest; an ask after a failed write comes 3 s later.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// How often a job that found no free door looks again; it has until its boot deadline.
+const DOOR_PAUSE: Span = Span::from_secs(5);
 
 /// Journals a job that GitLab has just assigned, and starts its task.
 ///
@@ -61,7 +66,10 @@ pub async fn accept(
         state: State::Accepted,
     };
     reached(Point::K3);
-    parts.journal.accept(&record, payload.raw().clone()).await?;
+    let kept = parts.journal.accept(&record, payload.raw().clone()).await;
+    if !planted::on(Bug::StartedUnjournalled) {
+        kept?;
+    }
     reached(Point::K4);
     Ok(start(parts.clone(), runner, record, Some(payload), reservation.into(), Event::Started))
 }
@@ -166,14 +174,14 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
                 job.m.tell_guest(status);
                 job.feed(Event::Gitlab(status)).await;
             }
-            Happened::Next(Next::Delivered) => {
-                reached(Point::K15);
-                job.feed(Event::Delivered).await;
-            }
+            Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
+        }
+        if planted::on(Bug::RoomBackTooEarly) && matches!(job.m.record.state, State::Releasing { .. }) {
+            job.reservation.release();
         }
     }
     job.m.leave().await;
-    job.reservation.release();
+    job.give_room_back();
 }
 
 /// Tries to open the spool of a job that could still be refused; with their pauses 3 s.
@@ -236,21 +244,23 @@ impl Job {
     fn deadline(&self) -> (Instant, Event) {
         let limits = &self.m.parts.limits;
         let mut next = self.grace.map(|at| (at, Event::GraceOver));
-        let mut sooner = |at: Instant, event: Event| {
-            if next.as_ref().is_none_or(|(first, _)| at < *first) {
+        let mut sooner = |at: Instant, event: Event, forgotten: Bug| {
+            if !planted::on(forgotten) && next.as_ref().is_none_or(|(first, _)| at < *first) {
                 next = Some((at, event));
             }
         };
         match self.m.record.state {
             State::Booting { .. } => {
+                let early = if planted::on(Bug::BootDeadlineEarly) { 10 } else { 1 };
                 // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
-                let deadline = self.m.since_received(limits.boot_deadline.get()).max(self.m.reopened());
-                sooner(deadline, Event::BootDeadline);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+                let deadline = self.m.since_received(limits.boot_deadline.get() / early).max(self.m.reopened());
+                sooner(deadline, Event::BootDeadline, Bug::BootDeadlineNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Running { .. } => {
-                sooner(self.m.last_spoke + limits.silence_deadline.get(), Event::SilenceDeadline);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+                let silence = self.m.last_spoke + limits.silence_deadline.get();
+                sooner(silence, Event::SilenceDeadline, Bug::SilenceNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Accepted | State::Releasing { .. } | State::Ended => {}
         }
@@ -287,6 +297,15 @@ impl Job {
                 events.extend(self.carry_out(command).await);
             }
             self.publish();
+        }
+    }
+
+    /// Nothing of the machine is left.
+    fn give_room_back(&self) {
+        if planted::on(Bug::RoomNeverBack) && self.graced == self.m.parts.limits.cancel_grace.get() {
+            std::mem::forget(self.reservation.clone());
+        } else {
+            self.reservation.release();
         }
     }
 
@@ -333,15 +352,16 @@ impl Job {
                     Grace::Canceling => limits.canceling_grace,
                     Grace::Over => limits.cancel_grace,
                     Grace::PowerOff => limits.power_off_grace,
+                    Grace::Door => DOOR_PAUSE,
                 }
                 .get();
-                self.grace = Some(Instant::now() + self.graced);
+                self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);
                 None
             }
             Command::ReleaseMachine => {
                 let gone = self.m.release_machine().await;
                 if gone {
-                    self.reservation.release();
+                    self.give_room_back();
                 }
                 gone.then_some(Event::MachineReleased)
             }
@@ -374,6 +394,9 @@ impl Job {
         self.m
             .plan_last_lines(|now| {
                 let mut text = lines::failure(now, failure, job, limit, &image);
+                if planted::on(Bug::FailureUnexplained) {
+                    text.clear();
+                }
                 text.extend(tail.map(|tail| lines::console(now, &tail)));
                 text
             })
@@ -450,7 +473,7 @@ impl Job {
     async fn asked(&mut self, reply: oneshot::Sender<Option<HandOut>>) {
         let first = matches!(self.m.record.state, State::Booting { .. });
         let again = matches!(self.m.record.state, State::Running { canceling: false })
-            && !self.spoke
+            && (!self.spoke || planted::on(Bug::HandedOutTwice))
             && self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
         let mut answer = None;
         if first {
@@ -492,7 +515,6 @@ impl Job {
         if !self.m.keep_verdict(state).await {
             return VerdictAnswer::Later;
         }
-        // Kept, and the guest does not know.
         reached(Point::K14);
         self.feed(Event::GuestVerdict(verdict)).await;
         VerdictAnswer::Taken
@@ -516,7 +538,7 @@ impl Job {
                         self.feed(event).await;
                     }
                 } else {
-                    self.reservation.release();
+                    self.give_room_back();
                     self.feed(Event::MachineReleased).await;
                 }
             }

@@ -10,6 +10,7 @@ use super::spool::SpoolReader;
 use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
 use crate::secret::Secret;
@@ -186,7 +187,7 @@ impl Uploader {
             return Next::MarkDebug;
         }
         if let Outbox::Verdict(verdict) = outbox {
-            return if waiting > 0 { Next::Patch } else { Next::Verdict(verdict) };
+            return if waiting > 0 && !planted::on(Bug::LostLastLine) { Next::Patch } else { Next::Verdict(verdict) };
         }
         // GitLab hears `running` first: a server that waits for it takes no trace before (safety.md
         // G20), and a job that is over by now ends here (G18).
@@ -232,7 +233,9 @@ impl Uploader {
 
     async fn patch(&mut self) -> Step {
         let wanted = usize::try_from(self.end() - self.sent).map_or(PATCH_BYTES_MAX, |n| n.min(PATCH_BYTES_MAX));
-        let bytes = match self.upload.spool.read(self.sent, wanted).await {
+        let from =
+            if planted::on(Bug::UploadOffByOne) && self.refusals > 0 { self.sent.saturating_sub(1) } else { self.sent };
+        let bytes = match self.upload.spool.read(from, wanted).await {
             Ok(bytes) if !bytes.is_empty() => {
                 self.read_failures = 0;
                 bytes
@@ -310,10 +313,13 @@ impl Uploader {
         let view = self.upload.spool.view();
         let whole = self.truncated_at.is_none() && self.sent == view.length;
         let first = self.last_answer.is_none();
-        let trace = (whole && !(first && verdict.is_none())).then_some((view.crc, view.length));
+        let crc = if planted::on(Bug::WrongChecksum) { view.crc.swap_bytes() } else { view.crc };
+        let length = view.length - u64::from(planted::on(Bug::WrongSize));
+        let trace = (whole && !(first && verdict.is_none())).then_some((crc, length));
         let last = verdict.is_some();
         reached(if last { Point::K14 } else { Point::K11 });
-        match self.upload.client.update_job(&JobUpdate { verdict, trace }).await {
+        let mut update = JobUpdate { verdict, trace };
+        match self.upload.client.update_job(&update).await {
             Ok(answer) => {
                 // GitLab has it, and nobody here has noted that.
                 reached(if last { Point::K15 } else { Point::K11 });
@@ -328,6 +334,12 @@ impl Uploader {
                 if let Some(pause) = answer.ask_again.filter(|_| last) {
                     self.not_before = Instant::now() + pause;
                     return Step::Continue;
+                }
+                if planted::on(Bug::DoubleReport)
+                    && let Some(verdict) = &mut update.verdict
+                {
+                    verdict.success = !verdict.success;
+                    let _ = self.upload.client.update_job(&update).await;
                 }
                 if last && !self.is_refused(answer.status) { Step::Done } else { self.status(answer.status).await }
             }
@@ -383,8 +395,19 @@ impl Uploader {
     }
 
     async fn failed(&mut self, error: &GitlabError) -> Step {
+        let outbox = self.upload.outbox.borrow().clone();
+        if planted::on(Bug::VerdictDropped) && matches!(outbox, Outbox::Verdict(_)) && error.status() >= Some(500) {
+            return Step::Done;
+        }
+        if planted::on(Bug::SuccessTurnedFailed)
+            && let Outbox::Verdict(verdict @ Verdict { success: true, .. }) = &outbox
+        {
+            let verdict =
+                Verdict { success: false, failure_reason: Some("runner_system_failure".into()), ..verdict.clone() };
+            let _ = self.upload.client.update_job(&JobUpdate { verdict: Some(verdict), trace: None }).await;
+        }
         let mut pause = self.backoff.next(&self.upload.rng);
-        if *self.upload.outbox.borrow() == Outbox::Empty {
+        if outbox == Outbox::Empty {
             // A live job is spoken of every 30 s, or a cancel would be learnt late.
             pause = pause.min(self.upload.keepalive);
         }

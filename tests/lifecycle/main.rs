@@ -22,6 +22,8 @@ mod exec;
 mod faults;
 mod gitlab;
 mod handover;
+mod hypervisor;
+mod identity;
 mod machines;
 mod panics;
 mod room;

@@ -8,6 +8,7 @@ use crate::guest_config::{GuestParts, guest_config};
 use crate::image::store::Image;
 use crate::job::journal::{MachineRecord, Record};
 use crate::job::state::Event;
+use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::supply::{Blueprint, Machine, Order};
 use crate::telemetry::chain;
@@ -56,12 +57,17 @@ impl Machinery {
                 }
             },
         };
-        let (machine, config, listener) = match (self.record.machine.clone(), &image) {
+        let known = self.record.machine.clone().filter(|_| resume || !planted::on(Bug::SecondMachine));
+        let (machine, config, listener) = match (known, &image) {
             (Some(machine), image) => self.known_machine(machine, image.as_ref()).await?,
             (None, Some(image)) => self.new_machine(image).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
         self.open_door(&machine, &config, listener)?;
+        if planted::on(Bug::SilenceWhileAway) && resume {
+            let silent = self.parts.limits.silence_deadline.get();
+            self.last_spoke = self.started.checked_sub(silent).unwrap_or(self.started);
+        }
         let class = &self.runner.class;
         self.machine_task_lost = None;
         self.machine = Some(self.parts.supply.take(Order {
@@ -193,11 +199,11 @@ impl Machinery {
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         for _ in 0..PORT_TRIES {
             let machine = self.parts.supply.plan().map_err(|error| {
-                tracing::error!(error = chain(&error), "choose a door for the guest");
-                Event::MachineFailed
+                tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
+                Event::NoDoor
             })?;
             self.record.machine = Some(machine.clone());
-            if !self.put().await {
+            if !planted::on(Bug::DomainBeforeRecord) && !self.put().await {
                 self.forget_machine(false);
                 return Err(Event::HostDiskFailed);
             }
@@ -212,7 +218,7 @@ impl Machinery {
                     return Ok((machine, config, listener));
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    tracing::warn!(port = machine.lease.port, "bind a door; trying another port");
+                    tracing::info!(port = machine.lease.port, "somebody else listens at this port; trying another");
                     self.forget_machine(true);
                 }
                 Err(error) => {
@@ -300,9 +306,14 @@ impl Machinery {
     /// The machine is gone: its door closes. `true`: another is wanted.
     pub(in crate::job) async fn machine_released(&mut self) -> bool {
         self.machine = None;
+        if planted::on(Bug::DoorLeftOpen) {
+            std::mem::forget(self.door.take());
+        }
         self.close_door().await;
         // Only now is the port free for the next machine.
-        self.forget_machine(false);
+        if !(planted::on(Bug::MachineReused) && self.another) {
+            self.forget_machine(false);
+        }
         std::mem::take(&mut self.another)
     }
 

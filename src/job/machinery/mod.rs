@@ -12,6 +12,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{GuestEvent, GuestPass, GuestView, HandOut};
 use crate::metrics::Metrics;
+use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::supply::{Machine, MachineEvent};
 use crate::telemetry::chain;
@@ -175,7 +176,10 @@ impl Machinery {
                 // All are receivers and timers, so cancel safe. GitLab's word first: it outranks the guest's.
                 Some(event) = self.uploads.recv() => return match event {
                     UploaderEvent::Status(status) => Next::Gitlab(status),
-                    UploaderEvent::Done => Next::Delivered,
+                    UploaderEvent::Done => {
+                        reached(Point::K15);
+                        Next::Delivered
+                    }
                 },
                 Some(ended) = self.tasks.join_next() => if let Err(error) = ended {
                     resume(error, "the uploader of the job panicked");
@@ -392,6 +396,7 @@ impl Machinery {
                 payload.with_timeout(Duration::from_secs(left))
             }
         };
+        let raw = if planted::on(Bug::PayloadRewritten) { planted::rewritten(&raw) } else { raw };
         if self.record.guest_base.is_none() {
             self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
             self.end_boot_section().await;
@@ -409,6 +414,9 @@ impl Machinery {
 
     /// Removes all that is kept of the job.
     pub(super) async fn finish(&mut self) {
+        if planted::on(Bug::RecordKept) {
+            return;
+        }
         for attempt in 1..=REMOVE_TRIES {
             match self.parts.journal.remove(&self.record.key).await {
                 Ok(()) => {
