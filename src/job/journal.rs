@@ -17,7 +17,7 @@ use crate::network::Lease;
 use crate::planted::{self, Bug};
 use crate::retry;
 use crate::secret::Secret;
-use crate::vm::VmId;
+use crate::vm::{InstallationId, VmId};
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -33,7 +33,7 @@ use url::Url;
 /// | version | since then a record has |
 /// | --- | --- |
 /// | 1 | all but what follows |
-/// | 2 | `newer_token`, `last_lines` |
+/// | 2 | `installation`, `newer_token`, `last_lines`, and `crc32` as its last member |
 pub const RECORD_VERSION: u32 = 2;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
@@ -80,6 +80,9 @@ impl fmt::Debug for JobKey {
 pub struct Record {
     /// [`RECORD_VERSION`] of its writer.
     pub version: u32,
+    /// The installation that took the job: what it has made carries this id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub installation: Option<InstallationId>,
     /// Whose job.
     pub key: JobKey,
     /// The GitLab it came from: its verdict goes nowhere else, whatever the configuration says
@@ -192,6 +195,16 @@ pub enum JournalError {
         /// Its version.
         version: u32,
     },
+    /// Another installation's daemon wrote it. Nothing was touched. Exit code 78.
+    #[error("record `{}` is of another installation ({theirs}, this one is {ours}); give that one its directory back, and this one its own", path.display())]
+    Foreign {
+        /// Where.
+        path: PathBuf,
+        /// Its installation.
+        theirs: InstallationId,
+        /// This one.
+        ours: InstallationId,
+    },
 }
 
 /// The journal. Clones share it.
@@ -264,7 +277,7 @@ impl Journal {
     /// # Errors
     /// The file layer's; the old record stands then.
     pub async fn put(&self, record: &Record) -> io::Result<()> {
-        let bytes = serde_json::to_vec(record)?;
+        let bytes = sealed(serde_json::to_vec(record)?);
         self.files.replace(&child(&self.state, &record.key.directory()).join("record.json"), bytes).await
     }
 
@@ -323,8 +336,9 @@ impl Journal {
     /// job that was never accepted, or was finished: they are removed.
     ///
     /// # Errors
-    /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`].
-    pub async fn load_all(&self) -> Result<Loaded, JournalError> {
+    /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`] or
+    /// [`JournalError::Foreign`].
+    pub async fn load_all(&self, ours: &InstallationId) -> Result<Loaded, JournalError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| JournalError::Files { what, path, source }
@@ -343,6 +357,9 @@ impl Journal {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => empty.push(dir),
                 Err(error) => broken.push((dir, error.to_string())),
                 Ok(bytes) => match parse(&bytes) {
+                    Ok(Record { installation: Some(theirs), .. }) if theirs != *ours => {
+                        return Err(JournalError::Foreign { path, theirs, ours: ours.clone() });
+                    }
                     Ok(record) if record.key.directory() == entry.name => records.push(record),
                     Ok(_) => broken.push((dir, "the record is of another job".to_owned())),
                     Err(Unreadable::Newer(version)) => return Err(JournalError::Newer { path, version }),
@@ -398,6 +415,29 @@ enum Unreadable {
     Broken(String),
 }
 
+/// The last member of a record: a checksum over it as it is without that. A flipped bit in a token
+/// or an id would else go unnoticed.
+const SEAL: &str = ",\"crc32\":\"";
+
+/// Bytes of the last member, closing brace included.
+const SEAL_BYTES: usize = SEAL.len() + 8 + 2;
+
+fn sealed(mut record: Vec<u8>) -> Vec<u8> {
+    let seal = format!("{SEAL}{:08x}\"}}", crc32fast::hash(&record));
+    // The closing brace makes room.
+    record.pop();
+    record.extend_from_slice(seal.as_bytes());
+    record
+}
+
+/// The record without its seal. `None`: it is not what was sealed.
+fn unsealed(bytes: &[u8]) -> Option<Vec<u8>> {
+    let begin = bytes.len().checked_sub(SEAL_BYTES)?;
+    let mut record = bytes[..begin].to_vec();
+    record.push(b'}');
+    (sealed(record.clone()) == bytes).then_some(record)
+}
+
 fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
     #[derive(Deserialize)]
     struct Versioned {
@@ -408,84 +448,15 @@ fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
     if versioned.version > RECORD_VERSION {
         return Err(Unreadable::Newer(versioned.version));
     }
+    let unsealed = match versioned.version {
+        // Before there were seals.
+        0 | 1 => bytes.to_vec(),
+        _ => unsealed(bytes).ok_or_else(|| Unreadable::Broken("its checksum is not that of its content".to_owned()))?,
+    };
     // Written again, it is a record of ours.
+    let bytes = unsealed.as_slice();
     serde_json::from_slice(bytes).map(|record: Record| Record { version: RECORD_VERSION, ..record }).map_err(broken)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::files::fake::MemoryFiles;
-
-    fn record(id: u64) -> Record {
-        Record {
-            version: RECORD_VERSION,
-            key: JobKey { runner: "linux \"vm\"/1".into(), id: JobId(id) },
-            gitlab: "https://gitlab.example".parse().unwrap(),
-            job_token: Secret::new("glcbt-1"),
-            received: Timestamp::UNIX_EPOCH,
-            timeout_s: Some(3600),
-            name: "test".into(),
-            project: "g/p".into(),
-            debug_trace: false,
-            trace_sections: true,
-            knows_interrupted: true,
-            class: "small".into(),
-            resources: crate::capacity::Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
-            machine: None,
-            guest_base: None,
-            newer_token: None,
-            last_lines: None,
-            state: State::Accepted,
-        }
-    }
-
-    async fn journal(files: &MemoryFiles) -> Journal {
-        Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn a_record_reads_back_and_goes_without_a_trace() {
-        let files = MemoryFiles::default();
-        let journal = journal(&files).await;
-        journal.accept(&record(42), Bytes::from_static(b"{}")).await.unwrap();
-        let Loaded { records, aside } = journal.load_all().await.unwrap();
-        assert_eq!((records.len(), aside.len()), (1, 0));
-        assert_eq!(records[0].key.id, JobId(42));
-        assert!(!format!("{:?}", records[0]).contains("glcbt"));
-        journal.remove(&records[0].key).await.unwrap();
-        assert!(files.contents().is_empty(), "{:?}", files.contents());
-    }
-
-    /// E13: a damaged record costs nobody else anything.
-    #[tokio::test]
-    async fn a_torn_record_is_set_aside_and_the_others_are_read() {
-        let files = MemoryFiles::default();
-        let journal = journal(&files).await;
-        journal.accept(&record(1), Bytes::new()).await.unwrap();
-        journal.accept(&record(2), Bytes::new()).await.unwrap();
-        let path = Path::new("/s/jobs").join(record(1).key.directory()).join("record.json");
-        let whole = files.read(&path, 1 << 20).await.unwrap();
-        for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
-            files.create_dir(path.parent().unwrap()).await.unwrap();
-            files.replace(&path, whole[..cut].to_vec()).await.unwrap();
-            let Loaded { records, aside } = journal.load_all().await.unwrap();
-            assert_eq!(records.iter().map(|r| r.key.id.0).collect::<Vec<_>>(), [2]);
-            assert_eq!(aside.len(), 1, "cut at {cut}");
-        }
-    }
-
-    /// E12: a newer record stops the daemon and nothing is touched.
-    #[tokio::test]
-    async fn a_newer_record_is_refused_untouched() {
-        let files = MemoryFiles::default();
-        let journal = journal(&files).await;
-        journal.accept(&record(1), Bytes::new()).await.unwrap();
-        let path = Path::new("/s/jobs").join(record(1).key.directory()).join("record.json");
-        files.replace(&path, br#"{"version":3,"something":"new"}"#.to_vec()).await.unwrap();
-        let before = files.contents();
-        let error = journal.load_all().await.unwrap_err();
-        assert!(matches!(error, JournalError::Newer { version: 3, .. }), "{error}");
-        assert_eq!(files.contents(), before);
-    }
-}
+mod tests;
