@@ -2,10 +2,10 @@
 
 use super::{Jobs, Mode, Shutdown};
 use crate::capacity::Capacity;
-use crate::clock::Clock;
 use crate::control::{ControlHandler, KillOutcome};
 use crate::gitlab::JobId;
-use crate::job::Runner;
+use crate::job::{Parts, Runner};
+use crate::metrics::Metrics;
 use crate::poller::PollerView;
 use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, RunnerState, RunnerStatus, StatusReport};
 use std::sync::Arc;
@@ -16,6 +16,7 @@ pub(super) struct Handler {
     capacity: Capacity,
     runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
     shutdown: Shutdown,
+    metrics: Metrics,
     since: String,
 }
 
@@ -25,9 +26,10 @@ impl Handler {
         capacity: Capacity,
         runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
         shutdown: Shutdown,
-        clock: &Clock,
+        parts: &Parts,
     ) -> Self {
-        Self { jobs, capacity, runners, shutdown, since: clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string() }
+        let since = parts.clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        Self { jobs, capacity, runners, shutdown, metrics: parts.metrics.clone(), since }
     }
 }
 
@@ -55,6 +57,10 @@ impl ControlHandler for Handler {
             RunnerState::Blocked { reason } => Some(format!("runner `{}`: {reason}", runner.name)),
             _ => None,
         });
+        let stuck = self.metrics.job().stuck_domains.get();
+        let stuck = (stuck > 0)
+            .then(|| format!("{stuck} VMs cannot be taken down, and hold their room until they go; see the log"));
+        let problems = problems.chain(stuck);
         let jobs = self.jobs.views().into_iter().map(|view| JobStatusReport {
             runner: view.key.runner.clone(),
             id: view.key.id,

@@ -10,6 +10,7 @@
 //! | drain (SIGQUIT) | none | run to their end |
 //! | end (second signal of a drain) | none | ended with an honest verdict |
 
+mod disk;
 mod error;
 mod handler;
 mod installation;
@@ -47,6 +48,7 @@ use crate::supply::{Place, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
 use crate::vm::{Accel, Hypervisor};
+use disk::Disk;
 use handler::Handler;
 use jobs::Started;
 use setup::{accel, own_memory_mib, runner_of, runners};
@@ -157,18 +159,19 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let places = Places { disks: &overlay_dir, sockets: &socket_dir };
     let accel = accel(&config, &backends, places, &installation.id, restart).await?;
     let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
+    let disk = Disk {
+        files: files.clone(),
+        hypervisor: backends.hypervisor.clone(),
+        overlay_dir: overlay_dir.clone(),
+        reserve_gib: config.capacity.disk_reserve_gib,
+    };
     let disk_gib = match config.capacity.disk_gib {
         Some(disk_gib) => disk_gib,
-        None => {
-            let free = files.free_bytes(&overlay_dir).await.map_err(|source| DaemonError::Files {
-                what: "look for free disk at",
-                path: overlay_dir.clone(),
-                source,
-            })?;
-            // What the jobs of before hold is theirs already, and not free any more.
-            let held: u64 = loaded.records.iter().map(|record| record.resources.disk_gib).sum();
-            (free >> 30).saturating_sub(config.capacity.disk_reserve_gib).saturating_add(held)
-        }
+        None => disk.promisable_gib().await.map_err(|source| DaemonError::Files {
+            what: "look for free disk at",
+            path: overlay_dir.clone(),
+            source,
+        })?,
     };
     let capacity = Capacity::new(Bounds {
         jobs: config.concurrent,
@@ -189,7 +192,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let leave = CancellationToken::new();
     let place = Place { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
     let network = Network::new(&config.network);
-    let (supply, lister) = Supply::new(backends.hypervisor.clone(), backends.rng.clone(), network, place, stop.clone());
+    let metrics = Metrics::new();
+    let (supply, lister) =
+        Supply::new(backends.hypervisor.clone(), backends.rng.clone(), network, place, metrics.clone(), stop.clone());
     let parts = Parts {
         files,
         clock: backends.clock.clone(),
@@ -199,7 +204,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         images: backends.images.clone(),
         limits: Arc::new(config.limits.clone()),
         door_limits: backends.door_limits.clone(),
-        metrics: Metrics::new(),
+        metrics,
         machine_id: installation.machine_id.clone(),
         leave,
     };
@@ -215,6 +220,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         assert!(ended.is_ok(), "the task that lists VMs panicked");
         "lister"
     });
+    if config.capacity.disk_gib.is_none() {
+        background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
+    }
     let sweeper = Sweeper::new(parts.clone(), jobs.clone(), adopted.kept, capacity.clone(), unknown);
     let first_sweep = sweeper.begin(stop.clone(), &mut background);
     // The common case is clean before the first poll; a domain that is stuck keeps nobody waiting.
@@ -241,7 +249,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         };
         pollers.spawn(poller.run());
     }
-    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts.clock));
+    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts));
     Ok(Daemon {
         parts,
         jobs,
@@ -279,6 +287,7 @@ impl Daemon {
         let mut tasks: JoinSet<Ended> = JoinSet::new();
         let mut count = self.jobs.count();
         let mut end_by: Option<Instant> = None;
+        let mut drain_by: Option<Instant> = None;
         loop {
             let wished = *mode.borrow_and_update();
             match wished {
@@ -289,7 +298,11 @@ impl Daemon {
                     self.parts.leave.cancel();
                     break;
                 }
-                Mode::Drain => self.stop_polling.cancel(),
+                Mode::Drain => {
+                    self.stop_polling.cancel();
+                    let timeout = self.parts.limits.drain_timeout.map(|span| Instant::now() + span.get());
+                    drain_by = drain_by.or(timeout);
+                }
                 Mode::End => {
                     self.stop_polling.cancel();
                     self.close_polls.cancel();
@@ -323,6 +336,10 @@ impl Daemon {
                     self.shutdown.fail();
                 }
                 Ok(()) = count.changed() => {}
+                () = sleep_until(drain_by.filter(|_| wished == Mode::Drain)) => {
+                    tracing::warn!(left = self.jobs.views().len(), "the drain has taken as long as it may; its jobs are ended");
+                    self.shutdown.end();
+                }
                 () = sleep_until(end_by) => {
                     tracing::warn!(left = self.jobs.views().len(), "some jobs did not end in time; the next start goes on with them");
                     break;

@@ -19,12 +19,20 @@ struct Memory {
     free_bytes: u64,
     calls: u64,
     fail: Option<(u64, io::ErrorKind)>,
+    fail_writes: Option<io::ErrorKind>,
     history: Vec<String>,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { nodes: BTreeMap::new(), free_bytes: 1 << 40, calls: 0, fail: None, history: Vec::new() }
+        Self {
+            nodes: BTreeMap::new(),
+            free_bytes: 1 << 40,
+            calls: 0,
+            fail: None,
+            fail_writes: None,
+            history: Vec::new(),
+        }
     }
 }
 
@@ -37,6 +45,11 @@ impl MemoryFiles {
     pub fn fail_call(&self, n: u64, kind: io::ErrorKind) {
         let mut memory = self.memory();
         memory.fail = Some((memory.calls + n, kind));
+    }
+
+    /// From now on every call that changes something fails so; `None`: no more.
+    pub fn fail_writes(&self, kind: Option<io::ErrorKind>) {
+        self.memory().fail_writes = kind;
     }
 
     /// Whether the failure asked for by [`MemoryFiles::fail_call`] has not happened yet.
@@ -90,13 +103,19 @@ impl MemoryFiles {
                 memory.fail = None;
                 Err(io::Error::new(kind, "injected"))
             }
-            _ => work(&mut memory),
+            _ => match memory.fail_writes.filter(|_| !READS.contains(&what)) {
+                Some(kind) => Err(io::Error::new(kind, "injected")),
+                None => work(&mut memory),
+            },
         };
         let line = format!("{what} {} {}", path.display(), if result.is_ok() { "ok" } else { "failed" });
         memory.history.push(line);
         Box::pin(std::future::ready(result))
     }
 }
+
+/// Calls that change nothing.
+const READS: [&str; 5] = ["read", "read_at", "length", "list", "free_bytes"];
 
 fn not_found() -> io::Error {
     io::Error::from(io::ErrorKind::NotFound)

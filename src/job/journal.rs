@@ -26,6 +26,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use url::Url;
 
 /// Version of the records that this daemon writes; it reads this one and those before.
@@ -213,6 +214,8 @@ pub struct Journal {
     files: Arc<dyn Files>,
     state: PathBuf,
     runtime: PathBuf,
+    /// The last write failed.
+    unwell: Arc<AtomicBool>,
 }
 
 /// What the journal held at the start.
@@ -243,7 +246,12 @@ impl Journal {
         state_directory: &Path,
         runtime_directory: &Path,
     ) -> Result<Self, JournalError> {
-        let journal = Self { files, state: state_directory.join("jobs"), runtime: runtime_directory.join("jobs") };
+        let journal = Self {
+            files,
+            state: state_directory.join("jobs"),
+            runtime: runtime_directory.join("jobs"),
+            unwell: Arc::default(),
+        };
         for path in [&journal.state, &journal.runtime] {
             let made = journal.files.create_dir(path).await;
             made.map_err(|source| JournalError::Files { what: "make directory", path: path.clone(), source })?;
@@ -264,9 +272,12 @@ impl Journal {
     pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
         let directory = if planted::on(Bug::PayloadOnDisk) { &self.state } else { &self.runtime };
         let runtime = child(directory, &record.key.directory());
-        self.files.create_dir(&runtime).await?;
-        self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
-        self.files.create_dir(&child(&self.state, &record.key.directory())).await?;
+        let made = async {
+            self.files.create_dir(&runtime).await?;
+            self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
+            self.files.create_dir(&child(&self.state, &record.key.directory())).await
+        };
+        self.note(made.await)?;
         // Without the record nothing of this counts.
         reached(Point::K3);
         self.put(record).await
@@ -278,7 +289,30 @@ impl Journal {
     /// The file layer's; the old record stands then.
     pub async fn put(&self, record: &Record) -> io::Result<()> {
         let bytes = sealed(serde_json::to_vec(record)?);
-        self.files.replace(&child(&self.state, &record.key.directory()).join("record.json"), bytes).await
+        let path = child(&self.state, &record.key.directory()).join("record.json");
+        self.note(self.files.replace(&path, bytes).await)
+    }
+
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        self.unwell.store(result.is_err(), Ordering::Relaxed);
+        result
+    }
+
+    /// Whether the journal takes what is written. After a write that failed a small one is tried.
+    ///
+    /// # Errors
+    /// The file layer's: no job must be taken.
+    pub async fn look_well(&self) -> io::Result<()> {
+        if !self.unwell.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        for directory in [&self.state, &self.runtime] {
+            // Beside the jobs, where nothing else has this name.
+            let path = directory.with_file_name("written");
+            self.files.replace(&path, Vec::new()).await?;
+            self.files.remove(&path).await?;
+        }
+        self.note(Ok(()))
     }
 
     /// Keeps the guest config of the job's VM, for a restart of the daemon.

@@ -314,7 +314,12 @@ impl State {
         let (mut machine_gone, mut delivered) = (machine_gone, delivered);
         match event {
             Event::GuestAsked => commands.push(Command::HandNothing),
-            Event::MachineStopped | Event::MachineFailed | Event::MachinePaused | Event::GraceOver | Event::Killed
+            Event::MachineStopped
+            | Event::MachineFailed
+            | Event::MachinePaused
+            | Event::HostDiskFailed
+            | Event::GraceOver
+            | Event::Killed
                 if !machine_gone =>
             {
                 commands.push(Command::ReleaseMachine);

@@ -9,6 +9,8 @@ mod machine;
 
 pub use machine::{Machine, MachineEvent};
 
+use crate::image::store::Stamp;
+use crate::metrics::Metrics;
 use crate::network::{Network, NoFreePort};
 use crate::planted::{self, Bug};
 use crate::rng::Rng;
@@ -38,6 +40,7 @@ struct Shared {
     rng: Rng,
     network: Network,
     place: Place,
+    metrics: Metrics,
     listing: watch::Receiver<Listing>,
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
     driven: Mutex<BTreeSet<VmId>>,
@@ -92,6 +95,8 @@ pub struct Blueprint {
     pub base: PathBuf,
     /// How it boots.
     pub boot: Boot,
+    /// What the image's files were like when it was chosen.
+    pub stamp: Stamp,
 }
 
 impl Supply {
@@ -102,6 +107,7 @@ impl Supply {
         rng: Rng,
         network: Network,
         place: Place,
+        metrics: Metrics,
         stop: CancellationToken,
     ) -> (Self, JoinHandle<()>) {
         let (sender, listing) = watch::channel(Listing::default());
@@ -110,6 +116,7 @@ impl Supply {
             rng,
             network,
             place,
+            metrics,
             listing,
             driven: Mutex::default(),
             failures: AtomicU32::new(0),

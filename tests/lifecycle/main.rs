@@ -22,6 +22,7 @@ mod exec;
 mod faults;
 mod gitlab;
 mod handover;
+mod host;
 mod hypervisor;
 mod identity;
 mod machines;

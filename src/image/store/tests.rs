@@ -155,3 +155,32 @@ fn a_broken_staged_image_never_replaces_a_good_one() {
     assert!(matches!(store.promote(&staged, "shell"), Err(ImageError::File { .. })));
     assert_eq!(store.get("shell").unwrap(), good);
 }
+
+/// H11: an image that was replaced in place is refused, by whatever it can be told; touched, it is the same.
+#[tokio::test]
+async fn an_image_replaced_in_place_is_refused_until_it_is_itself_again() {
+    let (_dir, store) = store();
+    let image = promote(&store, b"kernel");
+    let clone = store.clone();
+    assert_eq!(store.load("shell").await.unwrap(), image);
+    assert!(image.stamp.holds().await);
+    let kernel = image.dir.join(&image.manifest.kernel.as_ref().unwrap().file);
+    // The same size, another content, the same inode.
+    fs::write(&kernel, b"kernal").unwrap();
+    assert!(!image.stamp.holds().await);
+    for store in [&store, &clone] {
+        let error = store.load("shell").await.unwrap_err();
+        assert!(matches!(&error, ImageError::Broken { path, .. } if *path == kernel), "{error}");
+    }
+    // The content of before, in a new file.
+    fs::write(image.dir.join("new"), b"kernel").unwrap();
+    fs::rename(image.dir.join("new"), &kernel).unwrap();
+    let again = store.load("shell").await.unwrap();
+    assert!(again.stamp != image.stamp && again.stamp.holds().await);
+    // A disk that is none any more, and one of another size, need not be read.
+    fs::write(&image.disk, vec![0; fs::read(&image.disk).unwrap().len()]).unwrap();
+    assert!(store.load("shell").await.unwrap_err().to_string().contains("disk.qcow2"));
+    // A new version is another image.
+    let new = promote(&store, b"kernel 2");
+    assert_eq!(store.load("shell").await.unwrap(), new);
+}
