@@ -97,7 +97,9 @@ pub async fn sweep(parts: &Parts, owned: &(dyn Fn() -> BTreeSet<VmId> + Send + S
     let vms = supply.hypervisor().list(&place.installation).await?;
     let mut orphans: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
     let overlays = supply.hypervisor().list_overlays(&place.overlay_dir).await?;
-    orphans.extend(overlays.iter().filter_map(|path| overlay_id(path)));
+    if !planted::on(Bug::LeakedOverlay) {
+        orphans.extend(overlays.iter().filter_map(|path| overlay_id(path)));
+    }
     let owned = if planted::on(Bug::AdoptedReaped) { BTreeSet::new() } else { owned() };
     let driven = supply.driven();
     let orphans: Vec<VmId> = orphans.into_iter().filter(|id| !owned.contains(id) && !driven.contains(id)).collect();

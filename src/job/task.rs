@@ -60,10 +60,7 @@ pub async fn accept(
         state: State::Accepted,
     };
     reached(Point::K3);
-    let kept = parts.journal.accept(&record, payload.raw().clone()).await;
-    if !planted::on(Bug::StartedUnjournalled) {
-        kept?;
-    }
+    parts.journal.accept(&record, payload.raw().clone()).await?;
     reached(Point::K4);
     Ok(start(parts.clone(), runner, record, Some(payload), reservation))
 }

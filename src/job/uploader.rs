@@ -307,7 +307,7 @@ impl Uploader {
         let whole = self.truncated_at.is_none() && self.sent == view.length;
         let first = self.last_answer.is_none();
         let crc = if planted::on(Bug::WrongChecksum) { view.crc.swap_bytes() } else { view.crc };
-        let length = view.length - u64::from(planted::on(Bug::WrongSize));
+        let length = view.length.saturating_sub(u64::from(planted::on(Bug::WrongSize)));
         let trace = (whole && !(first && verdict.is_none())).then_some((crc, length));
         let last = verdict.is_some();
         reached(if last { Point::K14 } else { Point::K11 });

@@ -198,7 +198,7 @@ impl Machinery {
             Ok(()) => true,
             Err(error) => {
                 tracing::error!(error = chain(&error), "write the job's record");
-                false
+                planted::on(Bug::RecordErrorIgnored)
             }
         }
     }
