@@ -55,6 +55,8 @@ pub enum Event {
     GuestVerdict(Verdict),
     /// The machine could not be made.
     MachineFailed,
+    /// No door is free for the machine; nothing of it was made.
+    NoDoor,
     /// The machine ended by itself.
     MachineStopped,
     /// The hypervisor paused the machine: its disk has an error.
@@ -162,6 +164,8 @@ pub enum Grace {
     Over,
     /// For the power-off after the verdict.
     PowerOff,
+    /// For a door to become free.
+    Door,
 }
 
 impl State {
@@ -243,6 +247,9 @@ impl State {
                 (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
             }
             Event::MachineFailed => Self::fail(Failure::NoMachine),
+            // Another job may end meanwhile: it is tried again until the boot deadline.
+            Event::NoDoor => (Self::Booting { replaced }, vec![Command::Arm(Grace::Door)]),
+            Event::GraceOver => (Self::Booting { replaced }, vec![Command::TakeMachine]),
             Event::MachineStopped => Self::fail(Failure::DiedBooting),
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
@@ -260,8 +267,7 @@ impl State {
             | Event::MachineReleased
             | Event::Gitlab(JobStatus::Running)
             | Event::Delivered
-            | Event::SilenceDeadline
-            | Event::GraceOver => (Self::Booting { replaced }, vec![]),
+            | Event::SilenceDeadline => (Self::Booting { replaced }, vec![]),
         }
     }
 
@@ -299,9 +305,12 @@ impl State {
                 commands.extend(canceling.then_some(Command::Arm(Grace::Canceling)));
                 (Self::Running { canceling }, commands)
             }
-            Event::MachineReleased | Event::Gitlab(_) | Event::Delivered | Event::BootDeadline | Event::GraceOver => {
-                (Self::Running { canceling }, vec![])
-            }
+            Event::MachineReleased
+            | Event::Gitlab(_)
+            | Event::Delivered
+            | Event::BootDeadline
+            | Event::GraceOver
+            | Event::NoDoor => (Self::Running { canceling }, vec![]),
         }
     }
 

@@ -11,6 +11,7 @@ use super::state::{Command, Event, Failure, Grace, State};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use super::{Refusal, refuse};
 use crate::capacity::{Reservation, Resources};
+use crate::config::Span;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
@@ -29,6 +30,9 @@ use tracing::Instrument as _;
 /// A second ask is answered with the payload again only this long after the first (V5): parallel
 /// asks are one runner's slip or a hostile guest; an ask after a failed write comes 3 s later.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// How often a job that found no free door looks again; it has until its boot deadline.
+const DOOR_PAUSE: Span = Span::from_secs(5);
 
 /// Journals a job that GitLab has just assigned, and starts its task.
 ///
@@ -313,6 +317,7 @@ impl Job {
                     Grace::Canceling => limits.canceling_grace,
                     Grace::Over => limits.cancel_grace,
                     Grace::PowerOff => limits.power_off_grace,
+                    Grace::Door => DOOR_PAUSE,
                 }
                 .get();
                 self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);

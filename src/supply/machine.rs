@@ -190,7 +190,15 @@ impl Driver {
     /// Makes overlay and VM, unless the VM runs already. `false`: it should have, and is gone.
     async fn start(&mut self, order: &Order) -> Result<bool, VmError> {
         let hypervisor = self.supply.hypervisor().clone();
-        if self.look(order.make.is_none()).await? == VmState::Gone {
+        let state = self.look(order.make.is_none()).await?;
+        if state != VmState::Gone && order.make.is_some() && !self.is_ours().await? {
+            return Err(VmError::Refused {
+                what: "start VM",
+                name: self.name.to_string(),
+                source: "a VM of this name is somebody else's".into(),
+            });
+        }
+        if state == VmState::Gone {
             let Some(make) = &order.make else { return Ok(false) };
             let place = self.supply.place();
             let overlay = self.supply.overlay(&self.record.id);
@@ -247,6 +255,12 @@ impl Driver {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    /// Whether the hypervisor lists it as this installation's. A name alone proves nothing (safety.md H16, H17).
+    async fn is_ours(&self) -> Result<bool, VmError> {
+        let listed = self.supply.hypervisor().list(&self.supply.place().installation).await?;
+        Ok(listed.iter().any(|vm| vm.name == self.name))
     }
 
     async fn wait_for_wish(&mut self) {
@@ -351,7 +365,10 @@ impl Driver {
         let mut backoff = Backoff::hypervisor();
         loop {
             let result = async {
-                hypervisor.destroy(&self.name).await?;
+                // What is not listed is gone, or is not ours to destroy.
+                if self.is_ours().await? {
+                    hypervisor.destroy(&self.name).await?;
+                }
                 reached(Point::K16);
                 hypervisor.remove_overlay(&overlay).await?;
                 reached(Point::K17);

@@ -22,5 +22,7 @@ mod exec;
 mod faults;
 mod gitlab;
 mod handover;
+mod hypervisor;
+mod identity;
 mod machines;
 mod room;

@@ -147,8 +147,8 @@ impl Machinery {
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         for _ in 0..PORT_TRIES {
             let machine = self.parts.supply.plan().map_err(|error| {
-                tracing::error!(error = chain(&error), "choose a door for the guest");
-                Event::MachineFailed
+                tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
+                Event::NoDoor
             })?;
             self.record.machine = Some(machine.clone());
             if !planted::on(Bug::DomainBeforeRecord) && !self.put().await {
@@ -166,7 +166,7 @@ impl Machinery {
                     return Ok((machine, config, listener));
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    tracing::warn!(port = machine.lease.port, "bind a door; trying another port");
+                    tracing::info!(port = machine.lease.port, "somebody else listens at this port; trying another");
                     self.forget_machine(true);
                 }
                 Err(error) => {
