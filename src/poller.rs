@@ -277,12 +277,17 @@ impl Poller {
         }
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
-        let (id, token) = (payload.id, payload.token.clone());
+        let (id, token, read_at) = (payload.id, payload.token.clone(), payload.read_at);
         if planted::on(Bug::JobTokenInLog) {
             tracing::info!(%key, token = token.expose(), "the job's token");
         }
         match job::accept(&self.parts, self.runner.clone(), payload, self.resources, reservation).await {
-            Ok(handle) => self.jobs.add(handle),
+            Ok(handle) => {
+                let window = read_at.elapsed();
+                self.parts.metrics.job().journal.observe(window.as_secs_f64());
+                tracing::info!(%key, journal_ms = window.as_secs_f64() * 1000.0, "the job is in the journal");
+                self.jobs.add(handle);
+            }
             Err(error) => {
                 tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started");
                 self.parts.metrics.job().lost.inc();
