@@ -249,14 +249,13 @@ impl Journal {
     /// # Errors
     /// The file layer's; the job must not be started then.
     pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
+        let name = record.key.directory();
         let directory = if planted::on(Bug::PayloadOnDisk) { &self.state } else { &self.runtime };
-        let runtime = child(directory, &record.key.directory());
-        self.files.create_dir(&runtime).await?;
-        self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
-        self.files.create_dir(&child(&self.state, &record.key.directory())).await?;
+        self.files.replace_in_new_dir(&child(directory, &name), "payload", payload.to_vec()).await?;
         // Without the record nothing of this counts.
         reached(Point::K3);
-        self.put(record).await
+        let bytes = serde_json::to_vec(record)?;
+        self.files.replace_in_new_dir(&child(&self.state, &name), "record.json", bytes).await
     }
 
     /// Replaces the job's record, durably.

@@ -384,7 +384,9 @@ impl Uploader {
             }
             return Step::Continue;
         }
-        if status != self.status {
+        // A 416 has no word of GitLab's, which reads as `running`; a cancel is never taken back.
+        let taken_back = status == JobStatus::Running && self.status == JobStatus::Canceling;
+        if status != self.status && !taken_back {
             self.status = status;
             tracing::info!(?status, at = %self.upload.clock.now(), "GitLab's word on the job changed");
             if self.upload.events.send(UploaderEvent::Status(status)).await.is_err() {
