@@ -48,7 +48,6 @@ pub(crate) struct Ledger {
 pub(crate) struct JobNote {
     pub(crate) script: Arc<Script>,
     pub(crate) token: String,
-    pub(crate) queued_at: At,
     /// Payloads that reached the daemon whole.
     pub(crate) payloads: Vec<Vec<u8>>,
     pub(crate) assigned_at: Option<At>,
@@ -108,6 +107,10 @@ pub(crate) struct JobNote {
     /// Why GitLab's own workers ended it, if they did.
     pub(crate) gitlab_gave_up: Option<String>,
     pub(crate) erased: bool,
+    /// GitLab has noted a verdict, and is still storing the trace.
+    pub(crate) noted: bool,
+    /// Where its guest's bytes begin in the spool, by its record.
+    pub(crate) guest_base: Option<u64>,
     /// At the end: GitLab's copy.
     pub(crate) held_trace: Vec<u8>,
     pub(crate) artifacts: Vec<u64>,
@@ -138,11 +141,10 @@ impl VmNote {
 }
 
 impl JobNote {
-    pub(crate) fn new(script: Arc<Script>, token: String, queued_at: At) -> Self {
+    pub(crate) fn new(script: Arc<Script>, token: String) -> Self {
         Self {
             script,
             token,
-            queued_at,
             payloads: Vec::new(),
             assigned_at: None,
             lost: None,
@@ -181,6 +183,8 @@ impl JobNote {
             over_by_gitlab: false,
             gitlab_gave_up: None,
             erased: false,
+            noted: false,
+            guest_base: None,
             held_trace: Vec::new(),
             artifacts: Vec::new(),
         }
@@ -309,6 +313,8 @@ impl Ledger {
             return;
         }
         let status = answer.headers.and_then(|h| h.get("job-status")).and_then(|v| v.to_str().ok());
+        let is_final = answer.update.is_some_and(|update| update.state != "running");
+        note.noted |= is_final && answer.status == Some(202) && !answer.faulted;
         match (answer.status, status) {
             (Some(403), _) | (_, Some("canceled" | "failed")) => {
                 note.over_known.get_or_insert(now);
@@ -335,6 +341,7 @@ impl Ledger {
         match (op, file) {
             (FileOp::Replace, "record.json") => {
                 note.record = serde_json::from_slice(bytes).ok();
+                note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
                 note.had_record = true;
                 note.record_gone_at = None;
             }
@@ -357,6 +364,7 @@ impl Ledger {
         let mishap = match word {
             "started" => {
                 vm.started_at = Some(now);
+                vm.ended_at = None;
                 return;
             }
             "destroyed" | "powered off" | "crashed" | "rebooted" | "gone with the host" => {
@@ -428,7 +436,7 @@ impl Ledger {
             DaemonDoes::HandsOver | DaemonDoes::Drains | DaemonDoes::Ends => {
                 self.stopping = true;
                 if does == DaemonDoes::Ends {
-                    for note in self.jobs.values_mut().filter(|note| note.over_at.is_none()) {
+                    for note in self.jobs.values_mut().filter(|note| note.over_at.is_none() && note.record.is_some()) {
                         note.killed_at.get_or_insert(now);
                     }
                 }
@@ -441,7 +449,7 @@ impl Ledger {
             }
             DaemonDoes::Rebooted => {
                 self.reboots += 1;
-                for note in self.jobs.values_mut().filter(|note| note.over_at.is_none()) {
+                for note in self.jobs.values_mut().filter(|note| note.over_at.is_none() && note.record.is_some()) {
                     note.mishap = Some(("the host rebooted", now));
                 }
             }

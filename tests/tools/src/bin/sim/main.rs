@@ -29,10 +29,10 @@ mod tokens;
 mod world;
 
 #[path = "../../../../support/log.rs"]
-#[expect(missing_docs, dead_code, clippy::unwrap_used, reason = "shared with the lifecycle ring")]
+#[expect(unreachable_pub, dead_code, reason = "shared with the lifecycle ring")]
 mod log;
 #[path = "../../../../support/mortal.rs"]
-#[expect(missing_docs, dead_code, reason = "shared with the lifecycle ring")]
+#[expect(unreachable_pub, dead_code, reason = "shared with the lifecycle ring")]
 mod mortal;
 
 use args::Task;

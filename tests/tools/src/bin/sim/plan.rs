@@ -252,8 +252,8 @@ const ACTION_KINDS: &[(Kind, u64, u64)] = &[
 ];
 
 impl Plan {
-    /// Draws a run of at most `jobs` jobs.
-    pub(crate) fn draw(seed: u64, jobs: u64) -> Self {
+    /// Draws a run.
+    pub(crate) fn draw(seed: u64) -> Self {
         let mut dice = Dice::new(seed, 1);
         let runners = *dice.pick(&[1, 1, 2, 2, 3]);
         let concurrent = u32::try_from(dice.range(1, 8)).unwrap_or(1);
@@ -273,7 +273,7 @@ impl Plan {
             final_waits: *dice.pick(&[Some(0), Some(0), Some(0), Some(0), Some(0), Some(2), Some(5), None]),
             trace_interval_s: *dice.pick(&[None, None, Some(3), Some(1), Some(30)]),
         };
-        let count = dice.range(20, 60).min(jobs).max(1);
+        let count = dice.range(20, 60);
         let span = dice.range(1, 12) * count * 1000 / u64::from(concurrent);
         let mut jobs: Vec<(Duration, Script)> =
             (0..count).map(|_| (dice.time(0, span), Script::draw(&mut dice, &limits))).collect();

@@ -32,9 +32,8 @@ pub(crate) struct Outcome {
     pub(crate) virtual_time: Duration,
 }
 
-/// Runs one seed.
-pub(crate) fn run(seed: u64, jobs: u64, keep: Keep) -> Outcome {
-    let plan = Plan::draw(seed, jobs);
+/// Runs it.
+pub(crate) fn run(plan: Plan, keep: Keep) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without I/O can always be made");
     let _ = panics::take();
@@ -50,7 +49,7 @@ async fn tell(plan: Plan, keep: Keep) -> Outcome {
     let story = Story::new(&plan, keep);
     let log = Log::default();
     let listening = log.listen();
-    let mut world = World::new(&plan, story.clone(), log.clone());
+    let mut world = World::new(&plan, story.clone());
     if keep == Keep::Text {
         story.inner().write(&format!("{plan:#?}"));
     }
