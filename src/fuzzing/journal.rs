@@ -30,6 +30,8 @@ fn record(id: u64) -> Record {
         resources: Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
         machine: None,
         guest_base: None,
+        newer_token: None,
+        last_lines: None,
         state: State::Accepted,
     }
 }

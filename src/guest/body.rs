@@ -1,6 +1,7 @@
 //! How much of a body, and how fast? Small bodies are read whole, large ones stream, both bounded.
 
 use super::wire::Timer;
+use crate::failpoint::{Point, reached};
 use crate::gitlab::transport::BodyError;
 use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
@@ -156,6 +157,7 @@ where
                     }
                     let Ok(data) = frame.into_data() else { continue };
                     me.pace.bytes.inc_by(data.len() as u64);
+                    reached(Point::K13);
                     // With a length, nobody need ask for the end.
                     if me.body.is_end_stream() {
                         me.ended.store(true, Ordering::Release);

@@ -13,6 +13,7 @@ use super::trace::is_over;
 use super::wire::Notes;
 use super::{Admission, GuestEvent, GuestView, HandOut, Limits};
 use crate::clock::Clock;
+use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobId, RunnerInfo};
 use crate::job::spool::SpoolWriter;
 use crate::metrics::{GuestMetrics, Metrics};
@@ -297,6 +298,8 @@ impl Handler {
         };
         let Some(HandOut { payload, request_id }) = handed_out else { return nothing };
         notes.hand_out_begun();
+        // The job counts it as handed out; the guest has not got it.
+        reached(Point::K10);
         let mut answer = answer::json(StatusCode::CREATED, payload);
         if let Some(id) = request_id.and_then(|id| HeaderValue::try_from(id).ok()) {
             answer.headers_mut().insert("x-request-id", id);

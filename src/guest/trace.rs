@@ -8,6 +8,7 @@ use super::body::RequestBody;
 use super::handler::Handler;
 use super::routes::Query;
 use super::{GuestEvent, GuestView};
+use crate::failpoint::{Point, reached};
 use crate::gitlab::JobStatus;
 use crate::job::spool::Appended;
 use http::StatusCode;
@@ -39,11 +40,13 @@ impl Handler {
         {
             tokio::time::sleep(delay).await;
         }
+        reached(Point::K12);
         let (spool, bytes) = (self.spool.clone(), body.len() as u64);
         // In a task of its own: if the guest hangs up, the write still comes to its end.
         let write = self.writes.spawn(async move { spool.append(offset, body).await });
         match write.await {
             Ok(Ok(Appended::Taken(next))) => {
+                reached(Point::K12);
                 self.metrics().trace_bytes.inc_by(bytes);
                 let taken = answer::with_job(answer::text(StatusCode::ACCEPTED), &self.view());
                 Ok(answer::with_range(taken, next))

@@ -150,7 +150,8 @@ mod tests {
         );
     }
 
-    /// T11: unknown states. T5: a token twice.
+    /// T11: unknown states.
+    /// T5: a token twice.
     #[test]
     fn what_is_no_update_is_refused() {
         for body in [
