@@ -24,5 +24,8 @@ mod gitlab;
 mod handover;
 mod hypervisor;
 mod identity;
+mod kill_points;
 mod machines;
+mod moods;
 mod room;
+mod storage;
