@@ -152,7 +152,9 @@ pub struct JobMetrics {
     pub lost: Counter,
     /// Assigned jobs whose payload could not be read.
     pub unreadable: Counter,
-    /// Jobs whose task panicked.
+    /// Jobs that GitLab assigned although they were under way.
+    pub assigned_again: Counter,
+    /// Tasks of jobs that panicked.
     pub panicked: Counter,
     /// Machines that were lost before they were ready, and replaced.
     pub machines_replaced: Counter,
@@ -172,6 +174,7 @@ impl JobMetrics {
             assigned: Counter::default(),
             lost: Counter::default(),
             unreadable: Counter::default(),
+            assigned_again: Counter::default(),
             panicked: Counter::default(),
             machines_replaced: Counter::default(),
             verdicts: Labelled::new("verdict"),
@@ -183,6 +186,11 @@ impl JobMetrics {
             "jobs_unreadable",
             "Assigned jobs whose payload could not be read",
             metrics.unreadable.clone(),
+        );
+        registry.register(
+            "jobs_assigned_again",
+            "Jobs that GitLab assigned although they were under way",
+            metrics.assigned_again.clone(),
         );
         registry.register("jobs_panicked", "Jobs whose task panicked", metrics.panicked.clone());
         registry.register(

@@ -196,6 +196,16 @@ pub struct GuestPass {
 }
 
 impl GuestPass {
+    /// Waits for the serving task to end before its time, which only a bug can do. Cancel safe; not
+    /// to be called again once it has returned.
+    pub async fn ended_early(&mut self) -> tokio::task::JoinError {
+        match (&mut self.served).await {
+            Err(error) => error,
+            // It ends by the stop alone, which is ours.
+            Ok(()) => std::future::pending().await,
+        }
+    }
+
     /// Closes the door and waits until no task of it is left.
     pub async fn revoke(self) {
         drop(self.stop);

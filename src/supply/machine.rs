@@ -11,6 +11,7 @@
 use super::{Order, Supply};
 use crate::failpoint::{Point, reached};
 use crate::job::journal::MachineRecord;
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
@@ -176,6 +177,9 @@ impl Driver {
             Err(error) => {
                 self.tell(MachineEvent::Failed(error)).await;
                 self.wait_for_wish().await;
+                if planted::on(Bug::LeakedOverlay) {
+                    return self.tell(MachineEvent::Released).await;
+                }
             }
         }
         if self.wish() == Wish::Release {
@@ -386,6 +390,7 @@ impl Driver {
             };
             match result.await {
                 Ok(()) => break,
+                Err(_) if planted::on(Bug::DestroyGivenUp) => break,
                 Err(error) => {
                     tracing::warn!(vm = %self.record.id, error = chain(&error), "could not take a VM down; trying again");
                     let pause = backoff.next(&self.supply.0.rng);

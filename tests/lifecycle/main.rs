@@ -27,5 +27,7 @@ mod identity;
 mod kill_points;
 mod machines;
 mod moods;
+mod panics;
 mod room;
 mod storage;
+mod twice;
