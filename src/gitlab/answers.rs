@@ -252,7 +252,8 @@ mod tests {
         assert_eq!(update_interval(&HeaderMap::new()), None);
     }
 
-    /// T30: absurd times to come back are clamped. G21: GitLab's clock may be hours off.
+    /// T30: absurd times to come back are clamped.
+    /// G21: GitLab's clock may be hours off.
     #[test]
     fn retry_times_are_clamped_and_know_no_clock_of_ours() {
         let check = |pairs: &[(&'static str, &str)], expected: Option<u64>| {

@@ -8,6 +8,7 @@
 )]
 
 mod lab;
+mod restarts;
 
 use dayfly::standin::JobState;
 use lab::{Lab, Options, run};
@@ -143,36 +144,5 @@ async fn two_jobs_run_at_once_each_in_its_own_machine() {
     };
     let (a, b) = (ids(lab.trace(a)), ids(lab.trace(b)));
     assert!(a.len() >= 2 && b.len() >= 2 && a.iter().all(|id| !b.contains(id)), "{a:?} {b:?}");
-    lab.assert_clean().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_restart_of_the_daemon_costs_no_job() {
-    let mut lab = Lab::start(Options::default()).await;
-    let job = lab.job(&["echo before", "sleep 30", "echo after"]);
-    lab.until_trace(job, "before").await;
-    assert_eq!(lab.stop_daemon("TERM").await, Some(0));
-    assert_eq!(lab.vms(), 1, "the VM lives on");
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    lab.start_daemon().await;
-    lab.until(job, JobState::Success).await;
-    let trace = lab.trace(job);
-    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
-    assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
-    lab.assert_clean().await;
-}
-
-/// E4: killed without a word in the middle of a job.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_daemon_killed_outright_costs_no_job() {
-    let mut lab = Lab::start(Options::default()).await;
-    let job = lab.job(&["echo before", "sleep 20", "echo after"]);
-    lab.until_trace(job, "before").await;
-    assert_eq!(lab.stop_daemon("KILL").await, None);
-    assert_eq!(lab.vms(), 1, "the VM lives on");
-    lab.start_daemon().await;
-    lab.until(job, JobState::Success).await;
-    let trace = lab.trace(job);
-    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
     lab.assert_clean().await;
 }
