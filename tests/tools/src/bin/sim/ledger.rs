@@ -39,6 +39,8 @@ pub(crate) struct Ledger {
     /// When GitLab came back last: whether some runner had room to poll.
     pub(crate) has_room: bool,
     refused_at: Option<At>,
+    /// The image was gone at some time.
+    pub(crate) image_was_missing: bool,
     /// Reboots of the host.
     pub(crate) reboots: u32,
     pub(crate) runner_tokens: Vec<String>,
@@ -92,6 +94,10 @@ pub(crate) struct JobNote {
     pub(crate) killed_at: Option<At>,
     /// Its VM met something that may end it: when, and what.
     pub(crate) mishap: Option<(&'static str, At)>,
+    /// The same for a VM that held the payload.
+    pub(crate) lost_running: Option<At>,
+    /// A task of it was made to panic.
+    pub(crate) panicked: bool,
     pub(crate) transfers: u32,
     pub(crate) forwarded: u32,
     pub(crate) uploaded: Vec<usize>,
@@ -173,6 +179,8 @@ impl JobNote {
             users: None,
             killed_at: None,
             mishap: None,
+            lost_running: None,
+            panicked: false,
             transfers: 0,
             forwarded: 0,
             uploaded: Vec::new(),
@@ -381,7 +389,10 @@ impl Ledger {
             _ => return,
         };
         if let Some(note) = vm.job.and_then(|job| self.jobs.get_mut(&job)) {
-            note.mishap.get_or_insert((mishap, now));
+            note.mishap = Some((mishap, now));
+            if note.handed.last().is_some_and(|(vm, _)| vm == name) {
+                note.lost_running.get_or_insert(now);
+            }
         }
     }
 
@@ -431,6 +442,9 @@ impl Ledger {
             }
             DaemonDoes::Dies | DaemonDoes::Gone | DaemonDoes::Refuses => {
                 self.runs = false;
+                for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some() && !note.had_record) {
+                    note.lost.get_or_insert("the daemon ended before it was written down");
+                }
                 self.set_down(Trouble::Daemon, true);
             }
             DaemonDoes::HandsOver | DaemonDoes::Drains | DaemonDoes::Ends => {
@@ -465,7 +479,10 @@ impl Ledger {
                     note.users.get_or_insert((what, now));
                 }
             }
-            DaemonDoes::Trouble(trouble, down) => self.set_down(trouble, down),
+            DaemonDoes::Trouble(trouble, down) => {
+                self.image_was_missing |= trouble == Trouble::Image;
+                self.set_down(trouble, down);
+            }
         }
     }
 
@@ -514,6 +531,15 @@ impl Ledger {
             K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
             _ => {}
         }
+    }
+
+    /// A task of this job is made to panic.
+    pub(crate) fn panics(&mut self, job: JobId) {
+        let now = self.now;
+        if let Some(note) = self.jobs.get_mut(&job) {
+            (note.panicked, note.spool_failed, note.files_failed) = (true, true, Some(now));
+        }
+        self.spoil(Trouble::Disk, Duration::from_secs(10));
     }
 
     /// Whether some runner may still be waiting because its token was refused.

@@ -21,9 +21,11 @@ mod ledger;
 mod operator;
 mod panics;
 mod plan;
+mod planted;
 mod report;
 mod run;
 mod seams;
+mod soak;
 mod story;
 mod tokens;
 mod world;
@@ -50,6 +52,8 @@ fn main() -> ExitCode {
     let good = match args.task {
         Task::Jobs { jobs, seed } => report::jobs(jobs, seed, args.threads, args.twice),
         Task::One { seed } => report::one(seed),
+        Task::Planted { seed } => planted::all(seed.unwrap_or_else(report::fresh_seed), args.threads),
+        Task::Soak { seed } => soak::soak(seed.unwrap_or_else(report::fresh_seed)),
     };
     tokens::clear();
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -194,6 +194,7 @@ const CALL_KINDS: &[(Kind, u16)] = &[
     (Kind::CreateAnswerLost, 800),
     (Kind::DestroyFails, 1500),
     (Kind::DestroyHangs, 800),
+    (Kind::Panics, 150),
     (Kind::FdShort, 500),
     (Kind::LibvirtBlips, 300),
     (Kind::ListHangs, 150),
@@ -270,7 +271,7 @@ impl Plan {
             long_poll_s: if dice.chance(600) { 50 } else { 0 },
             two_phase: dice.chance(60),
             skew_s: if dice.chance(150) { *dice.pick(&[-7200, 7200, 3600, -600]) } else { 0 },
-            final_waits: *dice.pick(&[Some(0), Some(0), Some(0), Some(0), Some(0), Some(2), Some(5), None]),
+            final_waits: *dice.pick(&[Some(0), Some(0), Some(0), Some(0), Some(0), Some(0), Some(2), Some(5), None]),
             trace_interval_s: *dice.pick(&[None, None, Some(3), Some(1), Some(30)]),
         };
         let count = dice.range(20, 60);

@@ -87,10 +87,12 @@ fn table(total: &Total) {
     }
 }
 
-fn fresh_seed() -> u64 {
+/// A seed that nobody chose.
+pub(crate) fn fresh_seed() -> u64 {
     u64::from_le_bytes(dayfly::rng::Rng::system().bytes()) >> 20
 }
 
+/// A line of output.
 #[expect(clippy::print_stdout, reason = "this is what a tool is for")]
 pub(crate) fn say(line: &str) {
     println!("{line}");

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 /// Nothing takes longer than this, in virtual time, once nothing new goes wrong.
-const PATIENCE: Duration = Duration::from_secs(5 * 3600);
+const PATIENCE: Duration = Duration::from_secs(8 * 3600);
 
 /// Between two looks at the whole.
 const LOOK: Duration = Duration::from_millis(1000);
@@ -115,7 +115,8 @@ impl World {
             }
             if now > limit {
                 let views = self.daemon.as_ref().map(|daemon| daemon.jobs.views()).unwrap_or_default();
-                self.story.violate(19, format!("the run does not come to its end; the daemon has {views:?}"));
+                let left: Vec<String> = views.iter().map(|view| format!("{} {}", view.key, view.state)).collect();
+                self.story.violate(19, format!("the run does not come to its end; the daemon has {left:?}"));
                 return;
             }
             let wake = [next_job.map(|(at, _)| *at), next_action.map(|(at, _)| *at), lasting.iter().map(|l| l.until).min()];
