@@ -159,6 +159,9 @@ pub struct ImageStore {
     /// The one image of a world without files.
     #[cfg(any(test, feature = "test-util"))]
     fixed: Option<Image>,
+    /// Whether somebody has taken that away.
+    #[cfg(any(test, feature = "test-util"))]
+    missing: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl ImageStore {
@@ -169,6 +172,8 @@ impl ImageStore {
             directory: directory.into(),
             #[cfg(any(test, feature = "test-util"))]
             fixed: None,
+            #[cfg(any(test, feature = "test-util"))]
+            missing: std::sync::Arc::default(),
         }
     }
 
@@ -176,7 +181,13 @@ impl ImageStore {
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn fixed(image: Image) -> Self {
-        Self { directory: image.dir.clone(), fixed: Some(image) }
+        Self { directory: image.dir.clone(), fixed: Some(image), missing: std::sync::Arc::default() }
+    }
+
+    /// Whether the image of [`ImageStore::fixed`] is there: somebody may take it away, and bring it back.
+    #[cfg(any(test, feature = "test-util"))]
+    pub fn set_missing(&self, missing: bool) {
+        self.missing.store(missing, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// [`ImageStore::get`] on a blocking thread.
@@ -189,7 +200,7 @@ impl ImageStore {
     pub async fn load(&self, name: &str) -> Result<Image, ImageError> {
         #[cfg(any(test, feature = "test-util"))]
         if let Some(image) = &self.fixed {
-            return if image.name == name {
+            return if image.name == name && !self.missing.load(std::sync::atomic::Ordering::Relaxed) {
                 Ok(image.clone())
             } else {
                 Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() })

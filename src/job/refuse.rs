@@ -11,9 +11,14 @@ use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use bytes::Bytes;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Calls made for each part; with their pauses about half a minute.
 const TRIES: u32 = 5;
+
+/// How long a GitLab is asked again that is still storing the few bytes of trace; it waits for 5 min itself.
+const STORING: Duration = Duration::from_secs(600);
 
 /// Why the job is not run; chooses the author's line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +50,11 @@ async fn tell(client: &JobClient, text: &Bytes) -> Result<(), GitlabError> {
     // A piece that GitLab has already is answered with a success or a 416, and either will do.
     client.append_trace(0, text.clone(), false).await?;
     let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".to_owned()), exit_code: None };
-    let trace = Some((crc32fast::hash(text), text.len() as u64));
-    client.update_job(&JobUpdate { verdict: Some(verdict), trace }).await?;
+    let update = JobUpdate { verdict: Some(verdict), trace: Some((crc32fast::hash(text), text.len() as u64)) };
+    let since = Instant::now();
+    // 202: the verdict is noted, and counts only once it has been asked for again (safety.md R8).
+    while let Some(pause) = client.update_job(&update).await?.ask_again.filter(|_| since.elapsed() < STORING) {
+        tokio::time::sleep(pause).await;
+    }
     Ok(())
 }
