@@ -87,6 +87,26 @@ pub struct Reservation {
     resources: Resources,
 }
 
+/// A job's reservation: held by its task, which gives it back, and by `daemon`, so that a task that
+/// dies does not give back what its machine still takes.
+#[derive(Clone, Debug)]
+pub struct Held(Arc<Mutex<Option<Reservation>>>);
+
+impl Held {
+    /// Gives it back; a second time does nothing.
+    pub fn release(&self) {
+        let reservation = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // Outside the lock: it wakes whoever waits for the room.
+        drop(reservation);
+    }
+}
+
+impl From<Reservation> for Held {
+    fn from(reservation: Reservation) -> Self {
+        Self(Arc::new(Mutex::new(Some(reservation))))
+    }
+}
+
 /// A class that no host state could ever satisfy.
 #[derive(Debug, thiserror::Error)]
 #[error(

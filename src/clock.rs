@@ -1,7 +1,8 @@
-//! Wall time, and nothing else: durations and deadlines are Tokio's, which tests can move.
+//! Wall time and uptime, and nothing else: durations and deadlines are Tokio's, which tests can move.
 //!
-//! One of the five seams. Wall time is for people (the trace), for protocols (a guest's clock)
-//! and for what must outlive a restart (when GitLab's 201 came); nothing waits for it.
+//! One of the five seams. Wall time is for people (the trace) and for protocols (a guest's clock): somebody may set it.
+//! The host's uptime is for deadlines that must outlive a restart of the daemon (when GitLab's 201 came). Nothing waits
+//! for either.
 
 use jiff::Timestamp;
 use std::sync::Arc;
@@ -9,7 +10,10 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Tells the wall time.
+/// How long a simulated host has been up when its clock is made.
+const SIMULATED_UPTIME: Duration = Duration::from_secs(1000);
+
+/// Tells the wall time and the uptime.
 #[derive(Clone, Debug)]
 pub struct Clock(Source);
 
@@ -31,6 +35,18 @@ impl Clock {
     #[must_use]
     pub fn simulated(start: Timestamp) -> Self {
         Self(Source::Simulated { start, since: Instant::now(), ahead_ms: Arc::default() })
+    }
+
+    /// How long the host has been up, suspended or not. Less than before only after a reboot.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        match &self.0 {
+            Source::System => {
+                let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+                Duration::new(u64::try_from(up.tv_sec).unwrap_or(0), u32::try_from(up.tv_nsec).unwrap_or(0))
+            }
+            Source::Simulated { since, .. } => SIMULATED_UPTIME + since.elapsed(),
+        }
     }
 
     /// Sets a simulated clock, and all its clones, forward or back, as an administrator or a time server does

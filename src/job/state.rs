@@ -49,7 +49,7 @@ pub enum State {
 pub enum Event {
     /// The job task began, for the first time or after a restart.
     Started,
-    /// The guest asks for its job.
+    /// The guest asks for its job, or would: it has shown no work of it.
     GuestAsked,
     /// The guest's final PUT; spool and record hold it already.
     GuestVerdict(Verdict),
@@ -81,6 +81,10 @@ pub enum Event {
     CannotGoOn,
     /// The host's disk does not take, or give back, what the job needs.
     HostDiskFailed,
+    /// The base image of its machine cannot be used.
+    ImageUnusable,
+    /// The job's task began anew after a bug of ours has ended it.
+    Panicked,
 }
 
 /// Why a job ends without a verdict of its guest; chooses the author's lines.
@@ -108,6 +112,10 @@ pub enum Failure {
     Killed,
     /// See [`Event::CannotGoOn`].
     HostLost,
+    /// See [`Event::ImageUnusable`].
+    NoImage,
+    /// See [`Event::Panicked`].
+    Bug,
 }
 
 impl Failure {
@@ -183,7 +191,7 @@ impl State {
                 Self::Ended,
                 match event {
                     Event::GuestAsked => vec![Command::HandNothing],
-                    Event::Started => vec![Command::Finish],
+                    Event::Started | Event::Panicked => vec![Command::Finish],
                     _ => vec![],
                 },
             ),
@@ -197,23 +205,6 @@ impl State {
             Self::Booting { .. } | Self::Running { .. } => true,
             Self::Releasing { machine_gone, .. } => !machine_gone,
             Self::Accepted | Self::Ended => false,
-        }
-    }
-
-    /// Where a job stands whose task died of a bug: its verdict is kept if it had one.
-    #[must_use]
-    pub fn after_panic(self) -> Self {
-        match self {
-            Self::Accepted | Self::Booting { .. } | Self::Running { .. } => Self::Releasing {
-                verdict: Some(Verdict {
-                    success: false,
-                    failure_reason: Some("runner_system_failure".to_owned()),
-                    exit_code: None,
-                }),
-                machine_gone: false,
-                delivered: false,
-            },
-            releasing => releasing,
         }
     }
 
@@ -263,6 +254,8 @@ impl State {
             }
             Event::Killed => Self::fail(Failure::Killed),
             Event::CannotGoOn => Self::fail(Failure::HostLost),
+            Event::ImageUnusable => Self::fail(Failure::NoImage),
+            Event::Panicked => Self::fail(Failure::Bug),
             Event::GuestVerdict(_)
             | Event::MachineReleased
             | Event::Gitlab(JobStatus::Running)
@@ -273,6 +266,8 @@ impl State {
 
     fn running(canceling: bool, event: Event) -> (Self, Vec<Command>) {
         match event {
+            // The answer to its first ask was lost, and it must not begin any more: nothing of the job runs.
+            Event::GuestAsked if canceling => Self::fail(Failure::CanceledBooting),
             Event::GuestAsked => (Self::Running { canceling }, vec![Command::HandOutAgain]),
             Event::GuestVerdict(verdict) => (
                 Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
@@ -299,6 +294,8 @@ impl State {
             }
             Event::Killed => Self::fail(Failure::Killed),
             Event::CannotGoOn => Self::fail(Failure::HostLost),
+            Event::ImageUnusable => Self::fail(Failure::NoImage),
+            Event::Panicked => Self::fail(Failure::Bug),
             // After a restart: the grace counts anew, for nobody knows how much of it was used.
             Event::Started => {
                 let mut commands = vec![Command::ResumeMachine];
@@ -318,7 +315,11 @@ impl State {
         let mut commands = Vec::new();
         let (mut machine_gone, mut delivered) = (machine_gone, delivered);
         match event {
-            Event::GuestAsked => commands.push(Command::HandNothing),
+            // It has not begun the job that is over by now: no grace is of use to it.
+            Event::GuestAsked => {
+                commands.push(Command::HandNothing);
+                commands.extend((!machine_gone).then_some(Command::ReleaseMachine));
+            }
             Event::MachineStopped | Event::MachineFailed | Event::MachinePaused | Event::GraceOver | Event::Killed
                 if !machine_gone =>
             {
@@ -326,7 +327,8 @@ impl State {
             }
             Event::MachineReleased => machine_gone = true,
             Event::Delivered => delivered = true,
-            Event::Started => {
+            // The verdict stands: nothing that happens to us changes it.
+            Event::Started | Event::Panicked => {
                 commands.push(Command::CloseGuest);
                 match (&verdict, delivered) {
                     (Some(verdict), false) => commands.push(Command::Deliver(verdict.clone())),
@@ -444,6 +446,8 @@ mod tests {
             Just(Event::Killed),
             Just(Event::CannotGoOn),
             Just(Event::HostDiskFailed),
+            Just(Event::ImageUnusable),
+            Just(Event::Panicked),
         ]
     }
 
@@ -460,8 +464,8 @@ mod tests {
             let mut all = vec![Event::Started];
             all.extend(events);
             for event in all {
-                let restart = event == Event::Started;
                 let before = state.clone();
+                let restart = matches!(event, Event::Started | Event::Panicked) && matches!(before, State::Releasing { .. });
                 let (next, commands) = state.on(event);
                 state = next;
                 for command in &commands {

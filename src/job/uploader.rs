@@ -13,6 +13,7 @@ use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
 use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
+use crate::secret::Secret;
 use crate::telemetry::chain;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -34,6 +35,8 @@ const SPOOL_READ_TRIES: u32 = 20;
 /// What an uploader needs.
 pub(super) struct Upload {
     pub(super) client: JobClient,
+    /// The job token of a newer 201, to be used once GitLab refuses the first (safety.md G17).
+    pub(super) newer_token: watch::Receiver<Option<Secret>>,
     pub(super) spool: SpoolReader,
     pub(super) outbox: watch::Receiver<Outbox>,
     pub(super) events: mpsc::Sender<UploaderEvent>,
@@ -84,6 +87,7 @@ pub(super) async fn upload(upload: Upload) {
         opened: false,
         refusals: 0,
         truncated_at: None,
+        renewals: upload.client.renewals(),
         upload,
     };
     uploader.marked_debug = *uploader.upload.debug_trace.borrow();
@@ -130,6 +134,8 @@ struct Uploader {
     opened: bool,
     /// Answers in a row that asked for other bytes than were sent.
     refusals: u32,
+    /// Whether the job's token has changed during a call.
+    renewals: watch::Receiver<Secret>,
     /// Where the trace ends because the spool could not be read further.
     truncated_at: Option<u64>,
 }
@@ -152,6 +158,7 @@ enum Next {
 
 impl Uploader {
     async fn step(&mut self) -> Step {
+        self.renewals.mark_unchanged();
         match self.next() {
             Next::Stop => Step::Done,
             Next::Patch => self.patch().await,
@@ -334,7 +341,7 @@ impl Uploader {
                     verdict.success = !verdict.success;
                     let _ = self.upload.client.update_job(&update).await;
                 }
-                if last { Step::Done } else { self.status(answer.status).await }
+                if last && !self.is_refused(answer.status) { Step::Done } else { self.status(answer.status).await }
             }
             Err(error) => self.failed(&error).await,
         }
@@ -360,8 +367,26 @@ impl Uploader {
         }
     }
 
+    /// Whether "over" is said of a token that is not GitLab's newest for this job.
+    fn is_refused(&self, status: JobStatus) -> bool {
+        let renewed = self.renewals.has_changed().unwrap_or(false);
+        status == JobStatus::Over && (renewed || self.upload.newer_token.borrow().is_some())
+    }
+
     async fn status(&mut self, status: JobStatus) -> Step {
-        if status != self.status {
+        if self.is_refused(status) {
+            // Once: the next refusal is of the newest token.
+            let newer = self.upload.newer_token.borrow().clone();
+            if let Some(newer) = newer {
+                tracing::warn!("GitLab refuses the job's token; it is told by that of its newest assignment");
+                self.upload.client.renew(newer);
+                self.upload.newer_token = watch::channel(None).1;
+            }
+            return Step::Continue;
+        }
+        // A 416 has no word of GitLab's, which reads as `running`; a cancel is never taken back.
+        let taken_back = status == JobStatus::Running && self.status == JobStatus::Canceling;
+        if status != self.status && !taken_back {
             self.status = status;
             tracing::info!(?status, at = %self.upload.clock.now(), "GitLab's word on the job changed");
             if self.upload.events.send(UploaderEvent::Status(status)).await.is_err() {

@@ -25,4 +25,6 @@ mod handover;
 mod hypervisor;
 mod identity;
 mod machines;
+mod panics;
 mod room;
+mod twice;

@@ -1,6 +1,7 @@
 //! Many runs on several threads: seeds one after the other, counts added up, the first violation told in full.
 
 use crate::kinds::Hits;
+use crate::plan::Plan;
 use crate::run::{self, Outcome};
 use crate::story::Keep;
 use std::sync::Mutex;
@@ -46,19 +47,17 @@ pub(crate) fn nth(seed: u64, n: u64) -> u64 {
 /// Runs seeds until there were so many jobs.
 pub(crate) fn run(seed: u64, jobs: u64, threads: usize) -> Total {
     let total = Mutex::new(Total::default());
-    let (next, done, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let (next, taken, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
-                    let left = jobs.saturating_sub(done.load(Ordering::Relaxed));
-                    if left == 0 {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    let plan = Plan::draw(nth(seed, n));
+                    if taken.fetch_add(plan.jobs.len() as u64, Ordering::Relaxed) >= jobs {
                         break;
                     }
-                    let n = next.fetch_add(1, Ordering::Relaxed);
-                    // The plan of a run depends on its seed alone.
-                    let outcome = run::run(nth(seed, n), u64::MAX, Keep::Nothing);
-                    done.fetch_add(outcome.jobs, Ordering::Relaxed);
+                    let outcome = run::run(plan, Keep::Nothing);
                     let mut total = total.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                     total.add(outcome);
                     if total.bad.len() as u64 >= VIOLATIONS_MAX {
@@ -86,7 +85,7 @@ pub(crate) fn twice(seed: u64, runs: u64, threads: usize) -> Vec<u64> {
                         break;
                     }
                     let seed = nth(seed, n);
-                    let [a, b] = [(); 2].map(|()| run::run(seed, u64::MAX, Keep::Digest));
+                    let [a, b] = [(); 2].map(|()| run::run(Plan::draw(seed), Keep::Digest));
                     if (a.digest, a.events) != (b.digest, b.events) {
                         different.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(seed);
                     }

@@ -110,6 +110,7 @@ kinds! {
     Drain "E3" "SIGQUIT";
     Killed "E4" "SIGKILL at any call";
     KillJob "E2" "`dayfly kill`";
+    Panics "E5" "a task of a job panics";
     FdShort "E7" "no file descriptor for an accept or a listen";
     WallJump "E9" "the wall clock jumps";
     RecordDamaged "E13" "a record damaged between two lives";

@@ -39,6 +39,8 @@ pub(crate) struct Ledger {
     /// When GitLab came back last: whether some runner had room to poll.
     pub(crate) has_room: bool,
     refused_at: Option<At>,
+    /// The image was gone at some time.
+    pub(crate) image_was_missing: bool,
     /// Reboots of the host.
     pub(crate) reboots: u32,
     pub(crate) runner_tokens: Vec<String>,
@@ -48,7 +50,6 @@ pub(crate) struct Ledger {
 pub(crate) struct JobNote {
     pub(crate) script: Arc<Script>,
     pub(crate) token: String,
-    pub(crate) queued_at: At,
     /// Payloads that reached the daemon whole.
     pub(crate) payloads: Vec<Vec<u8>>,
     pub(crate) assigned_at: Option<At>,
@@ -93,6 +94,10 @@ pub(crate) struct JobNote {
     pub(crate) killed_at: Option<At>,
     /// Its VM met something that may end it: when, and what.
     pub(crate) mishap: Option<(&'static str, At)>,
+    /// The same for a VM that held the payload.
+    pub(crate) lost_running: Option<At>,
+    /// A task of it was made to panic.
+    pub(crate) panicked: bool,
     pub(crate) transfers: u32,
     pub(crate) forwarded: u32,
     pub(crate) uploaded: Vec<usize>,
@@ -108,6 +113,10 @@ pub(crate) struct JobNote {
     /// Why GitLab's own workers ended it, if they did.
     pub(crate) gitlab_gave_up: Option<String>,
     pub(crate) erased: bool,
+    /// GitLab has noted a verdict, and is still storing the trace.
+    pub(crate) noted: bool,
+    /// Where its guest's bytes begin in the spool, by its record.
+    pub(crate) guest_base: Option<u64>,
     /// At the end: GitLab's copy.
     pub(crate) held_trace: Vec<u8>,
     pub(crate) artifacts: Vec<u64>,
@@ -138,11 +147,10 @@ impl VmNote {
 }
 
 impl JobNote {
-    pub(crate) fn new(script: Arc<Script>, token: String, queued_at: At) -> Self {
+    pub(crate) fn new(script: Arc<Script>, token: String) -> Self {
         Self {
             script,
             token,
-            queued_at,
             payloads: Vec::new(),
             assigned_at: None,
             lost: None,
@@ -171,6 +179,8 @@ impl JobNote {
             users: None,
             killed_at: None,
             mishap: None,
+            lost_running: None,
+            panicked: false,
             transfers: 0,
             forwarded: 0,
             uploaded: Vec::new(),
@@ -181,6 +191,8 @@ impl JobNote {
             over_by_gitlab: false,
             gitlab_gave_up: None,
             erased: false,
+            noted: false,
+            guest_base: None,
             held_trace: Vec::new(),
             artifacts: Vec::new(),
         }
@@ -309,6 +321,8 @@ impl Ledger {
             return;
         }
         let status = answer.headers.and_then(|h| h.get("job-status")).and_then(|v| v.to_str().ok());
+        let is_final = answer.update.is_some_and(|update| update.state != "running");
+        note.noted |= is_final && answer.status == Some(202) && !answer.faulted;
         match (answer.status, status) {
             (Some(403), _) | (_, Some("canceled" | "failed")) => {
                 note.over_known.get_or_insert(now);
@@ -335,6 +349,7 @@ impl Ledger {
         match (op, file) {
             (FileOp::Replace, "record.json") => {
                 note.record = serde_json::from_slice(bytes).ok();
+                note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
                 note.had_record = true;
                 note.record_gone_at = None;
             }
@@ -357,6 +372,7 @@ impl Ledger {
         let mishap = match word {
             "started" => {
                 vm.started_at = Some(now);
+                vm.ended_at = None;
                 return;
             }
             "destroyed" | "powered off" | "crashed" | "rebooted" | "gone with the host" => {
@@ -373,7 +389,10 @@ impl Ledger {
             _ => return,
         };
         if let Some(note) = vm.job.and_then(|job| self.jobs.get_mut(&job)) {
-            note.mishap.get_or_insert((mishap, now));
+            note.mishap = Some((mishap, now));
+            if note.handed.last().is_some_and(|(vm, _)| vm == name) {
+                note.lost_running.get_or_insert(now);
+            }
         }
     }
 
@@ -423,12 +442,15 @@ impl Ledger {
             }
             DaemonDoes::Dies | DaemonDoes::Gone | DaemonDoes::Refuses => {
                 self.runs = false;
+                for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some() && !note.had_record) {
+                    note.lost.get_or_insert("the daemon ended before it was written down");
+                }
                 self.set_down(Trouble::Daemon, true);
             }
             DaemonDoes::HandsOver | DaemonDoes::Drains | DaemonDoes::Ends => {
                 self.stopping = true;
                 if does == DaemonDoes::Ends {
-                    for note in self.jobs.values_mut().filter(|note| note.over_at.is_none()) {
+                    for note in self.jobs.values_mut().filter(|note| note.over_at.is_none() && note.record.is_some()) {
                         note.killed_at.get_or_insert(now);
                     }
                 }
@@ -441,7 +463,7 @@ impl Ledger {
             }
             DaemonDoes::Rebooted => {
                 self.reboots += 1;
-                for note in self.jobs.values_mut().filter(|note| note.over_at.is_none()) {
+                for note in self.jobs.values_mut().filter(|note| note.over_at.is_none() && note.record.is_some()) {
                     note.mishap = Some(("the host rebooted", now));
                 }
             }
@@ -457,7 +479,10 @@ impl Ledger {
                     note.users.get_or_insert((what, now));
                 }
             }
-            DaemonDoes::Trouble(trouble, down) => self.set_down(trouble, down),
+            DaemonDoes::Trouble(trouble, down) => {
+                self.image_was_missing |= trouble == Trouble::Image;
+                self.set_down(trouble, down);
+            }
         }
     }
 
@@ -506,6 +531,15 @@ impl Ledger {
             K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
             _ => {}
         }
+    }
+
+    /// A task of this job is made to panic.
+    pub(crate) fn panics(&mut self, job: JobId) {
+        let now = self.now;
+        if let Some(note) = self.jobs.get_mut(&job) {
+            (note.panicked, note.spool_failed, note.files_failed) = (true, true, Some(now));
+        }
+        self.spoil(Trouble::Disk, Duration::from_secs(10));
     }
 
     /// Whether some runner may still be waiting because its token was refused.

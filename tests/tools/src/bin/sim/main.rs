@@ -21,18 +21,20 @@ mod ledger;
 mod operator;
 mod panics;
 mod plan;
+mod planted;
 mod report;
 mod run;
 mod seams;
+mod soak;
 mod story;
 mod tokens;
 mod world;
 
 #[path = "../../../../support/log.rs"]
-#[expect(missing_docs, dead_code, clippy::unwrap_used, reason = "shared with the lifecycle ring")]
+#[expect(unreachable_pub, dead_code, reason = "shared with the lifecycle ring")]
 mod log;
 #[path = "../../../../support/mortal.rs"]
-#[expect(missing_docs, dead_code, reason = "shared with the lifecycle ring")]
+#[expect(unreachable_pub, dead_code, reason = "shared with the lifecycle ring")]
 mod mortal;
 
 use args::Task;
@@ -50,6 +52,8 @@ fn main() -> ExitCode {
     let good = match args.task {
         Task::Jobs { jobs, seed } => report::jobs(jobs, seed, args.threads, args.twice),
         Task::One { seed } => report::one(seed),
+        Task::Planted { seed } => planted::all(seed.unwrap_or_else(report::fresh_seed), args.threads),
+        Task::Soak { seed } => soak::soak(seed.unwrap_or_else(report::fresh_seed)),
     };
     tokens::clear();
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -194,6 +194,7 @@ const CALL_KINDS: &[(Kind, u16)] = &[
     (Kind::CreateAnswerLost, 800),
     (Kind::DestroyFails, 1500),
     (Kind::DestroyHangs, 800),
+    (Kind::Panics, 150),
     (Kind::FdShort, 500),
     (Kind::LibvirtBlips, 300),
     (Kind::ListHangs, 150),
@@ -252,8 +253,8 @@ const ACTION_KINDS: &[(Kind, u64, u64)] = &[
 ];
 
 impl Plan {
-    /// Draws a run of at most `jobs` jobs.
-    pub(crate) fn draw(seed: u64, jobs: u64) -> Self {
+    /// Draws a run.
+    pub(crate) fn draw(seed: u64) -> Self {
         let mut dice = Dice::new(seed, 1);
         let runners = *dice.pick(&[1, 1, 2, 2, 3]);
         let concurrent = u32::try_from(dice.range(1, 8)).unwrap_or(1);
@@ -270,10 +271,10 @@ impl Plan {
             long_poll_s: if dice.chance(600) { 50 } else { 0 },
             two_phase: dice.chance(60),
             skew_s: if dice.chance(150) { *dice.pick(&[-7200, 7200, 3600, -600]) } else { 0 },
-            final_waits: *dice.pick(&[Some(0), Some(0), Some(0), Some(0), Some(0), Some(2), Some(5), None]),
+            final_waits: *dice.pick(&[Some(0), Some(0), Some(0), Some(0), Some(0), Some(0), Some(2), Some(5), None]),
             trace_interval_s: *dice.pick(&[None, None, Some(3), Some(1), Some(30)]),
         };
-        let count = dice.range(20, 60).min(jobs).max(1);
+        let count = dice.range(20, 60);
         let span = dice.range(1, 12) * count * 1000 / u64::from(concurrent);
         let mut jobs: Vec<(Duration, Script)> =
             (0..count).map(|_| (dice.time(0, span), Script::draw(&mut dice, &limits))).collect();

@@ -2,6 +2,7 @@
 
 use crate::batch::{self, Total};
 use crate::kinds::Kind;
+use crate::plan::Plan;
 use crate::run::{self, Outcome};
 use crate::story::Keep;
 use std::path::PathBuf;
@@ -48,7 +49,7 @@ pub(crate) fn jobs(jobs: u64, seed: Option<u64>, threads: usize, twice: u64) -> 
 
 /// One run, told in full.
 pub(crate) fn one(seed: u64) -> bool {
-    let outcome = run::run(seed, u64::MAX, Keep::Text);
+    let outcome = run::run(Plan::draw(seed), Keep::Text);
     let path = keep(&outcome);
     say(&format!("seed {seed}: {} jobs, {} events, log in {}", outcome.jobs, outcome.events, path.display()));
     for violation in &outcome.violations {
@@ -64,7 +65,7 @@ fn tell(outcome: &Outcome) {
         say(&violation.to_string());
     }
     // The same again, this time written down.
-    let again = run::run(outcome.seed, u64::MAX, Keep::Text);
+    let again = run::run(Plan::draw(outcome.seed), Keep::Text);
     if again.violations != outcome.violations {
         say("VIOLATION of invariant 22: told again, the run is another one");
     }
@@ -86,10 +87,12 @@ fn table(total: &Total) {
     }
 }
 
-fn fresh_seed() -> u64 {
+/// A seed that nobody chose.
+pub(crate) fn fresh_seed() -> u64 {
     u64::from_le_bytes(dayfly::rng::Rng::system().bytes()) >> 20
 }
 
+/// A line of output.
 #[expect(clippy::print_stdout, reason = "this is what a tool is for")]
 pub(crate) fn say(line: &str) {
     println!("{line}");

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
 /// Nothing takes longer than this, in virtual time, once nothing new goes wrong.
-const PATIENCE: Duration = Duration::from_secs(5 * 3600);
+const PATIENCE: Duration = Duration::from_secs(8 * 3600);
 
 /// Between two looks at the whole.
 const LOOK: Duration = Duration::from_millis(1000);
@@ -32,9 +32,8 @@ pub(crate) struct Outcome {
     pub(crate) virtual_time: Duration,
 }
 
-/// Runs one seed.
-pub(crate) fn run(seed: u64, jobs: u64, keep: Keep) -> Outcome {
-    let plan = Plan::draw(seed, jobs);
+/// Runs it.
+pub(crate) fn run(plan: Plan, keep: Keep) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without I/O can always be made");
     let _ = panics::take();
@@ -50,7 +49,7 @@ async fn tell(plan: Plan, keep: Keep) -> Outcome {
     let story = Story::new(&plan, keep);
     let log = Log::default();
     let listening = log.listen();
-    let mut world = World::new(&plan, story.clone(), log.clone());
+    let mut world = World::new(&plan, story.clone());
     if keep == Keep::Text {
         story.inner().write(&format!("{plan:#?}"));
     }
@@ -116,7 +115,8 @@ impl World {
             }
             if now > limit {
                 let views = self.daemon.as_ref().map(|daemon| daemon.jobs.views()).unwrap_or_default();
-                self.story.violate(19, format!("the run does not come to its end; the daemon has {views:?}"));
+                let left: Vec<String> = views.iter().map(|view| format!("{} {}", view.key, view.state)).collect();
+                self.story.violate(19, format!("the run does not come to its end; the daemon has {left:?}"));
                 return;
             }
             let wake = [next_job.map(|(at, _)| *at), next_action.map(|(at, _)| *at), lasting.iter().map(|l| l.until).min()];

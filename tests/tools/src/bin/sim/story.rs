@@ -81,6 +81,13 @@ impl Story {
         })))
     }
 
+    /// One that judges nothing: the checkers remember every job.
+    pub(crate) fn without_checkers(plan: &Plan, keep: Keep) -> Self {
+        let story = Self::new(plan, keep);
+        story.inner().checkers.clear();
+        story
+    }
+
     /// Its state. Held for a few lines.
     pub(crate) fn inner(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -3,7 +3,6 @@
 use crate::event::{DaemonDoes, Event};
 use crate::guest;
 use crate::ledger::JobNote;
-use crate::log::Log;
 use crate::mortal::{End, Life};
 use crate::plan::{Plan, Script};
 use crate::seams::disk::Disk;
@@ -43,7 +42,6 @@ pub(crate) struct World {
     pub(crate) project: ProjectId,
     pub(crate) doomed: ProjectId,
     pub(crate) daemon: Option<Daemon>,
-    pub(crate) log: Log,
 }
 
 /// A daemon that runs.
@@ -56,7 +54,7 @@ pub(crate) struct Daemon {
 }
 
 impl World {
-    pub(crate) fn new(plan: &Plan, story: Story, log: Log) -> Self {
+    pub(crate) fn new(plan: &Plan, story: Story) -> Self {
         let rng = Rng::seeded(plan.seed);
         let start = "2026-01-01T00:00:00Z".parse().expect("a date");
         let clock = Clock::simulated(start);
@@ -98,7 +96,6 @@ impl World {
             project,
             doomed,
             daemon: None,
-            log,
         };
         for number in 0..plan.runners {
             world.add_runner(number, plan);
@@ -140,12 +137,11 @@ impl World {
         let mut spec = JobSpec::script(["true"]).with_variable(Variable::secret("SECRET", &secret));
         spec.id = Some(id);
         spec.timeout = Some(Duration::from_secs(script.timeout_s));
-        let now = self.story.now();
         let token = format!("glcbt-64_{:020}", id.0);
         spec.token = Some(dayfly::secret::Secret::new(token.as_str()));
         let mut inner = self.story.inner();
         inner.ledger.tokens.insert(token.clone(), id);
-        inner.ledger.jobs.insert(id, JobNote::new(Arc::new(script.clone()), token, now));
+        inner.ledger.jobs.insert(id, JobNote::new(Arc::new(script.clone()), token));
         drop(inner);
         let _ = self.standin.enqueue(project, spec);
         id

@@ -5,12 +5,12 @@ use crate::event::{Event, FileOp, GuestDoes};
 use crate::ledger::Ledger;
 use dayfly::gitlab::JobId;
 use dayfly::vm::fake::Op;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 #[derive(Default)]
 pub(crate) struct OneJobPerVm {
     jobs: BTreeMap<String, JobId>,
-    started: BTreeSet<String>,
+    started: BTreeMap<String, u32>,
     passes: BTreeMap<String, String>,
 }
 
@@ -28,10 +28,16 @@ impl Checker for OneJobPerVm {
                 }
             }
             Event::Vm { name, word: "started" } => {
-                if ledger.vms.get(*name).is_some_and(|vm| vm.ours) && !self.started.insert((*name).to_owned()) {
+                let Some(vm) = ledger.vms.get(*name).filter(|vm| vm.ours) else { return };
+                // A daemon that finds its booting VM gone may make it again, on a new overlay: it cannot know whether
+                // it ever was there.
+                let last = self.started.insert((*name).to_owned(), ledger.lives);
+                let handed = vm.job.and_then(|job| ledger.jobs.get(&job)).is_some_and(|note| !note.handed.is_empty());
+                let anew = vm.overlay_at > vm.ended_at.as_ref().map(|(at, _)| *at);
+                if last.is_some_and(|life| life == ledger.lives || handed || !anew) {
                     findings.add(12, format!("{name} was started a second time"));
                 }
-                let port = ledger.vms.get(*name).map_or(0, |vm| vm.port);
+                let port = vm.port;
                 let others = ledger.vms.iter().filter(|(other, vm)| *other != name && vm.lives() && vm.ours);
                 if port != 0 && others.clone().any(|(_, vm)| vm.port == port) {
                     findings.add(12, format!("{name} shares door {port} with another VM"));

@@ -52,7 +52,9 @@ impl OurFailures {
             }
             "unreadable" => note.payloads.is_empty(),
             "not kept" => note.files_failed.is_some(),
-            "task panicked" => true,
+            "no image" => ledger.image_was_missing,
+            "bug" => note.panicked,
+            "given twice" => true,
             _ => return Some(format!("nobody knows the label `{label}`")),
         };
         (!holds).then(|| format!("`{label}` is named as its cause, which it is not"))

@@ -68,21 +68,19 @@ fn common(a: &[u8], b: &[u8]) -> usize {
 
 /// Our lines, the guest's bytes, our lines.
 fn exact(spool: &[u8], note: &JobNote) -> Result<(), String> {
-    let first = note.printed.split_inclusive(|b| *b == b'\n').next().unwrap_or_default();
-    let begin = if first.is_empty() { None } else { find(spool, first) };
-    let Some(begin) = begin else {
-        return if note.taken > 0 && !note.spool_failed {
-            Err(format!("{} bytes of its guest are lost", note.taken))
-        } else {
-            ours(spool)
-        };
+    let Some(base) = note.guest_base.and_then(|base| usize::try_from(base).ok()) else {
+        return if note.taken > 0 { Err(format!("{} bytes of its guest are nowhere", note.taken)) } else { ours(spool) };
     };
-    ours(&spool[..begin])?;
-    let common = common(&spool[begin..], &note.printed);
-    if common < note.taken && !note.full {
+    let (first, rest) = spool.split_at_checked(base).ok_or("the spool is shorter than its first lines")?;
+    ours(first)?;
+    if note.full {
+        return Ok(());
+    }
+    let common = common(rest, &note.printed);
+    if common < note.taken {
         return Err(format!("only {common} of {} bytes of its guest are in the spool", note.taken));
     }
-    if note.full { Ok(()) } else { ours(&spool[begin + common..]) }
+    ours(&rest[common..])
 }
 
 fn ours(bytes: &[u8]) -> Result<(), String> {
@@ -92,8 +90,4 @@ fn ours(bytes: &[u8]) -> Result<(), String> {
         Some(line) => Err(format!("a line that is neither its guest's nor ours: {line:?}")),
         None => Ok(()),
     }
-}
-
-fn find(bytes: &[u8], text: &[u8]) -> Option<usize> {
-    bytes.windows(text.len()).position(|window| window == text)
 }

@@ -34,6 +34,12 @@ impl Disk {
         }
         let file = job_of(path).map_or("", |(_, file)| file);
         let fault = self.fault(op, file);
+        if file == "trace" && matches!(op, FileOp::WriteAt | FileOp::ReadAt) && self.story.strikes(Kind::Panics) {
+            if let Some((job, _)) = job_of(path) {
+                self.story.inner().ledger.panics(job);
+            }
+            panic!("{}", crate::panics::INJECTED);
+        }
         // What is about to go is looked at once more.
         let gone = (op == FileOp::Remove && file == "trace" && fault.is_none())
             .then(|| self.files.look(path, |bytes| bytes.map(<[u8]>::to_vec)).unwrap_or_default());
