@@ -3,7 +3,7 @@
 
 use super::{Checker, Findings};
 use crate::event::Event;
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, VmNote};
 use dayfly::job::state::State;
 use dayfly::vm::fake::Op;
 
@@ -11,6 +11,14 @@ pub(crate) struct Reconcile;
 
 impl Checker for Reconcile {
     fn on(&mut self, event: &Event<'_>, ledger: &Ledger, findings: &mut Findings) {
+        if let Event::Vm { name, word: "started" } = event
+            && let Some(vm) = ledger.vms.get(*name).filter(|vm| vm.ours && vm.job.is_some())
+        {
+            let same = |(other, note): &(&String, &VmNote)| *other != name && note.job == vm.job && note.lives();
+            if let Some((other, _)) = ledger.vms.iter().find(same) {
+                findings.add(17, format!("{name} is made for job {:?} beside {other}", vm.job));
+            }
+        }
         let Event::Calls { op, subject, .. } = event else { return };
         let of_vm = |(_, note): &(&dayfly::gitlab::JobId, &crate::ledger::JobNote)| {
             note.record.as_ref().and_then(|record| record.machine.as_ref()).is_some_and(|m| subject.ends_with(m.id.as_str()))

@@ -36,7 +36,10 @@ pub(crate) async fn act(runner: &mut Runner, guest: &mut Guest, kind: Kind) {
         Kind::BadOffsets => bad_offsets(runner, &mut guest.line).await,
         Kind::ParallelPatches => parallel_patches(runner, &mut guest.line).await,
         Kind::OthersJob => others_job(runner, &mut guest.line).await,
-        Kind::StrangeVerdict => strange_verdicts(runner, &mut guest.line).await,
+        Kind::StrangeVerdict => {
+            strange_verdicts(runner, &mut guest.line).await;
+            asks_in_mid_job(runner, guest).await;
+        }
         Kind::LyingReports => {
             let lies: [&[u8]; 3] = [b"exited 0\n\x1b[2J\xff\xfe\n", b"ready\nready\napplied\n", &[b'x'; 9000]];
             for lie in lies {
@@ -123,6 +126,16 @@ async fn strange_verdicts(runner: &mut Runner, line: &mut Line) {
     let headers = [("Content-Type", "application/json"), ("Job-Token", runner.token.as_str())];
     for body in ["{", "[]", "{\"state\":7}", "null"] {
         line.call("PUT", &path, &headers, body.as_bytes()).await;
+    }
+}
+
+/// A guest that has begun to work gets no payload any more.
+async fn asks_in_mid_job(runner: &mut Runner, guest: &mut Guest) {
+    runner.put(&mut guest.line, json!({"state": "running"})).await;
+    sleep(Duration::from_millis(1500)).await;
+    let token = guest.token.clone();
+    if super::ask(&mut guest.line, &token).await.is_some_and(|reply| reply.status == 201) {
+        guest.line.tell(GuestDoes::Wrong { invariant: 6, what: "a payload in mid-job" });
     }
 }
 
