@@ -1,5 +1,4 @@
 //! What must hold for any bytes of GitLab? Its payloads and its answers; see [`crate::fuzzing`].
-#![expect(clippy::unwrap_used, reason = "a property fails by panicking")]
 
 use super::answers::{error, is_json, is_page, job_status, media_type, range_size, retry_after, update_interval};
 use super::payload::salvage;

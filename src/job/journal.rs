@@ -90,6 +90,10 @@ pub struct Record {
     pub job_token: Secret,
     /// When GitLab's 201 came.
     pub received: Timestamp,
+    /// The host's uptime then, milliseconds: deadlines go on with it over a restart of the daemon, for somebody may set
+    /// the wall clock (safety.md E9).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received_uptime_ms: Option<u64>,
     /// The job's timeout at GitLab, seconds.
     pub timeout_s: Option<u64>,
     /// For people: name of job and project.
@@ -423,6 +427,7 @@ mod tests {
             gitlab: "https://gitlab.example".parse().unwrap(),
             job_token: Secret::new("glcbt-1"),
             received: Timestamp::UNIX_EPOCH,
+            received_uptime_ms: None,
             timeout_s: Some(3600),
             name: "test".into(),
             project: "g/p".into(),

@@ -198,7 +198,7 @@ pub fn artifact_upload(input: &[u8]) {
     on_paused_time(async {
         let mut door = Door::open().await;
         let mut cuts = Cuts::of(input);
-        let chunked = cuts.number() % 2 == 0;
+        let chunked = cuts.number().is_multiple_of(2);
         let mut request = format!(
             "POST /api/v4/jobs/{JOB}/artifacts?artifact_type=archive HTTP/1.1\r\nHost: h\r\nJob-Token: {JOB_TOKEN}\r\n\
              Content-Type: multipart/form-data; boundary=x\r\n"
