@@ -20,6 +20,7 @@ fn record(id: u64) -> Record {
         gitlab: "https://gitlab.example".parse().unwrap(),
         job_token: Secret::new("glcbt-1"),
         received: Timestamp::UNIX_EPOCH,
+        received_uptime_ms: None,
         timeout_s: Some(3600),
         name: "test".into(),
         project: "g/p".into(),
