@@ -141,7 +141,10 @@ impl Cell {
             }
             Kind::Random { kills } => {
                 self.running()?;
-                self.feed(&rng, 3 + small(&rng, 3));
+                match kills {
+                    1 | 2 => self.feed(&rng, 3 + small(&rng, 3)),
+                    _ => self.feed_simple(&rng, 3 + small(&rng, 3)),
+                }
                 self.kill_after(&rng, 1500).await?;
                 for _ in 1..kills {
                     self.start(None)?;
@@ -153,9 +156,9 @@ impl Cell {
             Kind::Storm => {
                 self.running()?;
                 let since = Instant::now();
-                self.feed(&rng, 3);
+                self.feed_simple(&rng, 3);
                 for _ in 0..STORM_KILLS {
-                    self.feed(&rng, 1);
+                    self.feed_simple(&rng, 1);
                     self.kill_after(&rng, 2500).await?;
                     self.start(None)?;
                     found.kills += 1;
@@ -169,7 +172,7 @@ impl Cell {
                 self.feed(&rng, 3 + small(&rng, 3));
                 sleep(Duration::from_millis(rng.below(1200))).await;
                 if beside {
-                    self.another()?.is_refused().await?;
+                    self.another()?.until_refused().await?;
                 }
                 self.hand_over().await?;
                 self.start(None)?;
@@ -259,6 +262,14 @@ impl Cell {
     fn feed(&mut self, rng: &Rng, count: u32) {
         for _ in 0..count {
             let wanted = Wanted::choose(rng, self.source);
+            self.enqueue(wanted);
+        }
+    }
+
+    /// Jobs that stand any number of kills.
+    fn feed_simple(&mut self, rng: &Rng, count: u32) {
+        for _ in 0..count {
+            let wanted = Wanted::without_transfer(rng, self.source);
             self.enqueue(wanted);
         }
     }

@@ -90,7 +90,7 @@ impl Daemon {
     }
 
     /// Waits for the end of one that must not begin at all.
-    pub(crate) async fn is_refused(mut self) -> Result<(), String> {
+    pub(crate) async fn until_refused(mut self) -> Result<(), String> {
         let ended = timeout(HAND_OVER_LIMIT, self.child.wait()).await;
         let status = ended.map_err(|_| "a second daemon on the same directory did not end")?;
         let status = status.map_err(|error| format!("wait for the second daemon: {error}"))?;
