@@ -29,6 +29,9 @@ const POINT_LIMIT: Duration = Duration::from_secs(60);
 /// A storm is over within a minute (safety.md E15).
 const STORM_LIMIT: Duration = Duration::from_secs(60);
 
+/// Nothing fails here but the daemon itself, so none of its lines should tell of an error.
+const ERROR: &str = "\"level\":\"ERROR\"";
+
 /// Between two looks.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
@@ -138,7 +141,10 @@ impl Cell {
             }
             Kind::Random { kills } => {
                 self.running()?;
-                self.feed(&rng, 3 + small(&rng, 3));
+                match kills {
+                    1 | 2 => self.feed(&rng, 3 + small(&rng, 3)),
+                    _ => self.feed_simple(&rng, 3 + small(&rng, 3)),
+                }
                 self.kill_after(&rng, 1500).await?;
                 for _ in 1..kills {
                     self.start(None)?;
@@ -150,9 +156,9 @@ impl Cell {
             Kind::Storm => {
                 self.running()?;
                 let since = Instant::now();
-                self.feed(&rng, 3);
+                self.feed_simple(&rng, 3);
                 for _ in 0..STORM_KILLS {
-                    self.feed(&rng, 1);
+                    self.feed_simple(&rng, 1);
                     self.kill_after(&rng, 2500).await?;
                     self.start(None)?;
                     found.kills += 1;
@@ -161,15 +167,28 @@ impl Cell {
                     return Err(format!("the storm took {:?}", since.elapsed()).into());
                 }
             }
-            Kind::HandOver => {
+            Kind::HandOver { beside } => {
                 self.running()?;
                 self.feed(&rng, 3 + small(&rng, 3));
                 sleep(Duration::from_millis(rng.below(1200))).await;
+                if beside {
+                    self.another()?.until_refused().await?;
+                }
                 self.hand_over().await?;
                 self.start(None)?;
             }
+            Kind::Drain { twice } => {
+                self.running()?;
+                self.feed(&rng, 3 + small(&rng, 3));
+                sleep(Duration::from_millis(rng.below(1200))).await;
+                let daemon = self.daemon.take().ok_or_else(|| "no daemon runs".to_owned())?;
+                daemon.drain(twice.then(|| Duration::from_millis(rng.below(400)))).await?;
+                self.nothing_is_left()?;
+                self.start(None)?;
+            }
         }
-        (found.jobs, found.windows) = self.judge(round.kind != Kind::HandOver).await?;
+        let died = !matches!(round.kind, Kind::HandOver { .. } | Kind::Drain { .. });
+        (found.jobs, found.windows) = self.judge(died, round.kind == Kind::Drain { twice: true }).await?;
         Ok(found)
     }
 
@@ -178,6 +197,23 @@ impl Cell {
         self.daemon = Some(daemon.map_err(|error| format!("start the daemon: {error}"))?);
         self.started = Instant::now();
         Ok(())
+    }
+
+    /// A second daemon on the same directory, with a log of its own.
+    fn another(&self) -> Result<Daemon, String> {
+        let daemon = Daemon::start(&self.paths.dayfly, &self.config, &self.log.with_file_name("log-of-another"), None);
+        daemon.map_err(|error| format!("start a second daemon: {error}"))
+    }
+
+    /// After a drain: no job is under way, and nothing of one is there.
+    fn nothing_is_left(&self) -> Result<(), Failed> {
+        let open: Vec<Job> = self.open_jobs().into_iter().filter(|job| job.state.is_executing()).collect();
+        let left = leftovers::left(&self.places);
+        if open.is_empty() && left.is_empty() {
+            return Ok(());
+        }
+        let why = format!("a drained daemon left {} jobs and {left:?}", open.len());
+        Err(Failed { lost: count(open.len()), leaked: count(left.len()), why, job: open.first().map(|job| job.id) })
     }
 
     /// Starts a daemon if none runs.
@@ -230,6 +266,14 @@ impl Cell {
         }
     }
 
+    /// Jobs that stand any number of kills.
+    fn feed_simple(&mut self, rng: &Rng, count: u32) {
+        for _ in 0..count {
+            let wanted = Wanted::without_transfer(rng, self.source);
+            self.enqueue(wanted);
+        }
+    }
+
     fn enqueue(&mut self, wanted: Wanted) {
         let id = self.standin.enqueue(self.project, wanted.spec());
         if let Some(cancel) = wanted.cancel {
@@ -252,7 +296,8 @@ impl Cell {
 
     /// Waits until the host is clean, and looks at each job. How many there were, and how many were lost in the
     /// window between GitLab's answer and the journal.
-    async fn judge(&mut self, died: bool) -> Result<(u32, u32), Failed> {
+    /// `died`: not by a signal that it obeys. `cut`: its jobs were ended with it.
+    async fn judge(&mut self, died: bool, cut: bool) -> Result<(u32, u32), Failed> {
         let mut windows = 0;
         loop {
             let daemon = self.daemon.as_mut().ok_or_else(|| "no daemon runs".to_owned())?;
@@ -288,7 +333,7 @@ impl Cell {
         let (mut why, mut lost, mut first) = (String::new(), 0, None);
         for (id, wanted) in &self.jobs {
             let job = self.standin.job(*id).ok_or_else(|| format!("GitLab has forgotten job {id}"))?;
-            if let Some(wrong) = judge::wrong(&job, wanted) {
+            if let Some(wrong) = judge::wrong(&job, wanted).filter(|_| !(cut && judge::was_cut(&job, wanted))) {
                 why.push_str(&format!("\n  job {id} {:?}: {wrong}", wanted.script));
                 lost += 1;
                 first = first.or(Some(*id));
@@ -364,8 +409,8 @@ impl Cell {
         self.hand_over().await?;
         let log = fs::read(&self.log).map_err(|error| format!("read the log: {error}"))?;
         let log = String::from_utf8_lossy(&log);
-        if let Some(line) = log.lines().find(|line| line.contains("panicked")) {
-            return Err(format!("the daemon's log has a panic: {line}"));
+        if let Some(line) = log.lines().find(|line| line.contains("panicked") || line.contains(ERROR)) {
+            return Err(format!("the daemon's log has an error: {line}"));
         }
         // In memory there is nothing to wait for.
         Ok(if self.on_disk { window::of_log(&log) } else { Vec::new() })

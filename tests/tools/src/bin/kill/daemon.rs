@@ -9,10 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::process::{Child, Command};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// A hand-over may take this long (safety.md E1).
 const HAND_OVER_LIMIT: Duration = Duration::from_secs(5);
+
+/// The jobs of a round take some seconds, and to end them may take 30 (safety.md E2).
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// SIGKILL takes no time, but the machine may be busy.
 const BURIAL_LIMIT: Duration = Duration::from_secs(20);
@@ -71,15 +74,45 @@ impl Daemon {
     }
 
     /// Tells it to hand over: it must end well, and soon.
-    pub(crate) async fn hand_over(mut self) -> Result<(), String> {
+    pub(crate) async fn hand_over(self) -> Result<(), String> {
+        self.signal(Signal::TERM)?;
+        self.ends_well("hand-over", HAND_OVER_LIMIT).await
+    }
+
+    /// Tells it to finish its jobs and end; `cut`: after this time, to end them at once.
+    pub(crate) async fn drain(self, cut: Option<Duration>) -> Result<(), String> {
+        self.signal(Signal::QUIT)?;
+        if let Some(after) = cut {
+            sleep(after).await;
+            self.signal(Signal::QUIT)?;
+        }
+        self.ends_well("drain", DRAIN_LIMIT).await
+    }
+
+    /// Waits for the end of one that must not begin at all.
+    pub(crate) async fn until_refused(mut self) -> Result<(), String> {
+        let ended = timeout(HAND_OVER_LIMIT, self.child.wait()).await;
+        let status = ended.map_err(|_| "a second daemon on the same directory did not end")?;
+        let status = status.map_err(|error| format!("wait for the second daemon: {error}"))?;
+        let said = self.story()?;
+        if status.code() == Some(1) && said.contains("another dayfly (process ") {
+            return Ok(());
+        }
+        Err(format!("a second daemon on the same directory ended with {status}: {said}"))
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), String> {
         let pid = self.child.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
-        let pid = pid.ok_or("the daemon had ended before its hand-over")?;
-        kill_process(pid, Signal::TERM).map_err(|error| format!("send SIGTERM: {error}"))?;
+        let pid = pid.ok_or("the daemon had ended before it was told to")?;
+        kill_process(pid, signal).map_err(|error| format!("send {signal:?}: {error}"))
+    }
+
+    async fn ends_well(mut self, what: &str, limit: Duration) -> Result<(), String> {
         let since = Instant::now();
-        match timeout(HAND_OVER_LIMIT, self.child.wait()).await {
-            Err(_) => Err(format!("a hand-over took more than {HAND_OVER_LIMIT:?}")),
+        match timeout(limit, self.child.wait()).await {
+            Err(_) => Err(format!("a {what} took more than {limit:?}")),
             Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(status) => Err(format!("a hand-over ended with {status:?} after {:?}", since.elapsed())),
+            Ok(status) => Err(format!("a {what} ended with {status:?} after {:?}", since.elapsed())),
         }
     }
 

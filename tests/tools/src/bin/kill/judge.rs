@@ -33,6 +33,18 @@ pub(crate) fn wrong(job: &Job, wanted: &Wanted) -> Option<String> {
     whole_trace(&job.trace.bytes, &bytes, job.id.0).or_else(|| wrong_artifact(job, &wanted.script))
 }
 
+/// Whether this job was ended with its daemon, honestly: once, as no fault of its own, with a line that says so.
+pub(crate) fn was_cut(job: &Job, wanted: &Wanted) -> bool {
+    const WORDS: &[u8] = b"an operator of this runner ended the job";
+    let (bytes, _) = expected(job.id.0, &wanted.script);
+    let reason = job.failure_reason.as_deref();
+    job.state == JobState::Failed
+        && (job.handed_out, job.verdicts) == (1, 1)
+        && matches!(reason, Some("runner_interrupted" | "runner_system_failure"))
+        && find(&job.trace.bytes, WORDS).is_some()
+        && canceled_trace(&job.trace.bytes, &bytes, job.id.0).is_none()
+}
+
 /// Own lines, the guest's bytes, own lines.
 fn whole_trace(trace: &[u8], guest: &[u8], job: u64) -> Option<String> {
     let Some(at) = find(trace, first_line(job).as_bytes()) else {

@@ -72,6 +72,7 @@ impl Wanted {
 struct Tally {
     kills: u32,
     hand_overs: u32,
+    drains: u32,
     jobs: u32,
     windows: u32,
     lost: u32,
@@ -174,7 +175,8 @@ async fn work_through(
         tally.windows += found.windows;
         match round.kind {
             Kind::Point { point, .. } => *tally.hits.entry(point).or_default() += 1,
-            Kind::HandOver => tally.hand_overs += 1,
+            Kind::HandOver { .. } => tally.hand_overs += 1,
+            Kind::Drain { .. } => tally.drains += 1,
             Kind::Random { .. } | Kind::Storm => {}
         }
     }
@@ -187,7 +189,7 @@ fn report(tally: &Tally) -> Result<(), String> {
     for (point, hits) in &tally.hits {
         say(&format!("K{point}: {hits} kills, {hits} died there"))?;
     }
-    say(&format!("{} jobs judged, {} hand-overs", tally.jobs, tally.hand_overs))?;
+    say(&format!("{} jobs judged, {} hand-overs, {} drains", tally.jobs, tally.hand_overs, tally.drains))?;
     let window = window::Figures::of(&tally.journal_ms);
     say(&format!("from a 201's last byte to the record on disk: {window}"))?;
     say(&format!("one fsync of this disk meanwhile: {}", window::Figures::of(&tally.fsync_ms)))?;

@@ -1,4 +1,5 @@
-//! Which rounds there are: each point five times, random kills up to a number, hand-overs, one storm. All from a seed.
+//! Which rounds there are: each point five times, random kills up to a number, hand-overs and drains, one storm. All
+//! from a seed.
 
 use dayfly::rng::Rng;
 use std::fmt;
@@ -9,8 +10,11 @@ pub(crate) const POINTS: u8 = 19;
 /// How often each point is died at.
 const KILLS_AT_EACH: u32 = 5;
 
-/// How often a daemon hands over to the next one in between.
+/// How often a daemon hands over to the next one in between, with a second one beside it every other time.
 const HAND_OVERS: u32 = 8;
+
+/// How often one is drained, and how often a drain is cut short by a second signal.
+const DRAINS: u32 = 3;
 
 /// Kills of one storm, in at most a minute (safety.md E15).
 pub(crate) const STORM_KILLS: u32 = 20;
@@ -27,8 +31,10 @@ pub(crate) enum Kind {
     Random { kills: u32 },
     /// By us, again and again.
     Storm,
-    /// By SIGTERM.
-    HandOver,
+    /// By SIGTERM; `beside`: while it runs, a second one is started on the same directory.
+    HandOver { beside: bool },
+    /// By SIGQUIT; `twice`: by two of them.
+    Drain { twice: bool },
 }
 
 /// One round.
@@ -56,7 +62,9 @@ impl fmt::Display for Round {
             }
             Kind::Random { kills } => write!(f, "({kills} random kills)"),
             Kind::Storm => write!(f, "(storm of {STORM_KILLS} kills)"),
-            Kind::HandOver => write!(f, "(hand-over)"),
+            Kind::HandOver { .. } => write!(f, "(hand-over)"),
+            Kind::Drain { twice: false } => write!(f, "(drain)"),
+            Kind::Drain { twice: true } => write!(f, "(drain cut short)"),
         }
     }
 }
@@ -91,7 +99,8 @@ impl Plan {
             left -= left.min(wished);
         }
         if only.is_none() {
-            kinds.extend([Kind::HandOver; HAND_OVERS as usize]);
+            kinds.extend((0..HAND_OVERS).map(|n| Kind::HandOver { beside: n % 2 == 0 }));
+            kinds.extend((0..2 * DRAINS).map(|n| Kind::Drain { twice: n % 2 == 0 }));
         }
         shuffle(&mut kinds, &rng);
         if storm {
@@ -146,7 +155,7 @@ mod tests {
                     Kind::Random { kills } => kills,
                     Kind::Storm => STORM_KILLS,
                     Kind::Point { again, .. } => u32::from(again),
-                    Kind::HandOver => 0,
+                    Kind::HandOver { .. } | Kind::Drain { .. } => 0,
                 })
                 .sum();
             assert_eq!(random, kills);

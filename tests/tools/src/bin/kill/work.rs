@@ -61,6 +61,18 @@ impl Wanted {
         Self { script, cancel: None, source: None }
     }
 
+    /// A job that moves no artifact: the official runner tries that three times, each kill may cut one of them, and a
+    /// fourth is nobody's promise.
+    pub(crate) fn without_transfer(rng: &Rng, source: Source) -> Self {
+        let transfers = |step: &Step| matches!(step, Step::Upload(_) | Step::Download(..));
+        loop {
+            let wanted = Self::choose(rng, source);
+            if !wanted.script.iter().any(transfers) {
+                return wanted;
+            }
+        }
+    }
+
     /// A job that uploads an artifact of some MiB.
     pub(crate) fn uploading(rng: &Rng) -> Self {
         let count = (1 << 20) + usize::try_from(rng.below(4 << 20)).unwrap_or(0);
