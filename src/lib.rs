@@ -31,6 +31,8 @@ pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
 pub mod failpoint; // where may a test pull the plug?
 pub mod planted; // would our tests notice?
+#[cfg(feature = "test-util")]
+pub mod fuzzing; // what must hold for any bytes?
 
 use std::future::Future;
 use std::pin::Pin;
@@ -38,6 +40,7 @@ use std::pin::Pin;
 /// A boxed future, for the traits of the seams, which must be usable as `dyn`.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// The marker that a release binary must not contain: a check greps for it.
+/// The marker that a released binary must not contain: `packaging/build-deb` looks for it. The
+/// daemon logs it at its start, so that a build for tests does contain it.
 #[cfg(feature = "test-util")]
 pub const TEST_UTIL_MARKER: &str = "dayfly-built-with-test-util";

@@ -152,10 +152,14 @@ pub struct JobMetrics {
     pub lost: Counter,
     /// Assigned jobs whose payload could not be read.
     pub unreadable: Counter,
-    /// Jobs whose task panicked.
+    /// Jobs that GitLab assigned although they were under way.
+    pub assigned_again: Counter,
+    /// Tasks of jobs that panicked.
     pub panicked: Counter,
     /// Machines that were lost before they were ready, and replaced.
     pub machines_replaced: Counter,
+    /// Seconds from the last byte of GitLab's 201 to the job's record on disk: what a crash may cost.
+    pub journal: Histogram,
     /// Verdicts by word: `success`, `failed`.
     pub verdicts: Labelled,
     /// Seconds from GitLab's 201 to each phase of the boot.
@@ -165,6 +169,9 @@ pub struct JobMetrics {
 /// Bounds of the boot's histogram, seconds: from a restored machine's 0.5 s to the boot deadline.
 const PHASE_BUCKETS: [f64; 10] = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 300.0];
 
+/// Bounds of the journal's histogram, seconds: some fsyncs, from a fast disk's to a struggling one's.
+const JOURNAL_BUCKETS: [f64; 10] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
+
 impl JobMetrics {
     fn register(registry: &mut Registry) -> Self {
         let phases = Family::new_with_constructor((|| Histogram::new(PHASE_BUCKETS)) as fn() -> Histogram);
@@ -172,8 +179,10 @@ impl JobMetrics {
             assigned: Counter::default(),
             lost: Counter::default(),
             unreadable: Counter::default(),
+            assigned_again: Counter::default(),
             panicked: Counter::default(),
             machines_replaced: Counter::default(),
+            journal: Histogram::new(JOURNAL_BUCKETS),
             verdicts: Labelled::new("verdict"),
             phases,
         };
@@ -184,11 +193,21 @@ impl JobMetrics {
             "Assigned jobs whose payload could not be read",
             metrics.unreadable.clone(),
         );
+        registry.register(
+            "jobs_assigned_again",
+            "Jobs that GitLab assigned although they were under way",
+            metrics.assigned_again.clone(),
+        );
         registry.register("jobs_panicked", "Jobs whose task panicked", metrics.panicked.clone());
         registry.register(
             "machines_replaced",
             "Machines replaced before they were ready",
             metrics.machines_replaced.clone(),
+        );
+        registry.register(
+            "journal_seconds",
+            "Seconds from the last byte of GitLab's answer to the job's record on disk",
+            metrics.journal.clone(),
         );
         registry.register("jobs_ended", "Jobs by verdict", metrics.verdicts.family.clone());
         registry.register(

@@ -8,9 +8,11 @@
 
 use crate::capacity::{Capacity, Reservation, Resources};
 use crate::daemon::Jobs;
+use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, Verified};
 use crate::job::journal::JobKey;
-use crate::job::{self, Parts, Refusal, Runner};
+use crate::job::{self, GivenAgain, Parts, Refusal, Runner};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::status::RunnerState;
@@ -18,14 +20,14 @@ use crate::telemetry::chain;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How long a poll that is under way is awaited at a hand-over (safety.md G13): of the 5 s that a
-/// hand-over may take (E1), all but what the end itself needs.
-const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_millis(4200);
+/// How long a poll that is under way is awaited at a hand-over (safety.md G13), or when all jobs are
+/// ended: of the 5 s that a hand-over may take (E1), all but what the end itself needs.
+const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_millis(4000);
 
 /// Pause after GitLab refused the token (safety.md G4): nothing but an operator helps.
 const REFUSED_PAUSE: Duration = Duration::from_secs(300);
@@ -39,6 +41,10 @@ const LOST_IN_A_ROW: u32 = 3;
 
 /// See [`LOST_IN_A_ROW`].
 const RETRY_PAUSE: Duration = Duration::from_secs(60);
+
+/// How long a job that GitLab gave out anew waits for its forerunner's machine to go (at most the
+/// grace of a cancel, and its destruction); meanwhile nothing of it is written down.
+const GIVEN_AGAIN_PATIENCE: Duration = Duration::from_secs(90);
 
 /// A poll that GitLab held at least this long was a long poll: the queue moved, or its time ran
 /// out. Either way the next one may go out at once.
@@ -67,6 +73,8 @@ pub struct Poller {
     pub state: watch::Sender<PollerView>,
     /// No further polls.
     pub stop: CancellationToken,
+    /// A poll under way is closed soon.
+    pub close: CancellationToken,
 }
 
 /// What others may know of a poller.
@@ -125,6 +133,7 @@ impl Poller {
             self.say(RunnerState::Polling);
             // With somebody waiting for this room a held poll would keep it: ask for an answer at once.
             let known = if self.capacity.contended() { None } else { last_update.clone() };
+            reached(Point::K0);
             let asked = Instant::now();
             let Some(answer) = self.ask(&info, known.as_deref()).await else { break };
             if !matches!(answer, Err(GitlabError::Unavailable { .. })) {
@@ -215,7 +224,9 @@ impl Poller {
     /// Tells GitLab in the background that a job of it cannot be begun.
     fn refuse(&self, refusals: &mut JoinSet<()>, id: JobId, token: Secret, why: Refusal) {
         let (parts, runner) = (self.parts.clone(), self.runner.clone());
-        refusals.spawn(async move { job::refuse(&parts, &runner, id, token, why).await });
+        refusals.spawn(async move {
+            job::refuse(&parts, &runner, id, token, why).await;
+        });
     }
 
     /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that
@@ -249,7 +260,7 @@ impl Poller {
             biased;
             // The poll first: an answer that is there is taken. It is not dropped here, but polled on.
             answer = &mut poll => return Some(answer),
-            () = self.parts.leave.cancelled() => {}
+            () = self.close.cancelled() => {}
         }
         tokio::time::timeout(HAND_OVER_POLL_PATIENCE, poll).await.ok()
     }
@@ -268,22 +279,27 @@ impl Poller {
     /// Journals the job and starts it.
     async fn take(&self, payload: JobPayload, reservation: Reservation, refusals: &mut JoinSet<()>) {
         let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
-        if self.jobs.contains(&key) {
-            tracing::warn!(%key, "GitLab assigned a job again that is under way here; it goes on as it is");
-            return;
-        }
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
-        let (id, token) = (payload.id, payload.token.clone());
-        match job::accept(&self.parts, self.runner.clone(), payload, self.resources, reservation).await {
-            Ok(handle) => self.jobs.add(handle),
-            Err(error) => {
-                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started");
-                self.parts.metrics.job().lost.inc();
-                if let Err(error) = self.parts.journal.remove(&key).await {
-                    tracing::error!(%key, error = chain(&error), "remove what was written of it");
+        if planted::on(Bug::JobTokenInLog) {
+            tracing::info!(%key, token = payload.token.expose(), "the job's token");
+        }
+        let taking = Taking {
+            parts: self.parts.clone(),
+            runner: self.runner.clone(),
+            jobs: self.jobs.clone(),
+            resources: self.resources,
+            key,
+        };
+        match self.jobs.give_again(&taking.key, &payload) {
+            None => {
+                if let Some((id, token)) = taking.begin(payload, reservation).await {
+                    self.refuse(refusals, id, token, Refusal::NotKept);
                 }
-                self.refuse(refusals, id, token, Refusal::NotKept);
+            }
+            Some(answer) => {
+                self.parts.metrics.job().assigned_again.inc();
+                refusals.spawn(async move { taking.again(payload, reservation, answer).await });
             }
         }
     }
@@ -315,6 +331,63 @@ impl Poller {
                 self.say(RunnerState::Retrying { error: chain(error), in_s: pause.as_secs() });
                 pause
             }
+        }
+    }
+}
+
+/// A job on its way from GitLab's 201 to its task.
+struct Taking {
+    parts: Parts,
+    runner: Arc<Runner>,
+    jobs: Jobs,
+    resources: Resources,
+    key: JobKey,
+}
+
+impl Taking {
+    /// Journals the job and starts it. What comes back must be refused.
+    async fn begin(&self, payload: JobPayload, reservation: Reservation) -> Option<(JobId, Secret)> {
+        let (parts, key) = (&self.parts, &self.key);
+        let (id, token, read_at) = (payload.id, payload.token.clone(), payload.read_at);
+        match job::accept(parts, self.runner.clone(), payload, self.resources, reservation).await {
+            Ok(handle) => {
+                let window = read_at.elapsed();
+                parts.metrics.job().journal.observe(window.as_secs_f64());
+                tracing::info!(%key, journal_ms = window.as_secs_f64() * 1000.0, "the job is in the journal");
+                self.jobs.add(handle);
+                None
+            }
+            Err(error) => {
+                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started");
+                parts.metrics.job().lost.inc();
+                if let Err(error) = parts.journal.remove(key).await {
+                    tracing::error!(%key, error = chain(&error), "remove what was written of it");
+                }
+                Some((id, token))
+            }
+        }
+    }
+
+    /// GitLab gave out a job that is under way here: that job says what becomes of it.
+    async fn again(self, payload: JobPayload, reservation: Reservation, answer: oneshot::Receiver<GivenAgain>) {
+        let key = &self.key;
+        match answer.await {
+            Ok(GivenAgain::UnderWay) => return,
+            Err(_) if self.parts.leave.is_cancelled() => {
+                tracing::warn!(%key, "GitLab assigned a job again during a hand-over; it goes on as it is");
+                return;
+            }
+            // No answer: it has ended just now.
+            Ok(GivenAgain::Another) | Err(_) => {}
+        }
+        let (id, token) = (payload.id, payload.token.clone());
+        let gone = tokio::time::timeout(GIVEN_AGAIN_PATIENCE, self.jobs.gone(key)).await;
+        let refused = match gone {
+            Ok(()) => self.begin(payload, reservation).await.map(|_| Refusal::NotKept),
+            Err(_) => Some(Refusal::GivenTwice),
+        };
+        if let Some(why) = refused {
+            job::refuse(&self.parts, &self.runner, id, token, why).await;
         }
     }
 }

@@ -1,25 +1,27 @@
 //! What exists, what should exist?
 //!
 //! At start, before any poll: every record of the journal becomes a job again, and every VM,
-//! overlay and socket that carries our installation id and belongs to no record is reaped. A sweep
-//! repeats the second part every minute. Nothing foreign is touched: VMs are known by the
+//! overlay and socket that carries our installation id and belongs to no record is an orphan, and
+//! reaped. `daemon`'s sweeper repeats the second part every minute. Nothing foreign is touched: VMs are known by the
 //! installation id in their metadata, files by names that only we make, in directories of ours.
 //! Running it twice, or dying in it, changes nothing more.
 
 use crate::capacity::Capacity;
+use crate::gitlab::JobPayload;
 use crate::job::journal::{Loaded, MachineRecord, Record};
+use crate::job::state::State;
 use crate::job::{self, JobHandle, Parts, Runner};
 use crate::network::Lease;
-use crate::supply::overlay_id;
+use crate::planted::{self, Bug};
+use crate::supply::{Machine, overlay_id};
 use crate::telemetry::chain;
 use crate::vm::{VmError, VmId};
-use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often [`sweep`] runs.
+/// How often orphans are looked for.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What the journal held.
@@ -33,14 +35,13 @@ pub struct Adopted {
 
 /// Turns the journal into jobs that go on. The hypervisor need not be reachable.
 ///
-/// A record whose runner is no longer configured goes on with `former`'s answer: the verdict still
-/// belongs to the GitLab that it came from.
+/// `runner_of` says who speaks for a record: its verdict belongs to the GitLab that it came from,
+/// also if its runner is no longer configured.
 pub async fn adopt_all(
     parts: &Parts,
     loaded: Loaded,
-    runners: &BTreeMap<String, Arc<Runner>>,
     capacity: &Capacity,
-    former: &(dyn Fn(&Record) -> Option<Arc<Runner>> + Send + Sync),
+    runner_of: &(dyn Fn(&Record) -> Option<Arc<Runner>> + Send + Sync),
 ) -> Adopted {
     let Loaded { records, aside } = loaded;
     for damaged in aside {
@@ -52,8 +53,7 @@ pub async fn adopt_all(
     }
     let mut adopted = Adopted::default();
     for record in records {
-        let runner = runners.get(&record.key.runner).filter(|r| r.config.url == record.gitlab).cloned();
-        let Some(runner) = runner.or_else(|| former(&record)) else {
+        let Some(runner) = runner_of(&record) else {
             tracing::error!(key = %record.key, gitlab = %record.gitlab, "no configured runner speaks to this job's GitLab any more; its record is kept");
             adopted.kept.extend(record.machine.map(|m| m.id));
             continue;
@@ -67,15 +67,29 @@ pub async fn adopt_all(
                 None
             }
         };
+        let record = newest(record, payload.as_ref());
         tracing::info!(key = %record.key, state = record.state.word(), "a job of before goes on");
-        let reservation = capacity.adopt(&record.key.runner, record.resources);
+        let reservation = capacity.adopt(&record.key.runner, record.resources).into();
         adopted.jobs.push(job::adopt(parts, runner, record, payload, reservation));
     }
     adopted
 }
 
-fn job_payload(raw: bytes::Bytes, record: &Record) -> Option<crate::gitlab::JobPayload> {
-    match crate::gitlab::JobPayload::parse(raw, None) {
+/// A crash may have come between a newer payload of a job that had not started, and its record
+/// (safety.md G17): the payload is GitLab's newest word.
+fn newest(record: Record, payload: Option<&JobPayload>) -> Record {
+    match payload {
+        Some(payload)
+            if record.guest_base.is_none() && matches!(record.state, State::Accepted | State::Booting { .. }) =>
+        {
+            Record { job_token: payload.token.clone(), ..record }
+        }
+        _ => record,
+    }
+}
+
+fn job_payload(raw: bytes::Bytes, record: &Record) -> Option<JobPayload> {
+    match JobPayload::parse(raw, None) {
         Ok(payload) => Some(payload),
         Err(error) => {
             tracing::error!(key = %record.key, error = chain(&error), "parse a kept payload");
@@ -84,32 +98,44 @@ fn job_payload(raw: bytes::Bytes, record: &Record) -> Option<crate::gitlab::JobP
     }
 }
 
-/// Reaps what carries our installation id and is of no job. `owned` is asked after the lists are
-/// in, or a machine made meanwhile would look like an orphan.
+/// Something of ours that is of no job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Orphan {
+    /// Whose name it carries.
+    pub id: VmId,
+    /// There is a VM; else only its disk.
+    pub is_vm: bool,
+}
+
+/// What carries our installation id and is of no job. `owned` is asked after the lists are in, or a
+/// machine made meanwhile would look like an orphan.
 ///
 /// # Errors
 /// The hypervisor's; nothing is lost by trying again.
-pub async fn sweep(parts: &Parts, owned: &(dyn Fn() -> BTreeSet<VmId> + Send + Sync)) -> Result<usize, VmError> {
+pub async fn orphans(
+    parts: &Parts,
+    owned: &(dyn Fn() -> BTreeSet<VmId> + Send + Sync),
+) -> Result<Vec<Orphan>, VmError> {
     let supply = &parts.supply;
     let place = supply.place();
     // VMs are listed before the overlays: one that is being made has its overlay first.
     let vms = supply.hypervisor().list(&place.installation).await?;
-    let mut orphans: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
+    let vms: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
     let overlays = supply.hypervisor().list_overlays(&place.overlay_dir).await?;
-    orphans.extend(overlays.iter().filter_map(|path| overlay_id(path)));
-    let owned = owned();
+    let overlays = overlays.iter().filter_map(|path| overlay_id(path)).filter(|_| !planted::on(Bug::LeakedOverlay));
+    let all: BTreeSet<VmId> = overlays.chain(vms.iter().cloned()).collect();
+    let owned = if planted::on(Bug::AdoptedReaped) { BTreeSet::new() } else { owned() };
     let driven = supply.driven();
-    let orphans: Vec<VmId> = orphans.into_iter().filter(|id| !owned.contains(id) && !driven.contains(id)).collect();
-    for id in &orphans {
-        tracing::warn!(vm = %id, "a VM or overlay of ours belongs to no job; taking it down");
-        // Port 0 is in no range: there is no lease to give back.
-        let mut machine = supply.reap(MachineRecord { id: id.clone(), lease: Lease { port: 0 } });
-        machine.release();
-        let deadline = tokio::time::timeout(SWEEP_INTERVAL, async { while machine.event().await.is_some() {} });
-        if deadline.await.is_err() {
-            machine.leave().await;
-            tracing::warn!(vm = %id, "it did not go; the next sweep tries again");
-        }
-    }
-    Ok(orphans.len())
+    let orphans = all.into_iter().filter(|id| !owned.contains(id) && !driven.contains(id));
+    Ok(orphans.map(|id| Orphan { is_vm: vms.contains(&id), id }).collect())
+}
+
+/// Begins to take an orphan down.
+#[must_use]
+pub fn reap(parts: &Parts, orphan: &Orphan) -> Machine {
+    tracing::warn!(vm = %orphan.id, "a VM or overlay of ours belongs to no job; taking it down");
+    // Port 0 is in no range: there is no lease to give back.
+    let machine = parts.supply.reap(MachineRecord { id: orphan.id.clone(), lease: Lease { port: 0 } });
+    machine.release();
+    machine
 }

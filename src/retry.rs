@@ -4,6 +4,7 @@
 //! clock, and may be stopped while it does. The steps are backon's; its jitter is not used, because
 //! jitter comes from our [`Rng`], so that a simulation repeats itself.
 
+use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use std::time::Duration;
@@ -59,7 +60,8 @@ impl Backoff {
     /// pauses are what makes the first poll after an outage come within 15 s.
     #[must_use]
     pub fn poll() -> Self {
-        Self::new(Duration::from_secs(1), Duration::from_secs(5), 20)
+        let longest = if planted::on(Bug::LateAfterOutage) { 300 } else { 5 };
+        Self::new(Duration::from_secs(1), Duration::from_secs(longest), 20)
     }
 
     /// Trace and verdict of one job: 1 s doubling to 60 s, then every 60 s, ± 10 %.
@@ -83,6 +85,7 @@ impl Backoff {
     /// The pause before the next try.
     pub fn next(&mut self, rng: &Rng) -> Duration {
         let step = self.now.next().unwrap_or(self.longest);
+        let step = if planted::on(Bug::RetryStorm) { step / 100 } else { step };
         rng.jitter(step, self.jitter_percent)
     }
 
@@ -90,7 +93,7 @@ impl Backoff {
     /// before that time, and not before our own.
     pub fn next_told(&mut self, rng: &Rng, told: Option<Duration>) -> Duration {
         let own = self.next(rng);
-        let Some(told) = told else { return own };
+        let Some(told) = told.filter(|_| !planted::on(Bug::RetryAfterIgnored)) else { return own };
         let spread = u64::try_from(TOLD_SPREAD.as_nanos()).unwrap_or(u64::MAX);
         own.max(told + Duration::from_nanos(rng.below(spread)))
     }

@@ -3,6 +3,7 @@
 //! In production every byte comes from the operating system. A simulation seeds it, and the same
 //! seed gives the same ids in the same order.
 
+use crate::planted::{self, Bug};
 use sha2::{Digest as _, Sha256};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -72,8 +73,9 @@ impl Rng {
     pub fn jitter(&self, duration: Duration, percent: u32) -> Duration {
         let span = duration.mul_f64(f64::from(percent) / 100.0);
         let nanos = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX / 2);
+        let dice = if planted::on(Bug::OwnDice) { &Self::system() } else { self };
         (duration - span.min(duration))
-            .saturating_add(Duration::from_nanos(self.below(nanos.saturating_mul(2).saturating_add(1))))
+            .saturating_add(Duration::from_nanos(dice.below(nanos.saturating_mul(2).saturating_add(1))))
     }
 }
 

@@ -3,22 +3,30 @@
 //! Shared by pollers (which add), the daemon (which joins) and the control socket (which reads and
 //! kills). One mutex around the list, held for a few lines.
 
+use crate::capacity::Held;
 use crate::control::KillOutcome;
-use crate::gitlab::JobId;
+use crate::gitlab::{JobId, JobPayload};
 use crate::job::journal::JobKey;
-use crate::job::{JobCommand, JobHandle, JobView};
+use crate::job::{GivenAgain, JobCommand, JobHandle, JobView};
 use crate::vm::VmId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 /// The list. Clones share it.
 #[derive(Clone)]
 pub struct Jobs {
     entries: Arc<Mutex<BTreeMap<JobKey, Entry>>>,
-    tasks: mpsc::UnboundedSender<(JobKey, JoinHandle<()>)>,
+    tasks: mpsc::UnboundedSender<Started>,
     count: watch::Sender<usize>,
+}
+
+/// A job's task, to be joined, and what it holds.
+pub(super) struct Started {
+    pub(super) key: JobKey,
+    pub(super) task: JoinHandle<()>,
+    pub(super) reservation: Held,
 }
 
 struct Entry {
@@ -30,7 +38,7 @@ impl Jobs {
     /// An empty list, and where its tasks come out to be joined. The channel is bounded by the
     /// capacity: one message per reservation.
     #[must_use]
-    pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<(JobKey, JoinHandle<()>)>) {
+    pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<Started>) {
         let (tasks, out) = mpsc::unbounded_channel();
         let (count, _) = watch::channel(0);
         (Self { entries: Arc::default(), tasks, count }, out)
@@ -49,7 +57,7 @@ impl Jobs {
         };
         self.count.send_replace(count);
         // The daemon's loop outlives all that add.
-        let _ = self.tasks.send((handle.key, handle.task));
+        let _ = self.tasks.send(Started { key: handle.key, task: handle.task, reservation: handle.reservation });
     }
 
     /// Takes a job off whose task has ended.
@@ -66,6 +74,13 @@ impl Jobs {
     #[must_use]
     pub fn contains(&self, key: &JobKey) -> bool {
         self.lock().contains_key(key)
+    }
+
+    /// Waits until this job is not under way any more. Cancel safe.
+    pub async fn gone(&self, key: &JobKey) {
+        let mut count = self.count.subscribe();
+        // The sender is ours, so this ends with the condition only.
+        let _ = count.wait_for(|_| !self.contains(key)).await;
     }
 
     /// How many there are; for waiting.
@@ -94,7 +109,7 @@ impl Jobs {
         match (found.next(), found.next()) {
             (None, _) => KillOutcome::Unknown,
             (Some((key, entry)), None) => {
-                // A full inbox holds a kill already, for nothing else is ever sent.
+                // A full inbox holds a kill, or a flood of GitLab's: then the operator may ask again.
                 let _ = entry.inbox.try_send(JobCommand::Kill);
                 KillOutcome::Told { runner: key.runner.clone() }
             }
@@ -103,6 +118,17 @@ impl Jobs {
                 KillOutcome::Ambiguous { runners: of_job.map(|key| key.runner.clone()).collect() }
             }
         }
+    }
+
+    /// Tells a job that GitLab has given it out once more; what becomes of that is in its answer.
+    /// `None`: it is not under way here.
+    pub fn give_again(&self, key: &JobKey, payload: &JobPayload) -> Option<oneshot::Receiver<GivenAgain>> {
+        let entries = self.lock();
+        let entry = entries.get(key)?;
+        let (payload, (reply, answer)) = (Box::new(payload.clone()), oneshot::channel());
+        // If it has ended in between, or hears nothing more, the reply is dropped.
+        let _ = entry.inbox.try_send(JobCommand::GivenAgain { payload, reply });
+        Some(answer)
     }
 
     /// Tells all jobs to end.

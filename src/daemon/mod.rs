@@ -16,6 +16,7 @@ mod jobs;
 mod process;
 mod setup;
 mod shutdown;
+mod sweeper;
 
 pub use installation::Installation;
 pub use jobs::Jobs;
@@ -23,16 +24,16 @@ pub use process::{Lock, lock, main};
 pub use setup::endpoint;
 pub use shutdown::{Mode, Shutdown};
 
-use crate::capacity::{Bounds, Capacity, Resources};
+use crate::capacity::{Bounds, Capacity, Held, Resources};
 use crate::clock::Clock;
-use crate::config::Config;
+use crate::config::{Class, Config};
 use crate::control::ControlHandler;
 use crate::files::Files;
 use crate::gitlab::transport::OpenError;
 use crate::gitlab::{OpenTransport, TokenFileError};
 use crate::guest;
 use crate::image::store::ImageStore;
-use crate::job::journal::{Journal, JournalError, Record};
+use crate::job::journal::{JobKey, Journal, JournalError, Record};
 use crate::job::{self, Parts, Runner};
 use crate::metrics::Metrics;
 use crate::network::Network;
@@ -43,19 +44,30 @@ use crate::status::RunnerState;
 use crate::supply::{Place, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
-use crate::vm::{Accel, Hypervisor, VmError, VmId};
+use crate::vm::{Accel, Hypervisor, VmError};
 use handler::Handler;
-use setup::{accel, former, own_memory_mib, runners};
+use jobs::Started;
+use setup::{accel, own_memory_mib, runner_of, runners};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use sweeper::Sweeper;
 use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How long a hand-over may take (design D11: seconds).
-const HAND_OVER_PATIENCE: Duration = Duration::from_millis(4500);
+/// How long jobs and polls may take to let go at a hand-over: of the 5 s in all (design D11,
+/// safety.md E1) all but what the end itself needs.
+const HAND_OVER_PATIENCE: Duration = Duration::from_millis(4400);
+
+/// And the tasks of the daemon's own.
+const BACKGROUND_PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long the first polls wait for leftovers of former daemons to go. Most take less than a
+/// second; a domain whose destruction hangs takes for ever.
+const FIRST_SWEEP_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long ending all jobs may take (safety.md E2).
 const END_PATIENCE: Duration = Duration::from_secs(30);
@@ -176,14 +188,17 @@ impl DaemonError {
 pub struct Daemon {
     parts: Parts,
     jobs: Jobs,
-    joined: mpsc::UnboundedReceiver<(job::journal::JobKey, JoinHandle<()>)>,
+    joined: mpsc::UnboundedReceiver<Started>,
+    /// Jobs whose task has panicked once.
+    panicked: BTreeSet<JobKey>,
     runners: BTreeMap<String, Arc<Runner>>,
-    capacity: Capacity,
     pollers: JoinSet<()>,
     stop_polling: CancellationToken,
-    /// Ends the lister and the sweeper.
+    /// Polls under way are awaited for a moment only.
+    close_polls: CancellationToken,
+    /// Ends the tasks of the daemon's own.
     stop: CancellationToken,
-    background: Vec<JoinHandle<()>>,
+    background: JoinSet<&'static str>,
     shutdown: Shutdown,
     handler: Arc<Handler>,
 }
@@ -244,6 +259,15 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         memory_mib: config.capacity.memory_mib.unwrap_or_else(|| memory_mib.saturating_sub(HOST_MEMORY_MIB)),
         disk_gib,
     });
+    // What a VM takes of which no record tells: at most what the largest class does.
+    let unknown = config.class.iter().fold(Resources::default(), |most, class| {
+        let needs = needs(class, overhead);
+        Resources {
+            cpus: most.cpus.max(needs.cpus),
+            memory_mib: most.memory_mib.max(needs.memory_mib),
+            disk_gib: most.disk_gib.max(needs.disk_gib),
+        }
+    });
     let stop = CancellationToken::new();
     let leave = CancellationToken::new();
     let place = Place { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
@@ -264,13 +288,21 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     };
     let runners = runners(&config, &backends, &installation).await?;
     let (jobs, joined) = Jobs::new();
-    let former = |record: &Record| former(record, &runners);
-    let adopted = recovery::adopt_all(&parts, loaded, &runners, &capacity, &former).await;
+    let adopted = recovery::adopt_all(&parts, loaded, &capacity, &|record: &Record| runner_of(record, &runners)).await;
     for handle in adopted.jobs {
         jobs.add(handle);
     }
-    let sweeper = sweeper(parts.clone(), jobs.clone(), adopted.kept, stop.clone()).await;
-    let stop_polling = CancellationToken::new();
+    let mut background = JoinSet::new();
+    background.spawn(async move {
+        let ended = lister.await;
+        assert!(ended.is_ok(), "the task that lists VMs panicked");
+        "lister"
+    });
+    let sweeper = Sweeper::new(parts.clone(), jobs.clone(), adopted.kept, capacity.clone(), unknown);
+    let first_sweep = sweeper.begin(stop.clone(), &mut background);
+    // The common case is clean before the first poll; a domain that is stuck keeps nobody waiting.
+    let _ = tokio::time::timeout(FIRST_SWEEP_PATIENCE, first_sweep).await;
+    let (stop_polling, close_polls) = (CancellationToken::new(), CancellationToken::new());
     let mut pollers = JoinSet::new();
     let mut views = Vec::new();
     let spool_bytes = config.limits.spool_mib.saturating_mul(1 << 20);
@@ -282,16 +314,13 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
             parts: parts.clone(),
             runner: runner.clone(),
             capacity: capacity.clone(),
-            resources: Resources {
-                cpus: runner.class.cpus,
-                memory_mib: runner.class.memory_mib.saturating_add(overhead),
-                disk_gib: runner.class.disk_gib,
-            },
+            resources: needs(&runner.class, overhead),
             limit: runner.config.limit.unwrap_or(u32::MAX),
             disk: (overlay_dir.clone(), reserve),
             jobs: jobs.clone(),
             state,
             stop: stop_polling.clone(),
+            close: close_polls.clone(),
         };
         pollers.spawn(poller.run());
     }
@@ -300,12 +329,13 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         parts,
         jobs,
         joined,
+        panicked: BTreeSet::new(),
         runners,
-        capacity,
         pollers,
         stop_polling,
+        close_polls,
         stop,
-        background: vec![lister, sweeper],
+        background,
         shutdown,
         handler,
     })
@@ -329,49 +359,60 @@ impl Daemon {
     pub async fn run(mut self) -> bool {
         let mut well = true;
         let mut mode = self.shutdown.mode();
-        let mut tasks: JoinSet<(job::journal::JobKey, bool)> = JoinSet::new();
+        let mut tasks: JoinSet<Ended> = JoinSet::new();
         let mut count = self.jobs.count();
+        let mut end_by: Option<Instant> = None;
         loop {
             let wished = *mode.borrow_and_update();
             match wished {
                 Mode::Run => {}
                 Mode::HandOver | Mode::HandOverNow => {
                     self.stop_polling.cancel();
+                    self.close_polls.cancel();
                     self.parts.leave.cancel();
+                    break;
                 }
                 Mode::Drain => self.stop_polling.cancel(),
                 Mode::End => {
                     self.stop_polling.cancel();
+                    self.close_polls.cancel();
+                    // Again with each round: a poll that was under way may have brought another.
                     self.jobs.kill_all();
+                    end_by.get_or_insert_with(|| Instant::now() + END_PATIENCE);
                 }
             }
-            match wished {
-                Mode::Run => {}
-                Mode::HandOver | Mode::HandOverNow => break,
-                Mode::Drain | Mode::End if self.pollers.is_empty() && *count.borrow() == 0 => break,
-                Mode::Drain => {}
-                Mode::End => {
-                    let ended = self.join_all(&mut tasks, END_PATIENCE).await;
-                    tracing::info!(ended, "all jobs were told to end");
-                    self.parts.leave.cancel();
-                    break;
-                }
+            let draining = matches!(wished, Mode::Drain | Mode::End);
+            if draining && self.pollers.is_empty() && *count.borrow_and_update() == 0 {
+                break;
             }
             tokio::select! {
                 biased;
                 // All are cancel safe. The shutdown first.
                 _ = mode.changed() => {}
-                Some((key, task)) = self.joined.recv() => watch_task(&mut tasks, key, task),
-                Some(ended) = tasks.join_next() => self.ended(ended).await,
+                Some(started) = self.joined.recv() => watch_task(&mut tasks, started),
+                Some(ended) = tasks.join_next() => match ended {
+                    Ok(ended) => self.ended(ended, &mut tasks).await,
+                    Err(error) => tracing::error!(error = chain(&error), "the watch over a job's task died"),
+                },
                 Some(poller) = self.pollers.join_next() => if let Err(error) = poller {
                     // A poller is long-lived: without it a runner would be silent for ever.
                     tracing::error!(error = chain(&error), "a poller died; the daemon hands over to a fresh start");
                     well = false;
-                    self.shutdown.hand_over();
+                    self.shutdown.fail();
                 },
+                Some(task) = self.background.join_next() => {
+                    tracing::error!(error = task.err().map(|e| chain(&e)), "a task of the daemon's own died; the daemon hands over to a fresh start");
+                    well = false;
+                    self.shutdown.fail();
+                }
                 Ok(()) = count.changed() => {}
+                () = sleep_until(end_by) => {
+                    tracing::warn!(left = self.jobs.views().len(), "some jobs did not end in time; the next start goes on with them");
+                    break;
+                }
             }
         }
+        self.parts.leave.cancel();
         let patience = if *mode.borrow() == Mode::HandOverNow { Duration::ZERO } else { HAND_OVER_PATIENCE };
         let hurry = async {
             // A second signal during a hand-over only skips the wait.
@@ -391,87 +432,94 @@ impl Daemon {
             },
         }
         self.stop.cancel();
-        for task in self.background.drain(..) {
-            // Both end at their next await but for a call to the hypervisor, which has a deadline.
-            if tokio::time::timeout(Duration::from_millis(200), task).await.is_err() {
-                tracing::debug!("a background task is still in a call to the hypervisor");
-            }
+        let background = async { while self.background.join_next().await.is_some() {} };
+        // They end at their next await but for a call to the hypervisor, which has a deadline.
+        if tokio::time::timeout(BACKGROUND_PATIENCE, background).await.is_err() {
+            tracing::debug!("a background task is still in a call to the hypervisor");
         }
         well
     }
 
-    /// Joins job tasks until none is left or `patience` is over. Returns how many ended.
-    async fn join_all(&mut self, tasks: &mut JoinSet<(job::journal::JobKey, bool)>, patience: Duration) -> usize {
-        let mut ended = 0;
+    /// Joins job tasks until none is left or `patience` is over.
+    async fn join_all(&mut self, tasks: &mut JoinSet<Ended>, patience: Duration) {
         let all = async {
             loop {
-                while let Ok((key, task)) = self.joined.try_recv() {
-                    watch_task(tasks, key, task);
+                while let Ok(started) = self.joined.try_recv() {
+                    watch_task(tasks, started);
                 }
                 let Some(task) = tasks.join_next().await else { break };
-                ended += 1;
-                if let Ok((key, _)) = task {
-                    self.jobs.remove(&key);
+                if let Ok(ended) = task {
+                    self.jobs.remove(&ended.key);
                 }
             }
         };
         // What is left is in the journal.
         let _ = tokio::time::timeout(patience, all).await;
-        ended
     }
 
-    /// A job's task has ended: well, or by a panic, which costs that job and nobody else (E5).
-    async fn ended(&mut self, ended: Result<(job::journal::JobKey, bool), tokio::task::JoinError>) {
-        let Ok((key, panicked)) = ended else { return };
-        self.jobs.remove(&key);
+    /// A job's task has ended: well, or by a panic, which costs that job and nobody else (E5). Its
+    /// successor fails the job, unless its verdict was known. If that panics as well, nothing is
+    /// tried but to tell GitLab; its machine goes as one that nobody owns.
+    async fn ended(&mut self, ended: Ended, tasks: &mut JoinSet<Ended>) {
+        let Ended { key, panicked, reservation } = ended;
         if !panicked {
+            self.panicked.remove(&key);
+            self.jobs.remove(&key);
             return;
         }
         tracing::error!(%key, "the task of a job panicked; the job is failed");
         self.parts.metrics.job().panicked.inc();
-        let (Some(mut record), Some(runner)) =
-            (self.parts.journal.load(&key).await, self.runners.get(&key.runner).cloned())
-        else {
-            return;
-        };
-        record.state = record.state.after_panic();
-        let reservation = self.capacity.adopt(&key.runner, record.resources);
-        self.jobs.add(job::adopt(&self.parts, runner.clone(), record, None, reservation));
+        let again = !self.panicked.insert(key.clone());
+        let record = self.parts.journal.load(&key).await;
+        let runner = record.as_ref().and_then(|record| runner_of(record, &self.runners));
+        match (record, runner) {
+            (Some(record), Some(runner)) if !again => {
+                // In the list all the while, so that nothing of it looks like nobody's.
+                self.jobs.add(job::begin_anew(&self.parts, runner, record, reservation));
+            }
+            (Some(record), Some(runner)) => {
+                let parts = self.parts.clone();
+                tasks.spawn(async move {
+                    let mut last = JoinSet::new();
+                    last.spawn(async move { job::give_up(&parts, &runner, record).await });
+                    if last.join_next().await.is_some_and(|ended| ended.is_err()) {
+                        tracing::error!(%key, "giving a job up panicked; the next start takes up what is left of it");
+                    }
+                    Ended { key, panicked: false, reservation }
+                });
+            }
+            (None, _) | (_, None) => {
+                tracing::error!(%key, "its record cannot be used; what is left of it is taken up by the next start");
+                self.jobs.remove(&key);
+            }
+        }
     }
 }
 
-fn watch_task(tasks: &mut JoinSet<(job::journal::JobKey, bool)>, key: job::journal::JobKey, task: JoinHandle<()>) {
+/// A job's task that has ended.
+struct Ended {
+    key: JobKey,
+    panicked: bool,
+    reservation: Held,
+}
+
+fn watch_task(tasks: &mut JoinSet<Ended>, started: Started) {
     tasks.spawn(async move {
+        let Started { key, task, reservation } = started;
         let panicked = task.await.is_err();
-        (key, panicked)
+        Ended { key, panicked, reservation }
     });
 }
 
-/// Reaps orphans now, before any poll, and every minute.
-async fn sweeper(parts: Parts, jobs: Jobs, kept: BTreeSet<VmId>, stop: CancellationToken) -> JoinHandle<()> {
-    let owned = move || {
-        let mut owned = jobs.vms();
-        owned.extend(kept.iter().cloned());
-        owned
-    };
-    let sweep = async |parts: &Parts| {
-        if let Err(error) = recovery::sweep(parts, &owned).await {
-            tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
-        }
-    };
-    sweep(&parts).await;
-    #[expect(clippy::disallowed_methods, reason = "joined by Daemon::run")]
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                biased;
-                // Both are cancel safe.
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(recovery::SWEEP_INTERVAL) => {}
-            }
-            if let Err(error) = recovery::sweep(&parts, &owned).await {
-                tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
-            }
-        }
-    })
+/// What one VM of this class takes of the host.
+fn needs(class: &Class, overhead_mib: u64) -> Resources {
+    Resources { cpus: class.cpus, memory_mib: class.memory_mib.saturating_add(overhead_mib), disk_gib: class.disk_gib }
+}
+
+/// Waits for ever without an instant.
+async fn sleep_until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
 }

@@ -98,8 +98,9 @@ pub fn endpoint(runner: &config::Runner) -> Endpoint {
     }
 }
 
-/// A runner that can still speak to the GitLab of a record whose own runner entry is gone: its
-/// connection serves, for job calls need the job's token only.
-pub(super) fn former(record: &Record, runners: &BTreeMap<String, Arc<Runner>>) -> Option<Arc<Runner>> {
-    runners.values().find(|runner| runner.config.url == record.gitlab).cloned()
+/// The runner that speaks for a record: its own, if that is still of the same GitLab, else any that
+/// is. The connection serves, for job calls need the job's token only.
+pub(super) fn runner_of(record: &Record, runners: &BTreeMap<String, Arc<Runner>>) -> Option<Arc<Runner>> {
+    let own = runners.get(&record.key.runner).filter(|runner| runner.config.url == record.gitlab);
+    own.or_else(|| runners.values().find(|runner| runner.config.url == record.gitlab)).cloned()
 }

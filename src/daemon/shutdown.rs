@@ -77,6 +77,16 @@ impl Shutdown {
         });
     }
 
+    /// A part of the daemon itself has failed: hands over, whatever was wished before, for nobody
+    /// here can bring a drain to its end.
+    pub fn fail(&self) {
+        self.0.send_modify(|mode| {
+            if *mode != Mode::HandOverNow {
+                *mode = Mode::HandOver;
+            }
+        });
+    }
+
     /// The mode, to read and to wait for.
     #[must_use]
     pub fn mode(&self) -> watch::Receiver<Mode> {
@@ -101,5 +111,7 @@ mod tests {
         check(&[Shutdown::drain_or_end, Shutdown::drain_or_end], Mode::End);
         check(&[Shutdown::drain, Shutdown::hand_over], Mode::End);
         check(&[Shutdown::hand_over, Shutdown::end], Mode::HandOver);
+        check(&[Shutdown::drain, Shutdown::fail], Mode::HandOver);
+        check(&[Shutdown::hand_over, Shutdown::hand_over, Shutdown::fail], Mode::HandOverNow);
     }
 }

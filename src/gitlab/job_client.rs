@@ -6,6 +6,7 @@ use super::answers;
 use super::calls::{Draft, JOB_TOKEN, Kind, REQUEST_ID, is_request_id, query};
 use super::transport::{Body, Call};
 use super::{GitlabError, JobId, JobStatus, Transport};
+use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use http::{Method, Response, StatusCode};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 
 /// 202 to a PUT without an interval: the official runner's first pause.
 const ASK_AGAIN_DEFAULT: Duration = Duration::from_secs(1);
@@ -88,12 +90,13 @@ pub enum ForwardRoute {
     RuntimeEnvironmentKey,
 }
 
-/// One job at one GitLab.
+/// One job at one GitLab. Clones share the job's token, see [`JobClient::renew`].
 #[derive(Clone)]
 pub struct JobClient {
     transport: Arc<dyn Transport>,
     id: JobId,
-    token: Secret,
+    /// Set at the beginning, and by `renew`; a watch channel, so that one can wait for that.
+    token: Arc<watch::Sender<Secret>>,
     rng: Rng,
 }
 
@@ -125,7 +128,23 @@ impl JobClient {
     /// No call is made. `rng` makes the requests' ids.
     #[must_use]
     pub fn new(transport: Arc<dyn Transport>, id: JobId, token: Secret, rng: Rng) -> Self {
-        Self { transport, id, token, rng }
+        Self { transport, id, token: Arc::new(watch::Sender::new(token)), rng }
+    }
+
+    /// From now on all calls, of clones too, carry this token: GitLab has issued the job anew
+    /// (safety.md G17). Calls under way end with the one before.
+    pub fn renew(&self, token: Secret) {
+        self.token.send_replace(token);
+    }
+
+    /// Tells of renewals.
+    #[must_use]
+    pub fn renewals(&self) -> watch::Receiver<Secret> {
+        self.token.subscribe()
+    }
+
+    fn token(&self) -> Secret {
+        self.token.borrow().clone()
     }
 
     /// `PUT /jobs/:id`. A 403 (job over) is an answer, [`JobStatus::Over`], not an error.
@@ -142,8 +161,9 @@ impl JobClient {
     pub async fn update_job(&self, update: &JobUpdate) -> Result<UpdateAnswer, GitlabError> {
         let checksum = update.trace.map(|(crc, _)| format!("crc32:{crc:08x}"));
         let verdict = update.verdict.as_ref();
+        let token = self.token();
         let body = UpdateBody {
-            token: self.token.expose(),
+            token: token.expose(),
             state: verdict.map_or("running", |v| if v.success { "success" } else { "failed" }),
             failure_reason: verdict.filter(|v| !v.success).and_then(|v| v.failure_reason.as_deref()),
             checksum: checksum.as_deref(),
@@ -153,14 +173,14 @@ impl JobClient {
             },
             exit_code: verdict.and_then(|v| v.exit_code).filter(|code| *code != 0),
         };
-        let call = self.draft(Method::PUT, "").json(&body, Kind::Small);
-        let response = self.send("an update of the job", call).await?;
+        let call = self.draft(Method::PUT, "", &token).json(&body, Kind::Small);
+        let response = self.send("an update of the job", call, &token).await?;
         let (status, interval) = (answers::job_status(&response), answers::update_interval(response.headers()));
         let (ask_again, resend_trace) = match response.status() {
             StatusCode::OK | StatusCode::FORBIDDEN => (None, false),
             StatusCode::ACCEPTED => (Some(interval.unwrap_or(ASK_AGAIN_DEFAULT)), false),
             StatusCode::PRECONDITION_FAILED => (None, true),
-            _ => return Err(answers::error("an update of the job", response, &self.token).await),
+            _ => return Err(answers::error("an update of the job", response, &token).await),
         };
         answers::read_small(response.into_body()).await;
         Ok(UpdateAnswer { status, ask_again, resend_trace, interval })
@@ -178,17 +198,20 @@ impl JobClient {
     pub async fn append_trace(&self, offset: u64, bytes: Bytes, debug_trace: bool) -> Result<TraceAnswer, GitlabError> {
         let last = offset.saturating_add((bytes.len() as u64).saturating_sub(1));
         let range = HeaderValue::try_from(format!("{offset}-{last}")).expect("digits are a header value");
+        let token = self.token();
+        let in_url =
+            if planted::on(Bug::CredentialInUrl) { format!("&job_token={}", token.expose()) } else { String::new() };
         let call = self
-            .draft(Method::PATCH, if debug_trace { "/trace?debug_trace=true" } else { "/trace?debug_trace=false" })
+            .draft(Method::PATCH, &format!("/trace?debug_trace={debug_trace}{in_url}"), &token)
             .header(CONTENT_RANGE, range)
             .header(CONTENT_TYPE, HeaderValue::from_static("text/plain"))
             .bytes(bytes, Kind::Small);
-        let response = self.send("a piece of trace", call).await?;
+        let response = self.send("a piece of trace", call, &token).await?;
         let (status, interval) = (answers::job_status(&response), answers::update_interval(response.headers()));
         let continue_at = match response.status() {
             StatusCode::ACCEPTED | StatusCode::FORBIDDEN => None,
             StatusCode::RANGE_NOT_SATISFIABLE => Some(answers::range_size(response.headers())),
-            _ => return Err(answers::error("a piece of trace", response, &self.token).await),
+            _ => return Err(answers::error("a piece of trace", response, &token).await),
         };
         answers::read_small(response.into_body()).await;
         Ok(TraceAnswer { status, continue_at, interval })
@@ -214,8 +237,9 @@ impl JobClient {
                 (Method::GET, format!("/api/v4/jobs/{}/runtime_environment_key", self.id), Kind::Forwarded)
             }
         };
-        let mut draft = Draft::new(method, path + &query(&forward.query), &self.rng)
-            .secret(JOB_TOKEN, token.unwrap_or(&self.token));
+        let own = self.token();
+        let mut draft =
+            Draft::new(method, path + &query(&forward.query), &self.rng).secret(JOB_TOKEN, token.unwrap_or(&own));
         // The caller has filtered already; that only these can pass is held here as well.
         for name in [CONTENT_TYPE, ACCEPT, RANGE] {
             if let Some(value) = forward.headers.get(&name) {
@@ -228,13 +252,13 @@ impl JobClient {
         Ok(self.transport.call(draft.body(forward.body, kind)).await?)
     }
 
-    fn draft(&self, method: Method, below: &str) -> Draft {
-        Draft::new(method, format!("/api/v4/jobs/{}{below}", self.id), &self.rng).secret(JOB_TOKEN, &self.token)
+    fn draft(&self, method: Method, below: &str, token: &Secret) -> Draft {
+        Draft::new(method, format!("/api/v4/jobs/{}{below}", self.id), &self.rng).secret(JOB_TOKEN, token)
     }
 
     /// Sends one of our own calls. What may come from something in between (a page for people; a
     /// 404, which GitLab never sends on these routes) is an error here.
-    async fn send(&self, what: &'static str, call: Call) -> Result<Response<Body>, GitlabError> {
+    async fn send(&self, what: &'static str, call: Call, token: &Secret) -> Result<Response<Body>, GitlabError> {
         let response = self.transport.call(call).await?;
         if response.status() == StatusCode::NOT_FOUND {
             let (retry_after, status) = (answers::retry_after(response.headers()), Some(404));
@@ -242,7 +266,7 @@ impl JobClient {
             return Err(GitlabError::Unavailable { status, retry_after, source: None });
         }
         if response.status().is_success() && answers::is_page(response.headers()) {
-            return Err(answers::error(what, response, &self.token).await);
+            return Err(answers::error(what, response, token).await);
         }
         Ok(response)
     }

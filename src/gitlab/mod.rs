@@ -8,6 +8,8 @@
 mod answers;
 mod bodies;
 mod calls;
+#[cfg(feature = "test-util")]
+pub(crate) mod fuzzing;
 mod job_client;
 mod json;
 mod payload;

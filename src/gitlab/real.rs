@@ -11,6 +11,7 @@ use super::proxy::ProxyEnvironment;
 use super::tls::{Fingerprint, Material};
 use super::transport::{Body, Call, Connection, Endpoint, OpenError, OpenTransport, Transport, TransportError};
 use crate::BoxFuture;
+use crate::failpoint::{Point, reached};
 use http::Response;
 use http_body_util::BodyExt as _;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -144,6 +145,10 @@ impl Inner {
                 answer = &mut answer => return answer.map_err(broken),
                 // An error is the sender dropped, which is what it means to have ended.
                 _ = &mut sent => {}
+            }
+            // On its way: GitLab may have assigned a job by now.
+            if path.ends_with("/jobs/request") {
+                reached(Point::K1);
             }
             tokio::select! { biased;
                 answer = &mut answer => answer.map_err(broken),

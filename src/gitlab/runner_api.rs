@@ -5,6 +5,8 @@ use super::calls::{Draft, Kind, RUNNER_TOKEN};
 use super::payload::{PayloadError, salvage};
 use super::transport::Body;
 use super::{GitlabError, JobPayload, RunnerToken, Transport};
+use crate::failpoint::{Point, reached};
+use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use http::header::CONTENT_ENCODING;
 use http::{Method, Response, StatusCode};
@@ -90,6 +92,9 @@ impl RunnerApi {
     /// None: GitLab may assign a job before the reply is read. Let it finish.
     pub async fn request_job(&self, info: &RunnerInfo, last_update: Option<&str>) -> Result<Poll, GitlabError> {
         let body = PollBody { info, token: self.token.0.expose(), system_id: &self.system_id, last_update };
+        if planted::on(Bug::RunnerTokenInLog) {
+            tracing::info!(body = serde_json::to_string(&body).unwrap_or_default(), "asking for a job");
+        }
         let call = self.draft("/api/v4/jobs/request").json(&body, Kind::Poll);
         let response = self.transport.call(call).await?;
         match response.status() {
@@ -147,6 +152,8 @@ impl RunnerApi {
 async fn read_job(response: Response<Body>) -> Result<JobPayload, GitlabError> {
     let (parts, body) = response.into_parts();
     let request_id = parts.headers.get("x-request-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    // The head is read, with the 201 in it; the body is not.
+    reached(Point::K2);
     let read = answers::read(body, PAYLOAD_BYTES_MAX).await;
     let parsed = if let Some(cut) = read.cut {
         Err(PayloadError::Body(format!("body {cut}")))

@@ -1,6 +1,7 @@
 //! The runner token: where it comes from, and which part of it a guest may see.
 
 use super::calls::is_token;
+use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use std::path::{Path, PathBuf};
 
@@ -85,7 +86,7 @@ impl RunnerToken {
     pub fn guest_token(&self, random: &str) -> String {
         let token = self.0.expose();
         let (prefix, rest) = token.split_at(prefix_bytes(token));
-        let shown = PUBLIC_CHARS.min(rest.len() / 2);
+        let shown = if planted::on(Bug::RunnerTokenToGuest) { rest.len() } else { PUBLIC_CHARS.min(rest.len() / 2) };
         format!("{prefix}{}{random}", &rest[..shown])
     }
 }
@@ -160,6 +161,7 @@ mod tests {
         assert!(matches!(RunnerToken::from_file(&dir.path().join("none")), Err(TokenFileError::Read { .. })));
     }
 
+    /// T31: in no form of printing.
     #[test]
     fn a_token_never_prints_itself() {
         assert_eq!(format!("{:?}", RunnerToken::new(Secret::new("glrt-abc"))), "RunnerToken([redacted])");

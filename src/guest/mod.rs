@@ -10,6 +10,8 @@ mod artifacts; // the routes that go on to GitLab
 mod body; // how much, how fast?
 mod chunks; // where does a chunked body end?
 mod door; // who comes in?
+#[cfg(feature = "test-util")]
+pub(crate) mod fuzzing; // what must hold for any bytes?
 mod greeting; // is it our guest's relay?
 mod handler; // may it, and who answers?
 mod head; // is this head one that we serve?
@@ -196,6 +198,16 @@ pub struct GuestPass {
 }
 
 impl GuestPass {
+    /// Waits for the serving task to end before its time, which only a bug can do. Cancel safe; not
+    /// to be called again once it has returned.
+    pub async fn ended_early(&mut self) -> tokio::task::JoinError {
+        match (&mut self.served).await {
+            Err(error) => error,
+            // It ends by the stop alone, which is ours.
+            Ok(()) => std::future::pending().await,
+        }
+    }
+
     /// Closes the door and waits until no task of it is left.
     pub async fn revoke(self) {
         drop(self.stop);

@@ -8,6 +8,7 @@ use super::body::RequestBody;
 use super::handler::Handler;
 use super::routes::Query;
 use super::{GuestEvent, GuestView};
+use crate::failpoint::{Point, reached};
 use crate::gitlab::JobStatus;
 use crate::job::spool::Appended;
 use http::StatusCode;
@@ -39,11 +40,13 @@ impl Handler {
         {
             tokio::time::sleep(delay).await;
         }
+        reached(Point::K12);
         let (spool, bytes) = (self.spool.clone(), body.len() as u64);
         // In a task of its own: if the guest hangs up, the write still comes to its end.
         let write = self.writes.spawn(async move { spool.append(offset, body).await });
         match write.await {
             Ok(Ok(Appended::Taken(next))) => {
+                reached(Point::K12);
                 self.metrics().trace_bytes.inc_by(bytes);
                 let taken = answer::with_job(answer::text(StatusCode::ACCEPTED), &self.view());
                 Ok(answer::with_range(taken, next))
@@ -77,13 +80,13 @@ pub(super) fn is_over(view: &GuestView) -> bool {
 
 /// The offset of `Content-Range: <first>-<last>` if there is exactly one and it agrees with the
 /// body. GitLab reads the first number only; a guest that contradicts itself is told so.
-fn content_range(headers: &HeaderMap, length: usize) -> Option<u64> {
+pub(super) fn content_range(headers: &HeaderMap, length: usize) -> Option<u64> {
     let mut values = headers.get_all(CONTENT_RANGE).iter();
     let (Some(value), None) = (values.next(), values.next()) else { return None };
     parse_content_range(value.to_str().ok()?, length)
 }
 
-fn parse_content_range(value: &str, length: usize) -> Option<u64> {
+pub(super) fn parse_content_range(value: &str, length: usize) -> Option<u64> {
     let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
     let (first, last) = value.split_once('-')?;
     let (first, last) = (number(first)?, number(last)?);

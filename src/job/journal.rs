@@ -10,9 +10,11 @@
 //! version stops the daemon.
 
 use super::state::State;
+use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
 use crate::network::Lease;
+use crate::planted::{self, Bug};
 use crate::retry;
 use crate::secret::Secret;
 use crate::vm::VmId;
@@ -27,7 +29,12 @@ use std::sync::Arc;
 use url::Url;
 
 /// Version of the records that this daemon writes; it reads this one and those before.
-pub const RECORD_VERSION: u32 = 1;
+///
+/// | version | since then a record has |
+/// | --- | --- |
+/// | 1 | all but what follows |
+/// | 2 | `newer_token`, `last_lines` |
+pub const RECORD_VERSION: u32 = 2;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
 const RECORD_BYTES_MAX: u64 = 256 * 1024;
@@ -83,6 +90,10 @@ pub struct Record {
     pub job_token: Secret,
     /// When GitLab's 201 came.
     pub received: Timestamp,
+    /// The host's uptime then, milliseconds: deadlines go on with it over a restart of the daemon, for somebody may set
+    /// the wall clock (safety.md E9).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received_uptime_ms: Option<u64>,
     /// The job's timeout at GitLab, seconds.
     pub timeout_s: Option<u64>,
     /// For people: name of job and project.
@@ -103,8 +114,26 @@ pub struct Record {
     pub machine: Option<MachineRecord>,
     /// Where the guest's bytes begin in the spool, once it has its job.
     pub guest_base: Option<u64>,
+    /// The job token of GitLab's newest 201 for this job, if it came when the guest had its own
+    /// already (safety.md G17): what GitLab is told with it once it refuses the first.
+    #[serde(default, with = "optional_secret_text", skip_serializing_if = "Option::is_none")]
+    pub newer_token: Option<Secret>,
+    /// How the trace ends if we end the job: written down with the state that says so, and into the
+    /// spool after that, so that it stands there exactly once, whatever crash comes between.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_lines: Option<LastLines>,
     /// Where it stands.
     pub state: State,
+}
+
+/// The end of a trace: our lines, and where they begin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LastLines {
+    /// Offset in the spool.
+    pub offset: u64,
+    /// The lines, whole.
+    pub text: String,
 }
 
 /// The names of one VM's things, from before any is made.
@@ -128,6 +157,20 @@ mod secret_text {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
         String::deserialize(deserializer).map(Secret::new)
+    }
+}
+
+mod optional_secret_text {
+    //! The same where there may be none.
+    use crate::secret::Secret;
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(secret: &Option<Secret>, serializer: S) -> Result<S::Ok, S::Error> {
+        secret.as_ref().map(Secret::expose).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
+        Ok(Option::<String>::deserialize(deserializer)?.map(Secret::new))
     }
 }
 
@@ -210,11 +253,13 @@ impl Journal {
     /// # Errors
     /// The file layer's; the job must not be started then.
     pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
-        let runtime = child(&self.runtime, &record.key.directory());
-        self.files.create_dir(&runtime).await?;
-        self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
-        self.files.create_dir(&child(&self.state, &record.key.directory())).await?;
-        self.put(record).await
+        let name = record.key.directory();
+        let directory = if planted::on(Bug::PayloadOnDisk) { &self.state } else { &self.runtime };
+        self.files.replace_in_new_dir(&child(directory, &name), "payload", payload.to_vec()).await?;
+        // Without the record nothing of this counts.
+        reached(Point::K3);
+        let bytes = serde_json::to_vec(record)?;
+        self.files.replace_in_new_dir(&child(&self.state, &name), "record.json", bytes).await
     }
 
     /// Replaces the job's record, durably.
@@ -265,14 +310,16 @@ impl Journal {
     pub async fn remove(&self, key: &JobKey) -> io::Result<()> {
         self.files.remove(&child(&self.runtime, &key.directory())).await?;
         let dir = child(&self.state, &key.directory());
+        reached(Point::K17);
         self.files.remove(&dir.join("trace")).await?;
+        reached(Point::K17);
         self.files.remove(&dir).await
     }
 
     /// The record of one job; `None` if it has none that can be read.
     pub async fn load(&self, key: &JobKey) -> Option<Record> {
         let path = child(&self.state, &key.directory()).join("record.json");
-        parse(&self.files.read(&path, RECORD_BYTES_MAX).await.ok()?).ok()
+        parse(&self.read(&path, RECORD_BYTES_MAX).await.ok()?).ok()
     }
 
     /// All records, and what had to be set aside. Directories without a record are leftovers of a
@@ -364,7 +411,8 @@ fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
     if versioned.version > RECORD_VERSION {
         return Err(Unreadable::Newer(versioned.version));
     }
-    serde_json::from_slice(bytes).map_err(broken)
+    // Written again, it is a record of ours.
+    serde_json::from_slice(bytes).map(|record: Record| Record { version: RECORD_VERSION, ..record }).map_err(broken)
 }
 
 #[cfg(test)]
@@ -379,6 +427,7 @@ mod tests {
             gitlab: "https://gitlab.example".parse().unwrap(),
             job_token: Secret::new("glcbt-1"),
             received: Timestamp::UNIX_EPOCH,
+            received_uptime_ms: None,
             timeout_s: Some(3600),
             name: "test".into(),
             project: "g/p".into(),
@@ -389,6 +438,8 @@ mod tests {
             resources: crate::capacity::Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
             machine: None,
             guest_base: None,
+            newer_token: None,
+            last_lines: None,
             state: State::Accepted,
         }
     }
@@ -435,10 +486,10 @@ mod tests {
         let journal = journal(&files).await;
         journal.accept(&record(1), Bytes::new()).await.unwrap();
         let path = Path::new("/s/jobs").join(record(1).key.directory()).join("record.json");
-        files.replace(&path, br#"{"version":2,"something":"new"}"#.to_vec()).await.unwrap();
+        files.replace(&path, br#"{"version":3,"something":"new"}"#.to_vec()).await.unwrap();
         let before = files.contents();
         let error = journal.load_all().await.unwrap_err();
-        assert!(matches!(error, JournalError::Newer { version: 2, .. }), "{error}");
+        assert!(matches!(error, JournalError::Newer { version: 3, .. }), "{error}");
         assert_eq!(files.contents(), before);
     }
 }

@@ -42,9 +42,10 @@ pub(super) fn note(now: Timestamp, text: &str) -> String {
 }
 
 /// What the author reads when we had to end the job: what happened and whose move it is, then a
-/// line to hand to the operators.
+/// line to hand to the operators. `limit`: the deadline that has passed, if one has; `image`: the
+/// base image of the job's machine class.
 #[must_use]
-pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duration) -> String {
+pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duration, image: &str) -> String {
     let limit = people(limit);
     let (what, whose) = match failure {
         Failure::NoMachine => ("no virtual machine could be started".into(), NOT_YOURS),
@@ -66,6 +67,8 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
             ("an operator of this runner ended the job".into(), "Please retry it, or ask your operators.")
         }
         Failure::HostLost => ("this runner's host was restarted".into(), NOT_YOURS),
+        Failure::NoImage => (format!("the image `{image}` of this runner's machines cannot be used"), OPERATORS),
+        Failure::Bug => ("this runner made a mistake of its own, a bug in dayfly".into(), NOT_YOURS),
     };
     let label = match failure {
         Failure::NoMachine => "no machine",
@@ -79,6 +82,8 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
         Failure::CancelGrace => "cancel grace",
         Failure::Killed => "killed",
         Failure::HostLost => "host lost",
+        Failure::NoImage => "no image",
+        Failure::Bug => "bug",
     };
     let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
     let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {whose}\x1b[0;m"));
@@ -92,6 +97,8 @@ pub(super) fn refusal(now: Timestamp, why: Refusal, job: u64) -> String {
     let (what, label) = match why {
         Refusal::Unreadable => ("what GitLab sent of this job could not be read", "unreadable"),
         Refusal::NotKept => ("this runner's host could not write the job down", "not kept"),
+        Refusal::GivenTwice => ("GitLab gave this job out again while this runner was ending it", "given twice"),
+        Refusal::Bug => ("this runner made a mistake of its own, twice, a bug in dayfly", "bug"),
     };
     let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
     let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {NOT_YOURS}\x1b[0;m"));
@@ -99,6 +106,7 @@ pub(super) fn refusal(now: Timestamp, why: Refusal, job: u64) -> String {
     text
 }
 
+const OPERATORS: &str = "Your job is not the cause; please tell your operators, and retry it later.";
 const NOT_YOURS: &str = "Your job is not the cause; please retry.";
 const DIED: &str = "If it used up the machine's memory or powered it off, change the job; else please retry.";
 
@@ -166,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_failure_says_what_happened_whose_move_it_is_and_what_operators_need() {
-        let text = failure(now(), Failure::BootDeadline, 42, Duration::from_secs(300));
+        let text = failure(now(), Failure::BootDeadline, 42, Duration::from_secs(300), "debian");
         assert!(text.contains(
             "dayfly: the virtual machine was not ready within 5 min. Your job is not the cause; please retry."
         ));

@@ -23,13 +23,14 @@ mod task;
 mod uploader;
 
 pub use limits::Limits;
-pub use refuse::{Refusal, refuse};
-pub use task::{accept, adopt};
+pub use refuse::{Refusal, give_up, refuse};
+pub use task::{accept, adopt, begin_anew};
 
+use crate::capacity::Held;
 use crate::clock::Clock;
 use crate::config;
 use crate::files::Files;
-use crate::gitlab::{RunnerApi, Transport};
+use crate::gitlab::{JobPayload, RunnerApi, Transport};
 use crate::guest;
 use crate::image::store::ImageStore;
 use crate::metrics::Metrics;
@@ -37,7 +38,7 @@ use crate::rng::Rng;
 use crate::supply::Supply;
 use journal::{JobKey, Journal};
 use std::sync::Arc;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -87,11 +88,27 @@ pub struct Runner {
     pub ca_pem: Option<String>,
 }
 
-/// What the operator may say to a job.
-#[derive(Clone, Copy, Debug)]
+/// What others may say to a job.
+#[derive(Debug)]
 pub enum JobCommand {
-    /// End it, with an honest verdict.
+    /// End it, with an honest verdict: the operator's word.
     Kill,
+    /// GitLab has given it out once more.
+    GivenAgain {
+        /// The newer payload.
+        payload: Box<JobPayload>,
+        /// What became of that.
+        reply: oneshot::Sender<GivenAgain>,
+    },
+}
+
+/// What became of a job's second 201 (safety.md G17).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GivenAgain {
+    /// It is the job that is under way, which speaks for it.
+    UnderWay,
+    /// The job of before is over at GitLab: this is another, to be begun once that one has gone.
+    Another,
 }
 
 /// What others may know of a job.
@@ -123,4 +140,6 @@ pub struct JobHandle {
     pub view: watch::Receiver<JobView>,
     /// Its task, to be joined by `daemon`.
     pub task: JoinHandle<()>,
+    /// Its reservation, which its task gives back.
+    pub reservation: Held,
 }

@@ -4,16 +4,23 @@
 //! would show it as running until its own worker gives it up, up to an hour later (safety.md G6,
 //! H6). Best effort: what is known of the job is its id and token, and nothing of it survives us.
 
+use super::journal::Record;
 use super::lines;
+use super::state::State;
 use super::{Parts, Runner};
 use crate::gitlab::{GitlabError, JobClient, JobId, JobUpdate, Verdict};
-use crate::retry::Backoff;
+use crate::retry::{self, Backoff};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use bytes::Bytes;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Calls made for each part; with their pauses about half a minute.
 const TRIES: u32 = 5;
+
+/// How long a GitLab is asked again that is still storing the few bytes of trace; it waits for 5 min itself.
+const STORING: Duration = Duration::from_secs(600);
 
 /// Why the job is not run; chooses the author's line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,16 +29,47 @@ pub enum Refusal {
     Unreadable,
     /// The journal did not take it.
     NotKept,
+    /// A job of this id is being ended here, and that takes too long.
+    GivenTwice,
+    /// Its task died of a bug of ours, and the one after it as well.
+    Bug,
 }
 
-/// Tells GitLab and the author.
-pub async fn refuse(parts: &Parts, runner: &Runner, id: JobId, token: Secret, why: Refusal) {
+/// Ends a job of which nothing works here any more: GitLab is told its verdict, if it had one, else
+/// that it has failed; its machine is taken down and its record removed. What fails of this is left
+/// to the next start of the daemon.
+pub async fn give_up(parts: &Parts, runner: &Runner, record: Record) {
+    let (id, token) = (record.key.id, record.job_token.clone());
+    let told = match &record.state {
+        State::Releasing { verdict: None, .. } | State::Releasing { delivered: true, .. } | State::Ended => true,
+        State::Releasing { verdict: Some(verdict), .. } => {
+            let client = JobClient::new(runner.transport.clone(), id, token, parts.rng.clone());
+            let update = JobUpdate { verdict: Some(verdict.clone()), trace: None };
+            retry::few(|| client.update_job(&update), GitlabError::is_transient).await.is_ok()
+        }
+        _ => refuse(parts, runner, id, token, Refusal::Bug).await,
+    };
+    if let Some(machine) = record.machine {
+        let mut machine = parts.supply.reap(machine);
+        machine.release();
+        while machine.event().await.is_some() {}
+    }
+    if !told {
+        tracing::error!(job = %id, "its record is kept for the next start");
+    } else if let Err(error) = parts.journal.remove(&record.key).await {
+        tracing::error!(job = %id, error = chain(&error), "remove the record of a job that was given up");
+    }
+}
+
+/// Tells GitLab and the author. `false`: GitLab could not be told.
+pub async fn refuse(parts: &Parts, runner: &Runner, id: JobId, token: Secret, why: Refusal) -> bool {
     let client = JobClient::new(runner.transport.clone(), id, token, parts.rng.clone());
     let text = Bytes::from(lines::refusal(parts.clock.now(), why, id.0));
     let mut backoff = Backoff::uploader();
+    let mut begins = None;
     for _ in 0..TRIES {
-        match tell(&client, &text).await {
-            Ok(()) => return,
+        match tell(&client, &text, &mut begins).await {
+            Ok(()) => return true,
             Err(error) => {
                 tracing::warn!(job = %id, error = chain(&error), "tell GitLab that a job is not run");
                 tokio::time::sleep(backoff.next(&parts.rng)).await;
@@ -39,13 +77,29 @@ pub async fn refuse(parts: &Parts, runner: &Runner, id: JobId, token: Secret, wh
         }
     }
     tracing::error!(job = %id, "GitLab does not know that this job is not run; it will fail it as stuck");
+    false
 }
 
-async fn tell(client: &JobClient, text: &Bytes) -> Result<(), GitlabError> {
-    // A piece that GitLab has already is answered with a success or a 416, and either will do.
-    client.append_trace(0, text.clone(), false).await?;
+async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Result<(), GitlabError> {
+    let at = begins.unwrap_or(0);
+    let answer = client.append_trace(at, text.clone(), false).await?;
+    match answer.continue_at {
+        // It has been there since the last try, whose answer was lost.
+        Some(held) if begins.is_some() && held >= at + text.len() as u64 => {}
+        // GitLab has a trace of this job, from before a bug.
+        Some(held) => {
+            *begins = Some(held);
+            client.append_trace(held, text.clone(), false).await?;
+        }
+        None => {}
+    }
     let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".to_owned()), exit_code: None };
-    let trace = Some((crc32fast::hash(text), text.len() as u64));
-    client.update_job(&JobUpdate { verdict: Some(verdict), trace }).await?;
+    let trace = begins.is_none().then(|| (crc32fast::hash(text), text.len() as u64));
+    let update = JobUpdate { verdict: Some(verdict), trace };
+    let since = Instant::now();
+    // 202: the verdict is noted, and counts only once it has been asked for again.
+    while let Some(pause) = client.update_job(&update).await?.ask_again.filter(|_| since.elapsed() < STORING) {
+        tokio::time::sleep(pause).await;
+    }
     Ok(())
 }

@@ -6,6 +6,9 @@
 //! uploader ([`Spool::reader`]). The lock is held across one write, so writes are serialised.
 
 use crate::files::Files;
+use crate::planted::{self, Bug};
+use crate::retry;
+use crate::telemetry::chain;
 use bytes::Bytes;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -49,6 +52,8 @@ struct State {
     uncounted: bool,
     /// Whether the last byte is a line break (or there is none).
     line_ended: bool,
+    /// Last bytes of the trace that the disk did not take; they follow those of the file.
+    unwritten: Bytes,
 }
 
 /// What became of a guest's piece of trace.
@@ -86,10 +91,20 @@ impl Spool {
             length += piece.len() as u64;
         }
         let (view, _) = watch::channel(SpoolView { length, crc: crc.clone().finalize() });
-        let guest_length = guest_base.map_or(0, |base| length.saturating_sub(base));
+        let forgets = planted::on(Bug::GuestOffsetForgotten);
+        let guest_length = guest_base.map_or(0, |base| length.saturating_sub(if forgets { 0 } else { base }));
         let full = guest_base.is_some() && length >= bytes_max;
-        let state =
-            State { length, crc, guest_base, guest_length, guest_closed: false, full, uncounted: full, line_ended };
+        let state = State {
+            length,
+            crc,
+            guest_base,
+            guest_length,
+            guest_closed: false,
+            full,
+            uncounted: full,
+            line_ended,
+            unwritten: Bytes::new(),
+        };
         Ok(Self(Arc::new(Shared { files, path: path.to_owned(), bytes_max, state: Mutex::new(state), view })))
     }
 
@@ -122,6 +137,31 @@ impl Spool {
     /// The guest may write again: its verdict could not be kept, and it will send it again.
     pub async fn reopen_guest(&self) {
         self.0.state.lock().await.guest_closed = false;
+    }
+
+    /// The guest writes no more. Returns where the trace ends, and whether its last line does.
+    pub async fn end(&self) -> (u64, bool) {
+        let mut state = self.0.state.lock().await;
+        state.guest_closed = true;
+        (state.length, state.line_ended)
+    }
+
+    /// Lets the trace end with `text` from `offset` on, which [`Spool::end`] told before `text` was
+    /// made: what of it is there already, from before a crash, is not written again. Where the disk
+    /// takes no more, it stands in memory only, so that the author learns why.
+    pub async fn end_with(&self, offset: u64, text: &str) {
+        let mut state = self.0.state.lock().await;
+        state.guest_closed = true;
+        let there = usize::try_from(state.length.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let Some(rest) = text.as_bytes().get(there..).filter(|rest| !rest.is_empty()) else { return };
+        let rest = Bytes::copy_from_slice(rest);
+        let write = || self.0.files.write_at(&self.0.path, state.length, rest.clone());
+        let written = retry::few(write, |_| true).await;
+        if let Err(error) = written {
+            tracing::error!(error = chain(&error), "write the last lines of a trace; they are sent from memory");
+            state.unwritten = rest.clone();
+        }
+        self.0.grow(&mut state, &rest);
     }
 
     /// Makes all that was written durable.
@@ -157,12 +197,19 @@ impl Shared {
             return Ok(());
         }
         // A write that failed half-way leaves bytes beyond `length`; the next write cuts them off.
-        self.files.write_at(&self.path, state.length, bytes.clone()).await?;
+        let written = self.files.write_at(&self.path, state.length, bytes.clone()).await;
+        if !planted::on(Bug::SpoolErrorIgnored) {
+            written?;
+        }
+        self.grow(state, &bytes);
+        Ok(())
+    }
+
+    fn grow(&self, state: &mut State, bytes: &Bytes) {
         state.length += bytes.len() as u64;
-        state.crc.update(&bytes);
+        state.crc.update(bytes);
         state.line_ended = bytes.ends_with(b"\n");
         self.view.send_replace(SpoolView { length: state.length, crc: state.crc.clone().finalize() });
-        Ok(())
     }
 }
 
@@ -185,7 +232,7 @@ impl SpoolWriter {
         if std::mem::take(&mut state.uncounted) {
             state.guest_length = offset;
         }
-        if offset != state.guest_length {
+        if offset != state.guest_length && !planted::on(Bug::GuestOffsetIgnored) {
             // Exactly the last piece again (its answer was lost) is a success, as at GitLab.
             if offset.checked_add(bytes.len() as u64) == Some(state.guest_length) {
                 return Ok(Appended::Taken(state.guest_length));
@@ -239,6 +286,15 @@ impl SpoolReader {
     /// The file layer's.
     pub async fn read(&self, offset: u64, bytes: usize) -> io::Result<Bytes> {
         let shared = &self.spool.0;
-        Ok(Bytes::from(shared.files.read_at(&shared.path, offset, bytes).await?))
+        let (in_file, unwritten) = {
+            let state = shared.state.lock().await;
+            (state.length - state.unwritten.len() as u64, state.unwritten.clone())
+        };
+        if offset < in_file || unwritten.is_empty() {
+            let wanted = usize::try_from(in_file.saturating_sub(offset)).map_or(bytes, |n| n.min(bytes));
+            return Ok(Bytes::from(shared.files.read_at(&shared.path, offset, wanted).await?));
+        }
+        let begin = usize::try_from(offset - in_file).unwrap_or(usize::MAX).min(unwritten.len());
+        Ok(unwritten.slice(begin..begin.saturating_add(bytes).min(unwritten.len())))
     }
 }

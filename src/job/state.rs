@@ -12,6 +12,7 @@
 //! tests below send any sequence of events.
 
 use crate::gitlab::{JobStatus, Verdict};
+use crate::planted::{self, Bug};
 use serde::{Deserialize, Serialize};
 
 /// The life of a job. Plain data: it stands in the record.
@@ -48,12 +49,14 @@ pub enum State {
 pub enum Event {
     /// The job task began, for the first time or after a restart.
     Started,
-    /// The guest asks for its job.
+    /// The guest asks for its job, or would: it has shown no work of it.
     GuestAsked,
     /// The guest's final PUT; spool and record hold it already.
     GuestVerdict(Verdict),
     /// The machine could not be made.
     MachineFailed,
+    /// No door is free for the machine; nothing of it was made.
+    NoDoor,
     /// The machine ended by itself.
     MachineStopped,
     /// The hypervisor paused the machine: its disk has an error.
@@ -78,6 +81,10 @@ pub enum Event {
     CannotGoOn,
     /// The host's disk does not take, or give back, what the job needs.
     HostDiskFailed,
+    /// The base image of its machine cannot be used.
+    ImageUnusable,
+    /// The job's task began anew after a bug of ours has ended it.
+    Panicked,
 }
 
 /// Why a job ends without a verdict of its guest; chooses the author's lines.
@@ -105,6 +112,10 @@ pub enum Failure {
     Killed,
     /// See [`Event::CannotGoOn`].
     HostLost,
+    /// See [`Event::ImageUnusable`].
+    NoImage,
+    /// See [`Event::Panicked`].
+    Bug,
 }
 
 impl Failure {
@@ -115,6 +126,7 @@ impl Failure {
         match self {
             Self::Timeout => "job_execution_timeout",
             Self::Killed => "runner_interrupted",
+            _ if planted::on(Bug::AuthorBlamed) => "script_failure",
             _ => "runner_system_failure",
         }
     }
@@ -160,6 +172,8 @@ pub enum Grace {
     Over,
     /// For the power-off after the verdict.
     PowerOff,
+    /// For a door to become free.
+    Door,
 }
 
 impl State {
@@ -177,7 +191,7 @@ impl State {
                 Self::Ended,
                 match event {
                     Event::GuestAsked => vec![Command::HandNothing],
-                    Event::Started => vec![Command::Finish],
+                    Event::Started | Event::Panicked => vec![Command::Finish],
                     _ => vec![],
                 },
             ),
@@ -191,23 +205,6 @@ impl State {
             Self::Booting { .. } | Self::Running { .. } => true,
             Self::Releasing { machine_gone, .. } => !machine_gone,
             Self::Accepted | Self::Ended => false,
-        }
-    }
-
-    /// Where a job stands whose task died of a bug: its verdict is kept if it had one.
-    #[must_use]
-    pub fn after_panic(self) -> Self {
-        match self {
-            Self::Accepted | Self::Booting { .. } | Self::Running { .. } => Self::Releasing {
-                verdict: Some(Verdict {
-                    success: false,
-                    failure_reason: Some("runner_system_failure".to_owned()),
-                    exit_code: None,
-                }),
-                machine_gone: false,
-                delivered: false,
-            },
-            releasing => releasing,
         }
     }
 
@@ -241,11 +238,15 @@ impl State {
                 (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
             }
             Event::MachineFailed => Self::fail(Failure::NoMachine),
+            // Another job may end meanwhile: it is tried again until the boot deadline.
+            Event::NoDoor => (Self::Booting { replaced }, vec![Command::Arm(Grace::Door)]),
+            Event::GraceOver => (Self::Booting { replaced }, vec![Command::TakeMachine]),
             Event::MachineStopped => Self::fail(Failure::DiedBooting),
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
+            Event::Gitlab(JobStatus::Over) if planted::on(Bug::CanceledJobRuns) => (Self::Booting { replaced }, vec![]),
             Event::Gitlab(JobStatus::Over) => {
                 let (state, mut commands) = Self::over();
                 commands.push(Command::ReleaseMachine);
@@ -253,22 +254,28 @@ impl State {
             }
             Event::Killed => Self::fail(Failure::Killed),
             Event::CannotGoOn => Self::fail(Failure::HostLost),
+            Event::ImageUnusable => Self::fail(Failure::NoImage),
+            Event::Panicked => Self::fail(Failure::Bug),
             Event::GuestVerdict(_)
             | Event::MachineReleased
             | Event::Gitlab(JobStatus::Running)
             | Event::Delivered
-            | Event::SilenceDeadline
-            | Event::GraceOver => (Self::Booting { replaced }, vec![]),
+            | Event::SilenceDeadline => (Self::Booting { replaced }, vec![]),
         }
     }
 
     fn running(canceling: bool, event: Event) -> (Self, Vec<Command>) {
         match event {
+            // The answer to its first ask was lost, and it must not begin any more: nothing of the job runs.
+            Event::GuestAsked if canceling => Self::fail(Failure::CanceledBooting),
             Event::GuestAsked => (Self::Running { canceling }, vec![Command::HandOutAgain]),
             Event::GuestVerdict(verdict) => (
                 Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
                 vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
             ),
+            Event::MachineStopped if planted::on(Bug::RunTwice) => {
+                (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
+            }
             Event::MachineFailed | Event::MachineStopped => Self::fail(Failure::Died),
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::SilenceDeadline => Self::fail(Failure::Silent),
@@ -278,21 +285,29 @@ impl State {
             }
             Event::GraceOver if canceling => Self::fail(Failure::CancelGrace),
             Event::Gitlab(JobStatus::Over) => {
-                let (state, mut commands) = Self::over();
+                let (mut state, mut commands) = Self::over();
                 commands.push(Command::Arm(Grace::Over));
+                if planted::on(Bug::MachineForgotten) {
+                    state = Self::Releasing { verdict: None, machine_gone: true, delivered: false };
+                }
                 (state, commands)
             }
             Event::Killed => Self::fail(Failure::Killed),
             Event::CannotGoOn => Self::fail(Failure::HostLost),
+            Event::ImageUnusable => Self::fail(Failure::NoImage),
+            Event::Panicked => Self::fail(Failure::Bug),
             // After a restart: the grace counts anew, for nobody knows how much of it was used.
             Event::Started => {
                 let mut commands = vec![Command::ResumeMachine];
                 commands.extend(canceling.then_some(Command::Arm(Grace::Canceling)));
                 (Self::Running { canceling }, commands)
             }
-            Event::MachineReleased | Event::Gitlab(_) | Event::Delivered | Event::BootDeadline | Event::GraceOver => {
-                (Self::Running { canceling }, vec![])
-            }
+            Event::MachineReleased
+            | Event::Gitlab(_)
+            | Event::Delivered
+            | Event::BootDeadline
+            | Event::GraceOver
+            | Event::NoDoor => (Self::Running { canceling }, vec![]),
         }
     }
 
@@ -300,7 +315,11 @@ impl State {
         let mut commands = Vec::new();
         let (mut machine_gone, mut delivered) = (machine_gone, delivered);
         match event {
-            Event::GuestAsked => commands.push(Command::HandNothing),
+            // It has not begun the job that is over by now: no grace is of use to it.
+            Event::GuestAsked => {
+                commands.push(Command::HandNothing);
+                commands.extend((!machine_gone).then_some(Command::ReleaseMachine));
+            }
             Event::MachineStopped | Event::MachineFailed | Event::MachinePaused | Event::GraceOver | Event::Killed
                 if !machine_gone =>
             {
@@ -308,7 +327,8 @@ impl State {
             }
             Event::MachineReleased => machine_gone = true,
             Event::Delivered => delivered = true,
-            Event::Started => {
+            // The verdict stands: nothing that happens to us changes it.
+            Event::Started | Event::Panicked => {
                 commands.push(Command::CloseGuest);
                 match (&verdict, delivered) {
                     (Some(verdict), false) => commands.push(Command::Deliver(verdict.clone())),
@@ -426,6 +446,8 @@ mod tests {
             Just(Event::Killed),
             Just(Event::CannotGoOn),
             Just(Event::HostDiskFailed),
+            Just(Event::ImageUnusable),
+            Just(Event::Panicked),
         ]
     }
 
@@ -442,8 +464,8 @@ mod tests {
             let mut all = vec![Event::Started];
             all.extend(events);
             for event in all {
-                let restart = event == Event::Started;
                 let before = state.clone();
+                let restart = matches!(event, Event::Started | Event::Panicked) && matches!(before, State::Releasing { .. });
                 let (next, commands) = state.on(event);
                 state = next;
                 for command in &commands {

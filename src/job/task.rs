@@ -8,11 +8,14 @@ use super::journal::{JobKey, RECORD_VERSION, Record};
 use super::lines;
 use super::machinery::{Machinery, Next};
 use super::state::{Command, Event, Failure, Grace, State};
+use super::{GivenAgain, Refusal, refuse};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
-use super::{Refusal, refuse};
-use crate::capacity::{Reservation, Resources};
-use crate::gitlab::JobPayload;
+use crate::capacity::{Held, Reservation, Resources};
+use crate::config::Span;
+use crate::failpoint::{Point, reached};
+use crate::gitlab::{JobPayload, JobStatus};
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
@@ -27,6 +30,9 @@ use tracing::Instrument as _;
 /// A second ask is answered with the payload again only this long after the first (V5): parallel
 /// asks are one runner's slip or a hostile guest; an ask after a failed write comes 3 s later.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// How often a job that found no free door looks again; it has until its boot deadline.
+const DOOR_PAUSE: Span = Span::from_secs(5);
 
 /// Journals a job that GitLab has just assigned, and starts its task.
 ///
@@ -45,6 +51,7 @@ pub async fn accept(
         gitlab: runner.config.url.clone(),
         job_token: payload.token.clone(),
         received: parts.clock.now(),
+        received_uptime_ms: u64::try_from(parts.clock.uptime().as_millis()).ok(),
         timeout_s: payload.timeout.map(|t| t.as_secs()),
         name: payload.name.clone(),
         project: payload.project.clone(),
@@ -55,10 +62,14 @@ pub async fn accept(
         resources,
         machine: None,
         guest_base: None,
+        newer_token: None,
+        last_lines: None,
         state: State::Accepted,
     };
+    reached(Point::K3);
     parts.journal.accept(&record, payload.raw().clone()).await?;
-    Ok(start(parts.clone(), runner, record, Some(payload), reservation))
+    reached(Point::K4);
+    Ok(start(parts.clone(), runner, record, Some(payload), reservation.into(), Event::Started))
 }
 
 /// Goes on with a job of a former daemon. `payload` is `None` if it did not survive.
@@ -68,9 +79,15 @@ pub fn adopt(
     runner: Arc<Runner>,
     record: Record,
     payload: Option<JobPayload>,
-    reservation: Reservation,
+    reservation: Held,
 ) -> JobHandle {
-    start(parts.clone(), runner, record, payload, reservation)
+    start(parts.clone(), runner, record, payload, reservation, Event::Started)
+}
+
+/// Goes on with a job whose task has panicked: it fails, unless its verdict was known.
+#[must_use]
+pub fn begin_anew(parts: &Parts, runner: Arc<Runner>, record: Record, reservation: Held) -> JobHandle {
+    start(parts.clone(), runner, record, None, reservation, Event::Panicked)
 }
 
 fn start(
@@ -78,7 +95,8 @@ fn start(
     runner: Arc<Runner>,
     record: Record,
     payload: Option<JobPayload>,
-    reservation: Reservation,
+    reservation: Held,
+    first: Event,
 ) -> JobHandle {
     let key = record.key.clone();
     let (inbox, inbox_in) = mpsc::channel(INBOX_MAX);
@@ -92,30 +110,41 @@ fn start(
         since: Instant::now(),
     });
     let span = tracing::info_span!("job", runner = %key.runner, job = %key.id);
-    let run = run(parts, runner, record, payload, reservation, inbox_in, view_out).instrument(span);
+    let begun = Begun { parts, runner, record, payload, reservation: reservation.clone(), first };
+    let run = run(begun, inbox_in, view_out).instrument(span);
     #[expect(clippy::disallowed_methods, reason = "joined by daemon through the handle")]
     let task = tokio::spawn(run);
-    JobHandle { key, inbox, view, task }
+    JobHandle { key, inbox, view, task, reservation }
 }
 
-async fn run(
+/// What a task begins with.
+struct Begun {
     parts: Parts,
     runner: Arc<Runner>,
     record: Record,
     payload: Option<JobPayload>,
-    reservation: Reservation,
-    mut inbox: mpsc::Receiver<JobCommand>,
-    view: watch::Sender<JobView>,
-) {
+    reservation: Held,
+    first: Event,
+}
+
+async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::Sender<JobView>) {
+    let Begun { parts, runner, record, payload, reservation, first } = begun;
     let leave = parts.leave.clone();
+    if matches!(record.state, State::Releasing { machine_gone: true, .. } | State::Ended) {
+        reservation.release();
+    }
     if leave.is_cancelled() {
         // Assigned during a hand-over: it is written down, and the next process begins it (G13).
         return;
     }
-    let Some(machinery) = open(parts, runner, record, payload).await else { return };
+    let Some(machinery) = open(parts, runner, record, payload).await else {
+        reservation.release();
+        return;
+    };
     let spoke = machinery.guest_has_written();
-    let mut job = Job { m: machinery, view, last_hand_out: None, spoke, grace: None, graced: Duration::ZERO };
-    job.feed(Event::Started).await;
+    let mut job =
+        Job { m: machinery, reservation, view, last_hand_out: None, spoke, grace: None, graced: Duration::ZERO };
+    job.feed(first).await;
     while job.m.record.state != State::Ended {
         let deadline = job.deadline();
         let next = tokio::select! {
@@ -124,23 +153,37 @@ async fn run(
             // decide; then news of the machine and its guest; deadlines last, so that a request
             // that arrived in time is in time.
             () = leave.cancelled() => break,
-            Some(JobCommand::Kill) = inbox.recv() => Happened::Event(Event::Killed),
+            Some(command) = inbox.recv() => Happened::Command(command),
             next = job.m.next() => Happened::Next(next),
             () = tokio::time::sleep_until(deadline.0) => Happened::Event(deadline.1),
         };
         match next {
             Happened::Event(event) => job.feed(event).await,
+            Happened::Command(JobCommand::Kill) => job.feed(Event::Killed).await,
+            Happened::Command(JobCommand::GivenAgain { payload, reply }) => {
+                let answer = job.given_again(*payload).await;
+                // Whoever asked may have left with the daemon.
+                let _ = reply.send(answer);
+            }
             Happened::Next(Next::Guest(event)) => job.guest(event).await,
             Happened::Next(Next::Machine(event)) => job.machine(event).await,
+            Happened::Next(Next::Panicked) => job.feed(Event::Panicked).await,
             Happened::Next(Next::Gitlab(status)) => {
                 job.m.tell_guest(status);
                 job.feed(Event::Gitlab(status)).await;
+                if status == JobStatus::Over && !job.spoke {
+                    // A guest that never began has nothing to end: it would spend its grace asking.
+                    job.feed(Event::GuestAsked).await;
+                }
             }
             Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
         }
+        if planted::on(Bug::RoomBackTooEarly) && matches!(job.m.record.state, State::Releasing { .. }) {
+            job.reservation.release();
+        }
     }
     job.m.leave().await;
-    drop(reservation);
+    job.give_room_back();
 }
 
 /// Tries to open the spool of a job that could still be refused; with their pauses 3 s.
@@ -180,11 +223,14 @@ async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option
 
 enum Happened {
     Event(Event),
+    Command(JobCommand),
     Next(Next),
 }
 
 struct Job {
     m: Machinery,
+    /// Given back when nothing of the machine is left: the verdict needs no room.
+    reservation: Held,
     view: watch::Sender<JobView>,
     last_hand_out: Option<Instant>,
     /// The guest has made a call for its job since the hand-out.
@@ -200,21 +246,23 @@ impl Job {
     fn deadline(&self) -> (Instant, Event) {
         let limits = &self.m.parts.limits;
         let mut next = self.grace.map(|at| (at, Event::GraceOver));
-        let mut sooner = |at: Instant, event: Event| {
-            if next.as_ref().is_none_or(|(first, _)| at < *first) {
+        let mut sooner = |at: Instant, event: Event, forgotten: Bug| {
+            if !planted::on(forgotten) && next.as_ref().is_none_or(|(first, _)| at < *first) {
                 next = Some((at, event));
             }
         };
         match self.m.record.state {
             State::Booting { .. } => {
+                let early = if planted::on(Bug::BootDeadlineEarly) { 10 } else { 1 };
                 // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
-                let deadline = self.m.since_received(limits.boot_deadline.get()).max(self.m.reopened());
-                sooner(deadline, Event::BootDeadline);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+                let deadline = self.m.since_received(limits.boot_deadline.get() / early).max(self.m.reopened());
+                sooner(deadline, Event::BootDeadline, Bug::BootDeadlineNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Running { .. } => {
-                sooner(self.m.last_spoke + limits.silence_deadline.get(), Event::SilenceDeadline);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
+                let silence = self.m.last_spoke + limits.silence_deadline.get();
+                sooner(silence, Event::SilenceDeadline, Bug::SilenceNever);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Accepted | State::Releasing { .. } | State::Ended => {}
         }
@@ -241,6 +289,7 @@ impl Job {
             self.m.record.state = state;
             if let Some(Command::Fail(failure)) = commands.iter().find(|c| matches!(c, Command::Fail(_))) {
                 self.word_reason(*failure);
+                self.explain(*failure).await;
             }
             // Record first, act second. What makes a machine refuses to without a record of its own.
             if self.m.record.state != before && self.m.record.state != State::Ended && !self.m.put().await {
@@ -250,6 +299,15 @@ impl Job {
                 events.extend(self.carry_out(command).await);
             }
             self.publish();
+        }
+    }
+
+    /// Nothing of the machine is left.
+    fn give_room_back(&self) {
+        if planted::on(Bug::RoomNeverBack) && self.graced == self.m.parts.limits.cancel_grace.get() {
+            std::mem::forget(self.reservation.clone());
+        } else {
+            self.reservation.release();
         }
     }
 
@@ -282,12 +340,7 @@ impl Job {
                 self.m.close_guest().await;
                 None
             }
-            Command::Fail(failure) => {
-                self.explain(failure).await;
-                self.deliver().await;
-                None
-            }
-            Command::Deliver(_) => {
+            Command::Fail(_) | Command::Deliver(_) => {
                 self.deliver().await;
                 None
             }
@@ -301,12 +354,19 @@ impl Job {
                     Grace::Canceling => limits.canceling_grace,
                     Grace::Over => limits.cancel_grace,
                     Grace::PowerOff => limits.power_off_grace,
+                    Grace::Door => DOOR_PAUSE,
                 }
                 .get();
-                self.grace = Some(Instant::now() + self.graced);
+                self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);
                 None
             }
-            Command::ReleaseMachine => self.m.release_machine().await.then_some(Event::MachineReleased),
+            Command::ReleaseMachine => {
+                let gone = self.m.release_machine().await;
+                if gone {
+                    self.give_room_back();
+                }
+                gone.then_some(Event::MachineReleased)
+            }
             Command::Finish => {
                 self.m.finish().await;
                 None
@@ -314,7 +374,7 @@ impl Job {
         }
     }
 
-    /// The author's lines, after the last byte of the guest.
+    /// Plans the author's lines, after the last byte of the guest.
     async fn explain(&mut self, failure: Failure) {
         let limits = &self.m.parts.limits;
         let limit = match failure {
@@ -323,34 +383,75 @@ impl Job {
             Failure::Timeout => self.m.timeout(),
             _ => self.graced,
         };
-        let job = self.m.record.key.id.0;
+        let (job, image) = (self.m.record.key.id.0, self.m.image().to_owned());
         tracing::warn!(?failure, "the job ends without a verdict of its guest");
         let booting = self.m.record.guest_base.is_none();
-        if booting {
-            self.m.end_boot_section().await;
-        }
-        self.m.own_line(|now| lines::failure(now, failure, job, limit)).await;
-        if booting
-            && matches!(failure, Failure::BootDeadline | Failure::DiedBooting)
-            && let Some(tail) = self.m.console_tail()
-        {
+        let tail = matches!(failure, Failure::BootDeadline | Failure::DiedBooting)
+            .then(|| self.m.console_tail())
+            .flatten()
+            .filter(|_| booting);
+        if let Some(tail) = &tail {
             tracing::warn!(console = tail, "the console of the machine that never asked for its job");
-            self.m.own_line(|now| lines::console(now, &tail)).await;
+        }
+        self.m
+            .plan_last_lines(|now| {
+                let mut text = lines::failure(now, failure, job, limit, &image);
+                if planted::on(Bug::FailureUnexplained) {
+                    text.clear();
+                }
+                text.extend(tail.map(|tail| lines::console(now, &tail)));
+                text
+            })
+            .await;
+    }
+
+    /// The last lines to the spool and that to disk, as the record is already, then the verdict to
+    /// the uploader.
+    async fn deliver(&mut self) {
+        self.m.write_last_lines().await;
+        self.m.sync_spool().await;
+        if let State::Releasing { verdict: Some(verdict), .. } = &self.m.record.state {
+            let word = if verdict.success { "success" } else { "failed" };
+            if self.m.outbox(verdict.clone()) {
+                self.m.metrics().job().verdicts.inc(word);
+            }
         }
     }
 
-    /// The spool to disk, as the record is already, then the verdict to the uploader.
-    async fn deliver(&mut self) {
-        self.m.sync_spool().await;
-        if let State::Releasing { verdict: Some(verdict), .. } = &self.m.record.state {
-            self.m.metrics().job().verdicts.inc(if verdict.success { "success" } else { "failed" });
-            self.m.outbox(verdict.clone());
+    /// GitLab's second 201 for this job. One machine, whatever it says. With another token than the
+    /// first it is GitLab's newest word: before the hand-out it takes the first one's place, after
+    /// that the guest goes on and GitLab may be told by either token.
+    async fn given_again(&mut self, payload: JobPayload) -> GivenAgain {
+        let state = self.m.record.state.word();
+        if self.m.record.job_token.matches(payload.token.expose()) {
+            tracing::warn!(state, "GitLab assigned this job again; it goes on as it is");
+            return GivenAgain::UnderWay;
         }
+        match &self.m.record.state {
+            State::Accepted | State::Booting { .. } => {
+                tracing::warn!(state, "GitLab assigned this job anew before it has started; the newer one is run");
+                match self.m.renew(payload).await {
+                    Ok(true) => {}
+                    Ok(false) => return GivenAgain::Another,
+                    Err(event) => self.feed(event).await,
+                }
+            }
+            State::Running { .. } | State::Releasing { verdict: Some(_), delivered: false, .. } => {
+                tracing::warn!(state, "GitLab assigned this job anew after it has started; the first goes on");
+                self.m.note_newer_token(payload.token.clone()).await;
+            }
+            State::Releasing { .. } | State::Ended => {
+                tracing::warn!(state, "GitLab assigned this job anew when it had ended here");
+                return GivenAgain::Another;
+            }
+        }
+        GivenAgain::UnderWay
     }
 
     async fn guest(&mut self, event: GuestEvent) {
         match event {
             GuestEvent::Greeted => {
+                reached(Point::K9);
                 self.m.greeted();
                 self.m.last_spoke = Instant::now();
             }
@@ -373,19 +474,22 @@ impl Job {
     /// the same again.
     async fn asked(&mut self, reply: oneshot::Sender<Option<HandOut>>) {
         let first = matches!(self.m.record.state, State::Booting { .. });
+        let rested = self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
+        let lost = !self.spoke && rested;
         let again = matches!(self.m.record.state, State::Running { canceling: false })
-            && !self.spoke
-            && self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
+            && (lost || rested && planted::on(Bug::HandedOutTwice));
         let mut answer = None;
         if first {
             answer = self.m.hand_out().await;
             if answer.is_some() {
                 // Written down before it goes out, or a restart would find a guest that works on a
                 // job which it was never given. Asked again, it gets it then.
+                reached(Point::K10);
                 if !self.m.keep_hand_out().await {
                     let _ = reply.send(None);
                     return;
                 }
+                reached(Point::K10);
                 self.feed(Event::GuestAsked).await;
                 self.m.last_spoke = Instant::now();
             } else {
@@ -394,6 +498,9 @@ impl Job {
             }
         } else if again {
             answer = self.m.hand_out().await;
+        } else if lost {
+            // Canceled or over meanwhile: this guest has nothing to do, and nothing to end.
+            self.feed(Event::GuestAsked).await;
         }
         if answer.is_some() {
             self.last_hand_out = Some(Instant::now());
@@ -410,9 +517,11 @@ impl Job {
             _ => return VerdictAnswer::Over,
         }
         let (state, _) = self.m.record.state.clone().on(Event::GuestVerdict(verdict.clone()));
+        reached(Point::K14);
         if !self.m.keep_verdict(state).await {
             return VerdictAnswer::Later;
         }
+        reached(Point::K14);
         self.feed(Event::GuestVerdict(verdict)).await;
         VerdictAnswer::Taken
     }
@@ -435,6 +544,7 @@ impl Job {
                         self.feed(event).await;
                     }
                 } else {
+                    self.give_room_back();
                     self.feed(Event::MachineReleased).await;
                 }
             }

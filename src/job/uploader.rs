@@ -8,9 +8,12 @@
 
 use super::spool::SpoolReader;
 use crate::clock::Clock;
+use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
+use crate::secret::Secret;
 use crate::telemetry::chain;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -32,6 +35,8 @@ const SPOOL_READ_TRIES: u32 = 20;
 /// What an uploader needs.
 pub(super) struct Upload {
     pub(super) client: JobClient,
+    /// The job token of a newer 201, to be used once GitLab refuses the first (safety.md G17).
+    pub(super) newer_token: watch::Receiver<Option<Secret>>,
     pub(super) spool: SpoolReader,
     pub(super) outbox: watch::Receiver<Outbox>,
     pub(super) events: mpsc::Sender<UploaderEvent>,
@@ -82,6 +87,7 @@ pub(super) async fn upload(upload: Upload) {
         opened: false,
         refusals: 0,
         truncated_at: None,
+        renewals: upload.client.renewals(),
         upload,
     };
     uploader.marked_debug = *uploader.upload.debug_trace.borrow();
@@ -128,6 +134,8 @@ struct Uploader {
     opened: bool,
     /// Answers in a row that asked for other bytes than were sent.
     refusals: u32,
+    /// Whether the job's token has changed during a call.
+    renewals: watch::Receiver<Secret>,
     /// Where the trace ends because the spool could not be read further.
     truncated_at: Option<u64>,
 }
@@ -150,6 +158,7 @@ enum Next {
 
 impl Uploader {
     async fn step(&mut self) -> Step {
+        self.renewals.mark_unchanged();
         match self.next() {
             Next::Stop => Step::Done,
             Next::Patch => self.patch().await,
@@ -178,7 +187,7 @@ impl Uploader {
             return Next::MarkDebug;
         }
         if let Outbox::Verdict(verdict) = outbox {
-            return if waiting > 0 { Next::Patch } else { Next::Verdict(verdict) };
+            return if waiting > 0 && !planted::on(Bug::LostLastLine) { Next::Patch } else { Next::Verdict(verdict) };
         }
         // GitLab hears `running` first: a server that waits for it takes no trace before (safety.md
         // G20), and a job that is over by now ends here (G18).
@@ -224,7 +233,9 @@ impl Uploader {
 
     async fn patch(&mut self) -> Step {
         let wanted = usize::try_from(self.end() - self.sent).map_or(PATCH_BYTES_MAX, |n| n.min(PATCH_BYTES_MAX));
-        let bytes = match self.upload.spool.read(self.sent, wanted).await {
+        let from =
+            if planted::on(Bug::UploadOffByOne) && self.refusals > 0 { self.sent.saturating_sub(1) } else { self.sent };
+        let bytes = match self.upload.spool.read(from, wanted).await {
             Ok(bytes) if !bytes.is_empty() => {
                 self.read_failures = 0;
                 bytes
@@ -243,8 +254,10 @@ impl Uploader {
         let length = bytes.len() as u64;
         self.last_patch = Some(Instant::now());
         let debug = *self.upload.debug_trace.borrow();
+        reached(Point::K12);
         match self.upload.client.append_trace(self.sent, bytes, debug).await {
             Ok(answer) => {
+                reached(Point::K12);
                 self.answered(answer.interval);
                 // GitLab takes the mark from a PATCH at offset 0, even from one that it refuses.
                 self.marked_debug |= debug && self.sent == 0;
@@ -300,10 +313,16 @@ impl Uploader {
         let view = self.upload.spool.view();
         let whole = self.truncated_at.is_none() && self.sent == view.length;
         let first = self.last_answer.is_none();
-        let trace = (whole && !(first && verdict.is_none())).then_some((view.crc, view.length));
+        let crc = if planted::on(Bug::WrongChecksum) { view.crc.swap_bytes() } else { view.crc };
+        let length = view.length.saturating_sub(u64::from(planted::on(Bug::WrongSize)));
+        let trace = (whole && !(first && verdict.is_none())).then_some((crc, length));
         let last = verdict.is_some();
-        match self.upload.client.update_job(&JobUpdate { verdict, trace }).await {
+        reached(if last { Point::K14 } else { Point::K11 });
+        let mut update = JobUpdate { verdict, trace };
+        match self.upload.client.update_job(&update).await {
             Ok(answer) => {
+                // GitLab has it, and nobody here has noted that.
+                reached(if last { Point::K15 } else { Point::K11 });
                 self.answered(answer.interval);
                 self.opened = true;
                 if answer.resend_trace {
@@ -316,7 +335,13 @@ impl Uploader {
                     self.not_before = Instant::now() + pause;
                     return Step::Continue;
                 }
-                if last { Step::Done } else { self.status(answer.status).await }
+                if planted::on(Bug::DoubleReport)
+                    && let Some(verdict) = &mut update.verdict
+                {
+                    verdict.success = !verdict.success;
+                    let _ = self.upload.client.update_job(&update).await;
+                }
+                if last && !self.is_refused(answer.status) { Step::Done } else { self.status(answer.status).await }
             }
             Err(error) => self.failed(&error).await,
         }
@@ -342,8 +367,26 @@ impl Uploader {
         }
     }
 
+    /// Whether "over" is said of a token that is not GitLab's newest for this job.
+    fn is_refused(&self, status: JobStatus) -> bool {
+        let renewed = self.renewals.has_changed().unwrap_or(false);
+        status == JobStatus::Over && (renewed || self.upload.newer_token.borrow().is_some())
+    }
+
     async fn status(&mut self, status: JobStatus) -> Step {
-        if status != self.status {
+        if self.is_refused(status) {
+            // Once: the next refusal is of the newest token.
+            let newer = self.upload.newer_token.borrow().clone();
+            if let Some(newer) = newer {
+                tracing::warn!("GitLab refuses the job's token; it is told by that of its newest assignment");
+                self.upload.client.renew(newer);
+                self.upload.newer_token = watch::channel(None).1;
+            }
+            return Step::Continue;
+        }
+        // A 416 has no word of GitLab's, which reads as `running`; a cancel is never taken back.
+        let taken_back = status == JobStatus::Running && self.status == JobStatus::Canceling;
+        if status != self.status && !taken_back {
             self.status = status;
             tracing::info!(?status, at = %self.upload.clock.now(), "GitLab's word on the job changed");
             if self.upload.events.send(UploaderEvent::Status(status)).await.is_err() {
@@ -354,8 +397,19 @@ impl Uploader {
     }
 
     async fn failed(&mut self, error: &GitlabError) -> Step {
+        let outbox = self.upload.outbox.borrow().clone();
+        if planted::on(Bug::VerdictDropped) && matches!(outbox, Outbox::Verdict(_)) && error.status() >= Some(500) {
+            return Step::Done;
+        }
+        if planted::on(Bug::SuccessTurnedFailed)
+            && let Outbox::Verdict(verdict @ Verdict { success: true, .. }) = &outbox
+        {
+            let verdict =
+                Verdict { success: false, failure_reason: Some("runner_system_failure".into()), ..verdict.clone() };
+            let _ = self.upload.client.update_job(&JobUpdate { verdict: Some(verdict), trace: None }).await;
+        }
         let mut pause = self.backoff.next(&self.upload.rng);
-        if *self.upload.outbox.borrow() == Outbox::Empty {
+        if outbox == Outbox::Empty {
             // A live job is spoken of every 30 s, or a cancel would be learnt late.
             pause = pause.min(self.upload.keepalive);
         }

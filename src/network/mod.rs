@@ -132,7 +132,7 @@ pub struct NoFreePort(usize);
 pub struct Network {
     range: PortRange,
     taken: Arc<Mutex<BTreeSet<u16>>>,
-    /// Ports found in use by others, skipped from then on.
+    /// Ports found in use by others, skipped until no other is left.
     foreign: Arc<Mutex<BTreeSet<u16>>>,
 }
 
@@ -146,12 +146,15 @@ impl Network {
     /// Takes the lowest free port.
     ///
     /// # Errors
-    /// [`NoFreePort`].
+    /// [`NoFreePort`]: the next call tries those again that were others', who may have gone.
     pub fn lease(&self) -> Result<Lease, NoFreePort> {
-        let foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         let port = (self.range.first..=self.range.last).find(|p| !taken.contains(p) && !foreign.contains(p));
-        let port = port.ok_or(NoFreePort(usize::from(self.range.last - self.range.first) + 1))?;
+        let Some(port) = port else {
+            foreign.clear();
+            return Err(NoFreePort(usize::from(self.range.last - self.range.first) + 1));
+        };
         taken.insert(port);
         Ok(Lease { port })
     }
@@ -166,7 +169,7 @@ impl Network {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&lease.port);
     }
 
-    /// Gives a lease back and skips its port from now on: somebody else listens there.
+    /// Gives a lease back and skips its port while there are others: somebody else listens there.
     pub fn release_in_use(&self, lease: &Lease) {
         self.foreign.lock().unwrap_or_else(PoisonError::into_inner).insert(lease.port);
         self.release(lease);
@@ -190,9 +193,10 @@ mod tests {
         assert_ne!(a, b);
         assert!(network.lease().is_err());
         network.release_in_use(&a);
-        assert!(network.lease().is_err(), "a port in use elsewhere is not tried again");
         network.release(&b);
-        assert_eq!(network.lease().unwrap(), b);
+        assert_eq!(network.lease().unwrap(), b, "a port in use elsewhere is not tried again at once");
+        assert!(network.lease().is_err());
+        assert_eq!(network.lease().unwrap(), a, "its holder may have gone");
     }
 
     #[test]

@@ -9,7 +9,9 @@
 //! "channel". On `leave` (hand-over) the task ends and the machine lives on.
 
 use super::{Order, Supply};
+use crate::failpoint::{Point, reached};
 use crate::job::journal::MachineRecord;
+use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
@@ -175,6 +177,9 @@ impl Driver {
             Err(error) => {
                 self.tell(MachineEvent::Failed(error)).await;
                 self.wait_for_wish().await;
+                if planted::on(Bug::LeakedOverlay) {
+                    return self.tell(MachineEvent::Released).await;
+                }
             }
         }
         if self.wish() == Wish::Release {
@@ -185,7 +190,15 @@ impl Driver {
     /// Makes overlay and VM, unless the VM runs already. `false`: it should have, and is gone.
     async fn start(&mut self, order: &Order) -> Result<bool, VmError> {
         let hypervisor = self.supply.hypervisor().clone();
-        if self.look(order.make.is_none()).await? == VmState::Gone {
+        let state = self.look(order.make.is_none()).await?;
+        if state != VmState::Gone && order.make.is_some() && !self.is_ours().await? {
+            return Err(VmError::Refused {
+                what: "start VM",
+                name: self.name.to_string(),
+                source: "a VM of this name is somebody else's".into(),
+            });
+        }
+        if state == VmState::Gone {
             let Some(make) = &order.make else { return Ok(false) };
             let place = self.supply.place();
             let overlay = self.supply.overlay(&self.record.id);
@@ -195,6 +208,7 @@ impl Driver {
                 source: source.into(),
             })?;
             hypervisor.create_overlay(&overlay, &make.base, make.disk_gib).await?;
+            reached(Point::K5);
             self.tell(MachineEvent::DiskReady).await;
             if self.wish() != Wish::Keep {
                 return Ok(true);
@@ -212,9 +226,22 @@ impl Driver {
                 attachment: self.record.lease.attachment(),
                 socket_dir: place.socket_dir.clone(),
             };
+            reached(Point::K8);
             hypervisor.start(&spec).await?;
+            // QEMU has the files open by now: what is exchanged later does not matter to this machine.
+            if !make.stamp.holds().await {
+                return Err(VmError::Refused {
+                    what: "start VM",
+                    name: self.name.to_string(),
+                    source: format!("base image `{}` was changed while the VM was being made", make.base.display())
+                        .into(),
+                });
+            }
+            // It runs, and we have not heard of it.
+            reached(Point::K8);
         }
         self.tell(MachineEvent::Started).await;
+        reached(Point::K9);
         Ok(true)
     }
 
@@ -237,6 +264,12 @@ impl Driver {
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    /// Whether the hypervisor lists it as this installation's. A name alone proves nothing (safety.md H16, H17).
+    async fn is_ours(&self) -> Result<bool, VmError> {
+        let listed = self.supply.hypervisor().list(&self.supply.place().installation).await?;
+        Ok(listed.iter().any(|vm| vm.name == self.name))
     }
 
     async fn wait_for_wish(&mut self) {
@@ -341,8 +374,13 @@ impl Driver {
         let mut backoff = Backoff::hypervisor();
         loop {
             let result = async {
-                hypervisor.destroy(&self.name).await?;
+                // What is not listed is gone, or is not ours to destroy.
+                if self.is_ours().await? {
+                    hypervisor.destroy(&self.name).await?;
+                }
+                reached(Point::K16);
                 hypervisor.remove_overlay(&overlay).await?;
+                reached(Point::K17);
                 let sockets = hypervisor.remove_sockets(&self.supply.place().socket_dir, &self.record.id).await;
                 sockets.map_err(|source| VmError::Refused {
                     what: "remove sockets of",
@@ -352,6 +390,7 @@ impl Driver {
             };
             match result.await {
                 Ok(()) => break,
+                Err(_) if planted::on(Bug::DestroyGivenUp) => break,
                 Err(error) => {
                     tracing::warn!(vm = %self.record.id, error = chain(&error), "could not take a VM down; trying again");
                     let pause = backoff.next(&self.supply.0.rng);

@@ -12,9 +12,20 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Longest wait for anything: a TCG boot on a busy host takes a minute.
 pub const LIMIT: Duration = Duration::from_secs(240);
+
+/// Tests share this host's libvirtd; one that stops it runs alone.
+static HOST: RwLock<()> = RwLock::const_new(());
+
+/// A test's right to this host, until it is dropped.
+#[expect(dead_code, reason = "held, never looked at")]
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
 
 /// One test's world. Its folder is removed at the end of a test that passed.
 pub struct Lab {
@@ -24,6 +35,7 @@ pub struct Lab {
     _served: Served,
     daemon: Option<Child>,
     sha: String,
+    _turn: Turn,
 }
 
 /// What a test may want of its daemon.
@@ -33,11 +45,19 @@ pub struct Options {
     pub concurrent: u32,
     /// Lines for section `[limits]`.
     pub limits: &'static str,
+    /// No other test may run beside it.
+    pub alone: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { image: "debian-12-shell".into(), image_directory: image_directory(), concurrent: 1, limits: "" }
+        Self {
+            image: "debian-12-shell".into(),
+            image_directory: image_directory(),
+            concurrent: 1,
+            limits: "",
+            alone: false,
+        }
     }
 }
 
@@ -66,6 +86,7 @@ static SLOT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0)
 impl Lab {
     /// Starts GitLab and a daemon with one runner.
     pub async fn start(options: Options) -> Self {
+        let turn = if options.alone { Turn::Alone(HOST.write().await) } else { Turn::Shared(HOST.read().await) };
         // A short path: unix sockets end at 107 bytes.
         let dir = tempfile::Builder::new().prefix("df-e2e-").tempdir_in("/tmp").unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
@@ -86,7 +107,7 @@ impl Lab {
         let token = dir.path().join("token");
         fs::write(&token, standin.runner_token(runner).unwrap().expose()).unwrap();
         fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
-        let lab = Self { standin, project, dir, _served: served, daemon: None, sha };
+        let lab = Self { standin, project, dir, _served: served, daemon: None, sha, _turn: turn };
         lab.write_config(&options, port);
         lab.started().await
     }

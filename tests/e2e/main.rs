@@ -8,6 +8,7 @@
 )]
 
 mod lab;
+mod restarts;
 
 use dayfly::standin::JobState;
 use lab::{Lab, Options, run};
@@ -46,6 +47,7 @@ async fn a_failing_script_reports_its_exit_code() {
     lab.assert_clean().await;
 }
 
+/// G14: a real boot.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_while_booting_starts_nothing() {
     let mut lab = Lab::start(Options::default()).await;
@@ -59,6 +61,7 @@ async fn a_cancel_while_booting_starts_nothing() {
     assert_eq!(lab.vms(), 0);
 }
 
+/// G15: a real runner.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_while_running_lets_after_script_run() {
     let mut lab = Lab::start(Options::default()).await;
@@ -70,6 +73,7 @@ async fn a_cancel_while_running_lets_after_script_run() {
     lab.assert_clean().await;
 }
 
+/// G16: a real machine.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hard_cancel_takes_the_machine_at_once() {
     let mut lab = Lab::start(Options { limits: "cancel_grace = \"10s\"", ..Options::default() }).await;
@@ -89,6 +93,7 @@ async fn a_job_that_overruns_times_out() {
     lab.assert_clean().await;
 }
 
+/// V2: a real machine that says a word and waits.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_never_asks_fails_the_job_with_our_fault() {
     // The same disk, but a first process that says a word and waits: no runner ever asks.
@@ -143,36 +148,5 @@ async fn two_jobs_run_at_once_each_in_its_own_machine() {
     };
     let (a, b) = (ids(lab.trace(a)), ids(lab.trace(b)));
     assert!(a.len() >= 2 && b.len() >= 2 && a.iter().all(|id| !b.contains(id)), "{a:?} {b:?}");
-    lab.assert_clean().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_restart_of_the_daemon_costs_no_job() {
-    let mut lab = Lab::start(Options::default()).await;
-    let job = lab.job(&["echo before", "sleep 30", "echo after"]);
-    lab.until_trace(job, "before").await;
-    assert_eq!(lab.stop_daemon("TERM").await, Some(0));
-    assert_eq!(lab.vms(), 1, "the VM lives on");
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    lab.start_daemon().await;
-    lab.until(job, JobState::Success).await;
-    let trace = lab.trace(job);
-    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
-    assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
-    lab.assert_clean().await;
-}
-
-/// E4: killed without a word in the middle of a job.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_daemon_killed_outright_costs_no_job() {
-    let mut lab = Lab::start(Options::default()).await;
-    let job = lab.job(&["echo before", "sleep 20", "echo after"]);
-    lab.until_trace(job, "before").await;
-    assert_eq!(lab.stop_daemon("KILL").await, None);
-    assert_eq!(lab.vms(), 1, "the VM lives on");
-    lab.start_daemon().await;
-    lab.until(job, JobState::Success).await;
-    let trace = lab.trace(job);
-    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
     lab.assert_clean().await;
 }

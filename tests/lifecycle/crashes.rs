@@ -28,7 +28,7 @@ async fn story(end: End) -> bool {
     let assigned = world.until_over(job).await;
     let found = world.found(job);
     let lost = found.failure_reason.as_deref() == Some("no_updates_running");
-    // K1 to K3: GitLab gave the job to a daemon that died before it was written down.
+    // K1 to K3, GitLab gave the job to a daemon that died before it was written down.
     if !lost || assigned {
         assert_eq!(found.state, JobState::Success, "killed {end:?}: {:?}\n{}", found.failure_reason, world.histories());
         assert!(world.trace(job).ends_with("three\nJob succeeded\n"), "killed {end:?}");
@@ -53,20 +53,56 @@ fn every_call(seam: Seam) {
     }
 }
 
-/// K1 to K18: no place in a job's life where a kill costs the job or leaves anything behind.
+/// No place in a job's life where a kill costs the job or leaves anything behind.
 #[test]
 fn a_daemon_killed_at_any_write_costs_no_job() {
     every_call(Seam::Files);
 }
 
-/// K8, K9, K16: likewise around each call to the hypervisor.
+/// Likewise around each call to the hypervisor.
 #[test]
 fn a_daemon_killed_at_any_call_to_the_hypervisor_costs_no_job() {
     every_call(Seam::Hypervisor);
 }
 
-/// K1, K10 to K15: likewise around each call to GitLab.
+/// Likewise around each call to GitLab.
 #[test]
 fn a_daemon_killed_at_any_call_to_gitlab_costs_no_job() {
     every_call(Seam::GitLab);
+}
+
+/// Invariant 4: a failure of ours is explained exactly once, wherever in between the daemon was killed.
+#[test]
+fn a_failure_is_explained_once_whatever_write_the_daemon_was_killed_at() {
+    for when in [When::Before, When::After] {
+        for call in 1..CALLS_MAX {
+            let mut died = false;
+            paused(async {
+                let mut world = World::new(1);
+                world.expect_trouble(&["failure=Died"]);
+                let job = world.job(&["print begun", "sleep 5", "crash"]);
+                world.live(Some(End { seam: Seam::Files, call, when })).await.unwrap();
+                world.until_dead_or(job, &[JobState::Failed]).await;
+                if !world.is_dead() {
+                    world.settle().await;
+                }
+                died = world.is_dead();
+                if died {
+                    world.start().await.unwrap();
+                }
+                let assigned = world.until_over(job).await;
+                let (found, trace) = (world.found(job), world.trace(job));
+                let lost = found.failure_reason.as_deref() == Some("no_updates_running");
+                if !lost || assigned {
+                    let lines = trace.matches("dayfly: for your operators: job").count();
+                    assert_eq!(lines, 1, "killed {when:?} call {call}: {trace}\n{}", world.histories());
+                    assert!(trace.contains("the virtual machine ended in the middle of the job"), "{trace}");
+                }
+                world.assert_clean().await;
+            });
+            if !died {
+                break;
+            }
+        }
+    }
 }

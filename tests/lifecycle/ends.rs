@@ -6,8 +6,6 @@ use dayfly::control::KillOutcome;
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route};
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -197,27 +195,5 @@ async fn a_machine_that_dies_after_its_verdict_costs_nothing() {
     world.standin.script(Matcher::on(Route::UpdateJob).after(1).times(10), Fault::html(503));
     world.start().await.unwrap();
     world.until(job, JobState::Success).await;
-    world.assert_clean().await;
-}
-
-/// E5: a panic costs its own job and no other.
-#[tokio::test(start_paused = true)]
-async fn a_panic_in_one_jobs_task_fails_that_job_only() {
-    let mut world = World::new(1);
-    world.expect_trouble(&["panicked"]);
-    let other = world.job(&["print other", "sleep 600"]);
-    let job = world.job(&["print begun", "sleep 200"]);
-    let armed = Arc::new(AtomicBool::new(false));
-    let trigger = armed.clone();
-    let record = format!("-{job}/record.json");
-    world.look = Some(Arc::new(move |what: &str, path: &Path| {
-        let its = what == "replace" && path.to_string_lossy().ends_with(&record);
-        assert!(!(its && trigger.swap(false, Ordering::SeqCst)), "injected");
-    }));
-    world.start().await.unwrap();
-    world.until_trace(job, "begun").await;
-    armed.store(true, Ordering::SeqCst);
-    world.until_failed(job, "runner_system_failure", "begun").await;
-    world.until(other, JobState::Success).await;
     world.assert_clean().await;
 }

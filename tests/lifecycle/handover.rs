@@ -63,7 +63,7 @@ fn a_hand_over_in_mid_boot_costs_nothing() {
     }
 }
 
-/// D5: the verdict is in the outbox; GitLab gets it from the next daemon.
+/// Design D5: the verdict is in the outbox; GitLab gets it from the next daemon.
 #[tokio::test(start_paused = true)]
 async fn a_verdict_that_gitlab_has_not_taken_survives_a_hand_over() {
     let mut world = World::new(1);
@@ -272,7 +272,7 @@ async fn orphans_of_ours_are_reaped_and_foreign_machines_are_not_touched() {
     world.assert_clean().await;
 }
 
-/// Invariant 17, E15: a daemon that dies while it adopts changes nothing more.
+/// A daemon that dies while it adopts changes nothing more (invariant 17).
 #[test]
 fn a_daemon_killed_while_it_adopts_costs_no_job() {
     for second in [1, 8, 12] {

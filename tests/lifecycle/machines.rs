@@ -121,7 +121,8 @@ async fn dies(step: &str, trouble: &'static str, author_reads: &str) -> Duration
     found.finished_at.unwrap().duration_since(found.started_at.unwrap()).try_into().unwrap()
 }
 
-/// V8, V12: seen within 2 s.
+/// V8: seen within 2 s.
+/// R11: what it printed is there, and after it our own last lines.
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_dies_in_mid_job_fails_it_at_once() {
     let ran = dies("crash", "failure=Died", "the virtual machine ended in the middle of the job").await;
@@ -154,6 +155,12 @@ async fn a_machine_that_goes_silent_fails_its_job() {
 async fn a_machine_that_cannot_be_destroyed_holds_up_nobody() {
     let mut world = World::new(1);
     world.expect_trouble(&["could not take a VM down"]);
+    // It does not power off by itself either.
+    world.set_guest(|mut guest: Guest| async move {
+        let payload = guest.ask().await.unwrap();
+        guest.work(&payload).await;
+        std::future::pending::<()>().await;
+    });
     let stuck = world.job(&["print hello", "sleep 200"]);
     world.start().await.unwrap();
     world.until_trace(stuck, "hello").await;
@@ -185,25 +192,10 @@ async fn running_jobs_do_not_mind_an_unreachable_hypervisor() {
 #[tokio::test(start_paused = true)]
 async fn a_door_whose_port_somebody_has_taken_gets_another() {
     let mut world = World::new(1);
-    world.expect_trouble(&["bind a door; trying another port"]);
     let taken = world.hypervisor.listen("127.0.0.1:20000".parse().unwrap()).await.unwrap();
     let job = world.job(&["print hello"]);
     world.start().await.unwrap();
     world.until(job, JobState::Success).await;
-    drop(taken);
-    world.assert_clean().await;
-}
-
-/// H15: an honest end, and nothing leaks.
-#[tokio::test(start_paused = true)]
-async fn a_host_without_a_free_port_fails_the_job() {
-    let mut world = World::new(1);
-    world.expect_trouble(&["bind a door", "choose a door", "failure=NoMachine"]);
-    world.config.network.guest_ports = "20000-20000".parse().unwrap();
-    let taken = world.hypervisor.listen("127.0.0.1:20000".parse().unwrap()).await.unwrap();
-    let job = world.job(&["print never"]);
-    world.start().await.unwrap();
-    world.until_failed(job, "runner_system_failure", "no virtual machine could be started").await;
     drop(taken);
     world.assert_clean().await;
 }

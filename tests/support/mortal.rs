@@ -46,7 +46,7 @@ pub struct End {
     pub when: When,
 }
 
-/// What is looked at before a call of [`Files`]: the call's name and its path. It may panic.
+/// What is looked at before a call of [`Files`], and before a door accepts: the call's name and its path. It may panic.
 pub type Look = Arc<dyn Fn(&str, &Path) + Send + Sync>;
 
 /// One life. Clones are the same one.
@@ -191,6 +191,9 @@ struct MortalDoor {
 impl DoorListener for MortalDoor {
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
         Box::pin(async {
+            if let Some(look) = self.life.0.look.as_ref().filter(|_| !self.life.is_over()) {
+                look("accept", Path::new(""));
+            }
             // Accepting is cancel safe, so each poll may begin anew.
             let accepted = poll_fn(|cx| match lock(&self.slot).as_mut() {
                 Some(door) => door.accept().as_mut().poll(cx),

@@ -15,6 +15,7 @@ use dayfly::image::store::{Image, ImageStore};
 use dayfly::rng::Rng;
 use dayfly::standin::{Job, JobSpec, JobState, ProjectId, Recorded, Route, Standin};
 use dayfly::status::StatusReport;
+use dayfly::vm::Hypervisor;
 use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -51,6 +52,8 @@ pub struct World {
     pub log: Log,
     /// Looked at before each call of the file layer, from the next start on.
     pub look: Option<Look>,
+    /// What stands before the hypervisor, from the next start on.
+    pub before_hypervisor: Option<Before>,
     gitlabs: Gitlabs,
     expected: Vec<&'static str>,
     tokens: tempfile::TempDir,
@@ -65,6 +68,9 @@ struct Running {
     handler: Arc<dyn ControlHandler>,
     life: Life,
 }
+
+/// Makes the hypervisor that daemons see of the world's.
+pub type Before = Arc<dyn Fn(FakeHypervisor) -> Arc<dyn Hypervisor> + Send + Sync>;
 
 /// The GitLabs of this world, by URL.
 #[derive(Clone, Default)]
@@ -126,6 +132,7 @@ impl World {
             images: ImageStore::fixed(Image::of_no_disk()),
             memory,
             look: None,
+            before_hypervisor: None,
             expected: USUAL_TROUBLE.to_vec(),
             tokens,
             daemon: None,
@@ -200,8 +207,13 @@ impl World {
     }
 
     fn living(&self, life: &Life) -> Backends {
+        let hypervisor = self.hypervisor.clone();
+        let hypervisor: Arc<dyn Hypervisor> = match &self.before_hypervisor {
+            Some(before) => before(hypervisor),
+            None => Arc::new(hypervisor),
+        };
         Backends {
-            hypervisor: life.hypervisor(Arc::new(self.hypervisor.clone())),
+            hypervisor: life.hypervisor(hypervisor),
             transport: life.transport(Arc::new(self.gitlabs.clone())),
             files: life.files(Arc::new(self.files.clone())),
             clock: self.clock.clone(),

@@ -69,8 +69,10 @@ async fn an_update_is_what_the_official_runner_sends() {
     .await;
 }
 
-/// G16: 403 is the end of the job, with or without a word. G15: `canceling` comes with a success.
-/// R8: 202 says when to ask again. R9: 412 wants the whole trace.
+/// G16: 403 is the end of the job, with or without a word.
+/// G15: `canceling` comes with a success.
+/// R8: 202 says when to ask again.
+/// R9: 412 wants the whole trace.
 #[tokio::test]
 async fn each_answer_to_an_update_is_told_apart() {
     let check = async |status: u16, headers: &str, job_status: JobStatus, ask_again: Option<u64>, resend: bool| {

@@ -90,7 +90,9 @@ async fn a_job_is_kept_byte_for_byte() {
     }
 }
 
-/// G1: 5xx and 408 are transient. G2: whatever the page says. G4: 401 and 403 are the token's.
+/// G1: 5xx and 408 are transient.
+/// G2: whatever the page says.
+/// G4: 401 and 403 are the token's.
 /// G5: 409 is a conflict, to be asked again at once.
 #[tokio::test]
 async fn each_status_of_a_poll_is_told_apart() {

@@ -1,12 +1,14 @@
 //! The machine of one job and its door: planned, written down, made, adopted, taken down.
 
 use super::Machinery;
-use crate::gitlab::JobClient;
+use crate::failpoint::{Point, reached};
+use crate::gitlab::JobPayload;
 use crate::guest::{self, Admission};
 use crate::guest_config::{GuestParts, guest_config};
 use crate::image::store::Image;
-use crate::job::journal::MachineRecord;
+use crate::job::journal::{MachineRecord, Record};
 use crate::job::state::Event;
+use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::supply::{Blueprint, Machine, Order};
 use crate::telemetry::chain;
@@ -35,10 +37,10 @@ impl Machinery {
 
     /// Writes the machine's names down, opens its door, and has it made. `resume`: it must exist.
     pub(in crate::job) async fn take_machine(&mut self, resume: bool) -> Result<(), Event> {
-        let Some(payload) = self.payload.clone() else {
+        if self.payload.is_none() {
             tracing::warn!("the job's payload did not survive; was the host restarted?");
             return Err(Event::CannotGoOn);
-        };
+        }
         let class = &self.runner.class;
         // A guest that has its job needs nothing of the image any more.
         let image = match resume {
@@ -46,42 +48,28 @@ impl Machinery {
             false => match self.parts.images.load(&class.image).await {
                 Ok(image) => Some(image),
                 Err(error) => {
-                    tracing::error!(error = chain(&error), "the job's image cannot be used");
-                    return Err(Event::MachineFailed);
+                    tracing::error!(image = class.image, error = chain(&error), "the job's image cannot be used");
+                    if self.record.machine.is_none() {
+                        return Err(Event::ImageUnusable);
+                    }
+                    // The machine of before may run already.
+                    None
                 }
             },
         };
-        let (machine, config, listener) = match (self.record.machine.clone(), &image) {
+        let known = self.record.machine.clone().filter(|_| resume || !planted::on(Bug::SecondMachine));
+        let (machine, config, listener) = match (known, &image) {
             (Some(machine), image) => self.known_machine(machine, image.as_ref()).await?,
             (None, Some(image)) => self.new_machine(image).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
-        let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
-        self.last_spoke = Instant::now();
-        self.door = Some(guest::admit(Admission {
-            vm: machine.id.clone(),
-            listener,
-            pass,
-            guest_token: Secret::new(guest_token(&config)),
-            job: self.record.key.id,
-            job_token: self.record.job_token.clone(),
-            dependencies: payload.dependencies.clone(),
-            spool: self.spool.writer(),
-            client: JobClient::new(
-                self.runner.transport.clone(),
-                self.record.key.id,
-                self.record.job_token.clone(),
-                self.parts.rng.clone(),
-            ),
-            direct_download: self.runner.config.direct_download,
-            events: self.guest_out.clone(),
-            view: self.guest_view.subscribe(),
-            limits: self.parts.door_limits.clone(),
-            rng: self.parts.rng.clone(),
-            clock: self.parts.clock.clone(),
-            metrics: self.parts.metrics.clone(),
-        }));
+        self.open_door(&machine, &config, listener)?;
+        if planted::on(Bug::SilenceWhileAway) && resume {
+            let silent = self.parts.limits.silence_deadline.get();
+            self.last_spoke = self.started.checked_sub(silent).unwrap_or(self.started);
+        }
         let class = &self.runner.class;
+        self.machine_task_lost = None;
         self.machine = Some(self.parts.supply.take(Order {
             machine,
             bound: (self.record.key.runner.clone(), self.record.key.id.0),
@@ -92,9 +80,78 @@ impl Machinery {
                 disk_gib: class.disk_gib,
                 base: image.disk,
                 boot: image.boot,
+                stamp: image.stamp,
             }),
         }));
         Ok(())
+    }
+
+    fn open_door(
+        &mut self,
+        machine: &MachineRecord,
+        config: &GuestConfig,
+        listener: Box<dyn DoorListener>,
+    ) -> Result<(), Event> {
+        let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
+        self.last_spoke = Instant::now();
+        self.door = Some(guest::admit(Admission {
+            vm: machine.id.clone(),
+            listener,
+            pass,
+            guest_token: Secret::new(guest_token(config)),
+            job: self.record.key.id,
+            job_token: self.record.job_token.clone(),
+            dependencies: self.payload.as_ref().map(|payload| payload.dependencies.clone()).unwrap_or_default(),
+            spool: self.spool.writer(),
+            client: self.client.clone(),
+            direct_download: self.runner.config.direct_download,
+            events: self.guest_out.clone(),
+            view: self.guest_view.subscribe(),
+            limits: self.parts.door_limits.clone(),
+            rng: self.parts.rng.clone(),
+            clock: self.parts.clock.clone(),
+            metrics: self.parts.metrics.clone(),
+        }));
+        Ok(())
+    }
+
+    /// The job of a newer 201 takes the place of the one that no guest has been given yet; the
+    /// machine goes on booting. `false`: it could not be written down, and all is as it was.
+    pub(in crate::job) async fn renew(&mut self, payload: JobPayload) -> Result<bool, Event> {
+        let record = Record {
+            job_token: payload.token.clone(),
+            received: self.parts.clock.now(),
+            timeout_s: payload.timeout.map(|timeout| timeout.as_secs()),
+            name: payload.name.clone(),
+            project: payload.project.clone(),
+            debug_trace: self.record.debug_trace || payload.debug_trace,
+            knows_interrupted: payload.failure_reasons.iter().any(|reason| reason == "runner_interrupted"),
+            ..self.record.clone()
+        };
+        if let Err(error) = self.parts.journal.accept(&record, payload.raw().clone()).await {
+            tracing::error!(error = chain(&error), "write the newer job down");
+            return Ok(false);
+        }
+        self.record = record;
+        (self.started, self.elapsed_before) = (Instant::now(), Duration::ZERO);
+        self.debug_trace.send_replace(self.record.debug_trace);
+        self.client.renew(payload.token.clone());
+        self.payload = Some(payload);
+        // The door holds its guest to the token of before. Its relay waits meanwhile.
+        if let (Some(machine), true, false) = (self.record.machine.clone(), self.door.is_some(), self.another) {
+            self.close_door().await;
+            let (machine, config, listener) = self.known_machine(machine, None).await?;
+            self.open_door(&machine, &config, listener)?;
+        }
+        Ok(true)
+    }
+
+    /// GitLab has given out the job that the guest works at once more. It is told by the token that
+    /// the guest knows as long as it takes that, and by the newer one from then on.
+    pub(in crate::job) async fn note_newer_token(&mut self, token: Secret) {
+        self.record.newer_token = Some(token.clone());
+        self.newer_token.send_replace(Some(token));
+        self.put().await;
     }
 
     /// A machine of the record, after a restart: its pass is in the runtime directory.
@@ -111,6 +168,9 @@ impl Machinery {
             // The crash came between record and guest config: nothing of the machine was made.
             (Err(error), Some(image)) if error.kind() == io::ErrorKind::NotFound => {
                 self.write_config(&machine, &image.manifest.executor).await?
+            }
+            (Err(error), None) if error.kind() == io::ErrorKind::NotFound && self.record.guest_base.is_none() => {
+                return Err(Event::ImageUnusable);
             }
             (Err(error), _) => {
                 tracing::error!(error = chain(&error), "read the kept guest config");
@@ -140,22 +200,26 @@ impl Machinery {
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         for _ in 0..PORT_TRIES {
             let machine = self.parts.supply.plan().map_err(|error| {
-                tracing::error!(error = chain(&error), "choose a door for the guest");
-                Event::MachineFailed
+                tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
+                Event::NoDoor
             })?;
             self.record.machine = Some(machine.clone());
-            if !self.put().await {
+            if !planted::on(Bug::DomainBeforeRecord) && !self.put().await {
                 self.forget_machine(false);
                 return Err(Event::HostDiskFailed);
             }
+            // The record names a machine now, and nothing of it is there.
+            reached(Point::K4);
             match self.listen(&machine).await {
                 Ok(listener) => {
+                    reached(Point::K7);
                     let config = self.write_config(&machine, &image.manifest.executor).await;
                     let config = config.inspect_err(|_| self.forget_machine(false))?;
+                    reached(Point::K6);
                     return Ok((machine, config, listener));
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    tracing::warn!(port = machine.lease.port, "bind a door; trying another port");
+                    tracing::info!(port = machine.lease.port, "somebody else listens at this port; trying another");
                     self.forget_machine(true);
                 }
                 Err(error) => {
@@ -243,9 +307,14 @@ impl Machinery {
     /// The machine is gone: its door closes. `true`: another is wanted.
     pub(in crate::job) async fn machine_released(&mut self) -> bool {
         self.machine = None;
+        if planted::on(Bug::DoorLeftOpen) {
+            std::mem::forget(self.door.take());
+        }
         self.close_door().await;
         // Only now is the port free for the next machine.
-        self.forget_machine(false);
+        if !(planted::on(Bug::MachineReused) && self.another) {
+            self.forget_machine(false);
+        }
         std::mem::take(&mut self.another)
     }
 

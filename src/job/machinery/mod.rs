@@ -2,15 +2,18 @@
 
 mod machine;
 
-use super::journal::Record;
+use super::journal::{LastLines, Record};
 use super::lines;
 use super::spool::Spool;
 use super::state::{Event, State};
 use super::uploader::{Outbox, Upload, UploaderEvent, upload};
 use super::{Parts, Runner};
+use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{GuestEvent, GuestPass, GuestView, HandOut};
 use crate::metrics::Metrics;
+use crate::planted::{self, Bug};
+use crate::secret::Secret;
 use crate::supply::{Machine, MachineEvent};
 use crate::telemetry::chain;
 use jiff::Timestamp;
@@ -18,7 +21,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 /// Events that may wait for the job from its guest or its uploader; a full queue makes them wait.
@@ -26,6 +29,9 @@ const EVENTS_MAX: usize = 64;
 
 /// Time for a guest of before to find its door open again; a relay tries every 0.2 s.
 const REOPENED_GRACE: Duration = Duration::from_secs(20);
+
+/// Pause before another task takes up the machine of one that died of a bug.
+const SUCCESSOR_PAUSE: Duration = Duration::from_secs(1);
 
 /// Tries to remove the record of a finished job; what is left is found at the next start.
 const REMOVE_TRIES: u32 = 5;
@@ -35,6 +41,8 @@ pub(super) enum Next {
     Machine(MachineEvent),
     Gitlab(JobStatus),
     Delivered,
+    /// The task of its machine did, a moment ago.
+    Panicked,
 }
 
 pub(super) struct Machinery {
@@ -52,12 +60,18 @@ pub(super) struct Machinery {
     debug_trace: watch::Sender<bool>,
     uploads: mpsc::Receiver<UploaderEvent>,
     /// The uploader; aborted when this is dropped.
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
+    /// The job's calls, for uploader and door.
+    client: JobClient,
+    /// The token of a newer 201, for the uploader.
+    newer_token: watch::Sender<Option<Secret>>,
     door: Option<GuestPass>,
     guest_out: mpsc::Sender<GuestEvent>,
     guest_in: mpsc::Receiver<GuestEvent>,
     guest_view: watch::Sender<GuestView>,
     machine: Option<Machine>,
+    /// The task of the machine died of a bug: when that is news for the job.
+    machine_task_lost: Option<Instant>,
     /// The machine is being released for another one.
     another: bool,
     /// Whether the boot section stands open in the trace.
@@ -81,13 +95,12 @@ impl Machinery {
         let (debug_trace, debug_in) = watch::channel(record.debug_trace);
         let (events, uploads) = mpsc::channel(EVENTS_MAX);
         let mut tasks = JoinSet::new();
+        let client =
+            JobClient::new(runner.transport.clone(), record.key.id, record.job_token.clone(), parts.rng.clone());
+        let (newer_token, newer_token_in) = watch::channel(record.newer_token.clone());
         let upload_parts = Upload {
-            client: JobClient::new(
-                runner.transport.clone(),
-                record.key.id,
-                record.job_token.clone(),
-                parts.rng.clone(),
-            ),
+            client: client.clone(),
+            newer_token: newer_token_in,
             spool: spool.reader(),
             outbox: outbox_in,
             events,
@@ -101,9 +114,12 @@ impl Machinery {
         let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
         let update_interval = parts.limits.guest_update_interval.get();
         let (guest_view, _) = watch::channel(GuestView { status: JobStatus::Running, verdict: None, update_interval });
-        let since = parts.clock.now().duration_since(record.received);
+        let since = match record.received_uptime_ms {
+            Some(then) => parts.clock.uptime().saturating_sub(Duration::from_millis(then)),
+            None => Duration::try_from(parts.clock.now().duration_since(record.received)).unwrap_or_default(),
+        };
         let mut machinery = Self {
-            elapsed_before: Duration::try_from(since).unwrap_or_default(),
+            elapsed_before: since,
             started: Instant::now(),
             last_spoke: Instant::now(),
             section_open: record.guest_base.is_none() && spool.view().length > 0,
@@ -112,12 +128,15 @@ impl Machinery {
             outbox,
             debug_trace,
             uploads,
-            _tasks: tasks,
+            tasks,
+            client,
+            newer_token,
             door: None,
             guest_out,
             guest_in,
             guest_view,
             machine: None,
+            machine_task_lost: None,
             another: false,
             parts,
             record,
@@ -131,28 +150,67 @@ impl Machinery {
     }
 
     /// What happens next to the job. Cancel safe.
+    ///
+    /// # Panics
+    /// If a task of the job's own has: that costs the job, as a panic of its own task does.
     pub(super) async fn next(&mut self) -> Next {
-        let machine = async {
-            match &mut self.machine {
-                Some(machine) => machine.event().await,
-                None => std::future::pending().await,
+        loop {
+            let machine = async {
+                match &mut self.machine {
+                    Some(machine) => machine.event().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let door = async {
+                match &mut self.door {
+                    Some(door) => door.ended_early().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let machine_task_lost = self.machine_task_lost;
+            let successor = async {
+                match machine_task_lost {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                // All are receivers and timers, so cancel safe. GitLab's word first: it outranks the guest's.
+                Some(event) = self.uploads.recv() => return match event {
+                    UploaderEvent::Status(status) => Next::Gitlab(status),
+                    UploaderEvent::Done => {
+                        reached(Point::K15);
+                        Next::Delivered
+                    }
+                },
+                Some(ended) = self.tasks.join_next() => if let Err(error) = ended {
+                    resume(error, "the uploader of the job panicked");
+                },
+                Some(event) = self.guest_in.recv() => return Next::Guest(event),
+                event = machine => match event {
+                    Some(event) => return Next::Machine(event),
+                    // What it had made is still there, and another task takes that down; not at once,
+                    // for it may die of the same.
+                    None => {
+                        tracing::error!("the task of the job's machine panicked");
+                        self.parts.metrics.job().panicked.inc();
+                        self.machine = None;
+                        self.machine_task_lost = Some(Instant::now() + SUCCESSOR_PAUSE);
+                    }
+                },
+                () = successor => {
+                    self.machine_task_lost = None;
+                    return Next::Panicked;
+                }
+                error = door => resume(error, "the door of the job's guest panicked"),
             }
-        };
-        tokio::select! {
-            biased;
-            // All are receivers, so cancel safe. GitLab's word first: it outranks the guest's.
-            Some(event) = self.uploads.recv() => match event {
-                UploaderEvent::Status(status) => Next::Gitlab(status),
-                UploaderEvent::Done => Next::Delivered,
-            },
-            Some(event) = self.guest_in.recv() => Next::Guest(event),
-            event = machine => Next::Machine(event.unwrap_or_else(|| {
-                // Its task died; recovery's sweep and a later release find what is left.
-                tracing::error!("the task of the job's machine ended early");
-                self.machine = None;
-                MachineEvent::Stopped
-            })),
         }
+    }
+
+    /// Name of the base image of the job's machine class.
+    pub(super) fn image(&self) -> &str {
+        &self.runner.class.image
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
@@ -193,7 +251,7 @@ impl Machinery {
             Ok(()) => true,
             Err(error) => {
                 tracing::error!(error = chain(&error), "write the job's record");
-                false
+                planted::on(Bug::RecordErrorIgnored)
             }
         }
     }
@@ -226,6 +284,26 @@ impl Machinery {
         }
     }
 
+    /// Ends the guest's part of the trace and says in the record how ours ends it: with these lines.
+    /// [`Machinery::write_last_lines`] puts them into the spool once the record is on disk.
+    pub(super) async fn plan_last_lines(&mut self, text: impl FnOnce(Timestamp) -> String) {
+        let now = self.parts.clock.now();
+        let (offset, line_ended) = self.spool.end().await;
+        let mut lines = if line_ended { String::new() } else { "\n".to_owned() };
+        if std::mem::take(&mut self.section_open) {
+            lines.push_str(&lines::boot_section_end(now, self.record.trace_sections));
+        }
+        lines.push_str(&text(now));
+        self.record.last_lines = Some(LastLines { offset, text: lines });
+    }
+
+    /// The lines that the record names, if they are not in the spool yet.
+    pub(super) async fn write_last_lines(&mut self) {
+        if let Some(last) = &self.record.last_lines {
+            self.spool.end_with(last.offset, &last.text).await;
+        }
+    }
+
     pub(super) async fn sync_spool(&self) {
         if let Err(error) = self.spool.sync().await {
             tracing::error!(error = chain(&error), "make the trace's spool durable");
@@ -242,8 +320,14 @@ impl Machinery {
         self.record.guest_base.is_some_and(|base| self.spool.view().length > base)
     }
 
-    pub(super) fn outbox(&self, verdict: Verdict) {
-        self.outbox.send_replace(Outbox::Verdict(verdict));
+    /// Gives the verdict to the uploader. `false`: it had it.
+    pub(super) fn outbox(&self, verdict: Verdict) -> bool {
+        let verdict = Outbox::Verdict(verdict);
+        self.outbox.send_if_modified(|outbox| {
+            let news = *outbox != verdict;
+            *outbox = verdict;
+            news
+        })
     }
 
     pub(super) fn abandon(&self) {
@@ -315,6 +399,7 @@ impl Machinery {
                 payload.with_timeout(Duration::from_secs(left))
             }
         };
+        let raw = if planted::on(Bug::PayloadRewritten) { planted::rewritten(&raw) } else { raw };
         if self.record.guest_base.is_none() {
             self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
             self.end_boot_section().await;
@@ -332,9 +417,15 @@ impl Machinery {
 
     /// Removes all that is kept of the job.
     pub(super) async fn finish(&mut self) {
+        if planted::on(Bug::RecordKept) {
+            return;
+        }
         for attempt in 1..=REMOVE_TRIES {
             match self.parts.journal.remove(&self.record.key).await {
-                Ok(()) => return,
+                Ok(()) => {
+                    reached(Point::K18);
+                    return;
+                }
                 Err(error) => tracing::warn!(attempt, error = chain(&error), "remove the job's record"),
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -350,5 +441,13 @@ impl Machinery {
         if let Some(door) = self.door.take() {
             door.revoke().await;
         }
+    }
+}
+
+/// Lets a panic of one of the job's tasks be the job's own.
+fn resume(error: JoinError, what: &str) {
+    tracing::error!("{what}");
+    if let Ok(panic) = error.try_into_panic() {
+        std::panic::resume_unwind(panic);
     }
 }

@@ -59,7 +59,8 @@ async fn an_upload_reaches_gitlab_with_our_token_only() {
     assert_eq!(guest.reply().await.status, 404);
 }
 
-/// T5: credentials in a query, T3: another job's artifacts. No upstream contact.
+/// T5: credentials in a query.
+/// T3: another job's artifacts. No upstream contact.
 #[tokio::test(start_paused = true)]
 async fn what_is_refused_does_not_reach_gitlab() {
     let door = Door::new().await;
@@ -169,7 +170,7 @@ async fn wait_ended(door: &Door) -> bool {
     tokio::time::timeout(LIMIT, ended).await.expect("the upstream body ends")
 }
 
-/// R15, M13: a guest that cuts its upload cuts it upstream; the body never ends cleanly there.
+/// R15: a guest that cuts its upload cuts it upstream; the body never ends cleanly there.
 #[tokio::test]
 async fn an_upload_that_is_cut_is_cut_upstream() {
     for body in ["3\r\nabc\r\n", "3\r\nab", "3\r\nabc\r\n0x2\r\n", "3\r\nabc\n", ""] {

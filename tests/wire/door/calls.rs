@@ -213,7 +213,7 @@ async fn a_debug_trace_is_told_once() {
     assert_eq!(door.job.lock().unwrap().count("debug_trace"), 1);
 }
 
-/// H6 at the door: a disk that fails costs a retry, never a byte.
+/// H6: at the door, a disk that fails costs a retry, never a byte.
 #[tokio::test(start_paused = true)]
 async fn a_failed_write_is_answered_503_with_a_second() {
     let door = Door::new().await;

@@ -72,7 +72,7 @@ pub struct GuestConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestNetwork {
-    /// MAC to set, `52:54:00:…`; none: the device's own is right.
+    /// MAC to set, `52:…`; none: the device's own is right.
     pub mac: Option<String>,
     /// `address/prefix-length`.
     pub address: String,

@@ -8,6 +8,8 @@
     reason = "tests: a panic is a failed one; cargo is asked for its metadata"
 )]
 
+mod advisories;
+
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

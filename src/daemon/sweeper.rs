@@ -1,0 +1,103 @@
+//! What of ours belongs to nobody, and who takes it down meanwhile?
+//!
+//! At start and every minute [`recovery::orphans`] is asked; each orphan is reaped by a task of its
+//! own, so that one that is stuck delays nobody, and holds room of the host as long as it is there:
+//! a VM without a job is a VM all the same (safety.md, invariant 14).
+
+use super::Jobs;
+use crate::capacity::{Capacity, Held, Resources};
+use crate::job::Parts;
+use crate::recovery::{self, Orphan};
+use crate::telemetry::chain;
+use crate::vm::VmId;
+use std::collections::BTreeSet;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Whose room an orphan takes, in the list of runner entries.
+const NOBODY: &str = "(no runner)";
+
+pub(super) struct Sweeper {
+    parts: Parts,
+    jobs: Jobs,
+    /// VMs of records that nobody can serve now.
+    kept: BTreeSet<VmId>,
+    capacity: Capacity,
+    /// What an orphan may take, of which no record tells.
+    unknown: Resources,
+}
+
+impl Sweeper {
+    pub(super) fn new(parts: Parts, jobs: Jobs, kept: BTreeSet<VmId>, capacity: Capacity, unknown: Resources) -> Self {
+        Self { parts, jobs, kept, capacity, unknown }
+    }
+
+    /// Sweeps until `stop`, in a task of `background`. What is returned ends with the first sweep,
+    /// when all that it found has gone.
+    pub(super) fn begin(
+        self,
+        stop: CancellationToken,
+        background: &mut JoinSet<&'static str>,
+    ) -> impl Future<Output = ()> + use<> {
+        let first = CancellationToken::new();
+        let swept = first.clone();
+        background.spawn(async move {
+            let mut reapers = JoinSet::new();
+            self.sweep(&mut reapers, &stop).await;
+            let mut first = Some(first.drop_guard());
+            let mut next = tokio::time::Instant::now() + recovery::SWEEP_INTERVAL;
+            loop {
+                if reapers.is_empty() {
+                    first = None;
+                }
+                tokio::select! {
+                    biased;
+                    // All are cancel safe. A reaper that panics leaves its orphan to the next sweep.
+                    () = stop.cancelled() => break,
+                    Some(_) = reapers.join_next() => {}
+                    () = tokio::time::sleep_until(next) => {
+                        self.sweep(&mut reapers, &stop).await;
+                        next = tokio::time::Instant::now() + recovery::SWEEP_INTERVAL;
+                    }
+                }
+            }
+            drop(first);
+            while reapers.join_next().await.is_some() {}
+            "sweeper"
+        });
+        async move { swept.cancelled().await }
+    }
+
+    async fn sweep(&self, reapers: &mut JoinSet<()>, stop: &CancellationToken) {
+        let owned = || {
+            let mut owned = self.jobs.vms();
+            owned.extend(self.kept.iter().cloned());
+            owned
+        };
+        let orphans = match recovery::orphans(&self.parts, &owned).await {
+            Ok(orphans) => orphans,
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
+                return;
+            }
+        };
+        for orphan in orphans {
+            let room: Option<Held> = orphan.is_vm.then(|| self.capacity.adopt(NOBODY, self.unknown).into());
+            reapers.spawn(reap(self.parts.clone(), orphan, room, stop.clone()));
+        }
+    }
+}
+
+/// Takes one down, for ever trying.
+async fn reap(parts: Parts, orphan: Orphan, room: Option<Held>, stop: CancellationToken) {
+    let mut machine = recovery::reap(&parts, &orphan);
+    tokio::select! {
+        biased;
+        // Both are cancel safe; the next daemon finds it again.
+        () = stop.cancelled() => return machine.leave().await,
+        () = async { while machine.event().await.is_some() {} } => {}
+    }
+    if let Some(room) = room {
+        room.release();
+    }
+}

@@ -1,0 +1,236 @@
+//! The whole check on small trees: what somebody may try, and what it says.
+
+use super::{Found, check};
+use std::fs;
+use tempfile::TempDir;
+
+/// A tree in which everything is right: each owned id is shown by one test of the lifecycle ring.
+struct Tree(TempDir);
+
+/// The owned ids, in order.
+fn owned() -> Vec<String> {
+    let families: [(char, &[(u32, u32)]); 8] = [
+        ('E', &[(1, 15)]),
+        ('G', &[(1, 22)]),
+        ('H', &[(1, 17)]),
+        ('K', &[(0, 18)]),
+        ('P', &[(1, 10)]),
+        ('R', &[(1, 19)]),
+        ('T', &[(1, 13), (17, 17), (19, 19), (21, 21), (23, 31), (33, 33)]),
+        ('V', &[(1, 18)]),
+    ];
+    let mut ids = Vec::new();
+    for (letter, ranges) in families {
+        ids.extend(ranges.iter().flat_map(|(a, b)| *a..=*b).map(|number| format!("{letter}{number}")));
+    }
+    ids
+}
+
+/// A test of its own for this id.
+fn test_of(id: &str) -> String {
+    format!("/// {id}: it holds.\n#[test]\nfn {}() {{\n    assert!(true);\n}}\n", id.to_lowercase())
+}
+
+impl Tree {
+    fn new() -> Self {
+        let tree = Self(tempfile::tempdir().expect("a folder"));
+        let issue = |id: &str| match &id[..1] {
+            "E" | "H" | "K" | "V" => "6",
+            _ if ["T17", "T19", "T33"].contains(&id) => "6",
+            _ => "5",
+        };
+        let list: String = owned().iter().map(|id| format!("{id} | it holds | {}\n", issue(id))).collect();
+        tree.write("tests/ids.txt", &format!("# A list.\n{list}"));
+        tree.write("scripts/test", "cargo test -p dayfly --test lifecycle\ncargo test --lib --bins -p dayfly\n");
+        tree.write("tests/lifecycle/main.rs", "//! The ring.\nmod rows;\n");
+        tree.write("tests/lifecycle/rows.rs", &owned().iter().map(|id| test_of(id)).collect::<String>());
+        tree
+    }
+
+    fn write(&self, file: &str, text: &str) {
+        let file = self.0.path().join(file);
+        fs::create_dir_all(file.parent().expect("a folder")).expect("made");
+        fs::write(file, text).expect("written");
+    }
+
+    /// Replaces the first `from` of a file.
+    fn change(&self, file: &str, from: &str, to: &str) {
+        let text = fs::read_to_string(self.0.path().join(file)).expect("read");
+        assert!(text.contains(from), "no {from:?}");
+        self.write(file, &text.replacen(from, to, 1));
+    }
+
+    fn check(&self) -> Found {
+        check(self.0.path())
+    }
+
+    /// One thing is wrong, or more, and one of them says this.
+    #[track_caller]
+    fn complains(&self, of: &[&str]) {
+        let found = self.check();
+        for text in of {
+            let lines: Vec<String> =
+                found.wrong.iter().map(|(file, line, what)| format!("{file}:{line}: {what}")).collect();
+            assert!(lines.iter().any(|line| line.contains(text)), "no {text:?}: {lines:#?}");
+        }
+        assert!(!found.wrong.is_empty());
+    }
+}
+
+const ROWS: &str = "tests/lifecycle/rows.rs";
+
+#[test]
+fn a_tree_in_which_each_id_is_shown_is_right() {
+    let found = Tree::new().check();
+    assert!(found.wrong.is_empty(), "{:#?}", found.wrong);
+    assert_eq!((found.listed, found.shown), (owned().len(), owned().len()));
+    assert_eq!(owned().len(), 74 + 72);
+}
+
+#[test]
+fn an_id_that_no_test_names_any_more_is_missing() {
+    let tree = Tree::new();
+    tree.change(ROWS, "/// G12: it holds.\n", "");
+    tree.complains(&["G12 is in no test's doc line: it holds"]);
+    assert_eq!(tree.check().shown, tree.check().listed - 1);
+}
+
+#[test]
+fn the_list_is_held_to_its_form_and_to_what_the_issues_own() {
+    for (from, to, says) in [
+        ("G12 | it holds | 5\n", "", "G12 of issue 5 is not listed"),
+        ("G12 | it holds | 5\n", "G12 | it holds | 5\nG12 | it holds | 5\n", "G12 is listed twice"),
+        ("G12 | it holds | 5\n", "G12 | it holds | 6\n", "G12 is not of issue \"6\""),
+        ("G12 | it holds | 5\n", "G12 | it holds\n", "not of the form"),
+        ("G12 | it holds | 5\n", "G12 |  | 5\n", "G12 has no outcome"),
+        ("G12 | it holds | 5\n", "g12 | it holds | 5\n", "\"g12\" is no id"),
+        ("G12 | it holds | 5\n", "", "is not in tests/ids.txt"),
+        ("G1 | it holds | 5\nG2 | it holds | 5\n", "G2 | it holds | 5\nG1 | it holds | 5\n", "G1 is out of order"),
+        ("# A list.\n", "# A list.\nB1 | it holds | 7\n", "B1 is not of issue \"7\""),
+        ("V18 | it holds | 6\n", "V18 | it holds | 6\nV19 | it holds | 6\n", "V19 is in no test's doc line"),
+    ] {
+        let tree = Tree::new();
+        tree.change("tests/ids.txt", from, to);
+        tree.complains(&[says]);
+    }
+}
+
+#[test]
+fn an_id_that_the_list_does_not_know_is_an_orphan() {
+    let tree = Tree::new();
+    tree.change(ROWS, "/// G12: it holds.", "/// G12, G99: it holds.");
+    tree.complains(&["tests/lifecycle/rows.rs:", "G99 is not in tests/ids.txt"]);
+}
+
+#[test]
+fn a_line_that_only_looks_like_a_claim_is_told() {
+    for line in [
+        "/// G12 it holds.",
+        "/// G12,R3: it holds.",
+        "/// K1 to K18: it holds.",
+        "/// G12:",
+        "/// G12, G12: it holds.",
+    ] {
+        let tree = Tree::new();
+        tree.change(ROWS, "/// G12: it holds.", line);
+        tree.complains(&["G12 is in no test's doc line"]);
+        assert!(tree.check().wrong.iter().any(|(file, ..)| file == ROWS), "{line}");
+    }
+    let tree = Tree::new();
+    tree.change(ROWS, "/// G12: it holds.", "/// G12: it holds.\n/// G12: it holds again.");
+    tree.complains(&["names G12 twice"]);
+}
+
+#[test]
+fn what_does_not_run_shows_nothing() {
+    let whole = test_of("G12");
+    for (kind, instead) in [
+        ("ignored", whole.replace("#[test]", "#[test]\n#[ignore]")),
+        ("ignored with a reason", whole.replace("#[test]", "#[test]\n#[ignore = \"slow\"]")),
+        ("ignored by a condition", whole.replace("#[test]", "#[cfg_attr(unix, ignore)]\n#[test]")),
+        ("no test", whole.replace("#[test]\n", "")),
+        ("turned off", whole.replace("#[test]", "#[cfg(any())]\n#[test]")),
+        ("of another feature", whole.replace("#[test]", "#[cfg(feature = \"other\")]\n#[test]")),
+        ("for another system", whole.replace("#[test]", "#[test]\n#[cfg(windows)]")),
+        ("without a body", whole.replace("assert!(true);", "")),
+        ("inside a function", format!("fn outer() {{\n{whole}}}\n")),
+        ("inside a macro", format!("macro_rules! never {{ () => {{\n{whole}}} }}\n")),
+        ("in a module that is off", format!("#[cfg(any())]\nmod off {{\n{whole}}}\n")),
+        ("in a module off from inside", format!("mod off {{\n#![cfg(not(test))]\n{whole}}}\n")),
+        ("a doc line of a constant", "/// G12: it holds.\nconst X: u8 = 1;\n".into()),
+        ("a doc line of a module", "/// G12: it holds.\nmod inner {}\n".into()),
+        ("a doc line of a field", "struct X {\n    /// G12: it holds.\n    x: u8,\n}\n".into()),
+    ] {
+        let tree = Tree::new();
+        tree.change(ROWS, &whole, &instead);
+        tree.complains(&["G12 is in no test's doc line", "G12 is named by"]);
+        assert!(tree.check().wrong.iter().any(|(file, ..)| file == ROWS), "{kind}");
+    }
+}
+
+#[test]
+fn what_is_commented_out_or_a_text_is_not_there() {
+    let whole = test_of("G12");
+    for instead in [
+        whole.lines().map(|line| format!("// {line}\n")).collect::<String>(),
+        format!("/*\n{whole}*/\n"),
+        format!("/* /* nested */\n{whole}*/\n"),
+        format!("const TEXT: &str = r#\"\n{whole}\"#;\n"),
+        whole.replace("/// G12", "// G12"),
+        whole.replace("/// G12: it holds.", "/// Not so: G12 is only mentioned."),
+    ] {
+        let tree = Tree::new();
+        tree.change(ROWS, &whole, &instead);
+        tree.complains(&["G12 is in no test's doc line"]);
+    }
+}
+
+#[test]
+fn a_file_that_nothing_includes_shows_nothing() {
+    let tree = Tree::new();
+    tree.change(ROWS, &test_of("G12"), "");
+    tree.write("tests/lifecycle/more.rs", &test_of("G12"));
+    tree.complains(&["G12 is in no test's doc line", "tests/lifecycle/more.rs:1: G12 is named in a file that"]);
+    // An integration test that no ring runs is no better.
+    tree.write("tests/other.rs", "mod more;");
+    tree.complains(&["G12 is in no test's doc line"]);
+    tree.change("tests/lifecycle/main.rs", "mod rows;", "mod rows;\n// mod more;");
+    tree.complains(&["G12 is in no test's doc line"]);
+    tree.change("tests/lifecycle/main.rs", "// mod more;", "mod more;");
+    assert!(tree.check().wrong.is_empty(), "{:#?}", tree.check().wrong);
+}
+
+#[test]
+fn a_ring_that_does_not_run_shows_nothing() {
+    for ring in ["", "# cargo test -p dayfly --test lifecycle\n", "cargo test -p dayfly --test lifecycles\n"] {
+        let tree = Tree::new();
+        tree.write("scripts/test", ring);
+        tree.complains(&["`--test lifecycle` is in no ring", "G12 is in no test's doc line"]);
+    }
+}
+
+#[test]
+fn tests_are_found_wherever_the_compiler_finds_them() {
+    let whole = test_of("G12");
+    for (file, text, includes) in [
+        ("tests/lifecycle/deep/mod.rs", whole.clone(), "mod deep;"),
+        ("tests/support/far.rs", whole.clone(), "#[path = \"../support/far.rs\"]\nmod far;"),
+        ("tests/lifecycle/a/b.rs", whole.clone(), "mod a { pub mod b; }"),
+        ("src/lib.rs", format!("#[cfg(test)]\nmod tests {{ use super::*;\n{whole}}}"), ""),
+        ("src/lib.rs", format!("proptest::proptest! {{\n#![proptest_config(x)]\n{whole}}}"), ""),
+        (
+            "tests/lifecycle/p.rs",
+            whole.replace("#[test]\nfn", "#[tokio::test(start_paused = true)]\nasync fn"),
+            "mod p;",
+        ),
+        ("tests/lifecycle/q.rs", whole.replace("#[test]", "#[test]\n#[should_panic]"), "pub(crate) mod q;"),
+        ("tests/lifecycle/r.rs", format!("fn x<'a>(_: &'a str) -> char {{ '\"' }}\n{whole}"), "mod r;"),
+        ("tests/lifecycle/s.rs", whole.replace("/// G12: it holds.", "/// Of old.\n/// G12: it holds."), "mod s;"),
+    ] {
+        let tree = Tree::new();
+        tree.change(ROWS, &whole, "");
+        tree.write(file, &text);
+        tree.change("tests/lifecycle/main.rs", "mod rows;", &format!("mod rows;\n{includes}"));
+        assert!(tree.check().wrong.is_empty(), "{file}: {:#?}", tree.check().wrong);
+    }
+}

@@ -1,0 +1,94 @@
+//! What a restart costs a job: nothing. Of the daemon, handed over or killed, and of libvirtd.
+
+use super::lab::{LIMIT, Lab, Options, run};
+use dayfly::standin::{Fault, JobState, Matcher, Route};
+use std::time::Duration;
+
+/// E1: SIGTERM in the middle of a job, exit 0, and the next one goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_the_daemon_costs_no_job() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.job(&["echo before", "sleep 30", "echo after"]);
+    lab.until_trace(job, "before").await;
+    assert_eq!(lab.stop_daemon("TERM").await, Some(0));
+    assert_eq!(lab.vms(), 1, "the VM lives on");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    lab.start_daemon().await;
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
+    assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
+    lab.assert_clean().await;
+}
+
+/// E4, E8: killed without a word in the middle of a job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_outright_costs_no_job() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.job(&["echo before", "sleep 20", "echo after"]);
+    lab.until_trace(job, "before").await;
+    assert_eq!(lab.stop_daemon("KILL").await, None);
+    assert_eq!(lab.vms(), 1, "the VM lives on");
+    lab.start_daemon().await;
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
+    lab.assert_clean().await;
+}
+
+/// K13, E4: killed while an artifact is on its way. The guest's next try waits at its relay for the next daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_while_an_artifact_uploads_costs_no_job() {
+    let mut lab = Lab::start(Options::default()).await;
+    // GitLab reads nothing of the first upload, and 24 MiB fit in no buffer on the way.
+    lab.standin.script(Matcher::on(Route::UploadArtifacts), Fault::Delay(Duration::from_secs(600)));
+    let artifacts = serde_json::json!({"paths": ["out.bin"], "name": "result", "when": "always"});
+    let script = ["dd if=/dev/urandom of=out.bin bs=1M count=24 status=none", "sha256sum out.bin"];
+    let job = lab.enqueue(lab.spec(&script).with_artifacts(artifacts));
+    let begun = lab.standin.wait_for(|m| m.history.iter().any(|r| r.route == Route::UploadArtifacts), LIMIT).await;
+    assert!(begun.is_ok(), "no upload began\n{}", lab.story(job));
+    assert_eq!(lab.stop_daemon("KILL").await, None);
+    assert_eq!(lab.vms(), 1, "the VM lives on");
+    lab.start_daemon().await;
+    let found = lab.until(job, JobState::Success).await;
+    assert_eq!(found.artifacts.len(), 1, "{}", lab.story(job));
+    assert!(found.artifacts.values().all(|a| a.size > 24 << 20), "it came whole: {:?}", found.artifacts);
+    let trace = lab.trace(job);
+    assert!(trace.contains("Job succeeded"), "{trace}");
+    assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
+    lab.assert_clean().await;
+}
+
+/// H1: libvirtd is stopped in the middle of a job, and started again by the next call to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_libvirtd_costs_no_job() {
+    let Some(pid_file) = std::env::var_os("DAYFLY_TEST_LIBVIRTD_PID") else {
+        // Past the harness's capture.
+        use std::io::Write as _;
+        let _ =
+            writeln!(std::io::stderr(), "skipped: DAYFLY_TEST_LIBVIRTD_PID is not set, no libvirtd is ours to stop");
+        return;
+    };
+    let mut lab = Lab::start(Options { alone: true, ..Options::default() }).await;
+    let job = lab.job(&["echo before", "sleep 25", "echo after"]);
+    lab.until_trace(job, "before").await;
+    let pid = || std::fs::read_to_string(&pid_file).unwrap_or_default().trim().to_owned();
+    let before = pid();
+    assert!(!before.is_empty(), "libvirtd's pid file names it");
+    run("kill", &[&before]);
+    let restarted = async {
+        while pid().is_empty() || pid() == before {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    // Nobody but the daemon calls it: this is the daemon's own coming back.
+    let restarted = tokio::time::timeout(Duration::from_secs(20), restarted).await;
+    assert!(restarted.is_ok(), "the daemon called no libvirtd\n{}", lab.story(job));
+    assert_eq!(lab.vms(), 1, "the VM lives on");
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
+    assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
+    lab.assert_clean().await;
+    assert_eq!(lab.vms(), 0);
+}
