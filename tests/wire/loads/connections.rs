@@ -51,7 +51,7 @@ async fn drip(mut stream: TcpStream, text: &str, pause: Duration) -> Duration {
     }
 }
 
-/// T9, B20, P1: a thousand slow-loris connections, half before the greeting and half after, each
+/// T9, P1: a thousand slow-loris connections, half before the greeting and half after, each
 /// made anew when it was closed: none outlives its limit by a second, memory and files stay bounded,
 /// and another VM's p99 is what it was.
 #[test]
