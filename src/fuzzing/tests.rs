@@ -203,7 +203,8 @@ mod near_misses_hold_the_property_of {
 
     properties! {
         artifact_upload chunked_body config content_range domain_xml forwarded_headers gitlab_answers greeting_door
-        greeting_relay guest_config journal libvirt_answers payload proxy request_head requests route update_body
+        greeting_relay guest_config image journal libvirt_answers payload pipeline proxy request_head requests route
+        update_body
     }
 
     /// None is left out.
