@@ -20,15 +20,37 @@ struct Memory {
     calls: u64,
     fail: Option<(u64, io::ErrorKind)>,
     history: Vec<String>,
+    /// No history is kept: for simulations of many hours.
+    quiet: bool,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { nodes: BTreeMap::new(), free_bytes: 1 << 40, calls: 0, fail: None, history: Vec::new() }
+        Self { nodes: BTreeMap::new(), free_bytes: 1 << 40, calls: 0, fail: None, history: Vec::new(), quiet: false }
     }
 }
 
 impl MemoryFiles {
+    /// Files without [`MemoryFiles::history`], which would grow for ever.
+    #[must_use]
+    pub fn quiet() -> Self {
+        Self(Arc::new(Mutex::new(Memory { quiet: true, ..Memory::default() })))
+    }
+
+    /// One file's bytes, looked at in place; `None`: no such file.
+    pub fn look<T>(&self, path: &Path, look: impl FnOnce(Option<&[u8]>) -> T) -> T {
+        look(self.memory().nodes.get(path).and_then(|node| node.as_deref()))
+    }
+
+    /// Puts a file there, or takes it away, past all faults: what a hand or a disk does between two daemons.
+    pub fn meddle(&self, path: &Path, bytes: Option<Vec<u8>>) {
+        let mut memory = self.memory();
+        match bytes {
+            Some(bytes) => drop(memory.nodes.insert(path.to_owned(), Some(bytes))),
+            None => memory.nodes.retain(|p, _| !p.starts_with(path)),
+        }
+    }
+
     fn memory(&self) -> MutexGuard<'_, Memory> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -92,8 +114,10 @@ impl MemoryFiles {
             }
             _ => work(&mut memory),
         };
-        let line = format!("{what} {} {}", path.display(), if result.is_ok() { "ok" } else { "failed" });
-        memory.history.push(line);
+        if !memory.quiet {
+            let line = format!("{what} {} {}", path.display(), if result.is_ok() { "ok" } else { "failed" });
+            memory.history.push(line);
+        }
         Box::pin(std::future::ready(result))
     }
 }

@@ -1,39 +1,16 @@
 //! A job's record on disk: torn, flipped, foreign. It costs its own job at most.
 
 use super::now;
-use crate::capacity::Resources;
 use crate::files::{Files as _, fake::MemoryFiles};
-use crate::gitlab::JobId;
 use crate::job::journal::{JobKey, Journal, JournalError, RECORD_VERSION, Record};
-use crate::job::state::State;
-use crate::secret::Secret;
 use bytes::Bytes;
-use jiff::Timestamp;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A record that is as it should be. The corpus holds it too.
+/// The corpus holds records of these keys.
 fn record(id: u64) -> Record {
-    Record {
-        version: RECORD_VERSION,
-        key: JobKey { runner: "linux".into(), id: JobId(id) },
-        gitlab: "https://gitlab.example".parse().unwrap(),
-        job_token: Secret::new("glcbt-1"),
-        received: Timestamp::UNIX_EPOCH,
-        timeout_s: Some(3600),
-        name: "test".into(),
-        project: "g/p".into(),
-        debug_trace: false,
-        trace_sections: true,
-        knows_interrupted: true,
-        class: "small".into(),
-        resources: Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
-        machine: None,
-        guest_base: None,
-        newer_token: None,
-        last_lines: None,
-        state: State::Accepted,
-    }
+    let record = Record::example(id);
+    Record { key: JobKey { runner: "linux".into(), ..record.key }, ..record }
 }
 
 fn path(key: &JobKey) -> PathBuf {

@@ -187,6 +187,7 @@ impl BootTest<'_> {
                 disk_gib: DISK_GIB,
                 base: image.disk.clone(),
                 boot: image.boot.clone(),
+                stamp: image.stamp.clone(),
             }),
         });
         let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut asked, since, progress)).await;

@@ -7,4 +7,5 @@ pub mod boot_test;
 pub mod build;
 pub mod manifest;
 pub(crate) mod qcow2;
+pub mod stamp;
 pub mod store;

@@ -94,6 +94,7 @@ pub(super) mod tests {
         assert_eq!(parse(&version_2), Ok(1));
     }
 
+    /// H12: corrupt, cut short, of another format, or with a chain of its own.
     #[test]
     fn what_names_another_file_or_is_no_disk_is_refused() {
         let with = |at: usize, byte: u8| {

@@ -14,6 +14,7 @@
 
 use super::manifest::{BootKind, ImageFile, MANIFEST_FILE, Manifest, ManifestError};
 use super::qcow2::{self, Qcow2Error};
+use super::stamp::{Known, Stamp, Stamps};
 use crate::vm::Boot;
 use sha2::{Digest as _, Sha256};
 use std::fs::{self, File};
@@ -108,6 +109,8 @@ pub struct Image {
     pub boot: Boot,
     /// What is in it.
     pub manifest: Manifest,
+    /// By what its files were known when they were checked.
+    pub stamp: Stamp,
 }
 
 #[cfg(any(test, feature = "test-util"))]
@@ -145,6 +148,7 @@ impl Image {
                 initrd: None,
                 build: BuildInputs::default(),
             },
+            stamp: Stamp::default(),
         }
     }
 }
@@ -156,9 +160,13 @@ pub type Listed = (String, Result<Image, ImageError>);
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     directory: PathBuf,
+    stamps: Stamps,
     /// The one image of a world without files.
     #[cfg(any(test, feature = "test-util"))]
     fixed: Option<Image>,
+    /// Whether somebody has taken that away.
+    #[cfg(any(test, feature = "test-util"))]
+    missing: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl ImageStore {
@@ -167,8 +175,11 @@ impl ImageStore {
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self {
             directory: directory.into(),
+            stamps: Stamps::default(),
             #[cfg(any(test, feature = "test-util"))]
             fixed: None,
+            #[cfg(any(test, feature = "test-util"))]
+            missing: std::sync::Arc::default(),
         }
     }
 
@@ -176,7 +187,18 @@ impl ImageStore {
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn fixed(image: Image) -> Self {
-        Self { directory: image.dir.clone(), fixed: Some(image) }
+        Self {
+            directory: image.dir.clone(),
+            stamps: Stamps::default(),
+            fixed: Some(image),
+            missing: std::sync::Arc::default(),
+        }
+    }
+
+    /// Whether the image of [`ImageStore::fixed`] is there: somebody may take it away, and bring it back.
+    #[cfg(any(test, feature = "test-util"))]
+    pub fn set_missing(&self, missing: bool) {
+        self.missing.store(missing, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// [`ImageStore::get`] on a blocking thread.
@@ -189,7 +211,7 @@ impl ImageStore {
     pub async fn load(&self, name: &str) -> Result<Image, ImageError> {
         #[cfg(any(test, feature = "test-util"))]
         if let Some(image) = &self.fixed {
-            return if image.name == name {
+            return if image.name == name && !self.missing.load(std::sync::atomic::Ordering::Relaxed) {
                 Ok(image.clone())
             } else {
                 Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() })
@@ -221,7 +243,33 @@ impl ImageStore {
             }
             Err(source) => return Err(ImageError::Directory { what: "read image directory", path: link, source }),
         };
-        open(name, dir)
+        let image = open(name, dir)?;
+        self.is_as_before(&image)?;
+        Ok(image)
+    }
+
+    /// Files that were exchanged or written over since they were first seen are compared with their digests: seconds,
+    /// once, and only then.
+    fn is_as_before(&self, image: &Image) -> Result<(), ImageError> {
+        let refused = || ImageError::Broken {
+            name: image.name.clone(),
+            path: image.dir.clone(),
+            problem: "was changed in place, under the machines that run from it; build it again, or put its files back"
+                .to_owned(),
+        };
+        match self.stamps.known(&image.dir, &image.stamp) {
+            Known::Good => return Ok(()),
+            Known::Refused => return Err(refused()),
+            Known::New => {}
+            Known::Changed => {
+                if self.verify(image).is_err() {
+                    self.stamps.note(&image.dir, &image.stamp, false);
+                    return Err(refused());
+                }
+            }
+        }
+        self.stamps.note(&image.dir, &image.stamp, true);
+        Ok(())
     }
 
     /// Records what a boot test has learnt of an image in use: its runner's `info`, raw JSON.
@@ -435,7 +483,9 @@ fn open(name: &str, dir: PathBuf) -> Result<Image, ImageError> {
         },
         BootKind::Disk => Boot::Disk,
     };
-    Ok(Image { name: name.to_owned(), dir, disk, disk_bytes, boot, manifest })
+    let paths: Vec<PathBuf> = manifest.files().map(|file| dir.join(&file.file)).collect();
+    let stamp = Stamp::of(paths).map_err(file_error(&disk))?;
+    Ok(Image { name: name.to_owned(), dir, disk, disk_bytes, boot, manifest, stamp })
 }
 
 /// SHA-256 of a file, hex.

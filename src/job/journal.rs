@@ -90,6 +90,10 @@ pub struct Record {
     pub job_token: Secret,
     /// When GitLab's 201 came.
     pub received: Timestamp,
+    /// The host's uptime then, milliseconds: deadlines go on with it over a restart of the daemon, for somebody may set
+    /// the wall clock (safety.md E9).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received_uptime_ms: Option<u64>,
     /// The job's timeout at GitLab, seconds.
     pub timeout_s: Option<u64>,
     /// For people: name of job and project.
@@ -411,18 +415,19 @@ fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
     serde_json::from_slice(bytes).map(|record: Record| Record { version: RECORD_VERSION, ..record }).map_err(broken)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::files::fake::MemoryFiles;
-
-    fn record(id: u64) -> Record {
-        Record {
+#[cfg(any(test, feature = "test-util"))]
+impl Record {
+    /// A record as it should be, of a job that nothing has happened to yet.
+    #[must_use]
+    #[expect(clippy::unwrap_used, reason = "for tests: the address is a constant")]
+    pub fn example(id: u64) -> Self {
+        Self {
             version: RECORD_VERSION,
             key: JobKey { runner: "linux \"vm\"/1".into(), id: JobId(id) },
             gitlab: "https://gitlab.example".parse().unwrap(),
             job_token: Secret::new("glcbt-1"),
             received: Timestamp::UNIX_EPOCH,
+            received_uptime_ms: None,
             timeout_s: Some(3600),
             name: "test".into(),
             project: "g/p".into(),
@@ -438,6 +443,12 @@ mod tests {
             state: State::Accepted,
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::fake::MemoryFiles;
 
     async fn journal(files: &MemoryFiles) -> Journal {
         Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap()
@@ -447,7 +458,7 @@ mod tests {
     async fn a_record_reads_back_and_goes_without_a_trace() {
         let files = MemoryFiles::default();
         let journal = journal(&files).await;
-        journal.accept(&record(42), Bytes::from_static(b"{}")).await.unwrap();
+        journal.accept(&Record::example(42), Bytes::from_static(b"{}")).await.unwrap();
         let Loaded { records, aside } = journal.load_all().await.unwrap();
         assert_eq!((records.len(), aside.len()), (1, 0));
         assert_eq!(records[0].key.id, JobId(42));
@@ -461,9 +472,9 @@ mod tests {
     async fn a_torn_record_is_set_aside_and_the_others_are_read() {
         let files = MemoryFiles::default();
         let journal = journal(&files).await;
-        journal.accept(&record(1), Bytes::new()).await.unwrap();
-        journal.accept(&record(2), Bytes::new()).await.unwrap();
-        let path = Path::new("/s/jobs").join(record(1).key.directory()).join("record.json");
+        journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
+        journal.accept(&Record::example(2), Bytes::new()).await.unwrap();
+        let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
         let whole = files.read(&path, 1 << 20).await.unwrap();
         for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
             files.create_dir(path.parent().unwrap()).await.unwrap();
@@ -479,8 +490,8 @@ mod tests {
     async fn a_newer_record_is_refused_untouched() {
         let files = MemoryFiles::default();
         let journal = journal(&files).await;
-        journal.accept(&record(1), Bytes::new()).await.unwrap();
-        let path = Path::new("/s/jobs").join(record(1).key.directory()).join("record.json");
+        journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
+        let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
         files.replace(&path, br#"{"version":3,"something":"new"}"#.to_vec()).await.unwrap();
         let before = files.contents();
         let error = journal.load_all().await.unwrap_err();

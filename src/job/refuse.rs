@@ -13,9 +13,14 @@ use crate::retry::{self, Backoff};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use bytes::Bytes;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Calls made for each part; with their pauses about half a minute.
 const TRIES: u32 = 5;
+
+/// How long a GitLab is asked again that is still storing the few bytes of trace; it waits for 5 min itself.
+const STORING: Duration = Duration::from_secs(600);
 
 /// Why the job is not run; chooses the author's line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +95,11 @@ async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Res
     }
     let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".to_owned()), exit_code: None };
     let trace = begins.is_none().then(|| (crc32fast::hash(text), text.len() as u64));
-    client.update_job(&JobUpdate { verdict: Some(verdict), trace }).await?;
+    let update = JobUpdate { verdict: Some(verdict), trace };
+    let since = Instant::now();
+    // 202: the verdict is noted, and counts only once it has been asked for again.
+    while let Some(pause) = client.update_job(&update).await?.ask_again.filter(|_| since.elapsed() < STORING) {
+        tokio::time::sleep(pause).await;
+    }
     Ok(())
 }

@@ -51,6 +51,7 @@ pub async fn accept(
         gitlab: runner.config.url.clone(),
         job_token: payload.token.clone(),
         received: parts.clock.now(),
+        received_uptime_ms: u64::try_from(parts.clock.uptime().as_millis()).ok(),
         timeout_s: payload.timeout.map(|t| t.as_secs()),
         name: payload.name.clone(),
         project: payload.project.clone(),

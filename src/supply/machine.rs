@@ -228,6 +228,15 @@ impl Driver {
             };
             reached(Point::K8);
             hypervisor.start(&spec).await?;
+            // QEMU has the files open by now: what is exchanged later does not matter to this machine.
+            if !make.stamp.holds().await {
+                return Err(VmError::Refused {
+                    what: "start VM",
+                    name: self.name.to_string(),
+                    source: format!("base image `{}` was changed while the VM was being made", make.base.display())
+                        .into(),
+                });
+            }
             // It runs, and we have not heard of it.
             reached(Point::K8);
         }

@@ -9,6 +9,7 @@ mod machine;
 
 pub use machine::{Machine, MachineEvent};
 
+use crate::image::stamp::Stamp;
 use crate::network::{Network, NoFreePort};
 use crate::planted::{self, Bug};
 use crate::rng::Rng;
@@ -92,6 +93,8 @@ pub struct Blueprint {
     pub base: PathBuf,
     /// How it boots.
     pub boot: Boot,
+    /// By what the image's files were known when they were checked.
+    pub stamp: Stamp,
 }
 
 impl Supply {

@@ -259,3 +259,6 @@ impl Hypervisor for Processes {
         self.host.listen(address)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -80,6 +80,7 @@ impl Machinery {
                 disk_gib: class.disk_gib,
                 base: image.disk,
                 boot: image.boot,
+                stamp: image.stamp,
             }),
         }));
         Ok(())

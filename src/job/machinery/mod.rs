@@ -114,9 +114,12 @@ impl Machinery {
         let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
         let update_interval = parts.limits.guest_update_interval.get();
         let (guest_view, _) = watch::channel(GuestView { status: JobStatus::Running, verdict: None, update_interval });
-        let since = parts.clock.now().duration_since(record.received);
+        let since = match record.received_uptime_ms {
+            Some(then) => parts.clock.uptime().saturating_sub(Duration::from_millis(then)),
+            None => Duration::try_from(parts.clock.now().duration_since(record.received)).unwrap_or_default(),
+        };
         let mut machinery = Self {
-            elapsed_before: Duration::try_from(since).unwrap_or_default(),
+            elapsed_before: since,
             started: Instant::now(),
             last_spoke: Instant::now(),
             section_open: record.guest_base.is_none() && spool.view().length > 0,

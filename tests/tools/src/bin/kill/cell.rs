@@ -319,7 +319,14 @@ impl Cell {
         let Some(began) = job.started_at.filter(|_| job.state.is_executing()) else { return false };
         let since = |at: Timestamp| Duration::try_from(Timestamp::now().duration_since(at)).unwrap_or_default();
         let to_the_dead = began <= self.died.saturating_add(LATE_ANSWER).unwrap_or(Timestamp::MAX);
-        to_the_dead && since(began) >= WINDOW_AGE && !self.is_known(job.id)
+        to_the_dead && since(began) >= WINDOW_AGE && !self.is_known(job.id) && !self.was_said_kept(job.id)
+    }
+
+    /// Whether a daemon has said that this job is in the journal: then it must be, whatever happens.
+    fn was_said_kept(&self, id: JobId) -> bool {
+        let log = fs::read(&self.log).unwrap_or_default();
+        let (said, name) = (window::SAID, format!("/{id}\""));
+        String::from_utf8_lossy(&log).lines().any(|line| line.contains(said) && line.contains(&name))
     }
 
     fn is_known(&self, id: JobId) -> bool {

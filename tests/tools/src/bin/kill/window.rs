@@ -13,6 +13,9 @@ const DISK_PAUSE: Duration = Duration::from_millis(400);
 /// The member of the daemon's log line.
 const MEMBER: &str = "\"journal_ms\":";
 
+/// The message of that line.
+pub(crate) const SAID: &str = "the job is in the journal";
+
 /// Milliseconds of all jobs that this log tells of.
 pub(crate) fn of_log(log: &str) -> Vec<f64> {
     let number = |rest: &str| rest.split([',', '}']).next()?.trim().parse().ok();
