@@ -11,8 +11,10 @@
 
 mod config;
 mod guest_config;
+mod image;
 mod journal;
 mod libvirt;
+mod pipeline;
 mod stream;
 
 pub use crate::gitlab::fuzzing::{gitlab_answers, payload};
@@ -22,8 +24,10 @@ pub use crate::guest::fuzzing::{
 };
 pub use config::config;
 pub use guest_config::guest_config;
+pub use image::image;
 pub use journal::journal;
 pub use libvirt::{domain_xml, libvirt_answers};
+pub use pipeline::pipeline;
 pub(crate) use stream::{Cuts, Peer, now};
 
 /// One kind of input.
@@ -47,9 +51,11 @@ pub const TARGETS: &[Target] = &[
     Target { name: "greeting_door", check: greeting_door },
     Target { name: "greeting_relay", check: greeting_relay },
     Target { name: "guest_config", check: guest_config },
+    Target { name: "image", check: image },
     Target { name: "journal", check: journal },
     Target { name: "libvirt_answers", check: libvirt_answers },
     Target { name: "payload", check: payload },
+    Target { name: "pipeline", check: pipeline },
     Target { name: "proxy", check: proxy },
     Target { name: "request_head", check: request_head },
     Target { name: "requests", check: requests },

@@ -90,6 +90,26 @@ fn every_input_of_the_corpus_holds_its_property() {
     }
 }
 
+/// The first inputs are right ones: a format that has grown since would turn them away at once, and their mutations too.
+#[test]
+fn what_the_corpora_begin_with_is_still_read() {
+    let input = |target: &str, name: &str| std::fs::read(fuzz().join("corpus").join(target).join(name)).unwrap();
+    let text = |target: &str, name: &str| String::from_utf8(input(target, name)).unwrap();
+    for name in ["accepted", "booting", "running", "releasing", "over", "ended", "uptime"] {
+        serde_json::from_slice::<crate::job::journal::Record>(&input("journal", name)).unwrap();
+    }
+    crate::gitlab::JobPayload::parse(input("payload", "whole").into(), None).unwrap();
+    dayfly_guest_config::GuestConfig::from_line(&input("guest_config", "right")).unwrap();
+    crate::config::Config::assemble(Some(("/f".into(), text("config", "small"))), []).unwrap();
+    crate::image::manifest::Manifest::parse(&text("image", "manifest")).unwrap();
+    crate::image::qcow2::parse(&input("image", "disk")).unwrap();
+    crate::vm::domain_xml::read_metadata(&text("libvirt_answers", "metadata")).unwrap();
+    let names = ["job", "test"].map(str::to_owned);
+    for name in ["two", "extends"] {
+        crate::exec::pipeline::plan(Path::new("f"), &text("pipeline", name), &names).unwrap();
+    }
+}
+
 /// One change to an input.
 #[derive(Clone, Debug)]
 enum Change {
@@ -203,7 +223,8 @@ mod near_misses_hold_the_property_of {
 
     properties! {
         artifact_upload chunked_body config content_range domain_xml forwarded_headers gitlab_answers greeting_door
-        greeting_relay guest_config journal libvirt_answers payload proxy request_head requests route update_body
+        greeting_relay guest_config image journal libvirt_answers payload pipeline proxy request_head requests route
+        update_body
     }
 
     /// None is left out.
