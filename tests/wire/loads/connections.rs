@@ -39,13 +39,10 @@ async fn drip(mut stream: TcpStream, text: &str, pause: Duration) -> Duration {
     let mut bytes = text.bytes().cycle();
     let mut answer = [0; 256];
     loop {
-        match timeout(pause, stream.read(&mut answer)).await {
-            Ok(Ok(0) | Err(_)) => return begun.elapsed(),
-            Ok(Ok(_)) => {}
-            Err(_) => {
-                // A write into a closed connection is seen by the next read.
-                let _ = stream.write_all(&[bytes.next().unwrap()]).await;
-            }
+        // A write into a closed connection is seen by the next read.
+        let _ = stream.write_all(&[bytes.next().unwrap()]).await;
+        if let Ok(Ok(0) | Err(_)) = timeout(pause, stream.read(&mut answer)).await {
+            return begun.elapsed();
         }
         assert!(begun.elapsed() < LIMIT, "nobody closes a dripping connection");
     }
