@@ -218,7 +218,8 @@ async fn a_guest_is_told_the_time_and_may_be_wrong_about_it() {
             guest.power_off().await;
         }
     });
-    let job = world.job(&["print 1970-01-01T00:00:00.000000Z 00O an old line", "sleep 5", "print 2106-02-07T06:28:15Z 00O+"]);
+    let job =
+        world.job(&["print 1970-01-01T00:00:00.000000Z 00O an old line", "sleep 5", "print 2106-02-07T06:28:15Z 00O+"]);
     world.start().await.unwrap();
     world.until(job, JobState::Success).await;
     assert!(world.trace(job).contains("\n1970-01-01T00:00:00.000000Z 00O an old line\n2106-02-07T06:28:15Z 00O+\n"));

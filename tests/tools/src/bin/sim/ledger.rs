@@ -224,7 +224,8 @@ impl Ledger {
             Event::Calls { op, subject, spec } => {
                 if let (Op::Start, Some(spec)) = (op, spec) {
                     let job = spec.bound.as_ref().map(|(_, job)| JobId(*job));
-                    let port = job.and_then(|job| Some(self.jobs.get(&job)?.record.as_ref()?.machine.as_ref()?.lease.port));
+                    let port =
+                        job.and_then(|job| Some(self.jobs.get(&job)?.record.as_ref()?.machine.as_ref()?.lease.port));
                     let vm = self.vms.entry((*subject).to_owned()).or_default();
                     vm.job = job;
                     vm.ours = true;
@@ -245,7 +246,12 @@ impl Ledger {
                         vm.call_failed_at = Some(now);
                     }
                     // A VM that was never started is known by its record alone.
-                    let of_vm = |note: &&mut JobNote| note.record.as_ref().and_then(|r| r.machine.as_ref()).is_some_and(|m| name.ends_with(m.id.as_str()));
+                    let of_vm = |note: &&mut JobNote| {
+                        note.record
+                            .as_ref()
+                            .and_then(|r| r.machine.as_ref())
+                            .is_some_and(|m| name.ends_with(m.id.as_str()))
+                    };
                     if let Some(note) = self.jobs.values_mut().find(of_vm) {
                         note.vm_call_failed = true;
                     }
@@ -278,7 +284,8 @@ impl Ledger {
         note.over_at.get_or_insert(now);
         note.verdicts = job.verdicts;
         note.over_by_gitlab = job.verdicts == 0;
-        let gave_up = ["no_updates_running", "server_timeout_running", "job_token_expired", "runner_provisioning_timeout"];
+        let gave_up =
+            ["no_updates_running", "server_timeout_running", "job_token_expired", "runner_provisioning_timeout"];
         note.gitlab_gave_up = job.failure_reason.clone().filter(|reason| gave_up.contains(&reason.as_str()));
         note.erased = job.erased;
         if last {
@@ -291,14 +298,12 @@ impl Ledger {
         let now = self.now;
         let Some(note) = request.job.and_then(|job| self.jobs.get_mut(&job)) else { return };
         match request.route {
-            Route::UpdateJob => {
-                match request.update {
-                    Some(update) if update.state != "running" => {
-                        note.sent.push((now, update.state.clone(), update.reason.clone()));
-                    }
-                    _ => note.words += 1,
+            Route::UpdateJob => match request.update {
+                Some(update) if update.state != "running" => {
+                    note.sent.push((now, update.state.clone(), update.reason.clone()));
                 }
-            }
+                _ => note.words += 1,
+            },
             // A refused job's only piece of trace: it has no record.
             Route::AppendTrace if note.record.is_none() && !note.had_record => note.refused = true,
             Route::UploadArtifacts | Route::DownloadArtifacts => note.forwarded += 1,
@@ -482,7 +487,9 @@ impl Ledger {
     pub(crate) fn spoil(&mut self, trouble: Trouble, lasts: Duration) {
         let now = self.now;
         // Many small ones in a row are one.
-        if let Some((_, _, until)) = self.troubles.iter_mut().rev().take(4).find(|(t, _, until)| *t == trouble && *until >= now) {
+        if let Some((_, _, until)) =
+            self.troubles.iter_mut().rev().take(4).find(|(t, _, until)| *t == trouble && *until >= now)
+        {
             *until = (*until).max(now + lasts);
             return;
         }

@@ -35,7 +35,9 @@ impl World {
                 self.begins(kind);
                 return lasting;
             }
-            K::CancelBooting | K::CancelRunning | K::HardCancel | K::Erased | K::ProjectDeleted => self.users_act(kind).await,
+            K::CancelBooting | K::CancelRunning | K::HardCancel | K::Erased | K::ProjectDeleted => {
+                self.users_act(kind).await
+            }
             K::OomKilled => self.oom().await,
             K::KillJob => self.kill_job().await,
             K::WallJump => self.wall_jumps(),
@@ -108,7 +110,13 @@ impl World {
         while Instant::now() < until && self.is_alive() {
             let found = {
                 let mut inner = self.story.inner();
-                let found: Vec<JobId> = inner.ledger.jobs.iter().filter(|(_, n)| n.over_at.is_none() && wanted(n)).map(|(id, _)| *id).collect();
+                let found: Vec<JobId> = inner
+                    .ledger
+                    .jobs
+                    .iter()
+                    .filter(|(_, n)| n.over_at.is_none() && wanted(n))
+                    .map(|(id, _)| *id)
+                    .collect();
                 if found.is_empty() { None } else { Some(*inner.dice().pick(&found)) }
             };
             if found.is_some() {
@@ -195,7 +203,8 @@ impl World {
         };
         let rng = Rng::seeded(self.story.inner().dice().next());
         let id = VmId::random(&rng);
-        let overlay = PathBuf::from(if kind == K::Foreign { "/elsewhere" } else { "/state/overlays" }).join(format!("df-{id}.qcow2"));
+        let overlay = PathBuf::from(if kind == K::Foreign { "/elsewhere" } else { "/state/overlays" })
+            .join(format!("df-{id}.qcow2"));
         let spec = VmSpec {
             id: id.clone(),
             installation: if kind == K::Foreign { VmId::random(&rng) } else { installation.id },
@@ -212,7 +221,11 @@ impl World {
         if kind == K::Foreign {
             let note = PathBuf::from("/state/overlays/debian.qcow2");
             let mut inner = self.story.inner();
-            inner.ledger.foreign.extend([format!("df-{id}"), overlay.display().to_string(), note.display().to_string()]);
+            inner.ledger.foreign.extend([
+                format!("df-{id}"),
+                overlay.display().to_string(),
+                note.display().to_string(),
+            ]);
         }
         let made = self.fake.create_overlay(&overlay, &spec.base, 1).await.is_ok();
         if kind == K::Foreign {
@@ -235,7 +248,10 @@ impl World {
             return;
         }
         if kind == K::HeldPoll {
-            let held = self.standin.read(|model| model.settings.long_poll > Duration::ZERO && model.history.iter().last().is_some_and(|r| r.status.is_none()));
+            let held = self.standin.read(|model| {
+                model.settings.long_poll > Duration::ZERO
+                    && model.history.iter().last().is_some_and(|r| r.status.is_none())
+            });
             if !held {
                 return;
             }
@@ -332,7 +348,8 @@ impl World {
             daemon.life.kill();
         }
         self.says(DaemonDoes::Dies);
-        let directory = self.story.inner().ledger.jobs.get(&job).and_then(|note| Some(note.record.as_ref()?.key.directory()));
+        let directory =
+            self.story.inner().ledger.jobs.get(&job).and_then(|note| Some(note.record.as_ref()?.key.directory()));
         if let Some(directory) = directory {
             let path = PathBuf::from("/state/jobs").join(directory).join("record.json");
             let bytes = self.files.look(&path, |bytes| bytes.map(<[u8]>::to_vec)).unwrap_or_default();

@@ -349,7 +349,11 @@ impl Script {
             Kind::CrashesBooting => self.before = Before::Crashes(if dice.chance(700) { 1 } else { 2 }),
             Kind::WrongPass => self.before = Before::WrongPass { ever_right: dice.chance(800) },
             Kind::WrongGuestToken => self.before = Before::WrongToken,
-            Kind::CrashesAfterFinal | Kind::IgnoresShutdown | Kind::KeptOpen | Kind::LateTrace | Kind::SecondVerdict => {
+            Kind::CrashesAfterFinal
+            | Kind::IgnoresShutdown
+            | Kind::KeptOpen
+            | Kind::LateTrace
+            | Kind::SecondVerdict => {
                 self.after = After::Bad(kind);
             }
             Kind::DiesBeforeFinal => self.steps.push(Step::Bad(kind)),

@@ -40,7 +40,11 @@ pub(crate) fn run(plan: Plan, keep: Keep) -> Outcome {
     let mut outcome = runtime.block_on(tell(plan, keep));
     drop(runtime);
     for panic in panics::take() {
-        outcome.violations.push(Violation { invariant: 1, at: outcome.virtual_time, sentence: format!("a panic: {panic}") });
+        outcome.violations.push(Violation {
+            invariant: 1,
+            at: outcome.virtual_time,
+            sentence: format!("a panic: {panic}"),
+        });
     }
     outcome
 }
@@ -67,7 +71,10 @@ async fn tell(plan: Plan, keep: Keep) -> Outcome {
         seed: plan.seed,
         jobs: plan.jobs.len() as u64,
         hits: inner.hits.clone(),
-        violations: { drop(inner); story.violations() },
+        violations: {
+            drop(inner);
+            story.violations()
+        },
         text,
         digest,
         events,
@@ -118,8 +125,15 @@ impl World {
                 self.story.violate(19, format!("the run does not come to its end; the daemon has {views:?}"));
                 return;
             }
-            let wake = [next_job.map(|(at, _)| *at), next_action.map(|(at, _)| *at), lasting.iter().map(|l| l.until).min()];
-            let wake = wake.into_iter().flatten().min().unwrap_or(now + LOOK).saturating_sub(now).clamp(Duration::from_millis(1), LOOK);
+            let wake =
+                [next_job.map(|(at, _)| *at), next_action.map(|(at, _)| *at), lasting.iter().map(|l| l.until).min()];
+            let wake = wake
+                .into_iter()
+                .flatten()
+                .min()
+                .unwrap_or(now + LOOK)
+                .saturating_sub(now)
+                .clamp(Duration::from_millis(1), LOOK);
             let Some(daemon) = &mut self.daemon else { continue };
             tokio::select! {
                 biased;
@@ -190,7 +204,8 @@ impl World {
         if counts.sockets > theirs {
             self.story.violate(13, format!("sockets of {} VMs are left behind", counts.sockets - theirs));
         }
-        let gone: Vec<&String> = foreign.iter().filter(|name| name.ends_with(".qcow2") && !overlays.contains(name)).collect();
+        let gone: Vec<&String> =
+            foreign.iter().filter(|name| name.ends_with(".qcow2") && !overlays.contains(name)).collect();
         if !gone.is_empty() && self.story.inner().hits.of(crate::kinds::Kind::Foreign) > 0 {
             self.story.violate(15, format!("what was not ours is gone: {gone:?}"));
         }

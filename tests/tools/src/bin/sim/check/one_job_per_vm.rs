@@ -50,7 +50,8 @@ impl Checker for OneJobPerVm {
                 }
             }
             Event::File { op, path, .. } => {
-                let writes = !matches!(op, FileOp::Read | FileOp::ReadAt | FileOp::Length | FileOp::List | FileOp::FreeBytes);
+                let writes =
+                    !matches!(op, FileOp::Read | FileOp::ReadAt | FileOp::Length | FileOp::List | FileOp::FreeBytes);
                 if writes && path.starts_with("/images") {
                     findings.add(12, format!("the base images are written to: {}", path.display()));
                 }

@@ -84,7 +84,8 @@ impl Checker for OurFailures {
 
     fn end(&mut self, ledger: &Ledger, findings: &mut Findings) {
         for (id, note) in &ledger.jobs {
-            let by_us = note.sent.first().is_some_and(|(_, state, _)| state == "failed") && note.verdict_taken.is_none();
+            let by_us =
+                note.sent.first().is_some_and(|(_, state, _)| state == "failed") && note.verdict_taken.is_none();
             if !by_us || note.verdicts == 0 || note.state != JobState::Failed || note.trace_spoilt.is_some() {
                 continue;
             }

@@ -35,5 +35,5 @@ fn same_but_timeout(sent: &[u8], given: &[u8]) -> bool {
         (begin, bytes[begin..end].iter().all(u8::is_ascii_digit))
     };
     let ((begin, a), (_, b)) = (digits(sent), digits(given));
-    a && b && sent[..begin].ends_with(b"\"timeout\":") 
+    a && b && sent[..begin].ends_with(b"\"timeout\":")
 }

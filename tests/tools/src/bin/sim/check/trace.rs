@@ -40,12 +40,19 @@ impl Checker for Trace {
             Event::Request(request) if request.route == Route::UpdateJob => {
                 let (Some(job), Some(update)) = (request.job, request.update) else { return };
                 let (Some(spool), Some((sum, size))) = (self.spools.get(&job), &update.trace) else { return };
-                let Some(note) = ledger.jobs.get(&job).filter(|note| !note.spool_failed && !note.refused) else { return };
+                let Some(note) = ledger.jobs.get(&job).filter(|note| !note.spool_failed && !note.refused) else {
+                    return;
+                };
                 let right = format!("crc32:{:08x}", crc32fast::hash(spool));
                 let empty_is_left_out = *size == 0 && spool.is_empty();
-                if note.trace_spoilt.is_none() && update.state != "running" && (*sum != right || *size != spool.len() as u64) && !empty_is_left_out {
+                if note.trace_spoilt.is_none()
+                    && update.state != "running"
+                    && (*sum != right || *size != spool.len() as u64)
+                    && !empty_is_left_out
+                {
                     let length = spool.len();
-                    findings.add(5, format!("job {job}: {sum} of {size} bytes is sent, the spool is {right} of {length}"));
+                    findings
+                        .add(5, format!("job {job}: {sum} of {size} bytes is sent, the spool is {right} of {length}"));
                 }
             }
             _ => {}
@@ -69,7 +76,11 @@ fn common(a: &[u8], b: &[u8]) -> usize {
 /// Our lines, the guest's bytes, our lines.
 fn exact(spool: &[u8], note: &JobNote) -> Result<(), String> {
     let Some(base) = note.guest_base.and_then(|base| usize::try_from(base).ok()) else {
-        return if note.taken > 0 { Err(format!("{} bytes of its guest are nowhere", note.taken)) } else { ours(spool) };
+        return if note.taken > 0 {
+            Err(format!("{} bytes of its guest are nowhere", note.taken))
+        } else {
+            ours(spool)
+        };
     };
     let (first, rest) = spool.split_at_checked(base).ok_or("the spool is shorter than its first lines")?;
     ours(first)?;

@@ -114,7 +114,8 @@ async fn boot(
         }
         _ => {}
     }
-    let token = config.runner.config_toml.lines().find_map(|line| line.trim().strip_prefix("token = \"")?.strip_suffix('"'))?;
+    let token =
+        config.runner.config_toml.lines().find_map(|line| line.trim().strip_prefix("token = \"")?.strip_suffix('"'))?;
     let port = config.door.rsplit(':').next()?.parse().ok()?;
     let patience = Duration::from_secs(config.door_patience_s);
     let who = (story.clone(), vm.to_owned(), job);
@@ -149,7 +150,8 @@ impl Guest {
     async fn come_to_payload(&mut self, number: u32) -> Option<Vec<u8>> {
         match self.script.before {
             Before::AtDeadline(ms) if number == 1 => {
-                let assigned = self.line.story.inner().ledger.jobs.get(&self.line.job).and_then(|note| note.assigned_at);
+                let assigned =
+                    self.line.story.inner().ledger.jobs.get(&self.line.job).and_then(|note| note.assigned_at);
                 let at = assigned.unwrap_or_default() + Duration::from_millis(u64::try_from(ms).unwrap_or(0));
                 // The connection stands before, so that the request is all that counts.
                 sleep(at.saturating_sub(self.line.story.now())).await;

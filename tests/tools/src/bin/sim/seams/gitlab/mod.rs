@@ -153,7 +153,8 @@ impl Gate {
             given.map(|job| job.id).collect()
         });
         for job in lost {
-            let unknown = self.story.inner().ledger.jobs.get(&job).is_some_and(|n| n.assigned_at.is_none() && n.lost.is_none());
+            let unknown =
+                self.story.inner().ledger.jobs.get(&job).is_some_and(|n| n.assigned_at.is_none() && n.lost.is_none());
             if unknown {
                 self.story.tell(&Event::AssignedInVain { job });
             }
