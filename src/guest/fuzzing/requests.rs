@@ -7,7 +7,7 @@ use crate::guest::head::{FIELDS_MAX, Framing, Scan, check, scan};
 use crate::guest::wire::{Notes, Times, Wire};
 use crate::vm::Stream;
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Request as HttpRequest, Response};
+use http::{HeaderMap, Request as HttpRequest, Response, StatusCode};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
@@ -81,7 +81,10 @@ where
         let served = Box::pin(service(request));
         async {
             served.await;
-            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(b"ok"))))
+            let mut answer = Response::new(Full::new(Bytes::from_static(b"no")));
+            // As the door answers what it does not know: to hyper, a CONNECT that succeeds is a tunnel.
+            *answer.status_mut() = StatusCode::NOT_FOUND;
+            Ok::<_, Infallible>(answer)
         }
     });
     let http = http1::Builder::new()

@@ -40,7 +40,11 @@ impl Checker for Trace {
             Event::Request(request) if request.route == Route::UpdateJob => {
                 let (Some(job), Some(update)) = (request.job, request.update) else { return };
                 let (Some(spool), Some((sum, size))) = (self.spools.get(&job), &update.trace) else { return };
-                let Some(note) = ledger.jobs.get(&job).filter(|note| !note.spool_failed && !note.refused && !note.panicked) else { return };
+                let Some(note) =
+                    ledger.jobs.get(&job).filter(|note| !note.spool_failed && !note.refused && !note.panicked)
+                else {
+                    return;
+                };
                 let right = format!("crc32:{:08x}", crc32fast::hash(spool));
                 let empty_is_left_out = *size == 0 && spool.is_empty();
                 if note.trace_spoilt.is_none()
