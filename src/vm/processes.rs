@@ -22,6 +22,7 @@ use super::{
 };
 use crate::BoxFuture;
 use crate::failpoint::{self, Point};
+use crate::process::start_outliving;
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,6 @@ use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -133,20 +133,9 @@ fn spawn(directory: &Path, path: &Path, spec: &VmSpec) -> io::Result<()> {
     file.write_all(&serde_json::to_vec(&owner)?)?;
     file.write_all(b"\n")?;
     let log = File::options().append(true).create(true).mode(0o600).open(directory.join("guest.log"))?;
-    #[expect(clippy::disallowed_methods, reason = "no helper with a deadline but a machine, which outlives us")]
-    let mut command = tokio::process::Command::new(directory.join("guest"));
-    command
-        .arg(VmSpec::channel_socket(&spec.socket_dir, &spec.id))
-        .arg(VmSpec::console_socket(&spec.socket_dir, &spec.id))
-        .env_clear()
-        .stdin(Stdio::from(file))
-        .stdout(Stdio::null())
-        .stderr(Stdio::from(log))
-        // What is sent to our group, by a shell or a terminal, is not for machines.
-        .process_group(0);
-    // Nobody waits for it: the lock tells its end, and Tokio buries it.
-    drop(command.spawn()?);
-    Ok(())
+    let [channel, console] = [VmSpec::channel_socket, VmSpec::console_socket].map(|of| of(&spec.socket_dir, &spec.id));
+    // The lock tells its end, so nobody need wait for it.
+    start_outliving(&directory.join("guest"), &[&channel, &console], file, log)
 }
 
 impl Hypervisor for Processes {
