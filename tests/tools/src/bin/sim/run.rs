@@ -94,17 +94,18 @@ impl World {
         let limit = plan.heals + PATIENCE;
         loop {
             let now = self.story.now();
-            if !self.is_alive() {
+            // First, or a daemon that cannot start without it never would.
+            while let Some(at) = lasting.iter().position(|lasting| lasting.until <= now) {
+                let Lasting { kind, .. } = lasting.swap_remove(at);
+                self.over(kind);
+            }
+            if !self.is_alive() && now <= limit {
                 self.begin().await;
                 continue;
             }
             while let Some((_, script)) = next_job.filter(|(at, _)| *at <= now) {
                 self.enqueue(script);
                 next_job = jobs.next();
-            }
-            while let Some(at) = lasting.iter().position(|lasting| lasting.until <= now) {
-                let Lasting { kind, .. } = lasting.swap_remove(at);
-                self.over(kind);
             }
             if let Some((_, Action::Do(kind, lasts))) = next_action.filter(|(at, _)| *at <= now) {
                 next_action = actions.next();
