@@ -1,33 +1,34 @@
 //! What the control socket may ask of a running daemon.
 
+use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
 use crate::capacity::Capacity;
 use crate::clock::Clock;
 use crate::control::{ControlHandler, KillOutcome};
 use crate::gitlab::JobId;
-use crate::job::Runner;
-use crate::poller::PollerView;
 use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, RunnerState, RunnerStatus, StatusReport};
-use std::sync::Arc;
-use tokio::sync::watch;
+use std::sync::{Mutex, PoisonError};
 
 pub(super) struct Handler {
     jobs: Jobs,
     capacity: Capacity,
-    runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
+    /// Exchanged at a reload; held for a few lines.
+    runners: Mutex<Vec<View>>,
     shutdown: Shutdown,
     since: String,
 }
 
 impl Handler {
-    pub(super) fn new(
-        jobs: Jobs,
-        capacity: Capacity,
-        runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
-        shutdown: Shutdown,
-        clock: &Clock,
-    ) -> Self {
+    pub(super) fn new(jobs: Jobs, capacity: Capacity, runners: Vec<View>, shutdown: Shutdown, clock: &Clock) -> Self {
+        let runners = Mutex::new(runners);
         Self { jobs, capacity, runners, shutdown, since: clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string() }
+    }
+}
+
+impl Handler {
+    /// After a reload.
+    pub(super) fn set_runners(&self, runners: Vec<View>) {
+        *self.runners.lock().unwrap_or_else(PoisonError::into_inner) = runners;
     }
 }
 
@@ -35,8 +36,8 @@ impl ControlHandler for Handler {
     fn status(&self) -> StatusReport {
         let promised = self.capacity.promised();
         let bounds = self.capacity.bounds();
-        let runners: Vec<RunnerStatus> = self
-            .runners
+        let runners = self.runners.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let runners: Vec<RunnerStatus> = runners
             .iter()
             .map(|(runner, view)| {
                 let view = view.borrow().clone();

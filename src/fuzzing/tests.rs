@@ -210,7 +210,7 @@ fn mutate(name: &str) {
 
 macro_rules! properties {
     ($($name:ident)*) => { $(
-        /// B13: by proptest what the fuzzer does.
+        /// By proptest what the fuzzer does (B13).
         #[test]
         fn $name() {
             mutate(stringify!($name));

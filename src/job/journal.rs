@@ -9,6 +9,8 @@
 //! cannot be read is set aside, named in the log, and costs nobody else anything; one of a newer
 //! version stops the daemon.
 
+mod format;
+
 use super::state::State;
 use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
@@ -19,6 +21,7 @@ use crate::retry;
 use crate::secret::Secret;
 use crate::vm::VmId;
 use bytes::Bytes;
+use format::{Unreadable, parse, seal};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -33,7 +36,7 @@ use url::Url;
 /// | version | since then a record has |
 /// | --- | --- |
 /// | 1 | all but what follows |
-/// | 2 | `newer_token`, `last_lines` |
+/// | 2 | `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
 pub const RECORD_VERSION: u32 = 2;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
@@ -267,7 +270,7 @@ impl Journal {
     /// # Errors
     /// The file layer's; the old record stands then.
     pub async fn put(&self, record: &Record) -> io::Result<()> {
-        let bytes = serde_json::to_vec(record)?;
+        let bytes = seal(&serde_json::to_vec(record)?);
         self.files.replace(&child(&self.state, &record.key.directory()).join("record.json"), bytes).await
     }
 
@@ -396,24 +399,8 @@ impl Journal {
     }
 }
 
-enum Unreadable {
-    Newer(u32),
-    Broken(String),
-}
-
-fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
-    #[derive(Deserialize)]
-    struct Versioned {
-        version: u32,
-    }
-    let broken = |error: serde_json::Error| Unreadable::Broken(error.to_string());
-    let versioned: Versioned = serde_json::from_slice(bytes).map_err(broken)?;
-    if versioned.version > RECORD_VERSION {
-        return Err(Unreadable::Newer(versioned.version));
-    }
-    // Written again, it is a record of ours.
-    serde_json::from_slice(bytes).map(|record: Record| Record { version: RECORD_VERSION, ..record }).map_err(broken)
-}
+#[cfg(test)]
+mod damage;
 
 #[cfg(any(test, feature = "test-util"))]
 impl Record {

@@ -15,6 +15,7 @@
 mod support;
 
 mod cancels;
+mod clocks;
 mod crashes;
 mod determinism;
 mod ends;
@@ -28,6 +29,7 @@ mod kill_points;
 mod machines;
 mod moods;
 mod panics;
+mod reload;
 mod room;
 mod storage;
 mod twice;

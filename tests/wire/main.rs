@@ -11,3 +11,4 @@ mod gitlab_tls;
 mod gitlab_tls_server;
 mod gitlab_uploads;
 mod loads;
+mod process;
