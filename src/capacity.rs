@@ -219,6 +219,12 @@ impl Capacity {
         self.lock().promised.clone()
     }
 
+    /// Other bounds from now on. What is promised beyond them stays promised.
+    pub fn set_bounds(&self, bounds: Bounds) {
+        self.lock().bounds = bounds;
+        self.serve();
+    }
+
     /// The bounds.
     #[must_use]
     pub fn bounds(&self) -> Bounds {

@@ -1,19 +1,31 @@
-//! Wall time, and nothing else: durations and deadlines are Tokio's, which tests can move.
+//! Wall time and uptime, and nothing else: durations and deadlines are Tokio's, which tests can move.
 //!
-//! One of the five seams. Wall time is for people (the trace), for protocols (a guest's clock)
-//! and for what must outlive a restart (when GitLab's 201 came); nothing waits for it.
+//! One of the five seams. Wall time is for people (the trace) and for protocols (a guest's clock): somebody may set it.
+//! The host's uptime is for deadlines that must outlive a restart of the daemon (when GitLab's 201 came). Nothing waits
+//! for either.
 
 use jiff::Timestamp;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 use tokio::time::Instant;
 
-/// Tells the wall time.
+/// How long a simulated host has been up when its clock is made.
+const SIMULATED_UPTIME: Duration = Duration::from_secs(1000);
+
+/// Tells the wall time and the uptime.
 #[derive(Clone, Debug)]
 pub struct Clock(Source);
 
 #[derive(Clone, Debug)]
 enum Source {
     System,
-    Simulated { start: Timestamp, since: Instant },
+    /// `ahead_ms`: how far somebody has set it since, in milliseconds.
+    Simulated {
+        start: Timestamp,
+        since: Instant,
+        ahead_ms: Arc<AtomicI64>,
+    },
 }
 
 impl Clock {
@@ -26,7 +38,28 @@ impl Clock {
     /// A clock that reads `start` now and goes with Tokio's (pausable) time.
     #[must_use]
     pub fn simulated(start: Timestamp) -> Self {
-        Self(Source::Simulated { start, since: Instant::now() })
+        Self(Source::Simulated { start, since: Instant::now(), ahead_ms: Arc::default() })
+    }
+
+    /// How long the host has been up, suspended or not. Less than before only after a reboot.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        match &self.0 {
+            Source::System => {
+                let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+                Duration::new(u64::try_from(up.tv_sec).unwrap_or(0), u32::try_from(up.tv_nsec).unwrap_or(0))
+            }
+            Source::Simulated { since, .. } => SIMULATED_UPTIME + since.elapsed(),
+        }
+    }
+
+    /// Sets a simulated clock, and all its clones, forward or back, as an administrator or a time server does
+    /// (safety.md E9). The host's clock is not ours to set.
+    pub fn jump(&self, forward: bool, by: Duration) {
+        if let Source::Simulated { ahead_ms, .. } = &self.0 {
+            let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
+            ahead_ms.fetch_add(if forward { by } else { -by }, Ordering::Relaxed);
+        }
     }
 
     /// The wall time.
@@ -34,7 +67,11 @@ impl Clock {
     pub fn now(&self) -> Timestamp {
         match &self.0 {
             Source::System => Timestamp::now(),
-            Source::Simulated { start, since } => start.saturating_add(since.elapsed()).unwrap_or(Timestamp::MAX),
+            Source::Simulated { start, since, ahead_ms } => {
+                let ahead = jiff::SignedDuration::from_millis(ahead_ms.load(Ordering::Relaxed));
+                let now = start.saturating_add(since.elapsed()).unwrap_or(Timestamp::MAX);
+                now.saturating_add(ahead).unwrap_or(now)
+            }
         }
     }
 }

@@ -34,6 +34,10 @@ pub enum Point {
 #[cfg(feature = "test-util")]
 pub const VARIABLE: &str = "DAYFLY_FAILPOINT";
 
+/// How the line on standard error begins that says where the process ended itself; the place's name follows.
+#[cfg(feature = "test-util")]
+pub const DIED_AT: &str = "dayfly: failpoint ";
+
 /// Says that this place has been reached. Does not return if a test asked for the process to end here.
 #[cfg(not(feature = "test-util"))]
 #[inline]
@@ -54,6 +58,8 @@ pub(crate) fn reached(point: Point) {
 
     let Some((name, visit)) = ASKED.as_ref() else { return };
     if *name == format!("{point:?}") && VISITS.fetch_add(1, Ordering::SeqCst) + 1 == *visit {
+        // For whoever asked: it was this place, and no other SIGKILL.
+        let _ = rustix::io::write(rustix::stdio::stderr(), format!("{DIED_AT}{name}\n").as_bytes());
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         // The signal is on its way; nothing more of this process may happen meanwhile.
         loop {

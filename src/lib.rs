@@ -31,6 +31,8 @@ pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
 pub mod failpoint; // where may a test pull the plug?
 pub mod planted; // would our tests notice?
+#[cfg(feature = "test-util")]
+pub mod fuzzing; // what must hold for any bytes?
 
 use std::future::Future;
 use std::pin::Pin;

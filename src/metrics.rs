@@ -163,6 +163,8 @@ pub struct JobMetrics {
     pub stuck_domains: Gauge,
     /// Runners that cannot take a job until somebody looks: see their state in the status.
     pub runners_unwell: Gauge,
+    /// Seconds from the last byte of GitLab's 201 to the job's record on disk: what a crash may cost.
+    pub journal: Histogram,
     /// Verdicts by word: `success`, `failed`.
     pub verdicts: Labelled,
     /// Seconds from GitLab's 201 to each phase of the boot.
@@ -171,6 +173,9 @@ pub struct JobMetrics {
 
 /// Bounds of the boot's histogram, seconds: from a restored machine's 0.5 s to the boot deadline.
 const PHASE_BUCKETS: [f64; 10] = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 300.0];
+
+/// Bounds of the journal's histogram, seconds: some fsyncs, from a fast disk's to a struggling one's.
+const JOURNAL_BUCKETS: [f64; 10] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0];
 
 impl JobMetrics {
     fn register(registry: &mut Registry) -> Self {
@@ -184,6 +189,7 @@ impl JobMetrics {
             machines_replaced: Counter::default(),
             stuck_domains: Gauge::default(),
             runners_unwell: Gauge::default(),
+            journal: Histogram::new(JOURNAL_BUCKETS),
             verdicts: Labelled::new("verdict"),
             phases,
         };
@@ -214,6 +220,11 @@ impl JobMetrics {
             "runners_unwell",
             "Runners that cannot take a job until somebody looks",
             metrics.runners_unwell.clone(),
+        );
+        registry.register(
+            "journal_seconds",
+            "Seconds from the last byte of GitLab's answer to the job's record on disk",
+            metrics.journal.clone(),
         );
         registry.register("jobs_ended", "Jobs by verdict", metrics.verdicts.family.clone());
         registry.register(

@@ -67,7 +67,7 @@ bugs! {
     MachineReused,
     /// 12: all machines have the same pass.
     PassReused,
-    /// 13: of a machine that could not be made nothing is taken down.
+    /// 13: of a machine that could not be made nothing is taken down, and no sweep looks for overlays.
     LeakedOverlay,
     /// 13: the room of a job that was canceled is never given back.
     RoomNeverBack,
@@ -85,8 +85,8 @@ bugs! {
     ForeignReaped,
     /// 16: a machine is made before a record names it.
     DomainBeforeRecord,
-    /// 16: a job is begun though the journal did not take it.
-    StartedUnjournalled,
+    /// 16: a record that the disk did not take counts as written.
+    RecordErrorIgnored,
     /// 16: the record of a job that is over stays.
     RecordKept,
     /// 17: adoption makes a second machine beside the one that is there.

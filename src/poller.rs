@@ -379,9 +379,12 @@ impl Taking {
     /// Journals the job and starts it. What comes back must be refused.
     async fn begin(&self, payload: JobPayload, reservation: Reservation) -> Option<(JobId, Secret)> {
         let (parts, key) = (&self.parts, &self.key);
-        let (id, token) = (payload.id, payload.token.clone());
+        let (id, token, read_at) = (payload.id, payload.token.clone(), payload.read_at);
         match job::accept(parts, self.runner.clone(), payload, self.resources, reservation).await {
             Ok(handle) => {
+                let window = read_at.elapsed();
+                parts.metrics.job().journal.observe(window.as_secs_f64());
+                tracing::info!(%key, journal_ms = window.as_secs_f64() * 1000.0, "the job is in the journal");
                 self.jobs.add(handle);
                 None
             }

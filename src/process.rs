@@ -5,6 +5,12 @@
 //! is dropped the whole group is killed; nothing that we start outlives its caller. No secret goes
 //! into arguments: others can read them; give it by [`Program::stdin`]. Knows nothing of jobs or VMs.
 
+#[cfg(feature = "test-util")]
+mod outliving;
+
+#[cfg(feature = "test-util")]
+pub(crate) use outliving::start_outliving;
+
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};

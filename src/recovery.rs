@@ -122,7 +122,8 @@ pub async fn orphans(
     let vms = supply.hypervisor().list(&place.installation).await?;
     let vms: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
     let overlays = supply.hypervisor().list_overlays(&place.overlay_dir).await?;
-    let all: BTreeSet<VmId> = overlays.iter().filter_map(|path| overlay_id(path)).chain(vms.iter().cloned()).collect();
+    let overlays = overlays.iter().filter_map(|path| overlay_id(path)).filter(|_| !planted::on(Bug::LeakedOverlay));
+    let all: BTreeSet<VmId> = overlays.chain(vms.iter().cloned()).collect();
     let owned = if planted::on(Bug::AdoptedReaped) { BTreeSet::new() } else { owned() };
     let driven = supply.driven();
     let orphans = all.into_iter().filter(|id| !owned.contains(id) && !driven.contains(id));

@@ -61,7 +61,7 @@ impl Backoff {
     #[must_use]
     pub fn poll() -> Self {
         let longest = if planted::on(Bug::LateAfterOutage) { 300 } else { 5 };
-        Self::new(Duration::from_secs(1), Duration::from_secs(longest), 20)
+        Self::new(Duration::from_secs(longest / 5), Duration::from_secs(longest), 20)
     }
 
     /// Trace and verdict of one job: 1 s doubling to 60 s, then every 60 s, ± 10 %.
@@ -93,7 +93,7 @@ impl Backoff {
     /// before that time, and not before our own.
     pub fn next_told(&mut self, rng: &Rng, told: Option<Duration>) -> Duration {
         let own = self.next(rng);
-        let Some(told) = told.filter(|_| !planted::on(Bug::RetryAfterIgnored)) else { return own };
+        let Some(told) = told else { return own };
         let spread = u64::try_from(TOLD_SPREAD.as_nanos()).unwrap_or(u64::MAX);
         own.max(told + Duration::from_nanos(rng.below(spread)))
     }

@@ -269,6 +269,7 @@ mod tests {
         assert_eq!(chain(&error), "start VM `df-1`: disk is full");
     }
 
+    /// T21: escape sequences, line breaks, bidi marks.
     #[test]
     fn hostile_text_stays_one_line_of_printable_characters() {
         for format in [Format::Text, Format::Json] {
@@ -280,6 +281,7 @@ mod tests {
         }
     }
 
+    /// T21: a megabyte of text.
     #[test]
     fn long_lines_are_cut_and_json_stays_json() {
         let text = clean("é\"".repeat(500_000).as_bytes(), Format::Text);
@@ -309,6 +311,7 @@ mod tests {
         }
     }
 
+    /// E14: a journal that stands still.
     #[test]
     fn a_reader_that_stands_still_costs_lines_but_no_time() {
         let (entered, has_entered) = channel();
@@ -331,6 +334,7 @@ mod tests {
         assert_eq!(written.lock().unwrap().iter().filter(|b| **b == b'\n').count(), QUEUE_LINES + 1);
     }
 
+    /// E14: a pipe that is closed: no signal kills us.
     #[test]
     fn a_closed_pipe_costs_lines_and_is_counted() {
         let (reader, writer) = std::io::pipe().unwrap();

@@ -15,6 +15,10 @@ use toml_edit::Document;
 /// A configuration file has a few kilobytes; this is a wrong path.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 
+/// Opening brackets in a variable's value at most: figment's reader of values recurses without a bound of its own, and
+/// no list of classes or runners has so many.
+const VALUE_BRACKETS_MAX: usize = 256;
+
 /// A configuration and where it came from.
 #[derive(Clone, Debug)]
 pub struct Loaded {
@@ -100,8 +104,13 @@ impl Config {
             figment = figment.merge(Toml::string(document.raw()));
         }
         for (key, (_, value)) in &environment {
-            // Never fails: what is no number, truth value or list is text.
-            let Ok(value) = value.parse::<Value>();
+            // Never fails: what is no number, truth value or list is text. So is what is nested too deep for its reader.
+            let value = if value.matches(['[', '{']).count() > VALUE_BRACKETS_MAX {
+                Value::from(value.as_str())
+            } else {
+                let Ok(value) = value.parse();
+                value
+            };
             figment = figment.merge(Serialized::default(key, value));
         }
         let origins = Origins::new(document, environment.into_iter().map(|(key, (name, _))| (key, name)).collect());

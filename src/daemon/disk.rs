@@ -10,6 +10,7 @@ use crate::vm::Hypervisor;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +22,8 @@ pub(super) struct Disk {
     pub(super) hypervisor: Arc<dyn Hypervisor>,
     pub(super) overlay_dir: PathBuf,
     pub(super) reserve_gib: u64,
+    /// Nobody configured a bound: what is found counts. A reload may change that.
+    pub(super) found: Arc<AtomicBool>,
 }
 
 impl Disk {
@@ -47,6 +50,9 @@ impl Disk {
                 // Both are cancel safe.
                 () = stop.cancelled() => return "disk",
                 () = tokio::time::sleep(INTERVAL) => {}
+            }
+            if !self.found.load(Ordering::Relaxed) {
+                continue;
             }
             match self.promisable_gib().await {
                 Ok(disk_gib) if disk_gib != capacity.bounds().disk_gib => {

@@ -1,35 +1,36 @@
 //! What the control socket may ask of a running daemon.
 
+use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
 use crate::capacity::Capacity;
 use crate::control::{ControlHandler, KillOutcome};
 use crate::gitlab::JobId;
-use crate::job::{Parts, Runner};
+use crate::job::Parts;
 use crate::metrics::Metrics;
-use crate::poller::PollerView;
 use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, RunnerState, RunnerStatus, StatusReport};
-use std::sync::Arc;
-use tokio::sync::watch;
+use std::sync::{Mutex, PoisonError};
 
 pub(super) struct Handler {
     jobs: Jobs,
     capacity: Capacity,
-    runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
+    /// Exchanged at a reload; held for a few lines.
+    runners: Mutex<Vec<View>>,
     shutdown: Shutdown,
     metrics: Metrics,
     since: String,
 }
 
 impl Handler {
-    pub(super) fn new(
-        jobs: Jobs,
-        capacity: Capacity,
-        runners: Vec<(Arc<Runner>, watch::Receiver<PollerView>)>,
-        shutdown: Shutdown,
-        parts: &Parts,
-    ) -> Self {
+    pub(super) fn new(jobs: Jobs, capacity: Capacity, runners: Vec<View>, shutdown: Shutdown, parts: &Parts) -> Self {
         let since = parts.clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-        Self { jobs, capacity, runners, shutdown, metrics: parts.metrics.clone(), since }
+        Self { jobs, capacity, runners: Mutex::new(runners), shutdown, metrics: parts.metrics.clone(), since }
+    }
+}
+
+impl Handler {
+    /// After a reload.
+    pub(super) fn set_runners(&self, runners: Vec<View>) {
+        *self.runners.lock().unwrap_or_else(PoisonError::into_inner) = runners;
     }
 }
 
@@ -37,8 +38,8 @@ impl ControlHandler for Handler {
     fn status(&self) -> StatusReport {
         let promised = self.capacity.promised();
         let bounds = self.capacity.bounds();
-        let runners: Vec<RunnerStatus> = self
-            .runners
+        let runners = self.runners.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let runners: Vec<RunnerStatus> = runners
             .iter()
             .map(|(runner, view)| {
                 let view = view.borrow().clone();

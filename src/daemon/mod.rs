@@ -17,20 +17,23 @@ mod installation;
 mod jobs;
 mod places;
 mod process;
+mod reload;
 mod setup;
 mod shutdown;
 mod sweeper;
+mod wiring;
 
 pub use error::DaemonError;
 pub use installation::Installation;
 pub use jobs::Jobs;
 pub use process::{Lock, lock, main};
+pub use reload::{ReloadError, Reloader};
 pub use setup::endpoint;
 pub use shutdown::{Mode, Shutdown};
 
-use crate::capacity::{Bounds, Capacity, Held, Resources};
+use crate::capacity::{Capacity, Held, Resources};
 use crate::clock::Clock;
-use crate::config::{Class, Config};
+use crate::config::Config;
 use crate::control::ControlHandler;
 use crate::files::Files;
 use crate::gitlab::OpenTransport;
@@ -40,10 +43,8 @@ use crate::job::journal::{JobKey, Journal, Record};
 use crate::job::{self, Parts, Runner};
 use crate::metrics::Metrics;
 use crate::network::Network;
-use crate::poller::{Poller, PollerView};
 use crate::recovery;
 use crate::rng::Rng;
-use crate::status::RunnerState;
 use crate::supply::{Place, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
@@ -51,15 +52,18 @@ use crate::vm::{Accel, Hypervisor};
 use disk::Disk;
 use handler::Handler;
 use jobs::Started;
+use reload::Reloads;
 use setup::{accel, own_memory_mib, runner_of, runners};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use sweeper::Sweeper;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use wiring::{Wiring, bounds, needs};
 
 /// How long jobs and polls may take to let go at a hand-over: of the 5 s in all (design D11,
 /// safety.md E1) all but what the end itself needs.
@@ -80,9 +84,6 @@ const TCG_OVERHEAD_MIB: u64 = 256 + 150;
 
 /// What QEMU takes besides the guest's memory under KVM.
 const KVM_OVERHEAD_MIB: u64 = 150;
-
-/// Memory kept for the host itself where nobody configured a bound, MiB.
-const HOST_MEMORY_MIB: u64 = 1024;
 
 /// The five seams.
 #[derive(Clone)]
@@ -120,6 +121,10 @@ pub struct Daemon {
     background: JoinSet<&'static str>,
     shutdown: Shutdown,
     handler: Arc<Handler>,
+    /// What pollers are made from, again at each reload.
+    wiring: Wiring,
+    reloader: Reloader,
+    reloads: Reloads,
 }
 
 /// Starts and runs a daemon to its end.
@@ -145,7 +150,8 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     })?;
     let installation = Installation::open(&*files, &config.state_directory, &backends.rng).await?;
     let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
-    let loaded = journal.load_all(&installation.id).await?;
+    let journal = journal.of(installation.id.clone());
+    let loaded = journal.load_all().await?;
     let restart = !loaded.records.is_empty();
     let memory_mib = match backends.hypervisor.probe().await {
         Ok(host) => host.memory_mib,
@@ -164,6 +170,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         hypervisor: backends.hypervisor.clone(),
         overlay_dir: overlay_dir.clone(),
         reserve_gib: config.capacity.disk_reserve_gib,
+        found: Arc::new(AtomicBool::new(config.capacity.disk_gib.is_none())),
     };
     let disk_gib = match config.capacity.disk_gib {
         Some(disk_gib) => disk_gib,
@@ -173,12 +180,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
             source,
         })?,
     };
-    let capacity = Capacity::new(Bounds {
-        jobs: config.concurrent,
-        cpus: config.capacity.cpus.unwrap_or(u32::MAX),
-        memory_mib: config.capacity.memory_mib.unwrap_or_else(|| memory_mib.saturating_sub(HOST_MEMORY_MIB)),
-        disk_gib,
-    });
+    let capacity = Capacity::new(bounds(&config, memory_mib, disk_gib));
     // What a VM takes of which no record tells: at most what the largest class does.
     let unknown = config.class.iter().fold(Resources::default(), |most, class| {
         let needs = needs(class, overhead);
@@ -220,35 +222,28 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         assert!(ended.is_ok(), "the task that lists VMs panicked");
         "lister"
     });
-    if config.capacity.disk_gib.is_none() {
-        background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
-    }
+    let disk_is_found = disk.found.clone();
+    background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
     let sweeper = Sweeper::new(parts.clone(), jobs.clone(), adopted.kept, capacity.clone(), unknown);
     let first_sweep = sweeper.begin(stop.clone(), &mut background);
     // The common case is clean before the first poll; a domain that is stuck keeps nobody waiting.
     let _ = tokio::time::timeout(FIRST_SWEEP_PATIENCE, first_sweep).await;
     let (stop_polling, close_polls) = (CancellationToken::new(), CancellationToken::new());
     let mut pollers = JoinSet::new();
-    let mut views = Vec::new();
-    let spool_bytes = config.limits.spool_mib.saturating_mul(1 << 20);
-    let reserve = config.capacity.disk_reserve_gib.saturating_mul(1 << 30).saturating_add(spool_bytes);
-    for runner in runners.values() {
-        let (state, view) = watch::channel(PollerView { state: RunnerState::Polling, answered: None });
-        views.push((runner.clone(), view));
-        let poller = Poller {
-            parts: parts.clone(),
-            runner: runner.clone(),
-            capacity: capacity.clone(),
-            resources: needs(&runner.class, overhead),
-            limit: runner.config.limit.unwrap_or(u32::MAX),
-            disk: (overlay_dir.clone(), reserve),
-            jobs: jobs.clone(),
-            state,
-            stop: stop_polling.clone(),
-            close: close_polls.clone(),
-        };
-        pollers.spawn(poller.run());
-    }
+    let wiring = Wiring {
+        config,
+        backends,
+        installation,
+        capacity: capacity.clone(),
+        jobs: jobs.clone(),
+        memory_mib,
+        disk_gib,
+        disk_is_found,
+        overhead_mib: overhead,
+        overlay_dir,
+    };
+    let views = wiring.poll(&runners, &parts, &stop_polling, &close_polls, &mut pollers);
+    let (reloader, reloads) = reload::channel();
     let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts));
     Ok(Daemon {
         parts,
@@ -263,6 +258,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         background,
         shutdown,
         handler,
+        wiring,
+        reloader,
+        reloads,
     })
 }
 
@@ -271,6 +269,12 @@ impl Daemon {
     #[must_use]
     pub fn handler(&self) -> Arc<dyn ControlHandler> {
         self.handler.clone()
+    }
+
+    /// Hands it new configurations.
+    #[must_use]
+    pub fn reloader(&self) -> Reloader {
+        self.reloader.clone()
     }
 
     /// The jobs under way.
@@ -335,6 +339,8 @@ impl Daemon {
                     well = false;
                     self.shutdown.fail();
                 }
+                // Not when it is about to end: the next one reads the file itself.
+                Some(request) = self.reloads.next(), if wished == Mode::Run => self.serve_reload(request).await,
                 Ok(()) = count.changed() => {}
                 () = sleep_until(drain_by.filter(|_| wished == Mode::Drain)) => {
                     tracing::warn!(left = self.jobs.views().len(), "the drain has taken as long as it may; its jobs are ended");
@@ -443,11 +449,6 @@ fn watch_task(tasks: &mut JoinSet<Ended>, started: Started) {
         let panicked = task.await.is_err();
         Ended { key, panicked, reservation }
     });
-}
-
-/// What one VM of this class takes of the host.
-fn needs(class: &Class, overhead_mib: u64) -> Resources {
-    Resources { cpus: class.cpus, memory_mib: class.memory_mib.saturating_add(overhead_mib), disk_gib: class.disk_gib }
 }
 
 /// Waits for ever without an instant.

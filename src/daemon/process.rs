@@ -1,6 +1,6 @@
 //! The process around the daemon: lock, log, signals, systemd, control socket.
 
-use super::{Backends, DaemonError, Shutdown, places, start};
+use super::{Backends, DaemonError, Reloader, Shutdown, places, start};
 use crate::clock::Clock;
 use crate::config::{Config, Loaded};
 use crate::control;
@@ -10,14 +10,15 @@ use crate::guest;
 use crate::image::store::ImageStore;
 use crate::rng::Rng;
 use crate::telemetry::chain;
+use crate::vm::Hypervisor;
 use crate::vm::libvirt::Libvirt;
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// How long the control socket may take to close: of the 5 s of a hand-over.
@@ -70,7 +71,7 @@ impl Backends {
     pub fn real(config: &Config) -> Result<Self, DaemonError> {
         let rng = Rng::system();
         Ok(Self {
-            hypervisor: Arc::new(Libvirt::new(&config.hypervisor)),
+            hypervisor: hypervisor(config),
             transport: Arc::new(RealOpenTransport::default()),
             files: Arc::new(RealFiles),
             clock: Clock::system(),
@@ -81,17 +82,26 @@ impl Backends {
     }
 }
 
+fn hypervisor(config: &Config) -> Arc<dyn Hypervisor> {
+    #[cfg(feature = "test-util")]
+    if let Some(processes) = crate::vm::processes::Processes::of(&config.hypervisor) {
+        return Arc::new(processes);
+    }
+    Arc::new(Libvirt::new(&config.hypervisor))
+}
+
 /// Runs the daemon as a service until it is told to stop.
 ///
 /// # Errors
 /// [`DaemonError`].
 pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
-    let config = loaded.config;
+    let Loaded { config, file, .. } = loaded;
     places::check(&config)?;
     let _lock = lock(&config.state_directory)?;
     let shutdown = Shutdown::new();
     // Signals first: one that comes during a long start must not kill us half-way.
     let signals = listen(&shutdown)?;
+    let hangups = signal(SignalKind::hangup())?;
     let socket = control::bind(&control::socket(&config.runtime_directory))?;
     let backends = Backends::real(&config)?;
     let daemon = start(config, backends, shutdown.clone()).await?;
@@ -104,6 +114,7 @@ pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "dayfly runs");
     #[cfg(feature = "test-util")]
     tracing::warn!(marker = crate::TEST_UTIL_MARKER, "this build can be told to end itself, for tests");
+    let hangups = reload_on(hangups, daemon.reloader(), file);
     let run = daemon.run();
     let watchdog = watchdog();
     tokio::select! {
@@ -115,6 +126,7 @@ pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
         () = &mut served => {}
         () = watchdog => {}
         () = signals => {}
+        () = hangups => {}
     }
     stop.cancel();
     // Removes the socket; an exchange that is under way has its own deadline.
@@ -142,6 +154,31 @@ fn listen(shutdown: &Shutdown) -> std::io::Result<impl Future<Output = ()>> {
             tracing::info!(mode = ?*shutdown.mode().borrow(), "told to stop");
         }
     })
+}
+
+/// SIGHUP: reads the file again, for ever. One that makes no sense changes nothing (safety.md E10).
+async fn reload_on(mut hangups: Signal, reloader: Reloader, file: Option<PathBuf>) {
+    while hangups.recv().await.is_some() {
+        let Some(file) = file.clone() else { continue };
+        let loaded = tokio::task::spawn_blocking(move || {
+            let loaded = Config::load(&file)?;
+            loaded.check_for_running()?;
+            Ok::<_, anyhow::Error>(loaded)
+        });
+        match loaded.await {
+            Ok(Ok(loaded)) => {
+                for warning in &loaded.warnings {
+                    tracing::warn!("configuration: {warning}");
+                }
+                // The daemon says how it went.
+                let _ = reloader.reload(loaded.config).await;
+            }
+            Ok(Err(error)) => {
+                tracing::error!(error = chain(&*error), "reload the configuration; that of before stays");
+            }
+            Err(error) => tracing::error!(error = chain(&error), "reload the configuration; that of before stays"),
+        }
+    }
 }
 
 /// Tells systemd that the event loop turns (safety.md E6), if it wants to know.

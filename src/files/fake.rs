@@ -21,6 +21,8 @@ struct Memory {
     fail: Option<(u64, io::ErrorKind)>,
     fail_writes: Option<io::ErrorKind>,
     history: Vec<String>,
+    /// No history is kept: for simulations of many hours.
+    quiet: bool,
 }
 
 impl Default for Memory {
@@ -32,11 +34,32 @@ impl Default for Memory {
             fail: None,
             fail_writes: None,
             history: Vec::new(),
+            quiet: false,
         }
     }
 }
 
 impl MemoryFiles {
+    /// Files without [`MemoryFiles::history`], which would grow for ever.
+    #[must_use]
+    pub fn quiet() -> Self {
+        Self(Arc::new(Mutex::new(Memory { quiet: true, ..Memory::default() })))
+    }
+
+    /// One file's bytes, looked at in place; `None`: no such file.
+    pub fn look<T>(&self, path: &Path, look: impl FnOnce(Option<&[u8]>) -> T) -> T {
+        look(self.memory().nodes.get(path).and_then(|node| node.as_deref()))
+    }
+
+    /// Puts a file there, or takes it away, past all faults: what a hand or a disk does between two daemons.
+    pub fn meddle(&self, path: &Path, bytes: Option<Vec<u8>>) {
+        let mut memory = self.memory();
+        match bytes {
+            Some(bytes) => drop(memory.nodes.insert(path.to_owned(), Some(bytes))),
+            None => memory.nodes.retain(|p, _| !p.starts_with(path)),
+        }
+    }
+
     fn memory(&self) -> MutexGuard<'_, Memory> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -108,8 +131,10 @@ impl MemoryFiles {
                 None => work(&mut memory),
             },
         };
-        let line = format!("{what} {} {}", path.display(), if result.is_ok() { "ok" } else { "failed" });
-        memory.history.push(line);
+        if !memory.quiet {
+            let line = format!("{what} {} {}", path.display(), if result.is_ok() { "ok" } else { "failed" });
+            memory.history.push(line);
+        }
         Box::pin(std::future::ready(result))
     }
 }

@@ -34,6 +34,14 @@ pub trait Files: Send + Sync + 'static {
     fn length<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<Option<u64>>>;
     /// Makes a directory and its parents, and fsyncs the parent; one that exists is fine.
     fn create_dir<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>>;
+    /// [`Files::create_dir`] and [`Files::replace`] of a file in it, durable like both, with fewer waits for the disk
+    /// where the order of the fsyncs is ours to choose.
+    fn replace_in_new_dir<'a>(&'a self, dir: &'a Path, name: &'a str, bytes: Vec<u8>) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            self.create_dir(dir).await?;
+            self.replace(&child(dir, name), bytes).await
+        })
+    }
     /// Removes a file, or a directory with all in it, and fsyncs the parent; none is fine.
     fn remove<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>>;
     /// Renames, and fsyncs both parents.
@@ -62,7 +70,33 @@ fn parent(path: &Path) -> io::Result<&Path> {
     path.parent().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "path has no parent"))
 }
 
+fn make_dir(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+fn write_replacing(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::io::Write as _;
+    let dir = parent(path)?;
+    // A temporary file of mode 0600 in the same directory, removed if we fail.
+    let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    sync_dir(dir)
+}
+
 impl Files for RealFiles {
+    fn replace_in_new_dir<'a>(&'a self, dir: &'a Path, name: &'a str, bytes: Vec<u8>) -> BoxFuture<'a, io::Result<()>> {
+        let (dir, path) = (dir.to_owned(), child(dir, name));
+        Box::pin(blocking(move || {
+            make_dir(&dir)?;
+            write_replacing(&path, &bytes)?;
+            // Last: a journalling file system has committed this with the above, and waits no third time.
+            sync_dir(parent(&dir)?)
+        }))
+    }
+
     fn read<'a>(&'a self, path: &'a Path, bytes_max: u64) -> BoxFuture<'a, io::Result<Vec<u8>>> {
         let path = path.to_owned();
         Box::pin(blocking(move || {
@@ -90,16 +124,7 @@ impl Files for RealFiles {
 
     fn replace<'a>(&'a self, path: &'a Path, bytes: Vec<u8>) -> BoxFuture<'a, io::Result<()>> {
         let path = path.to_owned();
-        Box::pin(blocking(move || {
-            use std::io::Write as _;
-            let dir = parent(&path)?;
-            // A temporary file of mode 0600 in the same directory, removed if we fail.
-            let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir)?;
-            file.write_all(&bytes)?;
-            file.as_file().sync_all()?;
-            file.persist(&path)?;
-            sync_dir(dir)
-        }))
+        Box::pin(blocking(move || write_replacing(&path, &bytes)))
     }
 
     fn write_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: bytes::Bytes) -> BoxFuture<'a, io::Result<()>> {
@@ -139,8 +164,7 @@ impl Files for RealFiles {
     fn create_dir<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         let path = path.to_owned();
         Box::pin(blocking(move || {
-            use std::os::unix::fs::DirBuilderExt as _;
-            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path)?;
+            make_dir(&path)?;
             sync_dir(parent(&path)?)
         }))
     }

@@ -174,20 +174,20 @@ pub(super) async fn error(what: &'static str, response: Response<Body>, token: &
         }
         300..=399 => {
             let target = parts.headers.get(LOCATION).map(redirect_target).unwrap_or_default();
-            GitlabError::Unexpected {
-                what,
-                status,
-                message: format!("a redirect{target}; redirects are never followed"),
-            }
+            let message = without(format!("a redirect{target}; redirects are never followed"), token);
+            GitlabError::Unexpected { what, status, message }
         }
         _ => {
             let body = read_small(body).await;
             let message = if is_page(&parts.headers) { "a page for people".to_owned() } else { message(&body) };
-            let message =
-                if token.expose().is_empty() { message } else { message.replace(token.expose(), "[redacted]") };
-            GitlabError::Unexpected { what, status, message: clean(&message, 200) }
+            GitlabError::Unexpected { what, status, message: clean(&without(message, token), 200) }
         }
     }
+}
+
+/// `text` without the token, should a server echo it.
+fn without(text: String, token: &Secret) -> String {
+    if token.expose().is_empty() { text } else { text.replace(token.expose(), "[redacted]") }
 }
 
 /// Scheme and host of a redirect's target: the rest may hold secrets.

@@ -16,6 +16,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Deepest nesting of a payload that we take (GitLab's own are below 10).
 const DEPTH_MAX: usize = 64;
@@ -57,6 +58,8 @@ pub struct JobPayload {
     pub failure_reasons: Vec<String>,
     /// `X-Request-Id` of the 201, if it was well-formed.
     pub request_id: Option<String>,
+    /// When its last byte had been read. From here until the journal has the job, it is in memory only.
+    pub read_at: Instant,
 }
 
 /// Why a payload cannot be used.
@@ -100,6 +103,7 @@ impl JobPayload {
     /// # Errors
     /// [`PayloadError`].
     pub fn parse(raw: Bytes, request_id: Option<String>) -> Result<Self, PayloadError> {
+        let read_at = Instant::now();
         let depth = json::depth(&raw);
         if depth > DEPTH_MAX {
             return Err(PayloadError::Body(format!("nested {depth} deep, more than {DEPTH_MAX}")));
@@ -125,6 +129,7 @@ impl JobPayload {
             trace_sections: get(&features, "trace_sections").unwrap_or(false),
             failure_reasons: get(&features, "failure_reasons").unwrap_or_default(),
             request_id: request_id.filter(|id| is_request_id(id)),
+            read_at,
             raw: RawPayload(raw),
         })
     }

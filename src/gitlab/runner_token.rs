@@ -161,6 +161,7 @@ mod tests {
         assert!(matches!(RunnerToken::from_file(&dir.path().join("none")), Err(TokenFileError::Read { .. })));
     }
 
+    /// T31: in no form of printing.
     #[test]
     fn a_token_never_prints_itself() {
         assert_eq!(format!("{:?}", RunnerToken::new(Secret::new("glrt-abc"))), "RunnerToken([redacted])");

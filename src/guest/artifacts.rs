@@ -118,7 +118,7 @@ impl Handler {
 }
 
 /// The headers that go on; `None` if an upload's type is not the one that GitLab takes.
-fn request_headers(route: JobRoute, headers: &HeaderMap) -> Option<HeaderMap> {
+pub(super) fn request_headers(route: JobRoute, headers: &HeaderMap) -> Option<HeaderMap> {
     let mut passed = HeaderMap::new();
     let mut pass = |name: HeaderName, fits: fn(&str) -> bool| {
         // Of a repeated header nothing passes: which one counts is a matter of opinion.
@@ -159,7 +159,12 @@ fn is_range(range: &str) -> bool {
 
 /// The headers that come back; `None` for an answer that must not: a redirect that nobody asked
 /// for (`redirected`: somebody may have), or no final status at all.
-fn response_headers(status: StatusCode, headers: &HeaderMap, redirected: bool, clock: &Clock) -> Option<HeaderMap> {
+pub(super) fn response_headers(
+    status: StatusCode,
+    headers: &HeaderMap,
+    redirected: bool,
+    clock: &Clock,
+) -> Option<HeaderMap> {
     if status.is_informational() {
         return None;
     }

@@ -3,10 +3,14 @@
 //! It only follows the body to its end, so that the next head is found where hyper finds it; hyper
 //! decodes. It refuses more than hyper does (bare line feeds, space after the size), never less.
 
+use super::head::is_token;
+
 /// Bytes of one chunk's extensions at most; nobody sends any.
 const EXTENSION_BYTES_MAX: usize = 256;
 /// Bytes of all trailers at most; they are dropped.
 const TRAILER_BYTES_MAX: usize = 4 * 1024;
+/// Lines of trailers at most, as of a head's fields: hyper counts them too.
+const TRAILERS_MAX: usize = super::head::FIELDS_MAX;
 /// Hex digits of a chunk's size at most: below 2^60, so that no sum of ours overflows.
 const SIZE_DIGITS_MAX: u32 = 15;
 
@@ -36,18 +40,38 @@ enum State {
     },
     DataCr,
     DataLf,
-    /// At the start of a line behind the last chunk; `bytes` of trailers were seen.
+    /// At the start of a line behind the last chunk; `seen` stands before it.
     TrailerStart {
-        bytes: usize,
+        seen: Trailers,
     },
-    Trailer {
-        bytes: usize,
+    TrailerName {
+        seen: Trailers,
+    },
+    TrailerValue {
+        seen: Trailers,
     },
     TrailerLf {
-        bytes: usize,
+        seen: Trailers,
     },
     LastLf,
     Done,
+}
+
+/// How much of trailers there was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Trailers {
+    lines: usize,
+    bytes: usize,
+}
+
+impl Trailers {
+    fn one_more_byte(self) -> Result<Self, BadChunk> {
+        if self.bytes < TRAILER_BYTES_MAX { Ok(Self { bytes: self.bytes + 1, ..self }) } else { Err(BadChunk) }
+    }
+
+    fn one_more_line(self) -> Result<Self, BadChunk> {
+        if self.lines < TRAILERS_MAX { Ok(Self { lines: self.lines + 1, ..self }) } else { Err(BadChunk) }
+    }
 }
 
 impl Chunks {
@@ -95,16 +119,20 @@ impl State {
             (Self::Extension { size, bytes }, _) if text && bytes < EXTENSION_BYTES_MAX => {
                 Self::Extension { size, bytes: bytes + 1 }
             }
-            (Self::SizeEnd { size: 0 }, b'\n') => Self::TrailerStart { bytes: 0 },
+            (Self::SizeEnd { size: 0 }, b'\n') => Self::TrailerStart { seen: Trailers::default() },
             (Self::SizeEnd { size }, b'\n') => Self::Data { left: size },
             (Self::DataCr, b'\r') => Self::DataLf,
             (Self::DataLf, b'\n') => Self::Size { size: 0, digits: 0 },
             (Self::TrailerStart { .. }, b'\r') => Self::LastLf,
-            (Self::TrailerStart { bytes } | Self::Trailer { bytes }, _) if text && bytes < TRAILER_BYTES_MAX => {
-                Self::Trailer { bytes: bytes + 1 }
+            // hyper reads them as fields of a head, and so do we: a line that is none breaks the body.
+            (Self::TrailerStart { seen }, _) if is_token(byte) => {
+                Self::TrailerName { seen: seen.one_more_line()?.one_more_byte()? }
             }
-            (Self::Trailer { bytes }, b'\r') => Self::TrailerLf { bytes },
-            (Self::TrailerLf { bytes }, b'\n') => Self::TrailerStart { bytes },
+            (Self::TrailerName { seen }, b':') => Self::TrailerValue { seen: seen.one_more_byte()? },
+            (Self::TrailerName { seen }, _) if is_token(byte) => Self::TrailerName { seen: seen.one_more_byte()? },
+            (Self::TrailerValue { seen }, b'\r') => Self::TrailerLf { seen },
+            (Self::TrailerValue { seen }, _) if text => Self::TrailerValue { seen: seen.one_more_byte()? },
+            (Self::TrailerLf { seen }, b'\n') => Self::TrailerStart { seen },
             (Self::LastLf, b'\n') => Self::Done,
             _ => return Err(BadChunk),
         })
@@ -194,10 +222,17 @@ mod tests {
             "0\r\n\n",
             "0\r\nT: v\n",
             ";\r\n",
+            "0\r\nno colon\r\n",
+            "0\r\n: no name\r\n",
+            "0\r\nA : b\r\n",
+            "0\r\n folded: x\r\n",
         ] {
             check(text, Err(BadChunk));
         }
         check(&format!("1;{}", "x".repeat(EXTENSION_BYTES_MAX + 1)), Err(BadChunk));
         check(&format!("0\r\n{}", "x".repeat(TRAILER_BYTES_MAX + 1)), Err(BadChunk));
+        check(&format!("0\r\n{}", "a:\r\n".repeat(TRAILERS_MAX + 1)), Err(BadChunk));
+        let most = format!("0\r\n{}\r\n", "a:\r\n".repeat(TRAILERS_MAX));
+        check(&most, Ok(most.len()));
     }
 }

@@ -5,7 +5,7 @@
 //! to the job, `artifacts` forwards.
 
 use super::answer::{self, Answer};
-use super::body::{BodyFault, RequestBody};
+use super::body::{BodyFault, RequestBody, object};
 use super::head::Refusal;
 use super::limits::Bucket;
 use super::routes::{self, JobRoute, NoRoute, Query, Route};
@@ -76,8 +76,8 @@ pub(super) struct Handler {
 
 /// The body of `jobs/request` and `verify`, as far as we read it.
 #[derive(Deserialize)]
-struct RunnerRequest {
-    token: String,
+pub(super) struct RunnerRequest {
+    pub(super) token: String,
     #[serde(default)]
     info: Option<RunnerInfo>,
 }
@@ -265,8 +265,7 @@ impl Handler {
     /// the official runner sleep for 300 s.
     async fn read_runner_request(&self, parts: &Parts, mut body: RequestBody) -> Result<RunnerRequest, Answer> {
         let body = self.read(&mut body, RUNNER_BODY_BYTES_MAX).await?;
-        let request: RunnerRequest =
-            serde_json::from_slice(&body).map_err(|_| self.refuse(StatusCode::BAD_REQUEST, "body"))?;
+        let request: RunnerRequest = object(&body).ok_or_else(|| self.refuse(StatusCode::BAD_REQUEST, "body"))?;
         if !self.guest_token.matches(&request.token) || check_headers(&parts.headers, &self.guest_token).is_err() {
             return Err(self.refuse(StatusCode::UNAUTHORIZED, "token"));
         }

@@ -132,11 +132,15 @@ fn request_line(line: &[u8]) -> Result<(), Refusal> {
 fn field(line: &[u8]) -> Result<(&[u8], &[u8]), Refusal> {
     let colon = line.iter().position(|byte| *byte == b':').ok_or(Refusal::Malformed)?;
     let (name, value) = (&line[..colon], &line[colon + 1..]);
-    let token = |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
-    if name.is_empty() || !name.iter().all(token) {
+    if name.is_empty() || !name.iter().copied().all(is_token) {
         return Err(Refusal::Malformed);
     }
     Ok((name, value.trim_ascii()))
+}
+
+/// A byte of a field's name.
+pub(super) fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 /// Digits only: `+2`, `-1`, `2, 2` and 20 digits are no length.

@@ -172,7 +172,9 @@ fn decoded_lower_case(key: &str) -> String {
     let mut plain = Vec::with_capacity(bytes.len());
     let mut at = 0;
     while let Some(byte) = bytes.get(at) {
-        let escaped = bytes.get(at + 1..at + 3).filter(|_| *byte == b'%').and_then(|hex| std::str::from_utf8(hex).ok());
+        // Digits are looked for first: `from_str_radix` takes `+a` too, and would hide what stands there.
+        let escaped = bytes.get(at + 1..at + 3).filter(|hex| *byte == b'%' && hex.iter().all(u8::is_ascii_hexdigit));
+        let escaped = escaped.and_then(|hex| std::str::from_utf8(hex).ok());
         match escaped.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
             Some(decoded) => {
                 plain.push(decoded.to_ascii_lowercase());
@@ -283,6 +285,7 @@ mod tests {
             "access_token=x",
             "TOKEN=x",
             "to%6Ben=x",
+            "%+authorization=x",
             "token[]=x",
             "x=1&x=2",
             "expire_in=1&expire_in=2",

@@ -7,7 +7,7 @@
 use super::GuestEvent;
 use super::VerdictAnswer;
 use super::answer::{self, Answer};
-use super::body::RequestBody;
+use super::body::{RequestBody, object};
 use super::handler::Handler;
 use super::trace::is_over;
 use crate::gitlab::{JobStatus, Verdict};
@@ -25,9 +25,9 @@ const UNKNOWN_FAILURE: &str = "unknown_failure";
 /// An update, as far as we read it: `output`, `checksum` and `info` are about the guest's own view
 /// of its trace, and ours is what counts. A repeated member is an error of serde's.
 #[derive(Deserialize)]
-struct Update {
+pub(super) struct Update {
     #[serde(default)]
-    token: Option<String>,
+    pub(super) token: Option<String>,
     #[serde(default)]
     state: String,
     #[serde(default)]
@@ -38,14 +38,14 @@ struct Update {
 
 /// What an update says.
 #[derive(Debug, PartialEq, Eq)]
-enum Said {
+pub(super) enum Said {
     Running,
     Verdict(Verdict),
 }
 
 impl Update {
     /// `None`: a state that no runner reports.
-    fn said(self) -> Option<Said> {
+    pub(super) fn said(self) -> Option<Said> {
         let success = match self.state.as_str() {
             "running" => return Some(Said::Running),
             "success" => true,
@@ -78,7 +78,7 @@ impl Handler {
     /// Takes an update. `proven`: a header held the job token already.
     pub(super) async fn update(&self, proven: bool, mut body: RequestBody) -> Result<Answer, Answer> {
         let body = self.read(&mut body, UPDATE_BODY_BYTES_MAX).await?;
-        let update: Update = serde_json::from_slice(&body).map_err(|_| self.refuse(StatusCode::BAD_REQUEST, "body"))?;
+        let update: Update = object(&body).ok_or_else(|| self.refuse(StatusCode::BAD_REQUEST, "body"))?;
         // A token in the body must be right even beside a right header: GitLab would read it first.
         let right = update.token.as_deref().map_or(proven, |token| self.job_token.matches(token));
         if !right {
@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     fn check(body: &str, expected: Option<(bool, Option<&str>, Option<i64>)>) {
-        let said = serde_json::from_str::<Update>(body).ok().and_then(Update::said);
+        let said = object::<Update>(body.as_bytes()).and_then(Update::said);
         let expected = expected.map(|(success, reason, exit_code)| {
             Said::Verdict(Verdict { success, failure_reason: reason.map(str::to_owned), exit_code })
         });
@@ -158,6 +158,7 @@ mod tests {
             "",
             "[]",
             "{}",
+            r#"[null,"success",null,0]"#,
             r#"{"state":"pending"}"#,
             r#"{"state":"Success"}"#,
             r#"{"state":7}"#,

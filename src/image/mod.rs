@@ -6,5 +6,6 @@
 pub mod boot_test;
 pub mod build;
 pub mod manifest;
-mod qcow2;
+pub(crate) mod qcow2;
+pub mod stamp;
 pub mod store;

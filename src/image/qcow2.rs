@@ -37,7 +37,8 @@ pub(super) fn check(disk: &Path) -> Result<u64, Qcow2Error> {
     parse(&header).map_err(Qcow2Error::Unfit)
 }
 
-fn parse(header: &[u8]) -> Result<u64, &'static str> {
+/// Reads a header; why it is none of a guest's disk otherwise.
+pub(crate) fn parse(header: &[u8]) -> Result<u64, &'static str> {
     let u32_at = |at: usize| Some(u32::from_be_bytes(header.get(at..at + 4)?.try_into().ok()?));
     let u64_at = |at: usize| Some(u64::from_be_bytes(header.get(at..at + 8)?.try_into().ok()?));
     if header.get(..4) != Some(b"QFI\xfb") {
@@ -93,6 +94,7 @@ pub(super) mod tests {
         assert_eq!(parse(&version_2), Ok(1));
     }
 
+    /// H12: corrupt, cut short, of another format, or with a chain of its own.
     #[test]
     fn what_names_another_file_or_is_no_disk_is_refused() {
         let with = |at: usize, byte: u8| {

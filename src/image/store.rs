@@ -14,13 +14,12 @@
 
 use super::manifest::{BootKind, ImageFile, MANIFEST_FILE, Manifest, ManifestError};
 use super::qcow2::{self, Qcow2Error};
+use super::stamp::{Known, Stamp, Stamps};
 use crate::vm::Boot;
 use sha2::{Digest as _, Sha256};
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of a manifest at most; a real one has 10 KiB, nearly all of it packages.
 const MANIFEST_BYTES_MAX: u64 = 1024 * 1024;
@@ -110,36 +109,8 @@ pub struct Image {
     pub boot: Boot,
     /// What is in it.
     pub manifest: Manifest,
-    /// What its files are like.
+    /// By what its files were known when they were checked.
     pub stamp: Stamp,
-}
-
-/// What tells one state of an image's files from another without reading them: device, inode, size
-/// and time of the last change of each.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Stamp(Vec<(PathBuf, [u64; 3], i64, i64)>);
-
-impl Stamp {
-    fn of(paths: impl Iterator<Item = PathBuf>) -> io::Result<Self> {
-        use std::os::unix::fs::MetadataExt as _;
-        let one = |path: PathBuf| {
-            let found = fs::metadata(&path)?;
-            Ok((path, [found.dev(), found.ino(), found.len()], found.mtime(), found.mtime_nsec()))
-        };
-        paths.map(one).collect::<io::Result<_>>().map(Self)
-    }
-
-    /// Whether the files are what they were.
-    pub async fn holds(&self) -> bool {
-        if self.0.is_empty() {
-            return true;
-        }
-        let then = self.clone();
-        let now = tokio::task::spawn_blocking(move || {
-            Self::of(then.0.iter().map(|(path, ..)| path.clone())).is_ok_and(|now| now == then)
-        });
-        now.await.unwrap_or(false)
-    }
 }
 
 #[cfg(any(test, feature = "test-util"))]
@@ -185,26 +156,17 @@ impl Image {
 /// An image's name, and the image or what is wrong with it.
 pub type Listed = (String, Result<Image, ImageError>);
 
-/// An image directory that VMs have started from.
-#[derive(Clone, Debug)]
-struct Used {
-    /// Its files when that was right.
-    good: Stamp,
-    /// Its files when they were found to be others: which, and what is wrong with it. So that they
-    /// are read once.
-    bad: Option<(Stamp, PathBuf, String)>,
-}
-
 /// An image directory.
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     directory: PathBuf,
-    /// What the files of each image directory were like when they were first used. Clones share it;
-    /// held for a few lines.
-    used: Arc<Mutex<BTreeMap<PathBuf, Used>>>,
+    stamps: Stamps,
     /// The one image of a world without files.
     #[cfg(any(test, feature = "test-util"))]
     fixed: Option<Image>,
+    /// Whether somebody has taken that away.
+    #[cfg(any(test, feature = "test-util"))]
+    missing: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl ImageStore {
@@ -213,9 +175,11 @@ impl ImageStore {
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self {
             directory: directory.into(),
-            used: Arc::default(),
+            stamps: Stamps::default(),
             #[cfg(any(test, feature = "test-util"))]
             fixed: None,
+            #[cfg(any(test, feature = "test-util"))]
+            missing: std::sync::Arc::default(),
         }
     }
 
@@ -223,29 +187,38 @@ impl ImageStore {
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn fixed(image: Image) -> Self {
-        Self { directory: image.dir.clone(), used: Arc::default(), fixed: Some(image) }
+        Self {
+            directory: image.dir.clone(),
+            stamps: Stamps::default(),
+            fixed: Some(image),
+            missing: std::sync::Arc::default(),
+        }
     }
 
-    /// [`ImageStore::get`] on a blocking thread. An image whose files have changed since it was first
-    /// used is read anew, as a whole: overlays stand on them. (A newer version has a directory of
-    /// its own.)
+    /// Whether the image of [`ImageStore::fixed`] is there: somebody may take it away, and bring it back.
+    #[cfg(any(test, feature = "test-util"))]
+    pub fn set_missing(&self, missing: bool) {
+        self.missing.store(missing, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// [`ImageStore::get`] on a blocking thread.
     ///
     /// # Errors
-    /// As `get`; [`ImageError::Broken`] for an image that was replaced in place.
+    /// As `get`.
     ///
     /// # Panics
     /// Passes a panic of `get` on.
     pub async fn load(&self, name: &str) -> Result<Image, ImageError> {
         #[cfg(any(test, feature = "test-util"))]
         if let Some(image) = &self.fixed {
-            return if image.name == name {
+            return if image.name == name && !self.missing.load(std::sync::atomic::Ordering::Relaxed) {
                 Ok(image.clone())
             } else {
                 Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() })
             };
         }
         let (store, name) = (self.clone(), name.to_owned());
-        match tokio::task::spawn_blocking(move || store.get_unchanged(&name)).await {
+        match tokio::task::spawn_blocking(move || store.get(&name)).await {
             Ok(image) => image,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
@@ -255,31 +228,6 @@ impl ImageStore {
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
-    }
-
-    fn get_unchanged(&self, name: &str) -> Result<Image, ImageError> {
-        let image = self.get(name)?;
-        let all = || self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        let used = all().get(&image.dir).cloned();
-        let Some(used) = used.filter(|used| used.good != image.stamp) else {
-            all().entry(image.dir.clone()).or_insert(Used { good: image.stamp.clone(), bad: None });
-            return Ok(image);
-        };
-        if let Some((stamp, path, problem)) = used.bad.filter(|(stamp, ..)| *stamp == image.stamp) {
-            drop(stamp);
-            return Err(ImageError::Broken { name: name.to_owned(), path, problem });
-        }
-        tracing::warn!(image = name, "files of the image have changed; reading them anew");
-        let (now, result) = match self.verify(&image) {
-            Ok(()) => (Used { good: image.stamp.clone(), bad: None }, Ok(image.clone())),
-            Err(ImageError::Broken { name, path, problem }) => {
-                let bad = Some((image.stamp.clone(), path.clone(), problem.clone()));
-                (Used { good: used.good, bad }, Err(ImageError::Broken { name, path, problem }))
-            }
-            Err(error) => return Err(error),
-        };
-        all().insert(image.dir, now);
-        result
     }
 
     /// The image of this name, checked: format, architecture, each file's length, the disk's header.
@@ -295,7 +243,33 @@ impl ImageStore {
             }
             Err(source) => return Err(ImageError::Directory { what: "read image directory", path: link, source }),
         };
-        open(name, dir)
+        let image = open(name, dir)?;
+        self.is_as_before(&image)?;
+        Ok(image)
+    }
+
+    /// Files that were exchanged or written over since they were first seen are compared with their digests: seconds,
+    /// once, and only then.
+    fn is_as_before(&self, image: &Image) -> Result<(), ImageError> {
+        let refused = || ImageError::Broken {
+            name: image.name.clone(),
+            path: image.dir.clone(),
+            problem: "was changed in place, under the machines that run from it; build it again, or put its files back"
+                .to_owned(),
+        };
+        match self.stamps.known(&image.dir, &image.stamp) {
+            Known::Good => return Ok(()),
+            Known::Refused => return Err(refused()),
+            Known::New => {}
+            Known::Changed => {
+                if self.verify(image).is_err() {
+                    self.stamps.note(&image.dir, &image.stamp, false);
+                    return Err(refused());
+                }
+            }
+        }
+        self.stamps.note(&image.dir, &image.stamp, true);
+        Ok(())
     }
 
     /// Records what a boot test has learnt of an image in use: its runner's `info`, raw JSON.
@@ -509,8 +483,8 @@ fn open(name: &str, dir: PathBuf) -> Result<Image, ImageError> {
         },
         BootKind::Disk => Boot::Disk,
     };
-    let files = manifest.files().map(|file| dir.join(&file.file)).collect::<Vec<_>>();
-    let stamp = Stamp::of(files.into_iter()).map_err(file_error(&dir))?;
+    let paths: Vec<PathBuf> = manifest.files().map(|file| dir.join(&file.file)).collect();
+    let stamp = Stamp::of(paths).map_err(file_error(&disk))?;
     Ok(Image { name: name.to_owned(), dir, disk, disk_bytes, boot, manifest, stamp })
 }
 

@@ -9,6 +9,8 @@
 //! cannot be read is set aside, named in the log, and costs nobody else anything; one of a newer
 //! version stops the daemon.
 
+mod format;
+
 use super::state::State;
 use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
@@ -19,6 +21,7 @@ use crate::retry;
 use crate::secret::Secret;
 use crate::vm::{InstallationId, VmId};
 use bytes::Bytes;
+use format::{Unreadable, parse, seal};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -34,7 +37,7 @@ use url::Url;
 /// | version | since then a record has |
 /// | --- | --- |
 /// | 1 | all but what follows |
-/// | 2 | `installation`, `newer_token`, `last_lines`, and `crc32` as its last member |
+/// | 2 | `installation`, `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
 pub const RECORD_VERSION: u32 = 2;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
@@ -94,6 +97,10 @@ pub struct Record {
     pub job_token: Secret,
     /// When GitLab's 201 came.
     pub received: Timestamp,
+    /// The host's uptime then, milliseconds: deadlines go on with it over a restart of the daemon, for somebody may set
+    /// the wall clock (safety.md E9).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub received_uptime_ms: Option<u64>,
     /// The job's timeout at GitLab, seconds.
     pub timeout_s: Option<u64>,
     /// For people: name of job and project.
@@ -214,6 +221,8 @@ pub struct Journal {
     files: Arc<dyn Files>,
     state: PathBuf,
     runtime: PathBuf,
+    /// Whose records are in it; none: nobody has said.
+    ours: Option<InstallationId>,
     /// The last write failed.
     unwell: Arc<AtomicBool>,
 }
@@ -250,6 +259,7 @@ impl Journal {
             files,
             state: state_directory.join("jobs"),
             runtime: runtime_directory.join("jobs"),
+            ours: None,
             unwell: Arc::default(),
         };
         for path in [&journal.state, &journal.runtime] {
@@ -257,6 +267,12 @@ impl Journal {
             made.map_err(|source| JournalError::Files { what: "make directory", path: path.clone(), source })?;
         }
         Ok(journal)
+    }
+
+    /// The journal of this installation: records of others stop [`Journal::load_all`].
+    #[must_use]
+    pub fn of(self, ours: InstallationId) -> Self {
+        Self { ours: Some(ours), ..self }
     }
 
     /// Where the job's spool is.
@@ -270,17 +286,14 @@ impl Journal {
     /// # Errors
     /// The file layer's; the job must not be started then.
     pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
+        let name = record.key.directory();
         let directory = if planted::on(Bug::PayloadOnDisk) { &self.state } else { &self.runtime };
-        let runtime = child(directory, &record.key.directory());
-        let made = async {
-            self.files.create_dir(&runtime).await?;
-            self.files.replace(&runtime.join("payload"), payload.to_vec()).await?;
-            self.files.create_dir(&child(&self.state, &record.key.directory())).await
-        };
-        self.note(made.await)?;
+        let made = self.files.replace_in_new_dir(&child(directory, &name), "payload", payload.to_vec()).await;
+        self.note(made)?;
         // Without the record nothing of this counts.
         reached(Point::K3);
-        self.put(record).await
+        let bytes = seal(&serde_json::to_vec(record)?);
+        self.note(self.files.replace_in_new_dir(&child(&self.state, &name), "record.json", bytes).await)
     }
 
     /// Replaces the job's record, durably.
@@ -288,7 +301,7 @@ impl Journal {
     /// # Errors
     /// The file layer's; the old record stands then.
     pub async fn put(&self, record: &Record) -> io::Result<()> {
-        let bytes = sealed(serde_json::to_vec(record)?);
+        let bytes = seal(&serde_json::to_vec(record)?);
         let path = child(&self.state, &record.key.directory()).join("record.json");
         self.note(self.files.replace(&path, bytes).await)
     }
@@ -372,7 +385,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`] or
     /// [`JournalError::Foreign`].
-    pub async fn load_all(&self, ours: &InstallationId) -> Result<Loaded, JournalError> {
+    pub async fn load_all(&self) -> Result<Loaded, JournalError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| JournalError::Files { what, path, source }
@@ -391,8 +404,11 @@ impl Journal {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => empty.push(dir),
                 Err(error) => broken.push((dir, error.to_string())),
                 Ok(bytes) => match parse(&bytes) {
-                    Ok(Record { installation: Some(theirs), .. }) if theirs != *ours => {
-                        return Err(JournalError::Foreign { path, theirs, ours: ours.clone() });
+                    Ok(Record { installation: Some(theirs), .. })
+                        if self.ours.as_ref().is_some_and(|ours| theirs != *ours) =>
+                    {
+                        let ours = self.ours.clone().unwrap_or_else(|| theirs.clone());
+                        return Err(JournalError::Foreign { path, theirs, ours });
                     }
                     Ok(record) if record.key.directory() == entry.name => records.push(record),
                     Ok(_) => broken.push((dir, "the record is of another job".to_owned())),
@@ -444,52 +460,38 @@ impl Journal {
     }
 }
 
-enum Unreadable {
-    Newer(u32),
-    Broken(String),
-}
+#[cfg(test)]
+mod damage;
 
-/// The last member of a record: a checksum over it as it is without that. A flipped bit in a token
-/// or an id would else go unnoticed.
-const SEAL: &str = ",\"crc32\":\"";
-
-/// Bytes of the last member, closing brace included.
-const SEAL_BYTES: usize = SEAL.len() + 8 + 2;
-
-fn sealed(mut record: Vec<u8>) -> Vec<u8> {
-    let seal = format!("{SEAL}{:08x}\"}}", crc32fast::hash(&record));
-    // The closing brace makes room.
-    record.pop();
-    record.extend_from_slice(seal.as_bytes());
-    record
-}
-
-/// The record without its seal. `None`: it is not what was sealed.
-fn unsealed(bytes: &[u8]) -> Option<Vec<u8>> {
-    let begin = bytes.len().checked_sub(SEAL_BYTES)?;
-    let mut record = bytes[..begin].to_vec();
-    record.push(b'}');
-    (sealed(record.clone()) == bytes).then_some(record)
-}
-
-fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
-    #[derive(Deserialize)]
-    struct Versioned {
-        version: u32,
+#[cfg(any(test, feature = "test-util"))]
+impl Record {
+    /// A record as it should be, of a job that nothing has happened to yet.
+    #[must_use]
+    #[expect(clippy::unwrap_used, reason = "for tests: the address is a constant")]
+    pub fn example(id: u64) -> Self {
+        Self {
+            version: RECORD_VERSION,
+            installation: None,
+            key: JobKey { runner: "linux \"vm\"/1".into(), id: JobId(id) },
+            gitlab: "https://gitlab.example".parse().unwrap(),
+            job_token: Secret::new("glcbt-1"),
+            received: Timestamp::UNIX_EPOCH,
+            received_uptime_ms: None,
+            timeout_s: Some(3600),
+            name: "test".into(),
+            project: "g/p".into(),
+            debug_trace: false,
+            trace_sections: true,
+            knows_interrupted: true,
+            class: "small".into(),
+            resources: crate::capacity::Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
+            machine: None,
+            guest_base: None,
+            newer_token: None,
+            last_lines: None,
+            state: State::Accepted,
+        }
     }
-    let broken = |error: serde_json::Error| Unreadable::Broken(error.to_string());
-    let versioned: Versioned = serde_json::from_slice(bytes).map_err(broken)?;
-    if versioned.version > RECORD_VERSION {
-        return Err(Unreadable::Newer(versioned.version));
-    }
-    let unsealed = match versioned.version {
-        // Before there were seals.
-        0 | 1 => bytes.to_vec(),
-        _ => unsealed(bytes).ok_or_else(|| Unreadable::Broken("its checksum is not that of its content".to_owned()))?,
-    };
-    // Written again, it is a record of ours.
-    let bytes = unsealed.as_slice();
-    serde_json::from_slice(bytes).map(|record: Record| Record { version: RECORD_VERSION, ..record }).map_err(broken)
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ pub enum State {
 pub enum Event {
     /// The job task began, for the first time or after a restart.
     Started,
-    /// The guest asks for its job.
+    /// The guest asks for its job, or would: it has shown no work of it.
     GuestAsked,
     /// The guest's final PUT; spool and record hold it already.
     GuestVerdict(Verdict),
@@ -245,8 +245,8 @@ impl State {
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
+            Event::Gitlab(_) if planted::on(Bug::CanceledJobRuns) => (Self::Booting { replaced }, vec![]),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
-            Event::Gitlab(JobStatus::Over) if planted::on(Bug::CanceledJobRuns) => (Self::Booting { replaced }, vec![]),
             Event::Gitlab(JobStatus::Over) => {
                 let (state, mut commands) = Self::over();
                 commands.push(Command::ReleaseMachine);
@@ -266,6 +266,8 @@ impl State {
 
     fn running(canceling: bool, event: Event) -> (Self, Vec<Command>) {
         match event {
+            // The answer to its first ask was lost, and it must not begin any more: nothing of the job runs.
+            Event::GuestAsked if canceling => Self::fail(Failure::CanceledBooting),
             Event::GuestAsked => (Self::Running { canceling }, vec![Command::HandOutAgain]),
             Event::GuestVerdict(verdict) => (
                 Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
@@ -313,7 +315,11 @@ impl State {
         let mut commands = Vec::new();
         let (mut machine_gone, mut delivered) = (machine_gone, delivered);
         match event {
-            Event::GuestAsked => commands.push(Command::HandNothing),
+            // It has not begun the job that is over by now: no grace is of use to it.
+            Event::GuestAsked => {
+                commands.push(Command::HandNothing);
+                commands.extend((!machine_gone).then_some(Command::ReleaseMachine));
+            }
             Event::MachineStopped
             | Event::MachineFailed
             | Event::MachinePaused

@@ -13,7 +13,7 @@ use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use crate::capacity::{Held, Reservation, Resources};
 use crate::config::Span;
 use crate::failpoint::{Point, reached};
-use crate::gitlab::JobPayload;
+use crate::gitlab::{JobPayload, JobStatus};
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
 use crate::planted::{self, Bug};
 use crate::retry::Backoff;
@@ -52,6 +52,7 @@ pub async fn accept(
         gitlab: runner.config.url.clone(),
         job_token: payload.token.clone(),
         received: parts.clock.now(),
+        received_uptime_ms: u64::try_from(parts.clock.uptime().as_millis()).ok(),
         timeout_s: payload.timeout.map(|t| t.as_secs()),
         name: payload.name.clone(),
         project: payload.project.clone(),
@@ -67,10 +68,7 @@ pub async fn accept(
         state: State::Accepted,
     };
     reached(Point::K3);
-    let kept = parts.journal.accept(&record, payload.raw().clone()).await;
-    if !planted::on(Bug::StartedUnjournalled) {
-        kept?;
-    }
+    parts.journal.accept(&record, payload.raw().clone()).await?;
     reached(Point::K4);
     Ok(start(parts.clone(), runner, record, Some(payload), reservation.into(), Event::Started))
 }
@@ -182,6 +180,10 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             Happened::Next(Next::Gitlab(status)) => {
                 job.m.tell_guest(status);
                 job.feed(Event::Gitlab(status)).await;
+                if status == JobStatus::Over && !job.spoke {
+                    // A guest that never began has nothing to end: it would spend its grace asking.
+                    job.feed(Event::GuestAsked).await;
+                }
             }
             Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
         }
@@ -483,9 +485,10 @@ impl Job {
     /// the same again.
     async fn asked(&mut self, reply: oneshot::Sender<Option<HandOut>>) {
         let first = matches!(self.m.record.state, State::Booting { .. });
+        let rested = self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
+        let lost = !self.spoke && rested;
         let again = matches!(self.m.record.state, State::Running { canceling: false })
-            && (!self.spoke || planted::on(Bug::HandedOutTwice))
-            && self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
+            && (lost || rested && planted::on(Bug::HandedOutTwice));
         let mut answer = None;
         if first {
             answer = self.m.hand_out().await;
@@ -506,6 +509,9 @@ impl Job {
             }
         } else if again {
             answer = self.m.hand_out().await;
+        } else if lost {
+            // Canceled or over meanwhile: this guest has nothing to do, and nothing to end.
+            self.feed(Event::GuestAsked).await;
         }
         if answer.is_some() {
             self.last_hand_out = Some(Instant::now());

@@ -86,6 +86,7 @@ pub(super) async fn upload(upload: Upload) {
         read_failures: 0,
         opened: false,
         refusals: 0,
+        resends: None,
         truncated_at: None,
         renewals: upload.client.renewals(),
         upload,
@@ -134,6 +135,8 @@ struct Uploader {
     opened: bool,
     /// Answers in a row that asked for other bytes than were sent.
     refusals: u32,
+    /// Pauses between verdicts that GitLab answers with 412: the trace in between is taken each time.
+    resends: Option<Backoff>,
     /// Whether the job's token has changed during a call.
     renewals: watch::Receiver<Secret>,
     /// Where the trace ends because the spool could not be read further.
@@ -314,7 +317,7 @@ impl Uploader {
         let whole = self.truncated_at.is_none() && self.sent == view.length;
         let first = self.last_answer.is_none();
         let crc = if planted::on(Bug::WrongChecksum) { view.crc.swap_bytes() } else { view.crc };
-        let length = view.length - u64::from(planted::on(Bug::WrongSize));
+        let length = view.length.saturating_sub(u64::from(planted::on(Bug::WrongSize)));
         let trace = (whole && !(first && verdict.is_none())).then_some((crc, length));
         let last = verdict.is_some();
         reached(if last { Point::K14 } else { Point::K11 });
@@ -327,7 +330,11 @@ impl Uploader {
                 self.opened = true;
                 if answer.resend_trace {
                     self.sent = 0;
-                    self.refused();
+                    // Once it goes on at once; a GitLab that is never content must not be flooded.
+                    match &mut self.resends {
+                        Some(pauses) => self.not_before = Instant::now() + pauses.next(&self.upload.rng),
+                        None => self.resends = Some(Backoff::uploader()),
+                    }
                     return Step::Continue;
                 }
                 self.progressed();
@@ -384,7 +391,9 @@ impl Uploader {
             }
             return Step::Continue;
         }
-        if status != self.status {
+        // A 416 has no word of GitLab's, which reads as `running`; a cancel is never taken back.
+        let taken_back = status == JobStatus::Running && self.status == JobStatus::Canceling;
+        if status != self.status && !taken_back {
             self.status = status;
             tracing::info!(?status, at = %self.upload.clock.now(), "GitLab's word on the job changed");
             if self.upload.events.send(UploaderEvent::Status(status)).await.is_err() {

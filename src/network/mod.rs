@@ -130,7 +130,7 @@ pub struct NoFreePort(usize);
 /// The leases given out. A small set under a mutex, never held across an await; clones share it.
 #[derive(Clone, Debug)]
 pub struct Network {
-    range: PortRange,
+    range: Arc<Mutex<PortRange>>,
     taken: Arc<Mutex<BTreeSet<u16>>>,
     /// Ports found in use by others, skipped until no other is left.
     foreign: Arc<Mutex<BTreeSet<u16>>>,
@@ -140,7 +140,12 @@ impl Network {
     /// A network with nothing given out.
     #[must_use]
     pub fn new(config: &Config) -> Self {
-        Self { range: config.guest_ports, taken: Arc::default(), foreign: Arc::default() }
+        Self { range: Arc::new(Mutex::new(config.guest_ports)), taken: Arc::default(), foreign: Arc::default() }
+    }
+
+    /// Another range for the leases to come.
+    pub fn set_ports(&self, range: PortRange) {
+        *self.range.lock().unwrap_or_else(PoisonError::into_inner) = range;
     }
 
     /// Takes the lowest free port.
@@ -148,12 +153,13 @@ impl Network {
     /// # Errors
     /// [`NoFreePort`]: the next call tries those again that were others', who may have gone.
     pub fn lease(&self) -> Result<Lease, NoFreePort> {
+        let range = *self.range.lock().unwrap_or_else(PoisonError::into_inner);
         let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let port = (self.range.first..=self.range.last).find(|p| !taken.contains(p) && !foreign.contains(p));
+        let port = (range.first..=range.last).find(|p| !taken.contains(p) && !foreign.contains(p));
         let Some(port) = port else {
             foreign.clear();
-            return Err(NoFreePort(usize::from(self.range.last - self.range.first) + 1));
+            return Err(NoFreePort(usize::from(range.last - range.first) + 1));
         };
         taken.insert(port);
         Ok(Lease { port })

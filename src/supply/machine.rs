@@ -159,8 +159,11 @@ impl Drop for Driver {
 }
 
 impl Driver {
+    /// What the job wants. A handle that was dropped without a wish is a job's task that has died: the machine is let
+    /// go of, for nobody must make one that nobody knows.
     fn wish(&self) -> Wish {
-        *self.wish.borrow()
+        let wish = *self.wish.borrow();
+        if wish == Wish::Keep && self.wish.has_changed().is_err() { Wish::Leave } else { wish }
     }
 
     async fn tell(&self, event: MachineEvent) {
@@ -216,14 +219,6 @@ impl Driver {
                 source: source.into(),
             })?;
             hypervisor.create_overlay(&overlay, &make.base, make.disk_gib).await?;
-            // An overlay is worth as much as the file that it was made over (safety.md H11).
-            if !make.stamp.holds().await {
-                return Err(VmError::Refused {
-                    what: "start VM",
-                    name: self.name.to_string(),
-                    source: "its image was changed in place meanwhile".into(),
-                });
-            }
             reached(Point::K5);
             self.tell(MachineEvent::DiskReady).await;
             if self.wish() != Wish::Keep {
@@ -244,6 +239,15 @@ impl Driver {
             };
             reached(Point::K8);
             hypervisor.start(&spec).await?;
+            // QEMU has the files open by now: what is exchanged later does not matter to this machine.
+            if !make.stamp.holds().await {
+                return Err(VmError::Refused {
+                    what: "start VM",
+                    name: self.name.to_string(),
+                    source: format!("base image `{}` was changed while the VM was being made", make.base.display())
+                        .into(),
+                });
+            }
             // It runs, and we have not heard of it.
             reached(Point::K8);
         }

@@ -9,9 +9,9 @@ mod machine;
 
 pub use machine::{Machine, MachineEvent};
 
-use crate::image::store::Stamp;
+use crate::image::stamp::Stamp;
 use crate::metrics::Metrics;
-use crate::network::{Network, NoFreePort};
+use crate::network::{Network, NoFreePort, PortRange};
 use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use crate::vm::{Accel, Boot, Hypervisor, InstallationId, VmId, VmName, VmState};
@@ -95,7 +95,7 @@ pub struct Blueprint {
     pub base: PathBuf,
     /// How it boots.
     pub boot: Boot,
-    /// What the image's files were like when it was chosen.
+    /// By what the image's files were known when they were checked.
     pub stamp: Stamp,
 }
 
@@ -134,6 +134,11 @@ impl Supply {
     /// [`NoFreePort`].
     pub fn plan(&self) -> Result<MachineRecord, NoFreePort> {
         Ok(MachineRecord { id: VmId::random(&self.0.rng), lease: self.0.network.lease()? })
+    }
+
+    /// Another range of ports for the doors to come.
+    pub fn set_ports(&self, range: PortRange) {
+        self.0.network.set_ports(range);
     }
 
     /// Takes a recorded plan up again, after a restart.

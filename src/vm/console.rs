@@ -162,6 +162,7 @@ mod tests {
         assert_eq!(ring(&[b'x'; 5000]).tail(usize::MAX).len(), TAIL_BYTES_MAX);
     }
 
+    /// T22: a gibibyte, and a ring that stays as it is.
     #[tokio::test]
     async fn t22_a_gibibyte_of_console_is_drained_into_a_bounded_ring() {
         let (mut guest, host) = tokio::io::duplex(64 * 1024);

@@ -10,6 +10,8 @@ pub mod domain_xml;
 #[cfg(any(test, feature = "test-util"))]
 pub mod fake;
 pub mod libvirt;
+#[cfg(feature = "test-util")]
+pub mod processes;
 pub mod proof;
 
 use crate::BoxFuture;

@@ -41,6 +41,7 @@ async fn virsh(arguments: &[&str], stdin: &str) -> String {
     virsh.run().await.unwrap().text()
 }
 
+/// H16: names alone prove nothing.
 #[tokio::test]
 async fn h16_domains_that_only_look_like_ours_are_left_alone() {
     let _shared = shared().await;
@@ -68,6 +69,7 @@ async fn h16_domains_that_only_look_like_ours_are_left_alone() {
     bench.assert_clean().await;
 }
 
+/// V11: as QEMU pauses it when the disk fails.
 #[tokio::test]
 async fn v11_a_vm_that_was_paused_is_seen_and_can_be_destroyed() {
     let _shared = shared().await;
@@ -98,6 +100,7 @@ async fn a_socket_path_that_linux_cannot_hold_is_refused_in_words() {
     assert!(error.to_string().contains("107"), "{error}");
 }
 
+/// T17: bytes, owner, mode and times of it.
 #[tokio::test]
 async fn t17_a_vm_leaves_its_base_image_as_it_was() {
     let _shared = shared().await;
@@ -183,6 +186,7 @@ async fn signal(signal: &str, pid: &str) {
     Program::new("kill", LIMIT).args([signal, pid]).run().await.unwrap();
 }
 
+/// H1: connected again, and listed anew.
 #[tokio::test]
 async fn h1_libvirtd_killed_and_started_again_finds_the_vm_alive() {
     const TEST: &str = "h1_libvirtd_killed_and_started_again_finds_the_vm_alive";
@@ -216,6 +220,7 @@ async fn h1_libvirtd_killed_and_started_again_finds_the_vm_alive() {
     bench.assert_clean().await;
 }
 
+/// H4: a real libvirtd that is stopped.
 #[tokio::test]
 async fn h4_a_libvirtd_that_stands_still_times_out_and_holds_up_no_guest() {
     const TEST: &str = "h4_a_libvirtd_that_stands_still_times_out_and_holds_up_no_guest";

@@ -47,6 +47,7 @@ async fn a_failing_script_reports_its_exit_code() {
     lab.assert_clean().await;
 }
 
+/// G14: a real boot.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_while_booting_starts_nothing() {
     let mut lab = Lab::start(Options::default()).await;
@@ -60,6 +61,7 @@ async fn a_cancel_while_booting_starts_nothing() {
     assert_eq!(lab.vms(), 0);
 }
 
+/// G15: a real runner.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_while_running_lets_after_script_run() {
     let mut lab = Lab::start(Options::default()).await;
@@ -71,6 +73,7 @@ async fn a_cancel_while_running_lets_after_script_run() {
     lab.assert_clean().await;
 }
 
+/// G16: a real machine.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hard_cancel_takes_the_machine_at_once() {
     let mut lab = Lab::start(Options { limits: "cancel_grace = \"10s\"", ..Options::default() }).await;
@@ -90,6 +93,7 @@ async fn a_job_that_overruns_times_out() {
     lab.assert_clean().await;
 }
 
+/// V2: a real machine that says a word and waits.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_never_asks_fails_the_job_with_our_fault() {
     // The same disk, but a first process that says a word and waits: no runner ever asks.

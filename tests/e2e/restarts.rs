@@ -4,6 +4,7 @@ use super::lab::{LIMIT, Lab, Options, run};
 use dayfly::standin::{Fault, JobState, Matcher, Route};
 use std::time::Duration;
 
+/// E1: SIGTERM in the middle of a job, exit 0, and the next one goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_of_the_daemon_costs_no_job() {
     let mut lab = Lab::start(Options::default()).await;
@@ -20,7 +21,7 @@ async fn a_restart_of_the_daemon_costs_no_job() {
     lab.assert_clean().await;
 }
 
-/// E4: killed without a word in the middle of a job.
+/// E4, E8: killed without a word in the middle of a job.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_killed_outright_costs_no_job() {
     let mut lab = Lab::start(Options::default()).await;

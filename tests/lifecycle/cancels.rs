@@ -1,5 +1,6 @@
 //! A job that GitLab no longer wants.
 
+use crate::support::guest::Guest;
 use crate::support::world::{LONG, World};
 use dayfly::gitlab::JobId;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route};
@@ -65,6 +66,30 @@ async fn a_hard_cancel_while_booting_stops_the_boot_and_sends_nothing() {
     assert!(until_no_vm(&world).await < Duration::from_secs(35), "one keepalive, and the end of the machine");
     assert_eq!((verdicts_sent(&world), requests_after_the_end(&world, job)), (0, 0));
     world.assert_clean().await;
+}
+
+/// G15, K10: nothing of the job runs, so no grace is waited for.
+#[tokio::test(start_paused = true)]
+async fn a_cancel_before_the_second_ask_of_a_guest_without_its_job_ends_it_at_once() {
+    for graceful in [true, false] {
+        let mut world = World::new(1);
+        world.expect_trouble(&["failure=CanceledBooting"]);
+        world.set_guest(|guest: Guest| async move {
+            loop {
+                // The first answer is as good as lost.
+                let _ = guest.ask_once().await;
+                tokio::time::sleep(Duration::from_secs(3)).await;
+            }
+        });
+        let job = world.job(&["print never"]);
+        world.start().await.unwrap();
+        world.until_word("running").await;
+        world.standin.cancel(job, graceful);
+        let took = until_no_vm(&world).await;
+        assert!(took < Duration::from_secs(35), "one keepalive, and the next ask: {took:?}\n{}", world.histories());
+        world.until(job, JobState::Canceled).await;
+        world.assert_clean().await;
+    }
 }
 
 /// G15: the guest runs its `after_script`.

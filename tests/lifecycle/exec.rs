@@ -151,6 +151,7 @@ async fn a_machine_that_fails_is_not_the_jobs_fault_whatever_is_allowed() {
     assert_eq!(desk.err.text(), words);
 }
 
+/// E2: `exec`: the first interrupt ends its job.
 #[tokio::test(start_paused = true)]
 async fn an_interrupt_ends_the_job_and_cleans_up() {
     let mut desk = Desk::new();
@@ -163,6 +164,7 @@ async fn an_interrupt_ends_the_job_and_cleans_up() {
     );
 }
 
+/// E2: `exec`: the second does not wait.
 #[tokio::test(start_paused = true)]
 async fn a_second_interrupt_leaves_at_once() {
     let mut desk = Desk::new();

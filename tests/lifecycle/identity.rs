@@ -201,3 +201,27 @@ fn no_two_machines_of_a_host_have_the_same_mac() {
     }
     assert_eq!(macs.len(), 100_000);
 }
+
+/// V15: a guest is told the time at hand-out; what it makes of it, and what it writes into its lines, is its own affair.
+#[tokio::test(start_paused = true)]
+async fn a_guest_is_told_the_time_and_may_be_wrong_about_it() {
+    let mut world = World::new(1);
+    let clock = world.clock.clone();
+    world.set_guest(move |mut guest: Guest| {
+        let clock = clock.clone();
+        async move {
+            let told = jiff::Timestamp::from_microsecond(guest.config.clock_us).unwrap();
+            let behind = clock.now().duration_since(told).as_secs();
+            assert!((0..=10).contains(&behind), "told {told}, {behind} s ago");
+            let payload = guest.ask().await.unwrap();
+            guest.work(&payload).await;
+            guest.power_off().await;
+        }
+    });
+    let job =
+        world.job(&["print 1970-01-01T00:00:00.000000Z 00O an old line", "sleep 5", "print 2106-02-07T06:28:15Z 00O+"]);
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    assert!(world.trace(job).contains("\n1970-01-01T00:00:00.000000Z 00O an old line\n2106-02-07T06:28:15Z 00O+\n"));
+    world.assert_clean().await;
+}

@@ -15,6 +15,7 @@
 mod support;
 
 mod cancels;
+mod clocks;
 mod crashes;
 mod determinism;
 mod ends;
@@ -25,7 +26,11 @@ mod handover;
 mod host;
 mod hypervisor;
 mod identity;
+mod kill_points;
 mod machines;
+mod moods;
 mod panics;
+mod reload;
 mod room;
+mod storage;
 mod twice;

@@ -6,7 +6,7 @@ use super::mortal::{End, Life, Look};
 use dayfly::clock::Clock;
 use dayfly::config::{Class, Config, Runner};
 use dayfly::control::{ControlHandler, KillOutcome};
-use dayfly::daemon::{self, Backends, DaemonError, Jobs, Shutdown};
+use dayfly::daemon::{self, Backends, DaemonError, Jobs, ReloadError, Reloader, Shutdown};
 use dayfly::files::fake::MemoryFiles;
 use dayfly::gitlab::transport::OpenError;
 use dayfly::gitlab::{Endpoint, JobId, OpenTransport, Transport};
@@ -43,7 +43,9 @@ pub struct World {
     pub hypervisor: FakeHypervisor,
     pub files: MemoryFiles,
     pub rng: Rng,
+    /// The host's; GitLab has another, which goes the same way.
     pub clock: Clock,
+    gitlab_clock: Clock,
     pub config: Config,
     pub project: ProjectId,
     pub images: ImageStore,
@@ -66,6 +68,7 @@ struct Running {
     shutdown: Shutdown,
     jobs: Jobs,
     handler: Arc<dyn ControlHandler>,
+    reloader: Reloader,
     life: Life,
 }
 
@@ -92,8 +95,10 @@ impl World {
     /// A world with one runner and guests that behave; the daemon is not started yet.
     pub fn new(seed: u64) -> Self {
         let rng = Rng::seeded(seed);
-        let clock = Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
-        let standin = Standin::new(clock.clone(), rng.clone());
+        // Two clocks, so that one may be set.
+        let clock = || Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap());
+        let (clock, gitlab_clock) = (clock(), clock());
+        let standin = Standin::new(gitlab_clock.clone(), rng.clone());
         let project = standin.add_project("group/project");
         let hypervisor = FakeHypervisor::new();
         hypervisor.set_timing(Timing { boot: Duration::from_secs(5), ..Timing::default() });
@@ -127,6 +132,7 @@ impl World {
             files: MemoryFiles::default(),
             rng,
             clock,
+            gitlab_clock,
             config,
             project,
             images: ImageStore::fixed(Image::of_no_disk()),
@@ -166,7 +172,7 @@ impl World {
 
     /// Another GitLab with a runner of this daemon; the project is its own.
     pub fn second_gitlab(&mut self, runner: &str) -> (Standin, ProjectId) {
-        let second = Standin::new(self.clock.clone(), Rng::seeded(77));
+        let second = Standin::new(self.gitlab_clock.clone(), Rng::seeded(77));
         let project = second.add_project("other/project");
         self.gitlabs.0.insert(SECOND_GITLAB.to_owned(), second.clone());
         self.register(runner, SECOND_GITLAB, &second, project);
@@ -239,7 +245,7 @@ impl World {
         let task = tokio::spawn(async move {
             match daemon::start(config, backends, switch).await {
                 Ok(daemon) => {
-                    let _ = tell.send(Ok((daemon.jobs(), daemon.handler())));
+                    let _ = tell.send(Ok((daemon.jobs(), daemon.handler(), daemon.reloader())));
                     daemon.run().await;
                 }
                 Err(error) => drop(tell.send(Err(error))),
@@ -250,8 +256,8 @@ impl World {
             () = life.over() => return Ok(()),
             started = told => started,
         };
-        let (jobs, handler) = started.expect("a daemon starts or says why not")?;
-        self.daemon = Some(Running { task, shutdown, jobs, handler, life });
+        let (jobs, handler, reloader) = started.expect("a daemon starts or says why not")?;
+        self.daemon = Some(Running { task, shutdown, jobs, handler, reloader, life });
         Ok(())
     }
 
@@ -363,6 +369,12 @@ impl World {
     /// Waits until the only job is in this state, in the word of `dayfly status`.
     pub async fn until_word(&self, word: &str) {
         self.until_status(|status| status.jobs.iter().any(|job| job.state == word)).await;
+    }
+
+    /// SIGHUP, with this world's configuration as the file.
+    pub async fn reload(&self) -> Result<(), ReloadError> {
+        let reloader = self.daemon.as_ref().expect("a daemon runs").reloader.clone();
+        reloader.reload(self.config.clone()).await
     }
 
     /// `dayfly kill`.

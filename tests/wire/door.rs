@@ -11,4 +11,4 @@ mod hygiene;
 mod limits;
 mod malformed;
 mod matrix;
-mod support;
+pub(crate) mod support;

@@ -10,3 +10,5 @@ mod gitlab_server;
 mod gitlab_tls;
 mod gitlab_tls_server;
 mod gitlab_uploads;
+mod loads;
+mod process;

@@ -34,6 +34,12 @@ impl Problem {
         Self { key: key.to_owned(), origin: origins.nearest(key), what: what.into(), remedy: remedy.into() }
     }
 
+    /// Where the key, or its nearest parent, stands.
+    #[must_use]
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
     /// The key, as `limits.keepalive`.
     #[must_use]
     pub fn key(&self) -> &str {

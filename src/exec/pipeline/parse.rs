@@ -40,7 +40,12 @@ pub(super) fn parse(text: &str) -> Result<Rc<Node>, Fault> {
     let mut anchors: BTreeMap<usize, Rc<Node>> = BTreeMap::new();
     for event in Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text)) {
         let (event, span) = event.map_err(|e| {
-            Fault::at(e.marker().line(), format!("is no YAML (column {}): {}", e.marker().col() + 1, e.info()))
+            // What ends too early is found on the line after the last one.
+            let last = 1 + text.matches(['\n', '\r']).count();
+            Fault::at(
+                e.marker().line().min(last),
+                format!("is no YAML (column {}): {}", e.marker().col() + 1, e.info()),
+            )
         })?;
         let line = span.start.line();
         let node = match event {

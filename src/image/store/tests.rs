@@ -109,6 +109,7 @@ fn check(change: impl FnOnce(&Path), expected: &str) {
     assert!(text.contains(expected) && text.contains("`shell`"), "{text}");
 }
 
+/// H12: an image with a broken part is refused when it is looked at, before any job.
 #[test]
 fn each_way_to_be_broken_has_its_own_sentence() {
     let edit = |from: &'static str, to: &'static str| {
@@ -142,7 +143,7 @@ fn a_file_that_was_changed_in_place_is_found_by_its_digest() {
     let image = promote(&store, b"kernel");
     let Boot::Direct { kernel, .. } = &image.boot else { panic!("direct") };
     fs::write(kernel, b"evil!!").unwrap();
-    let error = store.verify(&store.get("shell").unwrap()).unwrap_err().to_string();
+    let error = store.verify(&image).unwrap_err().to_string();
     assert!(error.contains("SHA-256 differs"), "{error}");
 }
 
@@ -156,31 +157,55 @@ fn a_broken_staged_image_never_replaces_a_good_one() {
     assert_eq!(store.get("shell").unwrap(), good);
 }
 
-/// H11: an image that was replaced in place is refused, by whatever it can be told; touched, it is the same.
-#[tokio::test]
-async fn an_image_replaced_in_place_is_refused_until_it_is_itself_again() {
+/// H11: a disk that is written over in place, or exchanged, is told from the one before and refused, until it is put back.
+#[test]
+fn an_image_that_is_changed_in_place_is_refused() {
     let (_dir, store) = store();
     let image = promote(&store, b"kernel");
-    let clone = store.clone();
-    assert_eq!(store.load("shell").await.unwrap(), image);
-    assert!(image.stamp.holds().await);
-    let kernel = image.dir.join(&image.manifest.kernel.as_ref().unwrap().file);
-    // The same size, another content, the same inode.
-    fs::write(&kernel, b"kernal").unwrap();
-    assert!(!image.stamp.holds().await);
-    for store in [&store, &clone] {
-        let error = store.load("shell").await.unwrap_err();
-        assert!(matches!(&error, ImageError::Broken { path, .. } if *path == kernel), "{error}");
+    let good = fs::read(&image.disk).unwrap();
+    let mut evil = good.clone();
+    *evil.last_mut().unwrap() ^= 1;
+    let written_over = |bytes: &[u8]| {
+        let file = fs::OpenOptions::new().write(true).open(&image.disk).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0).unwrap();
+        // Whatever the file system's clock: the next look sees another time.
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+        file.set_modified(later).unwrap();
+    };
+    let exchanged = |bytes: &[u8]| {
+        let mode = fs::metadata(&image.disk).unwrap().modified().unwrap();
+        fs::write(image.dir.join("new"), bytes).unwrap();
+        fs::rename(image.dir.join("new"), &image.disk).unwrap();
+        fs::OpenOptions::new().write(true).open(&image.disk).unwrap().set_modified(mode).unwrap();
+    };
+    let changes: [&dyn Fn(&[u8]); 2] = [&written_over, &exchanged];
+    for change in changes {
+        change(&evil);
+        for _ in 0..2 {
+            let error = store.get("shell").unwrap_err().to_string();
+            assert!(error.contains("was changed in place") && error.contains("shell"), "{error}");
+        }
+        change(&good);
+        let again = store.get("shell").unwrap();
+        assert_ne!(again.stamp, image.stamp, "another file, with the same bytes");
     }
-    // The content of before, in a new file.
-    fs::write(image.dir.join("new"), b"kernel").unwrap();
-    fs::rename(image.dir.join("new"), &kernel).unwrap();
-    let again = store.load("shell").await.unwrap();
-    assert!(again.stamp != image.stamp && again.stamp.holds().await);
-    // A disk that is none any more, and one of another size, need not be read.
-    fs::write(&image.disk, vec![0; fs::read(&image.disk).unwrap().len()]).unwrap();
-    assert!(store.load("shell").await.unwrap_err().to_string().contains("disk.qcow2"));
-    // A new version is another image.
-    let new = promote(&store, b"kernel 2");
-    assert_eq!(store.load("shell").await.unwrap(), new);
+    // Another version is another matter.
+    promote(&store, b"other kernel");
+    store.get("shell").unwrap();
+}
+
+/// H11: an image that is exchanged while a machine is being made is told when QEMU has it open.
+#[tokio::test]
+async fn a_stamp_holds_until_a_file_is_another() {
+    let (_dir, store) = store();
+    let image = promote(&store, b"kernel");
+    assert!(image.stamp.holds().await);
+    fs::set_permissions(&image.disk, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    assert!(image.stamp.holds().await, "who may read it is no part of it");
+    let bytes = fs::read(&image.disk).unwrap();
+    fs::write(image.dir.join("new"), bytes).unwrap();
+    fs::rename(image.dir.join("new"), &image.disk).unwrap();
+    assert!(!image.stamp.holds().await);
+    fs::remove_file(&image.disk).unwrap();
+    assert!(!image.stamp.holds().await);
 }

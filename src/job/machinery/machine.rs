@@ -121,6 +121,7 @@ impl Machinery {
         let record = Record {
             job_token: payload.token.clone(),
             received: self.parts.clock.now(),
+            received_uptime_ms: u64::try_from(self.parts.clock.uptime().as_millis()).ok(),
             timeout_s: payload.timeout.map(|timeout| timeout.as_secs()),
             name: payload.name.clone(),
             project: payload.project.clone(),

@@ -13,6 +13,7 @@ use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{GuestEvent, GuestPass, GuestView, HandOut};
 use crate::metrics::Metrics;
 use crate::planted::{self, Bug};
+use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::supply::{Machine, MachineEvent};
 use crate::telemetry::chain;
@@ -33,8 +34,9 @@ const REOPENED_GRACE: Duration = Duration::from_secs(20);
 /// Pause before another task takes up the machine of one that died of a bug.
 const SUCCESSOR_PAUSE: Duration = Duration::from_secs(1);
 
-/// Tries to remove the record of a finished job; what is left is found at the next start.
-const REMOVE_TRIES: u32 = 5;
+/// How long the record of a finished job is tried to be removed: a disk that is read-only for a while must not leave
+/// secrets and a spool behind. What is left then is found at the next start; a drain waits no longer than this.
+const REMOVE_PATIENCE: Duration = Duration::from_secs(600);
 
 pub(super) enum Next {
     Guest(GuestEvent),
@@ -114,9 +116,12 @@ impl Machinery {
         let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
         let update_interval = parts.limits.guest_update_interval.get();
         let (guest_view, _) = watch::channel(GuestView { status: JobStatus::Running, verdict: None, update_interval });
-        let since = parts.clock.now().duration_since(record.received);
+        let since = match record.received_uptime_ms {
+            Some(then) => parts.clock.uptime().saturating_sub(Duration::from_millis(then)),
+            None => Duration::try_from(parts.clock.now().duration_since(record.received)).unwrap_or_default(),
+        };
         let mut machinery = Self {
-            elapsed_before: Duration::try_from(since).unwrap_or_default(),
+            elapsed_before: since,
             started: Instant::now(),
             last_spoke: Instant::now(),
             section_open: record.guest_base.is_none() && spool.view().length > 0,
@@ -248,7 +253,7 @@ impl Machinery {
             Ok(()) => true,
             Err(error) => {
                 tracing::error!(error = chain(&error), "write the job's record");
-                false
+                planted::on(Bug::RecordErrorIgnored)
             }
         }
     }
@@ -417,15 +422,24 @@ impl Machinery {
         if planted::on(Bug::RecordKept) {
             return;
         }
-        for attempt in 1..=REMOVE_TRIES {
+        let (since, mut backoff) = (Instant::now(), Backoff::uploader());
+        loop {
             match self.parts.journal.remove(&self.record.key).await {
                 Ok(()) => {
                     reached(Point::K18);
                     return;
                 }
-                Err(error) => tracing::warn!(attempt, error = chain(&error), "remove the job's record"),
+                Err(error) => tracing::warn!(error = chain(&error), "remove the job's record"),
             }
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            if since.elapsed() >= REMOVE_PATIENCE {
+                break;
+            }
+            tokio::select! {
+                biased;
+                // Both are cancel safe. The next daemon finds the record, as it would after a kill.
+                () = self.parts.leave.cancelled() => return,
+                () = tokio::time::sleep(backoff.next(&self.parts.rng)) => {}
+            }
         }
         tracing::error!("the record of a finished job could not be removed; the next start of the daemon tries again");
     }

@@ -111,6 +111,7 @@ fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
     insta::assert_snapshot!(write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990 })).unwrap());
 }
 
+/// T15: no device that was not proven.
 #[test]
 fn t15_only_the_devices_of_the_allow_list_appear() {
     const ALLOWED: &[&str] = &[
@@ -193,6 +194,7 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
 }
 
 proptest! {
+    /// T28: whatever a runner is called.
     #[test]
     fn t28_any_text_parses_back_to_the_same_tree(runner in ".*", file in "[^/\\pC\u{fffe}\u{ffff}]{1,40}", cmdline in "[^\\pC]{0,80}", job: u64) {
         let plain = parse(&write(&spec(), None).unwrap());
@@ -287,4 +289,27 @@ fn capabilities_tell_qemus_user_and_kvm() {
         <guest><arch name='x86_64'><domain type='qemu'/></arch></guest></capabilities>";
     assert_eq!(read_qemu_uid(session), None);
     assert!(!offers_kvm(session));
+}
+
+/// V15: the machine's hardware clock is the host's, in UTC, however its guest's own clock may go.
+#[test]
+fn a_machine_has_the_hosts_time_in_its_hardware_clock() {
+    for accel in [Accel::Tcg, Accel::Kvm] {
+        let xml = write(&VmSpec { accel, ..spec() }, None).unwrap();
+        assert_eq!(xml.matches("<clock ").count(), 1);
+        assert!(xml.contains("<clock offset=\"utc\"/>"), "{xml}");
+    }
+}
+
+/// V17: what a machine shouts into its network ends at its own card: a network of QEMU's for it alone, or an isolated
+/// port of the bridge.
+#[test]
+fn no_machine_shares_a_network_segment_with_another() {
+    let user = write(&VmSpec { attachment: Attachment::User, ..spec() }, None).unwrap();
+    assert!(user.contains("<interface type=\"user\">") && !user.contains("<source network"), "{user}");
+    assert_eq!(user.matches("<interface ").count(), 1, "it has no other card");
+    let bridge = Attachment::Bridge { network: "dayfly".into(), tap: "dfabcdefghijkl".into() };
+    let bridge = write(&VmSpec { attachment: bridge, ..spec() }, None).unwrap();
+    assert!(bridge.contains("<port isolated=\"yes\"/>"), "{bridge}");
+    assert_eq!(bridge.matches("<interface ").count(), 1);
 }

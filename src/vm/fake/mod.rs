@@ -126,7 +126,11 @@ struct Machine {
     control: Control,
 }
 
+/// Sees what VMs do by themselves and what is done to them: VM name and word. See [`FakeHypervisor::set_witness`].
+type Witness = Arc<dyn Fn(&str, &str) + Send + Sync>;
+
 struct World {
+    witness: Option<Witness>,
     birth: Instant,
     timing: Timing,
     host: HostInfo,
@@ -145,6 +149,9 @@ struct World {
 impl World {
     /// Notes a line; its number, for [`World::outcome`].
     fn note(&mut self, op: Option<Op>, subject: &str, outcome: &str) -> usize {
+        if let Some(witness) = self.witness.as_ref().filter(|_| op.is_none()) {
+            witness(subject, outcome);
+        }
         if self.history.len() == HISTORY_MAX {
             self.history.pop_front();
             self.forgotten += 1;
@@ -197,6 +204,7 @@ impl FakeHypervisor {
     #[must_use]
     pub fn new() -> Self {
         Self(Arc::new(Mutex::new(World {
+            witness: None,
             birth: Instant::now(),
             timing: Timing::default(),
             host: HostInfo { version: "fake 1".into(), cpus: 64, memory_mib: 256 * 1024, kvm_offered: true },
@@ -261,6 +269,12 @@ impl FakeHypervisor {
     /// not call the fake, which is locked meanwhile.
     pub fn judge_calls(&self, judge: impl FnMut(Op, &str) -> Option<Fault> + Send + 'static) {
         self.world().faults.judge(Box::new(judge));
+    }
+
+    /// Tells `witness` at once what the history keeps of VMs: `started`, `booted`, `powered off`, `crashed`, `paused`,
+    /// `destroyed`… It must not call the fake, which is locked meanwhile.
+    pub fn set_witness(&self, witness: impl Fn(&str, &str) + Send + Sync + 'static) {
+        self.world().witness = Some(Arc::new(witness));
     }
 
     /// Forgets all faults to come, and the judge.

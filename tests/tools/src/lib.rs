@@ -3,3 +3,4 @@
 pub mod doors;
 pub mod host;
 pub mod http;
+pub mod killing;

@@ -87,6 +87,11 @@ impl Guest {
         }
     }
 
+    /// What was read and not yet asked for.
+    pub(crate) fn buffered(&mut self) -> Vec<u8> {
+        self.read.split().to_vec()
+    }
+
     /// All bytes until the door closes.
     pub(crate) async fn rest(&mut self) -> Vec<u8> {
         while self.fill().await > 0 {}

@@ -7,7 +7,7 @@ use std::io;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// P10: all the wrong greetings. Each is closed in time, told at most the door's line, and counted.
+/// T25, P10: all the wrong greetings, whoever sends them. Each is closed in time, told at most the door's line, and counted.
 #[tokio::test(start_paused = true)]
 async fn nobody_comes_in_without_a_right_greeting() {
     let door = Door::new().await;

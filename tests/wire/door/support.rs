@@ -74,6 +74,8 @@ impl DoorListener for LoopbackListener {
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
         Box::pin(async {
             let (stream, _) = self.0.accept().await?;
+            // As the product's own.
+            stream.set_nodelay(true)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         })
     }
@@ -374,7 +376,12 @@ impl Entrance {
                 sender.send(Ok(Box::new(theirs))).await.expect("the door accepts");
                 Box::new(ours)
             }
-            Self::Tcp(address) => Box::new(TcpStream::connect(address).await.unwrap()),
+            Self::Tcp(address) => {
+                let stream = TcpStream::connect(address).await.unwrap();
+                // As the relay does.
+                stream.set_nodelay(true).unwrap();
+                Box::new(stream)
+            }
         }
     }
 }

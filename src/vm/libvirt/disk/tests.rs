@@ -72,6 +72,7 @@ async fn an_overlay_is_private_and_no_smaller_than_its_base() {
     assert!(bench.disks.list(&bench.path("nowhere")).await.unwrap().is_empty());
 }
 
+/// T16: nobody opens what a guest has written.
 #[tokio::test]
 async fn t16_a_used_overlay_is_replaced_and_removed_unopened() {
     // The script logs what it is asked, and what stands at the overlay's path when it is called.
@@ -102,6 +103,7 @@ async fn t16_a_used_overlay_is_replaced_and_removed_unopened() {
     assert_eq!(std::fs::read_to_string(bench.path("qemu-img.log")).unwrap(), log, "nothing was run to remove it");
 }
 
+/// H12: a base image that is no qcow2, is encrypted, or names another file.
 #[tokio::test]
 async fn h12_a_base_that_is_unfit_is_refused_by_name() {
     let bench = Bench::scripted("touch \"$0.ran\"");
@@ -136,6 +138,7 @@ async fn h12_a_base_that_is_unfit_is_refused_by_name() {
     assert!(!bench.path("qemu-img.ran").exists(), "qemu-img never saw them");
 }
 
+/// H13: missing, exit 1, killed, a gigabyte of output: nothing half-made is left.
 #[tokio::test]
 async fn h13_a_qemu_img_that_is_missing_fails_or_floods_is_our_failure() {
     let failure = Bench::new("/nonexistent/qemu-img").failure().await;
@@ -148,6 +151,7 @@ async fn h13_a_qemu_img_that_is_missing_fails_or_floods_is_our_failure() {
     assert!(failure.contains("more than 65536 bytes"), "{failure}");
 }
 
+/// H13: a minute, and no more.
 #[tokio::test(start_paused = true)]
 async fn h13_a_qemu_img_that_hangs_is_killed_at_the_deadline() {
     // A child counts as idle: the paused clock jumps straight to the deadline.

@@ -26,6 +26,7 @@ fn hanging() -> (mpsc::Sender<()>, mpsc::Receiver<()>, impl Fn(&mut Link) -> Res
     (release, has_begun, call)
 }
 
+/// H4: on threads of their own, with deadlines.
 #[tokio::test]
 async fn h4_a_call_that_hangs_holds_up_no_other() {
     let workers = workers();
@@ -37,6 +38,7 @@ async fn h4_a_call_that_hangs_holds_up_no_other() {
     drop(release);
 }
 
+/// V14: however often a stuck machine is to be destroyed, one thread waits for it.
 #[tokio::test]
 async fn v14_the_same_call_waits_for_the_one_that_hangs_and_takes_no_second_thread() {
     let workers = workers();
@@ -102,6 +104,7 @@ async fn a_panic_of_the_binding_is_an_error_and_costs_no_thread() {
     workers.call("start VM", "df-a".into(), LONG, |_| Ok(())).await.unwrap();
 }
 
+/// H3: no socket at the path, so nobody to call.
 #[tokio::test]
 async fn a_hypervisor_that_is_not_there_is_unreachable_at_once() {
     virt::error::clear_error_callback();

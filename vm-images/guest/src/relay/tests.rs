@@ -238,6 +238,7 @@ fn connections_have_a_bound_and_the_next_one_waits() {
     assert!(relay.open_connections() <= 3);
 }
 
+/// E4: by this a guest knows when to power off, should its daemon never come back.
 #[test]
 fn silence_is_measured_from_the_last_byte_of_a_proven_door() {
     let (listener, address) = listener();

@@ -17,7 +17,8 @@
 use crate::figures::{figure, say};
 use crate::guest;
 use dayfly::clock::Clock;
-use dayfly::gitlab::RealOpenTransport;
+use dayfly::gitlab::transport::OpenError;
+use dayfly::gitlab::{Endpoint, OpenTransport, RealOpenTransport, Transport};
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -29,6 +30,7 @@ use dayfly_guest_config::GuestConfig;
 use dayfly_test_tools::doors::TcpDoors;
 use dayfly_test_tools::host::{AT_ONCE, Choice, Host, no_image, take_config};
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,25 +71,40 @@ pub(crate) async fn measure(vms: u16) -> Result<(), String> {
     std::fs::write(&token_file, token.expose()).map_err(|error| format!("write the token: {error}"))?;
 
     let url = format!("http://{}", served.address());
+    let (child, stdout) = spawn(&url, &token_file, vms, None)?;
+    let weighed = weigh(&standin, (project, runner), &child, stdout, vms).await;
+    // However the weighing went: its files go with it.
+    let ended = end(child).await;
+    let (idle, busy) = weighed?;
+    ended?;
+    figure("daemon.idle_mib", idle.rss_mib, "MiB")?;
+    figure("daemon.per_vm_mib", (busy.rss_mib - idle.rss_mib) / f64::from(vms), "MiB")
+}
+
+/// Starts the process that is weighed. It prints a line for each guest, its config.
+pub(crate) fn spawn(
+    url: &str,
+    token_file: &Path,
+    vms: u16,
+    ca_file: Option<&Path>,
+) -> Result<(Child, ChildStdout), String> {
     let program = std::env::current_exe().map_err(|error| format!("find this program: {error}"))?;
-    #[expect(clippy::disallowed_methods, reason = "the process that is weighed; ended below, or with us")]
+    #[expect(clippy::disallowed_methods, reason = "the process that is weighed; ended by `end`, or with us")]
     let mut command = tokio::process::Command::new(program);
-    command.args(["daemon-process", &url]).arg(&token_file).arg(vms.to_string());
+    command.args(["daemon-process", url]).arg(token_file).arg(vms.to_string()).args(ca_file);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| format!("start the daemon: {error}"))?;
     let stdout = child.stdout.take().ok_or("the daemon has no output")?;
+    Ok((child, stdout))
+}
 
-    let weighed = weigh(&standin, (project, runner), &child, stdout, vms).await;
-    // End of input is the sign, however the weighing went: its files go with it.
+/// Ends it; an error if it did not end well.
+pub(crate) async fn end(mut child: Child) -> Result<(), String> {
+    // End of input is the sign.
     drop(child.stdin.take());
     let ended = timeout(END_LIMIT, child.wait()).await.map_err(|_| "the daemon did not end")?;
     let ended = ended.map_err(|error| format!("wait for the daemon: {error}"))?;
-    let (idle, busy) = weighed?;
-    if !ended.success() {
-        return Err(format!("the daemon ended with {ended}"));
-    }
-    figure("daemon.idle_mib", idle.rss_mib, "MiB")?;
-    figure("daemon.per_vm_mib", (busy.rss_mib - idle.rss_mib) / f64::from(vms), "MiB")
+    if ended.success() { Ok(()) } else { Err(format!("the daemon ended with {ended}")) }
 }
 
 /// The daemon idle, and with so many jobs.
@@ -188,14 +205,23 @@ async fn largest(child: &Child) -> Result<Memory, String> {
 }
 
 /// A line of `/proc/PID/status`, in kB there.
-fn mib(status: &str, name: &str) -> Result<f64, String> {
+pub(crate) fn mib(status: &str, name: &str) -> Result<f64, String> {
     let line = status.lines().find_map(|line| line.strip_prefix(name));
     let kib: Option<f64> = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
     kib.map(|kib| kib / 1024.0).ok_or_else(|| format!("the kernel tells no {name}"))
 }
 
+/// The product's own transport, with one more CA to trust.
+struct Trusting(Option<PathBuf>);
+
+impl OpenTransport for Trusting {
+    fn open(&self, endpoint: &Endpoint) -> Result<Arc<dyn Transport>, OpenError> {
+        RealOpenTransport::default().open(&Endpoint { tls_ca_file: self.0.clone(), ..endpoint.clone() })
+    }
+}
+
 /// The process that is weighed: a daemon, until its input ends.
-pub(crate) async fn process(url: &str, token_file: &str, vms: u16) -> Result<(), String> {
+pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ca_file: Option<&str>) -> Result<(), String> {
     let hypervisor = FakeHypervisor::new();
     hypervisor.set_timing(AT_ONCE);
     let (configs, mut taken) = mpsc::channel(usize::from(vms));
@@ -213,7 +239,7 @@ pub(crate) async fn process(url: &str, token_file: &str, vms: u16) -> Result<(),
         hypervisor: Arc::new(TcpDoors(hypervisor)),
         accel: AccelChoice::Tcg,
         images: no_image(),
-        transport: Arc::new(RealOpenTransport::default()),
+        transport: Arc::new(Trusting(ca_file.map(PathBuf::from))),
         url: url.parse().map_err(|error| format!("the URL: {error}"))?,
         token: Secret::new(token),
         concurrent: vms.into(),

@@ -83,8 +83,12 @@ async fn call(
     }
 }
 
-/// The relay's side of the greeting.
 async fn connect(config: &GuestConfig, rng: &Rng) -> io::Result<Connection> {
+    Connection::new(greeted(config, rng).await?)
+}
+
+/// A connection behind the relay's side of the greeting.
+pub(crate) async fn greeted(config: &GuestConfig, rng: &Rng) -> io::Result<TcpStream> {
     let pass = Pass::from_text(&config.pass).ok_or_else(|| bad("no pass"))?;
     let door = door(config).ok_or_else(|| bad("no door"))?;
     let mut stream = TcpStream::connect(door).await?;
@@ -97,7 +101,7 @@ async fn connect(config: &GuestConfig, rng: &Rng) -> io::Result<Connection> {
     let line = String::from_utf8_lossy(&line);
     let greeting = Greeting::relay(&pass, nonce, line.trim_end()).map_err(io::Error::other)?;
     stream.write_all(format!("{}\r\n", greeting.relay_line()).as_bytes()).await?;
-    Connection::new(stream)
+    Ok(stream)
 }
 
 fn bad(why: &'static str) -> io::Error {

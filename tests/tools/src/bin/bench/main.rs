@@ -1,4 +1,5 @@
-//! `bench daemon` and `bench start`: what a daemon weighs, and what a cold start costs.
+//! `bench daemon`, `bench proxy` and `bench start`: what a daemon weighs, what it costs to go through it,
+//! and what a cold start costs.
 //!
 //! The last lines are figures, `figure NAME NUMBER UNIT`; it fails if something could not be measured.
 
@@ -6,12 +7,14 @@ mod bare;
 mod daemon;
 mod figures;
 mod guest;
+mod proxy;
 mod start;
 mod watched;
 
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: bench daemon [--vms N]
+       bench proxy [--mib N] [--pairs N]
        bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
 
 #[tokio::main]
@@ -23,11 +26,19 @@ async fn main() -> ExitCode {
             Some(vms) => daemon::measure(vms).await,
             None => return usage(),
         },
-        // The process that `bench daemon` weighs.
-        ["daemon-process", url, token_file, vms] => match vms.parse() {
-            Ok(vms) => daemon::process(url, token_file, vms).await,
+        // The process that `bench daemon` and `bench proxy` weigh.
+        ["daemon-process", url, token_file, vms, ca_file @ ..] if ca_file.len() <= 1 => match vms.parse() {
+            Ok(vms) => daemon::process(url, token_file, vms, ca_file.first().copied()).await,
             Err(_) => return usage(),
         },
+        ["proxy", rest @ ..] => {
+            let read = options(rest, &["--mib", "--pairs"]);
+            let numbers = read.and_then(|o| number(&o, "--mib", 1024).zip(number(&o, "--pairs", 5)));
+            match numbers {
+                Some((mib, pairs)) => proxy::measure(mib, pairs).await,
+                None => return usage(),
+            }
+        }
         ["start", rest @ ..] => {
             let read = options(rest, &["--runs", "--images", "--image", "--accel"]);
             match read.and_then(|options| start::Wanted::read(&options)) {

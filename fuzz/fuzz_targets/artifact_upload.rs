@@ -1,0 +1,3 @@
+//! See `dayfly::fuzzing::artifact_upload`.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::artifact_upload(input));

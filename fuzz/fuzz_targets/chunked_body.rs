@@ -1,0 +1,3 @@
+//! See `dayfly::fuzzing::chunked_body`.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::chunked_body(input));

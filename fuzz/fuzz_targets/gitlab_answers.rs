@@ -1,0 +1,3 @@
+//! See `dayfly::fuzzing::gitlab_answers`.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::gitlab_answers(input));

@@ -1,0 +1,89 @@
+//! What the pollers are made from: at the start, and again with each reload.
+
+use super::{Backends, Installation, Jobs};
+use crate::capacity::{Bounds, Capacity, Resources};
+use crate::config::{Class, Config};
+use crate::job::{Parts, Runner};
+use crate::poller::{Poller, PollerView};
+use crate::status::RunnerState;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Memory kept for the host itself where nobody configured a bound, MiB.
+const HOST_MEMORY_MIB: u64 = 1024;
+
+/// A runner and what its poller says.
+pub(super) type View = (Arc<Runner>, watch::Receiver<PollerView>);
+
+/// What was learnt at the start, and the configuration in force.
+pub(super) struct Wiring {
+    pub(super) config: Config,
+    pub(super) backends: Backends,
+    pub(super) installation: Installation,
+    pub(super) capacity: Capacity,
+    pub(super) jobs: Jobs,
+    /// Of the host.
+    pub(super) memory_mib: u64,
+    /// For all virtual disks, if nobody configured a bound.
+    pub(super) disk_gib: u64,
+    /// Whether that counts.
+    pub(super) disk_is_found: Arc<AtomicBool>,
+    /// What the hypervisor takes besides a guest's memory.
+    pub(super) overhead_mib: u64,
+    pub(super) overlay_dir: PathBuf,
+}
+
+impl Wiring {
+    /// Starts a poller for each runner.
+    pub(super) fn poll(
+        &self,
+        runners: &BTreeMap<String, Arc<Runner>>,
+        parts: &Parts,
+        stop: &CancellationToken,
+        close: &CancellationToken,
+        pollers: &mut JoinSet<()>,
+    ) -> Vec<View> {
+        let config = &self.config;
+        let spool_bytes = config.limits.spool_mib.saturating_mul(1 << 20);
+        let reserve = config.capacity.disk_reserve_gib.saturating_mul(1 << 30).saturating_add(spool_bytes);
+        let mut views = Vec::new();
+        for runner in runners.values() {
+            let (state, view) = watch::channel(PollerView { state: RunnerState::Polling, answered: None });
+            views.push((runner.clone(), view));
+            let poller = Poller {
+                parts: parts.clone(),
+                runner: runner.clone(),
+                capacity: self.capacity.clone(),
+                resources: needs(&runner.class, self.overhead_mib),
+                limit: runner.config.limit.unwrap_or(u32::MAX),
+                disk: (self.overlay_dir.clone(), reserve),
+                jobs: self.jobs.clone(),
+                state,
+                stop: stop.clone(),
+                close: close.clone(),
+            };
+            pollers.spawn(poller.run());
+        }
+        views
+    }
+}
+
+/// What jobs may use of a host, as configured or as it was found.
+pub(super) fn bounds(config: &Config, memory_mib: u64, disk_gib: u64) -> Bounds {
+    Bounds {
+        jobs: config.concurrent,
+        cpus: config.capacity.cpus.unwrap_or(u32::MAX),
+        memory_mib: config.capacity.memory_mib.unwrap_or_else(|| memory_mib.saturating_sub(HOST_MEMORY_MIB)),
+        disk_gib: config.capacity.disk_gib.unwrap_or(disk_gib),
+    }
+}
+
+/// What one VM of this class takes of the host.
+pub(super) fn needs(class: &Class, overhead_mib: u64) -> Resources {
+    Resources { cpus: class.cpus, memory_mib: class.memory_mib.saturating_add(overhead_mib), disk_gib: class.disk_gib }
+}

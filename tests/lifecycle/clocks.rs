@@ -1,0 +1,92 @@
+//! A host whose clock somebody sets, or that slept.
+
+use crate::support::world::{World, paused};
+use dayfly::standin::{JobSpec, JobState, Route};
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+const HOUR: Duration = Duration::from_secs(3600);
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Forward or back, and how far.
+const JUMPS: [(bool, Duration); 4] =
+    [(true, HOUR), (false, HOUR), (true, YEAR.saturating_mul(10)), (false, YEAR.saturating_mul(10))];
+
+/// E9: the wall clock is set under running and booting jobs: deadlines come when they come.
+#[test]
+fn a_clock_that_is_set_ends_no_job_and_delays_no_deadline() {
+    for (forward, by) in JUMPS {
+        paused(async {
+            let mut world = World::new(1);
+            let job = world.job(&["print one", "sleep 200", "print two"]);
+            let late =
+                world.job_of(JobSpec::script(["print begun", "sleep 600"]).with_timeout(Duration::from_secs(60)));
+            world.start().await.unwrap();
+            let since = Instant::now();
+            sleep(Duration::from_secs(2)).await;
+            world.clock.jump(forward, by);
+            world.until_trace(job, "one").await;
+            world.clock.jump(!forward, by / 2);
+            world.until_failed(late, "job_execution_timeout", "begun").await;
+            assert!((50..=70).contains(&since.elapsed().as_secs()), "{:?}", since.elapsed());
+            world.until(job, JobState::Success).await;
+            assert!(since.elapsed() < Duration::from_secs(240), "{:?}", since.elapsed());
+            world.assert_clean().await;
+        });
+    }
+}
+
+/// E9: likewise between two daemons: the next one knows how long each job has run.
+#[test]
+fn a_clock_that_is_set_between_two_daemons_ends_no_job() {
+    for (forward, by) in JUMPS {
+        for begun in [false, true] {
+            paused(async {
+                let mut world = World::new(1);
+                world.expect_trouble(&["failure=Timeout", "did not let go in time"]);
+                let script = ["deaf", "print begun", "sleep 150", "print ended"];
+                let job = world.job_of(JobSpec::script(script).with_timeout(Duration::from_secs(600)));
+                let endless = JobSpec::script(["deaf", "print begun", "sleep 7000"]);
+                let late = world.job_of(endless.with_timeout(Duration::from_secs(60)));
+                world.start().await.unwrap();
+                let since = Instant::now();
+                if begun {
+                    world.until_trace(job, "begun").await;
+                } else {
+                    sleep(Duration::from_secs(2)).await;
+                }
+                world.hand_over().await;
+                world.clock.jump(forward, by);
+                world.start().await.unwrap();
+                world.until_failed(late, "job_execution_timeout", "did not end within its timeout of 1 min").await;
+                assert!((180..=192).contains(&since.elapsed().as_secs()), "{:?}", since.elapsed());
+                world.until(job, JobState::Success).await;
+                world.assert_clean().await;
+                assert_eq!(world.machines_started(), 2);
+            });
+        }
+    }
+}
+
+/// E9: the host slept for two hours, its machines with it; GitLab has given the job up meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_gitlab_dropped_while_the_host_slept_ends_like_a_canceled_one() {
+    let mut world = World::new(1);
+    let job = world.job(&["print begun", "sleep 600", "print never"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "begun").await;
+    // No timer of ours counts the time of a suspended host; its wall clock does.
+    world.clock.jump(true, HOUR.saturating_mul(2));
+    world.standin.cancel(job, false);
+    let since = Instant::now();
+    world.until_idle().await;
+    assert!(since.elapsed() < Duration::from_secs(120), "{:?}", since.elapsed());
+    assert!(!world.trace(job).contains("never"));
+    let calls = world.requests(Route::UpdateJob);
+    let verdicts = calls.iter().filter(|call| {
+        let body = String::from_utf8_lossy(call.body.as_deref().unwrap_or_default()).into_owned();
+        body.contains("\"success\"") || body.contains("\"failed\"")
+    });
+    assert_eq!(verdicts.count(), 0);
+    world.assert_clean().await;
+}

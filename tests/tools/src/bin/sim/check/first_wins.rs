@@ -1,0 +1,38 @@
+//! 2: the first verdict stands: never another one from us, no change after the end.
+
+use super::{Checker, Findings};
+use crate::event::Event;
+use crate::ledger::Ledger;
+use dayfly::standin::Route;
+
+pub(crate) struct FirstWins;
+
+impl Checker for FirstWins {
+    fn on(&mut self, event: &Event<'_>, ledger: &Ledger, findings: &mut Findings) {
+        let Event::Request(request) = event else { return };
+        if request.route != Route::UpdateJob || request.update.is_none_or(|update| update.state == "running") {
+            return;
+        }
+        let Some(job) = request.job else { return };
+        let Some(note) = ledger.jobs.get(&job) else { return };
+        let [.., (_, first, why), (_, last, why_last)] = note.sent.as_slice() else { return };
+        if (first, why) != (last, why_last) {
+            findings.add(2, format!("job {job}: `{last}` ({why_last:?}) was sent after `{first}` ({why:?})"));
+        }
+    }
+
+    fn end(&mut self, ledger: &Ledger, findings: &mut Findings) {
+        for (id, note) in &ledger.jobs {
+            if note.changed_after_end {
+                findings.add(2, format!("job {id} changed its state at GitLab after its end"));
+            }
+            if note.verdicts == 1
+                && note.users.is_none()
+                && let Some((_, state, _)) = note.sent.first()
+                && note.state.as_str() != state
+            {
+                findings.add(2, format!("job {id}: `{state}` was sent, GitLab holds {:?}", note.state));
+            }
+        }
+    }
+}

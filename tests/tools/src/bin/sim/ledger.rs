@@ -1,0 +1,570 @@
+//! What is known of each job and VM of a run, kept from the events: the facts that the checkers compare.
+
+use crate::event::{DaemonDoes, Event, FileOp, GuestDoes, Trouble};
+use crate::kinds::Kind;
+use crate::plan::Script;
+use dayfly::gitlab::JobId;
+use dayfly::job::journal::Record;
+use dayfly::standin::{JobState, Route};
+use dayfly::vm::fake::Op;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Virtual time since the run began.
+pub(crate) type At = Duration;
+
+/// Everything known.
+#[derive(Default)]
+pub(crate) struct Ledger {
+    /// The time of the event that is being judged.
+    pub(crate) now: At,
+    pub(crate) jobs: BTreeMap<JobId, JobNote>,
+    pub(crate) vms: BTreeMap<String, VmNote>,
+    /// Whose job token.
+    pub(crate) tokens: BTreeMap<String, JobId>,
+    /// What is down now, and since when.
+    pub(crate) down: BTreeMap<Trouble, At>,
+    /// Times at which something was down or a fault was met, from and to, by what it spoils.
+    pub(crate) troubles: Vec<(Trouble, At, At)>,
+    /// Lives of the daemon so far.
+    pub(crate) lives: u32,
+    /// The life that runs has done its start.
+    pub(crate) runs: bool,
+    /// No new jobs are wanted: drain or hand-over under way.
+    pub(crate) stopping: bool,
+    /// VMs, overlays and files that are not ours.
+    pub(crate) foreign: BTreeSet<String>,
+    /// When GitLab came back last: whether some runner had room to poll.
+    pub(crate) has_room: bool,
+    refused_at: Option<At>,
+    /// The image was gone at some time.
+    pub(crate) image_was_missing: bool,
+    /// Reboots of the host.
+    pub(crate) reboots: u32,
+    pub(crate) runner_tokens: Vec<String>,
+}
+
+/// One job.
+pub(crate) struct JobNote {
+    pub(crate) script: Arc<Script>,
+    pub(crate) token: String,
+    /// Payloads that reached the daemon whole.
+    pub(crate) payloads: Vec<Vec<u8>>,
+    pub(crate) assigned_at: Option<At>,
+    /// Why GitLab may have to give it up by itself, or hold another trace than ours.
+    pub(crate) lost: Option<&'static str>,
+    /// Why GitLab's trace need not be ours.
+    pub(crate) trace_spoilt: Option<&'static str>,
+    /// The durable record.
+    pub(crate) record: Option<Record>,
+    pub(crate) had_record: bool,
+    pub(crate) record_gone_at: Option<At>,
+    /// The spool, when it was removed.
+    pub(crate) spool: Option<Vec<u8>>,
+    /// A write or read of its spool failed.
+    pub(crate) spool_failed: bool,
+    /// Its spool reached its bound.
+    pub(crate) full: bool,
+    /// It was refused, not run: its trace at GitLab was never in a spool.
+    pub(crate) refused: bool,
+    /// Any file of its failed.
+    pub(crate) files_failed: Option<At>,
+    pub(crate) vms: Vec<String>,
+    /// VMs that were given the payload, with the time.
+    pub(crate) handed: Vec<(String, At)>,
+    pub(crate) printed: Vec<u8>,
+    pub(crate) taken: usize,
+    /// PUTs of `running` so far.
+    pub(crate) words: u32,
+    pub(crate) guest_spoke_at: Option<At>,
+    pub(crate) verdict_said: Option<(String, Option<String>)>,
+    pub(crate) verdict_taken: Option<(String, At)>,
+    /// Verdicts that the daemon sent.
+    pub(crate) sent: Vec<(At, String, Option<String>)>,
+    /// GitLab's newest state, and when it was over there.
+    pub(crate) state: JobState,
+    pub(crate) over_at: Option<At>,
+    /// When the daemon learnt that it is being canceled, or over.
+    pub(crate) canceling_known: Option<At>,
+    pub(crate) over_known: Option<At>,
+    /// What users did to it.
+    pub(crate) users: Option<(&'static str, At)>,
+    pub(crate) killed_at: Option<At>,
+    /// Its VM met something that may end it: when, and what.
+    pub(crate) mishap: Option<(&'static str, At)>,
+    /// The same for a VM that held the payload.
+    pub(crate) lost_running: Option<At>,
+    /// A task of it was made to panic.
+    pub(crate) panicked: bool,
+    pub(crate) transfers: u32,
+    pub(crate) forwarded: u32,
+    pub(crate) uploaded: Vec<usize>,
+    /// Sizes of artifacts that its guest meant to upload.
+    pub(crate) meant: Vec<usize>,
+    /// A call to the hypervisor about one of its VMs failed.
+    pub(crate) vm_call_failed: bool,
+    /// Verdicts that GitLab took.
+    pub(crate) verdicts: u32,
+    pub(crate) changed_after_end: bool,
+    /// It ended at GitLab without a verdict.
+    pub(crate) over_by_gitlab: bool,
+    /// Why GitLab's own workers ended it, if they did.
+    pub(crate) gitlab_gave_up: Option<String>,
+    pub(crate) erased: bool,
+    /// GitLab has noted a verdict, and is still storing the trace.
+    pub(crate) noted: bool,
+    /// Where its guest's bytes begin in the spool, by its record.
+    pub(crate) guest_base: Option<u64>,
+    /// At the end: GitLab's copy.
+    pub(crate) held_trace: Vec<u8>,
+    pub(crate) artifacts: Vec<u64>,
+}
+
+/// One VM.
+#[derive(Default)]
+pub(crate) struct VmNote {
+    pub(crate) job: Option<JobId>,
+    pub(crate) ours: bool,
+    pub(crate) overlay_at: Option<At>,
+    pub(crate) started_at: Option<At>,
+    pub(crate) ended_at: Option<(At, String)>,
+    pub(crate) overlay_gone_at: Option<At>,
+    pub(crate) pass: Option<String>,
+    pub(crate) greeted: bool,
+    pub(crate) paused_at: Option<At>,
+    /// Faults were met by a call about it.
+    pub(crate) call_failed_at: Option<At>,
+    pub(crate) port: u16,
+}
+
+impl VmNote {
+    /// Whether it exists now.
+    pub(crate) fn lives(&self) -> bool {
+        self.started_at.is_some() && self.ended_at.is_none()
+    }
+}
+
+impl JobNote {
+    pub(crate) fn new(script: Arc<Script>, token: String) -> Self {
+        Self {
+            script,
+            token,
+            payloads: Vec::new(),
+            assigned_at: None,
+            lost: None,
+            trace_spoilt: None,
+            record: None,
+            had_record: false,
+            record_gone_at: None,
+            spool: None,
+            spool_failed: false,
+            full: false,
+            refused: false,
+            files_failed: None,
+            vms: Vec::new(),
+            handed: Vec::new(),
+            printed: Vec::new(),
+            taken: 0,
+            words: 0,
+            guest_spoke_at: None,
+            verdict_said: None,
+            verdict_taken: None,
+            sent: Vec::new(),
+            state: JobState::Pending,
+            over_at: None,
+            canceling_known: None,
+            over_known: None,
+            users: None,
+            killed_at: None,
+            mishap: None,
+            lost_running: None,
+            panicked: false,
+            transfers: 0,
+            forwarded: 0,
+            uploaded: Vec::new(),
+            meant: Vec::new(),
+            vm_call_failed: false,
+            verdicts: 0,
+            changed_after_end: false,
+            over_by_gitlab: false,
+            gitlab_gave_up: None,
+            erased: false,
+            noted: false,
+            guest_base: None,
+            held_trace: Vec::new(),
+            artifacts: Vec::new(),
+        }
+    }
+}
+
+/// The job of a path below a `jobs` directory, and the file's name.
+pub(crate) fn job_of(path: &Path) -> Option<(JobId, &str)> {
+    let mut parts = path.components().rev().filter_map(|part| part.as_os_str().to_str());
+    let last = parts.next()?;
+    let (directory, file) = if last.contains('-') && !last.contains('.') { (last, "") } else { (parts.next()?, last) };
+    Some((JobId(directory.rsplit('-').next()?.parse().ok()?), file))
+}
+
+impl Ledger {
+    /// Notes what an event says.
+    pub(crate) fn note(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Assigned { job, payload } => {
+                let now = self.now;
+                if let Some(note) = self.jobs.get_mut(job) {
+                    note.payloads.push(payload.to_vec());
+                    note.lost = None;
+                    note.assigned_at.get_or_insert(now);
+                }
+            }
+            Event::AssignedInVain { job } => {
+                if let Some(note) = self.jobs.get_mut(job)
+                    && note.assigned_at.is_none()
+                {
+                    note.lost = Some("its payload did not arrive");
+                }
+            }
+            Event::Request(request) => self.request(request),
+            Event::Answer(answer) => self.answer(answer),
+            Event::File { op, path, bytes, ok } => self.file(*op, path, bytes, *ok),
+            Event::Calls { op, subject, spec } => {
+                if let (Op::Start, Some(spec)) = (op, spec) {
+                    let job = spec.bound.as_ref().map(|(_, job)| JobId(*job));
+                    let port =
+                        job.and_then(|job| Some(self.jobs.get(&job)?.record.as_ref()?.machine.as_ref()?.lease.port));
+                    let vm = self.vms.entry((*subject).to_owned()).or_default();
+                    vm.job = job;
+                    vm.ours = true;
+                    vm.port = port.unwrap_or(0);
+                    if let Some(note) = job.and_then(|job| self.jobs.get_mut(&job))
+                        && note.vms.last().is_none_or(|last| last != subject)
+                    {
+                        note.vms.push((*subject).to_owned());
+                    }
+                }
+            }
+            Event::Called { op, subject, ok } => {
+                let now = self.now;
+                if !ok {
+                    self.spoil(Trouble::Libvirt, Duration::from_secs(15));
+                    let name = subject.rsplit('/').next().unwrap_or(subject).trim_end_matches(".qcow2");
+                    if let Some(vm) = self.vms.get_mut(name) {
+                        vm.call_failed_at = Some(now);
+                    }
+                    // A VM that was never started is known by its record alone.
+                    let of_vm = |note: &&mut JobNote| {
+                        note.record
+                            .as_ref()
+                            .and_then(|r| r.machine.as_ref())
+                            .is_some_and(|m| name.ends_with(m.id.as_str()))
+                    };
+                    if let Some(note) = self.jobs.values_mut().find(of_vm) {
+                        note.vm_call_failed = true;
+                    }
+                }
+                if let Some(name) = vm_of_overlay(subject) {
+                    let vm = self.vms.entry(name.to_owned()).or_default();
+                    match op {
+                        Op::CreateOverlay => vm.overlay_at = Some(now),
+                        Op::RemoveOverlay if *ok => vm.overlay_gone_at = Some(now),
+                        _ => {}
+                    }
+                }
+            }
+            Event::Vm { name, word } => self.vm(name, word),
+            Event::Guest { vm, job, does } => self.guest(vm, *job, does),
+            Event::Daemon(does) => self.daemon(*does),
+            Event::Fault(kind) => self.fault(*kind),
+            Event::Held { job, last } => self.held(job, *last),
+        }
+    }
+
+    fn held(&mut self, job: &dayfly::standin::Job, last: bool) {
+        let now = self.now;
+        let Some(note) = self.jobs.get_mut(&job.id) else { return };
+        note.changed_after_end |= note.over_at.is_some() && note.state != job.state;
+        note.state = job.state;
+        if !job.state.is_over() {
+            return;
+        }
+        note.over_at.get_or_insert(now);
+        note.verdicts = job.verdicts;
+        note.over_by_gitlab = job.verdicts == 0;
+        let gave_up =
+            ["no_updates_running", "server_timeout_running", "job_token_expired", "runner_provisioning_timeout"];
+        note.gitlab_gave_up = job.failure_reason.clone().filter(|reason| gave_up.contains(&reason.as_str()));
+        note.erased = job.erased;
+        if last {
+            note.held_trace = job.trace.bytes.clone();
+            note.artifacts = job.artifacts.values().map(|artifact| artifact.size).collect();
+        }
+    }
+
+    fn request(&mut self, request: &crate::event::Request<'_>) {
+        let now = self.now;
+        let Some(note) = request.job.and_then(|job| self.jobs.get_mut(&job)) else { return };
+        match request.route {
+            Route::UpdateJob => match request.update {
+                Some(update) if update.state != "running" => {
+                    note.sent.push((now, update.state.clone(), update.reason.clone()));
+                }
+                _ => note.words += 1,
+            },
+            // A refused job's only piece of trace: it has no record.
+            Route::AppendTrace if note.record.is_none() && !note.had_record => note.refused = true,
+            Route::UploadArtifacts | Route::DownloadArtifacts => note.forwarded += 1,
+            _ => {}
+        }
+    }
+
+    fn answer(&mut self, answer: &crate::event::Answer<'_>) {
+        let now = self.now;
+        let Some(note) = answer.job.and_then(|job| self.jobs.get_mut(&job)) else { return };
+        if !matches!(answer.route, Route::UpdateJob | Route::AppendTrace) {
+            return;
+        }
+        let status = answer.headers.and_then(|h| h.get("job-status")).and_then(|v| v.to_str().ok());
+        let is_final = answer.update.is_some_and(|update| update.state != "running");
+        note.noted |= is_final && answer.status == Some(202) && !answer.faulted;
+        match (answer.status, status) {
+            (Some(403), _) | (_, Some("canceled" | "failed")) => {
+                note.over_known.get_or_insert(now);
+            }
+            (_, Some("canceling")) => {
+                note.canceling_known.get_or_insert(now);
+            }
+            _ => {}
+        }
+    }
+
+    fn file(&mut self, op: FileOp, path: &Path, bytes: &[u8], ok: bool) {
+        let now = self.now;
+        if !ok {
+            self.spoil(Trouble::Disk, Duration::from_secs(5));
+        }
+        let Some((job, file)) = job_of(path) else { return };
+        let Some(note) = self.jobs.get_mut(&job) else { return };
+        if !ok {
+            note.files_failed = Some(now);
+            note.spool_failed |= file == "trace";
+            return;
+        }
+        match (op, file) {
+            (FileOp::Replace, "record.json") => {
+                note.record = serde_json::from_slice(bytes).ok();
+                note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
+                note.had_record = true;
+                note.record_gone_at = None;
+            }
+            (FileOp::WriteAt, "trace") => {
+                note.full |= bytes.windows(12).any(|window| window == b"this log rea");
+            }
+            // Its bytes, as they were.
+            (FileOp::Remove, "trace") => note.spool = Some(bytes.to_vec()),
+            (FileOp::Remove, "") if path.starts_with("/state") => {
+                note.record = None;
+                note.record_gone_at = Some(now);
+            }
+            _ => {}
+        }
+    }
+
+    fn vm(&mut self, name: &str, word: &str) {
+        let now = self.now;
+        let Some(vm) = self.vms.get_mut(name) else { return };
+        let mishap = match word {
+            "started" => {
+                vm.started_at = Some(now);
+                vm.ended_at = None;
+                return;
+            }
+            "destroyed" | "powered off" | "crashed" | "rebooted" | "gone with the host" => {
+                vm.ended_at = Some((now, word.to_owned()));
+                if word == "destroyed" {
+                    return;
+                }
+                "ended by itself"
+            }
+            "paused" => {
+                vm.paused_at = Some(now);
+                "paused"
+            }
+            _ => return,
+        };
+        if let Some(note) = vm.job.and_then(|job| self.jobs.get_mut(&job)) {
+            note.mishap = Some((mishap, now));
+            if note.handed.last().is_some_and(|(vm, _)| vm == name) {
+                note.lost_running.get_or_insert(now);
+            }
+        }
+    }
+
+    fn guest(&mut self, vm: &str, job: JobId, does: &GuestDoes<'_>) {
+        let now = self.now;
+        let machine = self.vms.entry(vm.to_owned()).or_default();
+        match does {
+            GuestDoes::Configured { pass, .. } => machine.pass = Some((*pass).to_owned()),
+            GuestDoes::Greeted => machine.greeted = true,
+            _ => {}
+        }
+        let Some(note) = self.jobs.get_mut(&job) else { return };
+        match does {
+            GuestDoes::Payload { .. } => note.handed.push((vm.to_owned(), now)),
+            GuestDoes::Prints(bytes) => note.printed.extend_from_slice(bytes),
+            GuestDoes::Taken(end) => note.taken = note.taken.max(*end),
+            GuestDoes::Spoke => note.guest_spoke_at = Some(now),
+            GuestDoes::Verdict { state, reason } => {
+                note.verdict_said.get_or_insert_with(|| ((*state).to_owned(), reason.map(str::to_owned)));
+            }
+            GuestDoes::VerdictTaken { state } => {
+                note.verdict_taken.get_or_insert_with(|| ((*state).to_owned(), now));
+            }
+            GuestDoes::Transfers => note.transfers += 1,
+            GuestDoes::Uploaded { bytes, status } => {
+                note.meant.push(*bytes);
+                if *status == Some(201) {
+                    note.uploaded.push(*bytes);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn daemon(&mut self, does: DaemonDoes) {
+        let now = self.now;
+        match does {
+            DaemonDoes::Starts => {
+                self.lives += 1;
+                self.runs = false;
+                self.stopping = false;
+            }
+            DaemonDoes::Runs => {
+                self.runs = true;
+                self.set_down(Trouble::Daemon, false);
+                self.spoil(Trouble::Daemon, Duration::from_secs(5));
+            }
+            DaemonDoes::Dies | DaemonDoes::Gone | DaemonDoes::Refuses => {
+                self.runs = false;
+                for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some() && !note.had_record) {
+                    note.lost.get_or_insert("the daemon ended before it was written down");
+                }
+                self.set_down(Trouble::Daemon, true);
+            }
+            DaemonDoes::HandsOver | DaemonDoes::Drains | DaemonDoes::Ends => {
+                self.stopping = true;
+                if does == DaemonDoes::Ends {
+                    for note in self.jobs.values_mut().filter(|note| note.over_at.is_none() && note.record.is_some()) {
+                        note.killed_at.get_or_insert(now);
+                    }
+                }
+                self.spoil(Trouble::Daemon, Duration::from_secs(6));
+            }
+            DaemonDoes::Kills(job) => {
+                if let Some(note) = self.jobs.get_mut(&job) {
+                    note.killed_at.get_or_insert(now);
+                }
+            }
+            DaemonDoes::Rebooted => {
+                self.reboots += 1;
+                for note in self.jobs.values_mut().filter(|note| note.over_at.is_none() && note.record.is_some()) {
+                    note.mishap = Some(("the host rebooted", now));
+                }
+            }
+            DaemonDoes::Damaged(job) => {
+                if let Some(note) = self.jobs.get_mut(&job) {
+                    note.lost = Some("its record was damaged");
+                    note.record = None;
+                    note.record_gone_at = Some(now);
+                }
+            }
+            DaemonDoes::Users(job, what) => {
+                if let Some(note) = self.jobs.get_mut(&job) {
+                    note.users.get_or_insert((what, now));
+                }
+            }
+            DaemonDoes::Trouble(trouble, down) => {
+                self.image_was_missing |= trouble == Trouble::Image;
+                self.set_down(trouble, down);
+            }
+        }
+    }
+
+    fn set_down(&mut self, trouble: Trouble, down: bool) {
+        let now = self.now;
+        if down {
+            self.down.entry(trouble).or_insert(now);
+        } else if let Some(since) = self.down.remove(&trouble) {
+            self.troubles.push((trouble, since, now));
+        }
+    }
+
+    /// Something was disturbed now, and may be for this long.
+    pub(crate) fn spoil(&mut self, trouble: Trouble, lasts: Duration) {
+        let now = self.now;
+        // Many small ones in a row are one.
+        if let Some((_, _, until)) =
+            self.troubles.iter_mut().rev().take(4).find(|(t, _, until)| *t == trouble && *until >= now)
+        {
+            *until = (*until).max(now + lasts);
+            return;
+        }
+        self.troubles.push((trouble, now, now + lasts));
+    }
+
+    fn fault(&mut self, kind: Kind) {
+        use Kind as K;
+        match kind {
+            K::ServerError
+            | K::HtmlError
+            | K::ConnectFails
+            | K::LoginPage
+            | K::NotFound
+            | K::Redirect
+            | K::PatchLost
+            | K::PatchReplyLost
+            | K::FinalLost
+            | K::FinalReplyLost
+            | K::FinalRefused
+            | K::FirstWordLost
+            | K::Conflict => self.spoil(Trouble::Gitlab, Duration::from_secs(70)),
+            K::RateLimited | K::RateLimitedUntil => self.spoil(Trouble::Gitlab, Duration::from_secs(100)),
+            K::BlackHole | K::SlowHead | K::SlowBody => self.spoil(Trouble::Gitlab, Duration::from_secs(250)),
+            K::RunnerRefused => {
+                self.refused_at = Some(self.now);
+                self.spoil(Trouble::Gitlab, Duration::from_secs(310));
+            }
+            K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
+            _ => {}
+        }
+    }
+
+    /// A task of this job is made to panic.
+    pub(crate) fn panics(&mut self, job: JobId) {
+        let now = self.now;
+        if let Some(note) = self.jobs.get_mut(&job) {
+            (note.panicked, note.spool_failed, note.files_failed) = (true, true, Some(now));
+        }
+        self.spoil(Trouble::Disk, Duration::from_secs(10));
+    }
+
+    /// Whether some runner may still be waiting because its token was refused.
+    pub(crate) fn refused_lately(&self) -> bool {
+        self.refused_at.is_some_and(|at| at + Duration::from_secs(320) > self.now)
+    }
+
+    /// Whether nothing of these disturbed the time between the two.
+    pub(crate) fn calm(&self, kinds: &[Trouble], from: At, to: At) -> bool {
+        self.down.iter().all(|(trouble, since)| !kinds.contains(trouble) || *since > to)
+            && self
+                .troubles
+                .iter()
+                .all(|(trouble, since, until)| !kinds.contains(trouble) || *since > to || *until < from)
+    }
+}
+
+/// The VM whose overlay this path is.
+pub(crate) fn vm_of_overlay(path: &str) -> Option<&str> {
+    path.strip_suffix(".qcow2")?.rsplit('/').next()
+}

@@ -1,0 +1,97 @@
+//! Would the simulation notice? Each planted bug is switched on alone and must be found; the run that finds it must be
+//! clean without it.
+
+use crate::batch::nth;
+use crate::plan::Plan;
+use crate::report::say;
+use crate::run::{self, Outcome};
+use crate::story::Keep;
+use dayfly::planted::{Bug, plant};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Jobs within which a bug must be found.
+const JOBS_MAX: u64 = 2000;
+
+/// Runs of each bug that are run a second time, for bugs that make two runs of a seed differ.
+const TWICE: u64 = 3;
+
+/// What found a bug.
+struct Found {
+    seed: u64,
+    jobs: u64,
+    by: String,
+    /// By two runs that differ.
+    differs: bool,
+}
+
+/// Tries all of them. `false`: one was missed, or a run is not clean without its bug.
+pub(crate) fn all(seed: u64, threads: usize) -> bool {
+    say(&format!("seed {seed}"));
+    let (mut found, mut missed) = (0, 0);
+    for bug in Bug::ALL {
+        plant(Some(*bug));
+        let finding = hunt(seed, threads);
+        plant(None);
+        match finding {
+            Some(finding) if is_clean(&finding) => {
+                found += 1;
+                say(&format!("{bug:?}: found after {} jobs (seed {}): {}", finding.jobs, finding.seed, finding.by));
+            }
+            Some(finding) => {
+                missed += 1;
+                say(&format!("{bug:?}: seed {} is not clean without it: {}", finding.seed, finding.by));
+            }
+            None => {
+                missed += 1;
+                say(&format!("{bug:?}: MISSED in {JOBS_MAX} jobs"));
+            }
+        }
+    }
+    say(&format!("figure planted.found {found}"));
+    say(&format!("figure planted.missed {missed}"));
+    missed == 0
+}
+
+/// Runs seeds until something is violated.
+fn hunt(seed: u64, threads: usize) -> Option<Found> {
+    let (next, jobs, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let found: Mutex<Option<Found>> = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) && jobs.load(Ordering::Relaxed) < JOBS_MAX {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    let seed = nth(seed, n);
+                    let (outcome, differs) = look(seed, n < TWICE);
+                    let so_far = jobs.fetch_add(outcome.jobs, Ordering::Relaxed) + outcome.jobs;
+                    let by = match outcome.violations.first() {
+                        Some(violation) => violation.to_string(),
+                        None if differs => "VIOLATION of invariant 22: two runs differ".to_owned(),
+                        None => continue,
+                    };
+                    stop.store(true, Ordering::Relaxed);
+                    let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+                    found.get_or_insert(Found { seed, jobs: so_far, by, differs: outcome.violations.is_empty() });
+                }
+            });
+        }
+    });
+    found.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One run; if asked for, whether a second one is another.
+fn look(seed: u64, twice: bool) -> (Outcome, bool) {
+    if !twice {
+        return (run::run(Plan::draw(seed), Keep::Nothing), false);
+    }
+    let [first, second] = [(); 2].map(|()| run::run(Plan::draw(seed), Keep::Digest));
+    let differs = (first.digest, first.events) != (second.digest, second.events);
+    (first, differs)
+}
+
+/// Whether the run that found a bug is clean without it.
+fn is_clean(found: &Found) -> bool {
+    let (outcome, differs) = look(found.seed, found.differs);
+    outcome.violations.is_empty() && !differs
+}

@@ -1,0 +1,179 @@
+//! The hypervisor: each call is told, fails where a fault strikes, and is where some lives end.
+
+use crate::event::Event;
+use crate::kinds::Kind as K;
+use crate::story::Story;
+use dayfly::BoxFuture;
+use dayfly::vm::fake::{FakeHypervisor, Fault, Op};
+use dayfly::vm::{
+    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+};
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The fake hypervisor, seen by the story.
+pub(crate) struct Host {
+    pub(crate) fake: FakeHypervisor,
+    pub(crate) story: Story,
+}
+
+/// What puts faults on calls, inside the fake.
+pub(crate) fn judge(story: &Story) -> impl FnMut(Op, &str) -> Option<Fault> + Send + 'static {
+    let story = story.clone();
+    move |op, _| {
+        let mut inner = story.inner();
+        let refused = |why| Some(Fault::Refused(why));
+        match op {
+            Op::CreateOverlay if inner.strikes(K::OverlayRefused) => refused("no space left on device"),
+            Op::CreateOverlay if inner.strikes(K::OverlayHangs) => Some(Fault::Hangs),
+            Op::Start if inner.strikes(K::CreateRefused) => refused("cannot allocate memory"),
+            Op::Start if inner.strikes(K::CreateHangs) => {
+                Some(if inner.dice().chance(500) { Fault::Hangs } else { Fault::HangsAfterEffect })
+            }
+            Op::Start if inner.strikes(K::CreateAnswerLost) => Some(Fault::AnswerLost),
+            Op::Destroy if inner.strikes(K::DestroyFails) => refused("device or resource busy"),
+            Op::Destroy if inner.strikes(K::DestroyHangs) => {
+                Some(if inner.dice().chance(500) { Fault::Hangs } else { Fault::HangsAfterEffect })
+            }
+            Op::List if inner.strikes(K::ListHangs) => Some(Fault::Hangs),
+            Op::Listen if inner.strikes(K::FdShort) => Some(Fault::Unreachable),
+            Op::State | Op::List | Op::ListOverlays | Op::OpenChannel | Op::OpenConsole | Op::RemoveSockets
+                if inner.strikes(K::LibvirtBlips) =>
+            {
+                Some(if inner.dice().chance(500) { Fault::Unreachable } else { Fault::Refused("injected") })
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Host {
+    async fn call<T, E>(
+        &self,
+        op: Op,
+        subject: String,
+        spec: Option<&VmSpec>,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        self.story.tell(&Event::Calls { op, subject: &subject, spec });
+        let result = if op == Op::Start && self.story.armed() == Some(K::KillK8) {
+            tokio::select! {
+                biased;
+                // The call is begun, so it takes effect, and the life ends before its answer.
+                result = call => result,
+                () = async { tokio::time::sleep(Duration::from_millis(1)).await; self.story.point(K::KillK8).await } => {
+                    std::future::pending().await
+                }
+            }
+        } else {
+            call.await
+        };
+        self.story.tell(&Event::Called { op, subject: &subject, ok: result.is_ok() });
+        let point = match op {
+            Op::CreateOverlay => Some(K::KillK5),
+            Op::Listen => Some(K::KillK7),
+            Op::Start => Some(K::KillK9),
+            Op::Destroy => Some(K::KillK16),
+            Op::RemoveOverlay => Some(K::KillK17),
+            _ => None,
+        };
+        if let Some(point) = point.filter(|point| result.is_ok() && self.story.armed() == Some(*point)) {
+            self.story.point(point).await;
+        }
+        result
+    }
+}
+
+impl Hypervisor for Host {
+    fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>> {
+        Box::pin(self.call(Op::Probe, String::new(), None, async move { self.fake.probe().await }))
+    }
+
+    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move { self.fake.prepare(overlay_dir, socket_dir).await })
+    }
+
+    fn create_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
+        let subject = overlay.display().to_string();
+        Box::pin(self.call(Op::CreateOverlay, subject, None, async move {
+            self.fake.create_overlay(overlay, base, disk_gib).await
+        }))
+    }
+
+    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
+        let subject = overlay.display().to_string();
+        Box::pin(self.call(Op::RemoveOverlay, subject, None, async move { self.fake.remove_overlay(overlay).await }))
+    }
+
+    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
+        Box::pin(self.call(Op::ListOverlays, String::new(), None, async move { self.fake.list_overlays(dir).await }))
+    }
+
+    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
+        let subject = VmName::from(spec.id.clone()).to_string();
+        Box::pin(self.call(Op::Start, subject, Some(spec), async move { self.fake.start(spec).await }))
+    }
+
+    fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
+        Box::pin(self.call(Op::State, name.to_string(), None, async move { self.fake.state(name).await }))
+    }
+
+    fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(self.call(Op::Destroy, name.to_string(), None, async move { self.fake.destroy(name).await }))
+    }
+
+    fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
+        Box::pin(self.call(Op::List, String::new(), None, async move { self.fake.list(installation).await }))
+    }
+
+    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        let call = async move { self.fake.open_channel(socket_dir, id).await };
+        Box::pin(async move { self.call(Op::OpenChannel, VmName::from(id.clone()).to_string(), None, call).await })
+    }
+
+    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        let call = async move { self.fake.open_console(socket_dir, id).await };
+        Box::pin(async move { self.call(Op::OpenConsole, VmName::from(id.clone()).to_string(), None, call).await })
+    }
+
+    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
+        let call = async move { self.fake.remove_sockets(socket_dir, id).await };
+        Box::pin(async move { self.call(Op::RemoveSockets, VmName::from(id.clone()).to_string(), None, call).await })
+    }
+
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+        Box::pin(self.call(Op::Listen, address.to_string(), None, async move {
+            if self.story.strikes(K::PortTaken) {
+                return Err(io::ErrorKind::AddrInUse.into());
+            }
+            let door = self.fake.listen(address).await?;
+            Ok(Box::new(Door { door, story: self.story.clone() }) as Box<dyn DoorListener>)
+        }))
+    }
+}
+
+/// A listener that runs out of file descriptors now and then.
+struct Door {
+    door: Box<dyn DoorListener>,
+    story: Story,
+}
+
+impl DoorListener for Door {
+    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+        Box::pin(async {
+            let stream = self.door.accept().await?;
+            if self.story.strikes(K::FdShort) {
+                // The connection is lost with it here; its guest tries again.
+                return Err(io::Error::other("too many open files"));
+            }
+            Ok(stream)
+        })
+    }
+}

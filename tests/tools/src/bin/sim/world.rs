@@ -1,0 +1,247 @@
+//! What a run's daemon lives in: the stand-in, the fake hypervisor, files in memory; and the lives themselves.
+
+use crate::event::{DaemonDoes, Event};
+use crate::guest;
+use crate::ledger::JobNote;
+use crate::mortal::{End, Life};
+use crate::plan::{Plan, Script};
+use crate::seams::disk::Disk;
+use crate::seams::gitlab::{self, Opener};
+use crate::seams::host::{self, Host};
+use crate::story::Story;
+use crate::tokens;
+use dayfly::clock::Clock;
+use dayfly::config::{Class, Config, Runner, Span};
+use dayfly::control::ControlHandler;
+use dayfly::daemon::{self, Backends, Jobs, Shutdown};
+use dayfly::files::fake::MemoryFiles;
+use dayfly::gitlab::JobId;
+use dayfly::guest::Limits;
+use dayfly::image::store::{Image, ImageStore};
+use dayfly::rng::Rng;
+use dayfly::standin::{JobSpec, Persist, ProjectId, Standin, Variable};
+use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+/// Longest wait for a daemon to start: it looks for orphans first, and one that is stuck costs it a minute.
+const START: Duration = Duration::from_secs(900);
+
+/// The fakes outlive each daemon.
+pub(crate) struct World {
+    pub(crate) story: Story,
+    pub(crate) standin: Standin,
+    pub(crate) fake: FakeHypervisor,
+    pub(crate) files: MemoryFiles,
+    pub(crate) clock: Clock,
+    pub(crate) images: ImageStore,
+    pub(crate) rng: Rng,
+    pub(crate) config: Config,
+    pub(crate) project: ProjectId,
+    pub(crate) doomed: ProjectId,
+    pub(crate) daemon: Option<Daemon>,
+}
+
+/// A daemon that runs.
+pub(crate) struct Daemon {
+    pub(crate) task: JoinHandle<bool>,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) jobs: Jobs,
+    pub(crate) handler: Arc<dyn ControlHandler>,
+    pub(crate) life: Life,
+}
+
+impl World {
+    pub(crate) fn new(plan: &Plan, story: Story) -> Self {
+        let rng = Rng::seeded(plan.seed);
+        let start = "2026-01-01T00:00:00Z".parse().expect("a date");
+        let clock = Clock::simulated(start);
+        let theirs =
+            start.saturating_add(jiff::SignedDuration::from_secs(plan.gitlab.skew_s)).expect("within the calendar");
+        let standin = Standin::new(Clock::simulated(theirs), Rng::seeded(plan.seed ^ 0xabcd));
+        standin.configure(|settings| {
+            settings.long_poll = Duration::from_secs(plan.gitlab.long_poll_s);
+            settings.two_phase = plan.gitlab.two_phase;
+            settings.trace_update_interval = plan.gitlab.trace_interval_s.map(Duration::from_secs);
+            settings.live_trace_persist_after = match plan.gitlab.final_waits {
+                Some(0) => Persist::AtOnce,
+                Some(reports) => Persist::AfterReports(reports),
+                None => Persist::Never,
+            };
+        });
+        let (project, doomed) = (standin.add_project("group/project"), standin.add_project("group/doomed"));
+        standin.edit(|model| {
+            if let Some(project) = model.projects.get_mut(&doomed) {
+                project.trace_size_limit_mib = Some(1);
+            }
+        });
+        standin.hook(gitlab::hook(&story));
+        let fake = FakeHypervisor::new();
+        fake.set_timing(Timing { boot: Duration::from_millis(300), ..Timing::default() });
+        fake.judge_calls(host::judge(&story));
+        let witness = story.clone();
+        fake.set_witness(move |name, word| witness.tell(&Event::Vm { name, word }));
+        let told = story.clone();
+        fake.set_guest(move |machine: GuestMachine| guest::run(machine, told.clone()));
+        let mut world = Self {
+            story,
+            standin,
+            fake,
+            files: MemoryFiles::quiet(),
+            clock,
+            images: ImageStore::fixed(Image::of_no_disk()),
+            rng,
+            config: config(plan),
+            project,
+            doomed,
+            daemon: None,
+        };
+        for number in 0..plan.runners {
+            world.add_runner(number, plan);
+        }
+        world
+    }
+
+    fn add_runner(&mut self, number: usize, plan: &Plan) {
+        let (token, file) = tokens::of_runner(number);
+        let id = self.standin.add_runner(self.project);
+        self.standin.edit(|model| {
+            if let Some(runner) = model.runners.get_mut(&id) {
+                runner.token = dayfly::secret::Secret::new(token.as_str());
+                runner.projects.insert(self.doomed);
+            }
+        });
+        self.story.inner().ledger.runner_tokens.push(token);
+        self.config.runner.push(Runner {
+            name: format!("runner-{number}"),
+            url: "https://gitlab.example/".parse().expect("a URL"),
+            token_file: file,
+            class: "small".into(),
+            limit: None,
+            tls_ca_file: None,
+            tls_cert_file: None,
+            tls_key_file: None,
+            clone_url: None,
+            allow_insecure_http: false,
+            direct_download: false,
+            poll_interval: Span::from_secs(plan.limits.poll_s),
+        });
+    }
+
+    /// Puts a job into GitLab's queue.
+    pub(crate) fn enqueue(&self, script: &Script) -> JobId {
+        let project = if script.doomed_project { self.doomed } else { self.project };
+        let id = self.standin.edit(|model| JobId(model.new_id()));
+        let secret = format!("{}{}.", crate::check::JOB_CANARY, id.0);
+        let mut spec = JobSpec::script(["true"]).with_variable(Variable::secret("SECRET", &secret));
+        spec.id = Some(id);
+        spec.timeout = Some(Duration::from_secs(script.timeout_s));
+        let token = format!("glcbt-64_{:020}", id.0);
+        spec.token = Some(dayfly::secret::Secret::new(token.as_str()));
+        let mut inner = self.story.inner();
+        inner.ledger.tokens.insert(token.clone(), id);
+        inner.ledger.jobs.insert(id, JobNote::new(Arc::new(script.clone()), token));
+        drop(inner);
+        let _ = self.standin.enqueue(project, spec);
+        id
+    }
+
+    fn backends(&self, life: &Life) -> Backends {
+        let story = || self.story.clone();
+        Backends {
+            hypervisor: life.hypervisor(Arc::new(Host { fake: self.fake.clone(), story: story() })),
+            transport: life.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() })),
+            files: life.files(Arc::new(Disk { files: self.files.clone(), story: story() })),
+            clock: self.clock.clone(),
+            rng: self.rng.clone(),
+            images: self.images.clone(),
+            door_limits: Limits::default(),
+        }
+    }
+
+    /// Begins a life. `false`: the daemon refused to start, or died in its start.
+    pub(crate) async fn start(&mut self, end: Option<End>) -> bool {
+        let life = Life::new(end, None);
+        let backends = self.backends(&life);
+        self.story.set_life(Some(life.clone()));
+        self.story.tell(&Event::Daemon(DaemonDoes::Starts));
+        let shutdown = Shutdown::new();
+        let (config, switch) = (self.config.clone(), shutdown.clone());
+        let (tell, told) = oneshot::channel();
+        #[expect(clippy::disallowed_methods, reason = "joined when it ends by itself; else it ends with the runtime")]
+        let task = tokio::spawn(async move {
+            match daemon::start(config, backends, switch).await {
+                Ok(daemon) => {
+                    let _ = tell.send(Ok((daemon.jobs(), daemon.handler())));
+                    daemon.run().await
+                }
+                Err(error) => {
+                    drop(tell.send(Err(error)));
+                    false
+                }
+            }
+        });
+        let started = tokio::select! {
+            biased;
+            () = life.over() => {
+                self.story.tell(&Event::Daemon(DaemonDoes::Dies));
+                return false;
+            }
+            started = tokio::time::timeout(START, told) => started,
+        };
+        match started {
+            Ok(Ok(Ok((jobs, handler)))) => {
+                self.daemon = Some(Daemon { task, shutdown, jobs, handler, life });
+                self.story.tell(&Event::Daemon(DaemonDoes::Runs));
+                true
+            }
+            Ok(Ok(Err(error))) => {
+                self.story.inner().write(&format!("the daemon does not start: {}", dayfly::telemetry::chain(&error)));
+                self.story.tell(&Event::Daemon(DaemonDoes::Refuses));
+                false
+            }
+            Ok(Err(_)) | Err(_) => {
+                self.story.violate(18, "a daemon neither started nor said why not".to_owned());
+                life.kill();
+                self.story.tell(&Event::Daemon(DaemonDoes::Dies));
+                false
+            }
+        }
+    }
+
+    /// Whether a daemon runs.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| !daemon.life.is_over() && !daemon.task.is_finished())
+    }
+}
+
+fn config(plan: &Plan) -> Config {
+    let mut config = Config {
+        state_directory: "/state".into(),
+        runtime_directory: "/run".into(),
+        image_directory: "/images".into(),
+        concurrent: plan.concurrent,
+        class: vec![Class {
+            name: "small".into(),
+            image: "test".into(),
+            cpus: 1,
+            memory_mib: 512,
+            disk_gib: 10,
+            run_as_root: false,
+            allow_standin_runner: true,
+        }],
+        ..Config::default()
+    };
+    config.hypervisor.accel = dayfly::vm::libvirt::AccelChoice::Tcg;
+    config.capacity.memory_mib = Some(100_000);
+    config.capacity.disk_gib = Some(10_000);
+    config.limits.boot_deadline = Span::from_secs(plan.limits.boot_s);
+    config.limits.silence_deadline = Span::from_secs(plan.limits.silence_s);
+    config.limits.guest_update_interval = Span::from_secs(plan.limits.guest_interval_s);
+    config.limits.spool_mib = plan.limits.spool_mib;
+    let last = 20_000 + plan.limits.ports - 1;
+    config.network.guest_ports = format!("20000-{last}").parse().expect("a range");
+    config
+}
