@@ -14,6 +14,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
 
 /// What the uploader sees: how much there is, and its CRC-32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +35,8 @@ struct Shared {
     bytes_max: u64,
     state: Mutex<State>,
     view: watch::Sender<SpoolView>,
+    /// Since when the disk takes nothing of the guest's.
+    failing_since: watch::Sender<Option<Instant>>,
 }
 
 struct State {
@@ -105,7 +108,14 @@ impl Spool {
             line_ended,
             unwritten: Bytes::new(),
         };
-        Ok(Self(Arc::new(Shared { files, path: path.to_owned(), bytes_max, state: Mutex::new(state), view })))
+        Ok(Self(Arc::new(Shared {
+            files,
+            path: path.to_owned(),
+            bytes_max,
+            state: Mutex::new(state),
+            view,
+            failing_since: watch::Sender::new(None),
+        })))
     }
 
     /// Appends lines of ours, whole (`text` ends with a line break). A partial last line is ended
@@ -189,6 +199,12 @@ impl Spool {
     pub fn view(&self) -> SpoolView {
         *self.0.view.borrow()
     }
+
+    /// Since when the disk takes nothing of what the guest sends; `None`: it does.
+    #[must_use]
+    pub fn failing_since(&self) -> Option<Instant> {
+        *self.0.failing_since.borrow()
+    }
 }
 
 impl Shared {
@@ -198,6 +214,8 @@ impl Shared {
         }
         // A write that failed half-way leaves bytes beyond `length`; the next write cuts them off.
         let written = self.files.write_at(&self.path, state.length, bytes.clone()).await;
+        let failed = written.is_err();
+        self.failing_since.send_modify(|since| *since = failed.then(|| since.unwrap_or_else(Instant::now)));
         if !planted::on(Bug::SpoolErrorIgnored) {
             written?;
         }

@@ -195,6 +195,10 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
     job.give_room_back();
 }
 
+/// How long the disk may refuse a guest's trace before that is given up: the official runner tries a
+/// PATCH about as long.
+const SPOOL_PATIENCE: Duration = Duration::from_secs(60);
+
 /// Tries to open the spool of a job that could still be refused; with their pauses 3 s.
 const SPOOL_TRIES: u32 = 3;
 
@@ -271,6 +275,10 @@ impl Job {
                 sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Running { .. } => {
+                // Its guest tries again and again, so this is looked at often enough.
+                if let Some(since) = self.m.spool_failing_since() {
+                    sooner(since + SPOOL_PATIENCE, Event::HostDiskFailed, Bug::SilenceNever);
+                }
                 let silence = self.m.last_spoke + limits.silence_deadline.get();
                 sooner(silence, Event::SilenceDeadline, Bug::SilenceNever);
                 sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);

@@ -229,6 +229,11 @@ impl Machinery {
         self.started + after.saturating_sub(self.elapsed_before)
     }
 
+    /// Since when the disk takes nothing of the guest's trace.
+    pub(super) fn spool_failing_since(&self) -> Option<Instant> {
+        self.spool.failing_since()
+    }
+
     /// Until when a guest of before is given time to find its door open again.
     pub(super) fn reopened(&self) -> Instant {
         if self.adopted { self.started + REOPENED_GRACE } else { self.started }
