@@ -136,7 +136,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 /// Whether somebody must change configuration or journal before another start makes sense.
 fn needs_a_change(cause: &(dyn std::error::Error + 'static)) -> bool {
     let daemon = cause.downcast_ref::<DaemonError>().is_some_and(|error| error.exit_code() == EXIT_CONFIG);
-    let journal = cause.downcast_ref::<JournalError>().is_some_and(|error| matches!(error, JournalError::Newer { .. }));
+    let journal = cause
+        .downcast_ref::<JournalError>()
+        .is_some_and(|error| matches!(error, JournalError::Newer { .. } | JournalError::Foreign { .. }));
     daemon || journal || cause.is::<ConfigError>()
 }
 

@@ -15,7 +15,7 @@ mod client;
 mod server;
 
 pub use client::{ControlError, call};
-pub use server::{ControlHandler, ServeError, serve};
+pub use server::{ControlHandler, ControlSocket, ServeError, bind, serve};
 
 use crate::gitlab::JobId;
 use crate::status::StatusReport;

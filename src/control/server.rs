@@ -35,26 +35,43 @@ pub struct ServeError {
     source: io::Error,
 }
 
-/// Serves `socket` until `stop`, then removes it. A socket that an earlier process left is
-/// replaced: the lock on the state directory says that no other daemon lives.
+/// The control socket, bound; who connects waits until it is served.
+#[derive(Debug)]
+pub struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+/// Binds the control socket. One that an earlier process left is replaced: the lock on the state
+/// directory says that no other daemon lives. Done before anything is asked of GitLab, so that a
+/// daemon that nobody could talk to takes no job.
 ///
 /// # Errors
-/// [`ServeError`], before the first request only.
+/// [`ServeError`].
+///
+/// # Panics
+/// Outside a runtime of Tokio's.
+pub fn bind(socket: &Path) -> Result<ControlSocket, ServeError> {
+    let listener = bind_hidden(socket).map_err(|source| ServeError { path: socket.to_owned(), source })?;
+    Ok(ControlSocket { listener, path: socket.to_owned() })
+}
+
+/// Serves the socket until `stop`, then removes it.
 ///
 /// # Cancel safety
 /// Dropping it closes the socket and leaves its file, which the next start replaces.
-pub async fn serve(socket: &Path, handler: Arc<dyn ControlHandler>, stop: CancellationToken) -> Result<(), ServeError> {
-    serve_within(EXCHANGE_DEADLINE, socket, handler, stop).await
+pub async fn serve(socket: ControlSocket, handler: Arc<dyn ControlHandler>, stop: CancellationToken) {
+    serve_within(EXCHANGE_DEADLINE, socket, handler, stop).await;
 }
 
 /// [`serve`] with a deadline that tests choose.
 pub(super) async fn serve_within(
     deadline: Duration,
-    socket: &Path,
+    socket: ControlSocket,
     handler: Arc<dyn ControlHandler>,
     stop: CancellationToken,
-) -> Result<(), ServeError> {
-    let listener = bind(socket).map_err(|source| ServeError { path: socket.to_owned(), source })?;
+) {
+    let ControlSocket { listener, path } = socket;
     loop {
         // Stop first: a flood of connections must not delay it. Both branches are cancel safe.
         let accepted = tokio::select! {
@@ -81,15 +98,14 @@ pub(super) async fn serve_within(
             Err(_) => tracing::debug!("control connection took too long"),
         }
     }
-    if let Err(error) = std::fs::remove_file(socket) {
+    if let Err(error) = std::fs::remove_file(&path) {
         tracing::debug!(error = %chain(&error), "control socket is gone already");
     }
-    Ok(())
 }
 
 /// Binds where nobody else can look, and moves the socket into place once its mode is right: at no
 /// instant can another user connect.
-fn bind(socket: &Path) -> io::Result<UnixListener> {
+fn bind_hidden(socket: &Path) -> io::Result<UnixListener> {
     let dir = socket.parent().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "path has no parent"))?;
     // A temporary directory has mode 0700.
     let hidden = tempfile::Builder::new().prefix(".").rand_bytes(6).tempdir_in(dir)?;

@@ -38,13 +38,12 @@ async fn beside_server<F: Future<Output = ()>>(deadline: Duration, test: impl Fn
     // What a killed daemon leaves.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let (fake, stop) = (Arc::new(Fake::default()), CancellationToken::new());
-    let served = server::serve_within(deadline, &path, fake.clone(), stop.clone());
+    let served = server::serve_within(deadline, bind(&path).unwrap(), fake.clone(), stop.clone());
     let tested = async {
         test(path.clone(), fake.clone()).await;
         stop.cancel();
     };
-    let (served, ()) = tokio::join!(served, tested);
-    served.unwrap();
+    tokio::join!(served, tested);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
 }
 

@@ -23,12 +23,18 @@ pub struct Installation {
     pub machine_id: String,
 }
 
+/// What tells a file of a newer dayfly from a broken one.
+#[derive(Deserialize)]
+struct Versioned {
+    version: Option<u64>,
+}
+
 impl Installation {
     /// Reads it, or makes it.
     ///
     /// # Errors
-    /// [`DaemonError::Files`]; [`DaemonError::Installation`] for a file that makes no sense: a
-    /// silent new beginning would orphan somebody's VMs.
+    /// [`DaemonError::Files`]; [`DaemonError::Unusable`] for a file that makes no sense, or none
+    /// beside a journal with jobs: a silent new beginning would orphan somebody's VMs.
     pub async fn open(files: &dyn Files, state_directory: &Path, rng: &Rng) -> Result<Self, DaemonError> {
         let path = state_directory.join("installation.json");
         let failed = |what| {
@@ -37,9 +43,31 @@ impl Installation {
         };
         files.create_dir(state_directory).await.map_err(failed("make the directory of"))?;
         match files.read(&path, BYTES_MAX).await {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|error| DaemonError::Installation { path: path.clone(), reason: error.to_string() }),
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
+                let newer = serde_json::from_slice::<Versioned>(&bytes).ok().and_then(|file| file.version);
+                let (problem, remedy) = match newer {
+                    Some(version) => (
+                        format!("was written by a newer dayfly (version {version})"),
+                        "install that one again, or let its jobs end first",
+                    ),
+                    None => (
+                        format!("cannot be read ({error})"),
+                        "put it back from a copy; without one, end its VMs and move the whole state directory away",
+                    ),
+                };
+                DaemonError::Unusable { path: path.clone(), problem, remedy: remedy.into() }
+            }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let jobs = state_directory.join("jobs");
+                let orphans = files.list(&jobs).await.map_err(failed("look for the jobs beside"))?;
+                if !orphans.is_empty() {
+                    return Err(DaemonError::Unusable {
+                        path: jobs,
+                        problem: format!("holds {} jobs, and `{}` is missing", orphans.len(), path.display()),
+                        remedy: "put that file back; without it, end its VMs and move the whole state directory away"
+                            .into(),
+                    });
+                }
                 let new = Self { id: VmId::random(rng), machine_id: new_machine_id(rng) };
                 let bytes = serde_json::to_vec(&new).expect("two strings always serialise");
                 files.replace(&path, bytes).await.map_err(failed("write"))?;

@@ -10,9 +10,11 @@
 //! | drain (SIGQUIT) | none | run to their end |
 //! | end (second signal of a drain) | none | ended with an honest verdict |
 
+mod error;
 mod handler;
 mod installation;
 mod jobs;
+mod places;
 mod process;
 mod reload;
 mod setup;
@@ -20,6 +22,7 @@ mod shutdown;
 mod sweeper;
 mod wiring;
 
+pub use error::DaemonError;
 pub use installation::Installation;
 pub use jobs::Jobs;
 pub use process::{Lock, lock, main};
@@ -32,11 +35,10 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::control::ControlHandler;
 use crate::files::Files;
-use crate::gitlab::transport::OpenError;
-use crate::gitlab::{OpenTransport, TokenFileError};
+use crate::gitlab::OpenTransport;
 use crate::guest;
 use crate::image::store::ImageStore;
-use crate::job::journal::{JobKey, Journal, JournalError, Record};
+use crate::job::journal::{JobKey, Journal, Record};
 use crate::job::{self, Parts, Runner};
 use crate::metrics::Metrics;
 use crate::network::Network;
@@ -45,13 +47,12 @@ use crate::rng::Rng;
 use crate::supply::{Place, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
-use crate::vm::{Accel, Hypervisor, VmError};
+use crate::vm::{Accel, Hypervisor};
 use handler::Handler;
 use jobs::Started;
 use reload::Reloads;
 use setup::{accel, own_memory_mib, runner_of, runners};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use sweeper::Sweeper;
@@ -100,90 +101,6 @@ pub struct Backends {
     pub door_limits: guest::Limits,
 }
 
-/// Why the daemon does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum DaemonError {
-    /// Another process holds the state directory.
-    #[error("another dayfly (process {pid}) uses state directory `{}`", directory.display())]
-    Locked {
-        /// The directory.
-        directory: PathBuf,
-        /// Its holder, as far as known.
-        pid: String,
-    },
-    /// A part of the daemon died; jobs and VMs are as after a hand-over.
-    #[error("keep running (see the log); jobs go on when the daemon is started again")]
-    Failed,
-    /// A directory or file of the installation.
-    #[error("{what} `{}`", path.display())]
-    Files {
-        /// What was tried.
-        what: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// Cause.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The installation's own file makes no sense.
-    #[error("read `{}`: {reason}; move it away to begin a new installation", path.display())]
-    Installation {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The journal.
-    #[error("read the journal")]
-    Journal(#[from] JournalError),
-    /// The hypervisor does not answer.
-    #[error("use the hypervisor (see `dayfly doctor`)")]
-    Hypervisor(#[from] VmError),
-    /// No acceleration.
-    #[error(
-        "use KVM: {0}; set `hypervisor.accel = \"tcg\"` for a trial without hardware virtualisation, which isolates nothing"
-    )]
-    NoKvm(String),
-    /// A runner's token file.
-    #[error("set up runner `{runner}`")]
-    Token {
-        /// The runner entry.
-        runner: String,
-        /// Cause.
-        #[source]
-        source: TokenFileError,
-    },
-    /// A runner's GitLab.
-    #[error("set up runner `{runner}`")]
-    Endpoint {
-        /// The runner entry.
-        runner: String,
-        /// Cause.
-        #[source]
-        source: OpenError,
-    },
-}
-
-impl DaemonError {
-    /// 78 (`EX_CONFIG`) where only an operator's change helps, else 1.
-    #[must_use]
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Installation { .. }
-            | Self::Journal(JournalError::Newer { .. })
-            | Self::Token { .. }
-            | Self::Endpoint { .. }
-            | Self::NoKvm(_) => 78,
-            // A disk that fails may do better at the next start.
-            Self::Journal(JournalError::Files { .. })
-            | Self::Locked { .. }
-            | Self::Files { .. }
-            | Self::Hypervisor(_)
-            | Self::Failed => 1,
-        }
-    }
-}
-
 /// A daemon that has been started.
 pub struct Daemon {
     parts: Parts,
@@ -230,7 +147,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     })?;
     let installation = Installation::open(&*files, &config.state_directory, &backends.rng).await?;
     let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
-    let loaded = journal.load_all().await?;
+    let loaded = journal.load_all(&installation.id).await?;
     let restart = !loaded.records.is_empty();
     let memory_mib = match backends.hypervisor.probe().await {
         Ok(host) => host.memory_mib,

@@ -1,6 +1,6 @@
 //! The process around the daemon: lock, log, signals, systemd, control socket.
 
-use super::{Backends, DaemonError, Reloader, Shutdown, start};
+use super::{Backends, DaemonError, Reloader, Shutdown, places, start};
 use crate::clock::Clock;
 use crate::config::{Config, Loaded};
 use crate::control;
@@ -14,11 +14,15 @@ use crate::vm::Hypervisor;
 use crate::vm::libvirt::Libvirt;
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// How long the control socket may take to close: of the 5 s of a hand-over.
+const SOCKET_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Keeps other daemons away from a state directory while it lives.
 #[derive(Debug)]
@@ -34,21 +38,27 @@ pub fn lock(state_directory: &Path) -> Result<Lock, DaemonError> {
         let path = path.clone();
         move |source| DaemonError::Files { what, path, source }
     };
-    std::fs::create_dir_all(state_directory).map_err(failed("make the directory of"))?;
-    let mut file =
-        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed("open"))?;
+    let mut directory = std::fs::DirBuilder::new();
+    directory.recursive(true).mode(0o700).create(state_directory).map_err(failed("make the directory of"))?;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let mut file = options.open(&path).map_err(failed("open"))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let mut pid = String::new();
             // The holder's number is a help, no more.
             let _ = (&file).take(20).read_to_string(&mut pid);
-            return Err(DaemonError::Locked { directory: state_directory.to_owned(), pid: pid.trim().to_owned() });
+            let pid = if pid.trim().is_empty() { "unknown" } else { pid.trim() };
+            return Err(DaemonError::Locked { directory: state_directory.to_owned(), pid: pid.to_owned() });
         }
         Err(error) => return Err(failed("lock")(error.into())),
     }
     let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
-    written.map_err(failed("write"))?;
+    if let Err(error) = written {
+        // On a full disk the jobs of before are served all the same.
+        tracing::warn!(path = %path.display(), error = chain(&error), "write our process's number down");
+    }
     Ok(Lock(file))
 }
 
@@ -85,18 +95,19 @@ fn hypervisor(config: &Config) -> Arc<dyn Hypervisor> {
 /// [`DaemonError`].
 pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
     let Loaded { config, file, .. } = loaded;
+    places::check(&config)?;
     let _lock = lock(&config.state_directory)?;
-    let socket = control::socket(&config.runtime_directory);
     let shutdown = Shutdown::new();
     // Signals first: one that comes during a long start must not kill us half-way.
     let signals = listen(&shutdown)?;
     let hangups = signal(SignalKind::hangup())?;
+    let socket = control::bind(&control::socket(&config.runtime_directory))?;
     let backends = Backends::real(&config)?;
     let daemon = start(config, backends, shutdown.clone()).await?;
     let handler = daemon.handler();
     let stop = CancellationToken::new();
     let serve_stop = stop.clone();
-    let mut served = std::pin::pin!(async move { control::serve(&socket, handler, serve_stop).await });
+    let mut served = std::pin::pin!(control::serve(socket, handler, serve_stop));
     // Errors mean that nobody waits for us: no systemd.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "dayfly runs");
@@ -111,12 +122,14 @@ pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
         well = run => if !well {
             return Err(DaemonError::Failed.into());
         },
-        served = &mut served => served?,
+        () = &mut served => {}
         () = watchdog => {}
         () = signals => {}
         () = hangups => {}
     }
     stop.cancel();
+    // Removes the socket; an exchange that is under way has its own deadline.
+    let _ = tokio::time::timeout(SOCKET_PATIENCE, served).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("dayfly ends");
     Ok(())
@@ -175,5 +188,23 @@ async fn watchdog() {
             tokio::time::sleep(interval / 3).await;
         },
         _ => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// T33, E11: at once, and by the holder's number; a killed holder leaves no lock behind.
+    #[test]
+    fn a_second_daemon_is_refused_and_told_whose_directory_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = lock(dir.path()).unwrap();
+        let error = lock(dir.path()).unwrap_err();
+        assert_eq!(error.exit_code(), 1);
+        assert!(error.to_string().contains(&format!("(process {})", std::process::id())), "{error}");
+        assert!(error.to_string().contains(&dir.path().display().to_string()), "{error}");
+        drop(first);
+        lock(dir.path()).unwrap();
     }
 }

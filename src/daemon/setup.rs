@@ -2,6 +2,7 @@
 
 use super::{Backends, DaemonError, Installation};
 use crate::config::{self, Config};
+use crate::gitlab::transport::OpenError;
 use crate::gitlab::{Endpoint, RunnerApi, RunnerToken};
 use crate::job::Runner;
 use crate::job::journal::Record;
@@ -9,6 +10,7 @@ use crate::telemetry::chain;
 use crate::vm::proof::Places;
 use crate::vm::{Accel, InstallationId};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Memory of the machine that we run on, MiB.
@@ -67,14 +69,23 @@ pub(super) async fn runners(
         let token = RunnerToken::from_file(&entry.token_file)
             .map_err(|source| DaemonError::Token { runner: name(), source })?;
         let endpoint = endpoint(entry);
-        let transport =
-            backends.transport.open(&endpoint).map_err(|source| DaemonError::Endpoint { runner: name(), source })?;
+        let transport = backends.transport.open(&endpoint).map_err(|source| {
+            let key = match &source {
+                OpenError::File { path, .. } => key_of(entry, path),
+                OpenError::InsecureHttp(_) => Some("url"),
+                OpenError::Tls(_) => None,
+            };
+            DaemonError::Endpoint { runner: name(), key, source }
+        })?;
         let ca_pem = match &entry.tls_ca_file {
             None => None,
             Some(path) => {
                 let bytes = backends.files.read(path, dayfly_guest_config::CONFIG_BYTES_MAX as u64 / 2).await;
-                let bytes =
-                    bytes.map_err(|source| DaemonError::Files { what: "read CA file", path: path.clone(), source })?;
+                let bytes = bytes.map_err(|source| DaemonError::Endpoint {
+                    runner: name(),
+                    key: Some("tls_ca_file"),
+                    source: OpenError::File { path: path.clone(), source: source.into() },
+                })?;
                 Some(String::from_utf8_lossy(&bytes).into_owned())
             }
         };
@@ -85,6 +96,16 @@ pub(super) async fn runners(
         );
     }
     Ok(runners)
+}
+
+/// The configuration's key of a file.
+fn key_of(runner: &config::Runner, path: &Path) -> Option<&'static str> {
+    let files = [
+        ("tls_ca_file", &runner.tls_ca_file),
+        ("tls_cert_file", &runner.tls_cert_file),
+        ("tls_key_file", &runner.tls_key_file),
+    ];
+    files.into_iter().find(|(_, file)| file.as_deref() == Some(path)).map(|(key, _)| key)
 }
 
 /// How a runner's GitLab is reached.

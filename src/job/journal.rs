@@ -19,7 +19,7 @@ use crate::network::Lease;
 use crate::planted::{self, Bug};
 use crate::retry;
 use crate::secret::Secret;
-use crate::vm::VmId;
+use crate::vm::{InstallationId, VmId};
 use bytes::Bytes;
 use format::{Unreadable, parse, seal};
 use jiff::Timestamp;
@@ -36,7 +36,7 @@ use url::Url;
 /// | version | since then a record has |
 /// | --- | --- |
 /// | 1 | all but what follows |
-/// | 2 | `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
+/// | 2 | `installation`, `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
 pub const RECORD_VERSION: u32 = 2;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
@@ -83,6 +83,9 @@ impl fmt::Debug for JobKey {
 pub struct Record {
     /// [`RECORD_VERSION`] of its writer.
     pub version: u32,
+    /// The installation that took the job: what it has made carries this id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub installation: Option<InstallationId>,
     /// Whose job.
     pub key: JobKey,
     /// The GitLab it came from: its verdict goes nowhere else, whatever the configuration says
@@ -198,6 +201,16 @@ pub enum JournalError {
         path: PathBuf,
         /// Its version.
         version: u32,
+    },
+    /// Another installation's daemon wrote it. Nothing was touched. Exit code 78.
+    #[error("record `{}` is of another installation ({theirs}, this one is {ours}); give that one its directory back, and this one its own", path.display())]
+    Foreign {
+        /// Where.
+        path: PathBuf,
+        /// Its installation.
+        theirs: InstallationId,
+        /// This one.
+        ours: InstallationId,
     },
 }
 
@@ -329,8 +342,9 @@ impl Journal {
     /// job that was never accepted, or was finished: they are removed.
     ///
     /// # Errors
-    /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`].
-    pub async fn load_all(&self) -> Result<Loaded, JournalError> {
+    /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`] or
+    /// [`JournalError::Foreign`].
+    pub async fn load_all(&self, ours: &InstallationId) -> Result<Loaded, JournalError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| JournalError::Files { what, path, source }
@@ -349,6 +363,9 @@ impl Journal {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => empty.push(dir),
                 Err(error) => broken.push((dir, error.to_string())),
                 Ok(bytes) => match parse(&bytes) {
+                    Ok(Record { installation: Some(theirs), .. }) if theirs != *ours => {
+                        return Err(JournalError::Foreign { path, theirs, ours: ours.clone() });
+                    }
                     Ok(record) if record.key.directory() == entry.name => records.push(record),
                     Ok(_) => broken.push((dir, "the record is of another job".to_owned())),
                     Err(Unreadable::Newer(version)) => return Err(JournalError::Newer { path, version }),
@@ -406,10 +423,11 @@ mod damage;
 impl Record {
     /// A record as it should be, of a job that nothing has happened to yet.
     #[must_use]
-    #[expect(clippy::unwrap_used, reason = "for tests: the address is a constant")]
+    #[expect(clippy::unwrap_used, reason = "for tests: address and installation are constants")]
     pub fn example(id: u64) -> Self {
         Self {
             version: RECORD_VERSION,
+            installation: Some("aaaaaaaaaaaaaaaa".parse().unwrap()),
             key: JobKey { runner: "linux \"vm\"/1".into(), id: JobId(id) },
             gitlab: "https://gitlab.example".parse().unwrap(),
             job_token: Secret::new("glcbt-1"),
@@ -433,56 +451,4 @@ impl Record {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::files::fake::MemoryFiles;
-
-    async fn journal(files: &MemoryFiles) -> Journal {
-        Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn a_record_reads_back_and_goes_without_a_trace() {
-        let files = MemoryFiles::default();
-        let journal = journal(&files).await;
-        journal.accept(&Record::example(42), Bytes::from_static(b"{}")).await.unwrap();
-        let Loaded { records, aside } = journal.load_all().await.unwrap();
-        assert_eq!((records.len(), aside.len()), (1, 0));
-        assert_eq!(records[0].key.id, JobId(42));
-        assert!(!format!("{:?}", records[0]).contains("glcbt"));
-        journal.remove(&records[0].key).await.unwrap();
-        assert!(files.contents().is_empty(), "{:?}", files.contents());
-    }
-
-    /// E13: a damaged record costs nobody else anything.
-    #[tokio::test]
-    async fn a_torn_record_is_set_aside_and_the_others_are_read() {
-        let files = MemoryFiles::default();
-        let journal = journal(&files).await;
-        journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
-        journal.accept(&Record::example(2), Bytes::new()).await.unwrap();
-        let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
-        let whole = files.read(&path, 1 << 20).await.unwrap();
-        for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
-            files.create_dir(path.parent().unwrap()).await.unwrap();
-            files.replace(&path, whole[..cut].to_vec()).await.unwrap();
-            let Loaded { records, aside } = journal.load_all().await.unwrap();
-            assert_eq!(records.iter().map(|r| r.key.id.0).collect::<Vec<_>>(), [2]);
-            assert_eq!(aside.len(), 1, "cut at {cut}");
-        }
-    }
-
-    /// E12: a newer record stops the daemon and nothing is touched.
-    #[tokio::test]
-    async fn a_newer_record_is_refused_untouched() {
-        let files = MemoryFiles::default();
-        let journal = journal(&files).await;
-        journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
-        let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
-        files.replace(&path, br#"{"version":3,"something":"new"}"#.to_vec()).await.unwrap();
-        let before = files.contents();
-        let error = journal.load_all().await.unwrap_err();
-        assert!(matches!(error, JournalError::Newer { version: 3, .. }), "{error}");
-        assert_eq!(files.contents(), before);
-    }
-}
+mod tests;

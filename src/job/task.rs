@@ -47,6 +47,7 @@ pub async fn accept(
 ) -> io::Result<JobHandle> {
     let record = Record {
         version: RECORD_VERSION,
+        installation: Some(parts.supply.place().installation.clone()),
         key: JobKey { runner: runner.config.name.clone(), id: payload.id },
         gitlab: runner.config.url.clone(),
         job_token: payload.token.clone(),

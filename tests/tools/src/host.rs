@@ -150,7 +150,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
         ..Config::default()
     };
     for below in [&config.state_directory, &config.runtime_directory] {
-        std::fs::create_dir_all(below)?;
+        std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700).create(below)?;
     }
     config.network.guest_ports = choice.ports;
     config.hypervisor.accel = choice.accel;
