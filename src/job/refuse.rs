@@ -9,7 +9,7 @@ use super::lines;
 use super::state::State;
 use super::{Parts, Runner};
 use crate::gitlab::{GitlabError, JobClient, JobId, JobUpdate, Verdict};
-use crate::retry::{self, Backoff};
+use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use bytes::Bytes;
@@ -45,7 +45,7 @@ pub async fn give_up(parts: &Parts, runner: &Runner, record: Record) {
         State::Releasing { verdict: Some(verdict), .. } => {
             let client = JobClient::new(runner.transport.clone(), id, token, parts.rng.clone());
             let update = JobUpdate { verdict: Some(verdict.clone()), trace: None };
-            retry::few(|| client.update_job(&update), GitlabError::is_transient).await.is_ok()
+            insist(parts, id, &client, &Saying::Verdict(update)).await
         }
         _ => refuse(parts, runner, id, token, Refusal::Bug).await,
     };
@@ -65,14 +65,33 @@ pub async fn give_up(parts: &Parts, runner: &Runner, record: Record) {
 pub async fn refuse(parts: &Parts, runner: &Runner, id: JobId, token: Secret, why: Refusal) -> bool {
     let client = JobClient::new(runner.transport.clone(), id, token, parts.rng.clone());
     let text = Bytes::from(lines::refusal(parts.clock.now(), why, id.0));
+    insist(parts, id, &client, &Saying::Refusal(text)).await
+}
+
+/// What GitLab is to hear.
+enum Saying {
+    /// The author's line, and the failure.
+    Refusal(Bytes),
+    /// A verdict that was known.
+    Verdict(JobUpdate),
+}
+
+/// Tries a few times, when GitLab wishes and not before. `false`: in vain.
+async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -> bool {
     let mut backoff = Backoff::uploader();
     let mut begins = None;
     for _ in 0..TRIES {
-        match tell(&client, &text, &mut begins).await {
-            Ok(()) => return true,
+        let said = match saying {
+            Saying::Refusal(text) => tell(client, text, &mut begins).await,
+            Saying::Verdict(update) => deliver(client, update).await,
+        };
+        match said {
+            Ok(true) => return true,
+            // 412: what GitLab has of the trace is not what it was told; all of it goes again.
+            Ok(false) => tokio::time::sleep(backoff.next(&parts.rng)).await,
             Err(error) => {
                 tracing::warn!(job = %id, error = chain(&error), "tell GitLab that a job is not run");
-                tokio::time::sleep(backoff.next(&parts.rng)).await;
+                tokio::time::sleep(backoff.next_told(&parts.rng, error.retry_after())).await;
             }
         }
     }
@@ -80,7 +99,7 @@ pub async fn refuse(parts: &Parts, runner: &Runner, id: JobId, token: Secret, wh
     false
 }
 
-async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Result<(), GitlabError> {
+async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Result<bool, GitlabError> {
     let at = begins.unwrap_or(0);
     let answer = client.append_trace(at, text.clone(), false).await?;
     match answer.continue_at {
@@ -96,10 +115,18 @@ async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Res
     let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".to_owned()), exit_code: None };
     let trace = begins.is_none().then(|| (crc32fast::hash(text), text.len() as u64));
     let update = JobUpdate { verdict: Some(verdict), trace };
+    deliver(client, &update).await
+}
+
+/// `false`: GitLab wants the trace again.
+async fn deliver(client: &JobClient, update: &JobUpdate) -> Result<bool, GitlabError> {
     let since = Instant::now();
-    // 202: the verdict is noted, and counts only once it has been asked for again (safety.md R8).
-    while let Some(pause) = client.update_job(&update).await?.ask_again.filter(|_| since.elapsed() < STORING) {
-        tokio::time::sleep(pause).await;
+    loop {
+        let answer = client.update_job(update).await?;
+        match answer.ask_again {
+            // 202: the verdict is noted, and counts only once it has been asked for again (safety.md R8).
+            Some(pause) if since.elapsed() < STORING => tokio::time::sleep(pause).await,
+            _ => return Ok(!answer.resend_trace),
+        }
     }
-    Ok(())
 }

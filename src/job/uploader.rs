@@ -86,6 +86,7 @@ pub(super) async fn upload(upload: Upload) {
         read_failures: 0,
         opened: false,
         refusals: 0,
+        resends: None,
         truncated_at: None,
         renewals: upload.client.renewals(),
         upload,
@@ -134,6 +135,8 @@ struct Uploader {
     opened: bool,
     /// Answers in a row that asked for other bytes than were sent.
     refusals: u32,
+    /// Pauses between verdicts that GitLab answers with 412: the trace in between is taken each time.
+    resends: Option<Backoff>,
     /// Whether the job's token has changed during a call.
     renewals: watch::Receiver<Secret>,
     /// Where the trace ends because the spool could not be read further.
@@ -327,7 +330,11 @@ impl Uploader {
                 self.opened = true;
                 if answer.resend_trace {
                     self.sent = 0;
-                    self.refused();
+                    // Once it goes on at once; a GitLab that is never content must not be flooded.
+                    match &mut self.resends {
+                        Some(pauses) => self.not_before = Instant::now() + pauses.next(&self.upload.rng),
+                        None => self.resends = Some(Backoff::uploader()),
+                    }
                     return Step::Continue;
                 }
                 self.progressed();

@@ -158,8 +158,11 @@ impl Drop for Driver {
 }
 
 impl Driver {
+    /// What the job wants. A handle that was dropped without a wish is a job's task that has died: the machine is let
+    /// go of, for nobody must make one that nobody knows.
     fn wish(&self) -> Wish {
-        *self.wish.borrow()
+        let wish = *self.wish.borrow();
+        if wish == Wish::Keep && self.wish.has_changed().is_err() { Wish::Leave } else { wish }
     }
 
     async fn tell(&self, event: MachineEvent) {

@@ -28,6 +28,9 @@ pub(crate) enum Keep {
     Text,
 }
 
+/// More events than any run has; a task that runs in circles while time stands would tell them for ever.
+const EVENTS_MAX: u64 = 2_000_000;
+
 /// The story. Clones share it.
 #[derive(Clone)]
 pub(crate) struct Story(Arc<Mutex<Inner>>);
@@ -50,6 +53,9 @@ pub(crate) struct Inner {
     pub(crate) planned: BTreeMap<String, Vec<dayfly::standin::Fault>>,
     /// The life ends at its next call of the file layer.
     pub(crate) kill_at_next_file: bool,
+    seed: u64,
+    /// Any number of events is right: the soak.
+    endless: bool,
     once: std::collections::BTreeSet<(u64, Kind)>,
     keep: Keep,
     text: String,
@@ -73,6 +79,8 @@ impl Story {
             life: None,
             planned: BTreeMap::new(),
             kill_at_next_file: false,
+            seed: plan.seed,
+            endless: false,
             once: std::collections::BTreeSet::new(),
             keep,
             text: String::new(),
@@ -85,6 +93,7 @@ impl Story {
     pub(crate) fn without_checkers(plan: &Plan, keep: Keep) -> Self {
         let story = Self::new(plan, keep);
         story.inner().checkers.clear();
+        story.inner().endless = true;
         story
     }
 
@@ -190,6 +199,9 @@ impl Inner {
     fn tell(&mut self, event: &Event<'_>) {
         let now = self.birth.elapsed();
         self.events += 1;
+        if self.events == EVENTS_MAX && !self.endless {
+            self.give_up(event);
+        }
         match self.keep {
             Keep::Nothing => {}
             Keep::Digest => {
@@ -206,6 +218,16 @@ impl Inner {
             checker.on(event, &self.ledger, &mut self.findings);
         }
         self.publish();
+    }
+
+    /// Time stands still and somebody runs in circles: the whole process ends here, for nothing else can.
+    fn give_up(&self, event: &Event<'_>) -> ! {
+        let seed = self.seed;
+        crate::report::say(&format!("VIOLATION of invariant 20: {EVENTS_MAX} events and no end; the last is {event:?}"));
+        crate::report::say(&format!("again: scripts/sim --seed {seed} --jobs 1"));
+        let tail = self.text.char_indices().rev().nth(20_000).map_or(0, |(at, _)| at);
+        crate::report::say(&self.text[tail..]);
+        std::process::exit(1)
     }
 
     /// New findings into the text.

@@ -1,9 +1,12 @@
 //! 1: every assigned job reaches one terminal state; GitLab gives up none that we knew of.
 
 use super::{Checker, Findings};
-use crate::event::Event;
+use crate::event::{Event, Trouble};
 use crate::ledger::Ledger;
 use dayfly::standin::JobState;
+use std::time::Duration;
+
+const ALL: &[Trouble] = &[Trouble::Gitlab, Trouble::Daemon, Trouble::Libvirt, Trouble::Disk];
 
 pub(crate) struct EndsOnce;
 
@@ -13,7 +16,8 @@ impl Checker for EndsOnce {
     fn end(&mut self, ledger: &Ledger, findings: &mut Findings) {
         for (id, note) in &ledger.jobs {
             if note.assigned_at.is_none() && note.lost.is_none() {
-                if note.users.is_some() && note.state.is_over() {
+                // Canceled in the queue, or with its project.
+                if (note.users.is_some() || note.script.doomed_project) && note.state.is_over() {
                     continue;
                 }
                 findings.add(19, format!("job {id} was never assigned; GitLab holds it {:?}", note.state));
@@ -27,7 +31,10 @@ impl Checker for EndsOnce {
             // An erased job has no runner that could end it; a GitLab that stores a trace for so long that the job's
             // token ends meanwhile has heard the verdict.
             let theirs = note.erased || note.users.is_some_and(|(what, _)| what == "deleted");
-            let heard = note.noted && given_up == Some("job_token_expired");
+            let expired = given_up == Some("job_token_expired");
+            let end = note.assigned_at.unwrap_or_default() + Duration::from_secs(note.script.timeout_s);
+            let unheard = !ledger.calm(ALL, end, end + Duration::from_secs(320));
+            let heard = expired && (note.noted || unheard);
             if let Some(reason) = given_up.filter(|_| note.lost.is_none() && !theirs && !heard) {
                 findings.add(1, format!("job {id} was assigned, and GitLab gave it up: {reason}"));
             }

@@ -116,6 +116,9 @@ impl Line {
         match self.exchange(stream, &request, body).await {
             // A kept connection may have been closed meanwhile: asked again once, on a new one.
             None if !fresh => {
+                if path.contains("/artifacts") {
+                    self.tell(GuestDoes::Transfers);
+                }
                 let stream = self.connect().await?;
                 self.exchange(stream, &request, body).await
             }

@@ -94,7 +94,7 @@ impl Gate {
     fn edit_trace(&self, job: JobId, edit: impl FnOnce(&mut Vec<u8>, u64)) {
         let dice = self.story.inner().dice().next();
         self.standin.edit(|model| {
-            if let Some(job) = model.jobs.get_mut(&job) {
+            if let Some(job) = model.jobs.get_mut(&job).filter(|job| job.state.is_executing()) {
                 edit(&mut job.trace.bytes, dice);
             }
         });
