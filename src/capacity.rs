@@ -69,6 +69,26 @@ struct Accounts {
     bounds: Bounds,
     promised: Promised,
     queue: VecDeque<Waiter>,
+    askers: BTreeMap<String, Asker>,
+}
+
+/// A runner that asks for jobs here.
+#[derive(Debug)]
+struct Asker {
+    limit: u32,
+    resources: Resources,
+    wants: Wants,
+}
+
+/// What a runner wants of the host's room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wants {
+    /// Nothing now: it cannot ask.
+    Nothing,
+    /// Room, to ask with.
+    Room,
+    /// Nothing more: it has room, and asks.
+    Answer,
 }
 
 #[derive(Debug)]
@@ -122,7 +142,12 @@ impl Capacity {
     /// Nothing promised yet.
     #[must_use]
     pub fn new(bounds: Bounds) -> Self {
-        Self(Arc::new(Mutex::new(Accounts { bounds, promised: Promised::default(), queue: VecDeque::new() })))
+        Self(Arc::new(Mutex::new(Accounts {
+            bounds,
+            promised: Promised::default(),
+            queue: VecDeque::new(),
+            askers: BTreeMap::new(),
+        })))
     }
 
     /// Waits for room for one job of `runner`, which may have `runner_limit` jobs at once.
@@ -160,10 +185,32 @@ impl Capacity {
         Reservation { capacity: self.clone(), runner: runner.to_owned(), resources }
     }
 
-    /// Whether somebody waits for room. A poller that holds the last room then asks briefly.
+    /// Says what a runner wants, with `limit` jobs at once, each of these resources.
+    pub fn want(&self, runner: &str, limit: u32, resources: Resources, wants: Wants) {
+        self.lock().askers.insert(runner.to_owned(), Asker { limit, resources, wants });
+    }
+
+    /// Whether there is room for a job of each other runner that wants some. Else a question of
+    /// `runner` that GitLab holds would keep the others from asking: it must want an answer at once.
     #[must_use]
-    pub fn contended(&self) -> bool {
-        self.lock().queue.iter().any(|w| !w.grant.is_closed())
+    pub fn leaves_room(&self, runner: &str) -> bool {
+        let accounts = self.lock();
+        let mut then = accounts.promised.clone();
+        accounts.askers.iter().all(|(name, asker)| {
+            let of_runner = accounts.promised.by_runner.get(name).copied().unwrap_or(0);
+            if name == runner || asker.wants != Wants::Room || of_runner >= asker.limit {
+                return true;
+            }
+            let fits = then.has_room(&accounts.bounds, asker.resources);
+            then.add(name, asker.resources);
+            fits
+        })
+    }
+
+    /// Sets how much virtual disk there is in all: some was freed, or taken by others.
+    pub fn set_disk_gib(&self, disk_gib: u64) {
+        self.lock().bounds.disk_gib = disk_gib;
+        self.serve();
     }
 
     /// What is promised now.
@@ -275,7 +322,6 @@ mod tests {
         let first = capacity.reserve("a", 9, ONE).await.unwrap();
         let mut second = Box::pin(capacity.reserve("b", 9, ONE));
         assert!(futures_poll(&mut second).is_none());
-        assert!(capacity.contended());
         drop(first);
         drop(second.await.unwrap());
         assert_eq!(capacity.promised(), Promised::default());
@@ -337,6 +383,36 @@ mod tests {
             counts[granted.recv().await.unwrap()] += 1;
         }
         assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1, "{counts:?}");
+    }
+
+    #[tokio::test]
+    async fn a_question_may_be_held_only_while_there_is_room_for_the_other_runners() {
+        let capacity = capacity(2);
+        for runner in ["a", "b"] {
+            capacity.want(runner, 9, ONE, Wants::Room);
+        }
+        let first = capacity.reserve("a", 9, ONE).await.unwrap();
+        capacity.want("a", 9, ONE, Wants::Answer);
+        assert!(capacity.leaves_room("a"));
+        let second = capacity.reserve("b", 9, ONE).await.unwrap();
+        capacity.want("b", 9, ONE, Wants::Answer);
+        assert!(capacity.leaves_room("a") && capacity.leaves_room("b"), "both have their room");
+        // a's question was answered by a job, and a wants to ask for another.
+        capacity.want("a", 9, ONE, Wants::Room);
+        assert!(!capacity.leaves_room("b"));
+        capacity.want("a", 1, ONE, Wants::Room);
+        assert!(capacity.leaves_room("b"), "a has as many jobs as it may");
+        drop((first, second));
+    }
+
+    #[tokio::test]
+    async fn disk_that_is_freed_is_promised() {
+        let capacity = Capacity::new(Bounds { jobs: 9, cpus: 9, memory_mib: 1000, disk_gib: 1 });
+        let first = capacity.reserve("a", 9, ONE).await.unwrap();
+        let mut second = Box::pin(capacity.reserve("a", 9, ONE));
+        assert!(futures_poll(&mut second).is_none());
+        capacity.set_disk_gib(2);
+        drop((second.await.unwrap(), first));
     }
 
     fn futures_poll<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {

@@ -7,6 +7,7 @@
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use std::fmt;
@@ -158,6 +159,10 @@ pub struct JobMetrics {
     pub panicked: Counter,
     /// Machines that were lost before they were ready, and replaced.
     pub machines_replaced: Counter,
+    /// VMs whose destruction has failed and is tried again.
+    pub stuck_domains: Gauge,
+    /// Runners that cannot take a job until somebody looks: see their state in the status.
+    pub runners_unwell: Gauge,
     /// Seconds from the last byte of GitLab's 201 to the job's record on disk: what a crash may cost.
     pub journal: Histogram,
     /// Verdicts by word: `success`, `failed`.
@@ -182,6 +187,8 @@ impl JobMetrics {
             assigned_again: Counter::default(),
             panicked: Counter::default(),
             machines_replaced: Counter::default(),
+            stuck_domains: Gauge::default(),
+            runners_unwell: Gauge::default(),
             journal: Histogram::new(JOURNAL_BUCKETS),
             verdicts: Labelled::new("verdict"),
             phases,
@@ -203,6 +210,16 @@ impl JobMetrics {
             "machines_replaced",
             "Machines replaced before they were ready",
             metrics.machines_replaced.clone(),
+        );
+        registry.register(
+            "stuck_domains",
+            "VMs whose destruction has failed and is tried again",
+            metrics.stuck_domains.clone(),
+        );
+        registry.register(
+            "runners_unwell",
+            "Runners that cannot take a job until somebody looks",
+            metrics.runners_unwell.clone(),
         );
         registry.register(
             "journal_seconds",

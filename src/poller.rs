@@ -6,7 +6,7 @@
 //! held it so long that its answer is no job (design D11). A job goes to the journal before
 //! anything else happens, then to `daemon`.
 
-use crate::capacity::{Capacity, Reservation, Resources};
+use crate::capacity::{Capacity, Reservation, Resources, Wants};
 use crate::daemon::Jobs;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, Verified};
@@ -94,6 +94,7 @@ impl Poller {
         let mut conflicts = 0_u32;
         let mut verified = false;
         let mut tried = None;
+        let mut never_fits = false;
         // Jobs that cannot be begun; what is left at the end is given up with this set.
         let mut refusals = JoinSet::new();
         loop {
@@ -111,6 +112,7 @@ impl Poller {
                 }
             }
             self.say(RunnerState::WaitingForRoom { missing: "room for one more job".into() });
+            self.wants(Wants::Room);
             let reservation = tokio::select! {
                 biased;
                 // Both are cancel safe.
@@ -118,24 +120,32 @@ impl Poller {
                 reserved = self.capacity.reserve(&self.runner.config.name, self.limit, self.resources) => match reserved {
                     Ok(reservation) => reservation,
                     Err(error) => {
-                        tracing::error!(runner = self.runner.config.name, error = chain(&error), "this runner can never take a job here");
+                        if !std::mem::replace(&mut never_fits, true) {
+                            tracing::error!(runner = self.runner.config.name, error = chain(&error), "this runner can never take a job here");
+                        }
                         self.say(RunnerState::Blocked { reason: error.to_string() });
-                        self.stop.cancelled().await;
-                        break;
+                        self.wants(Wants::Nothing);
+                        // Disk may be freed.
+                        if self.pause(BLOCKED_PAUSE).await { continue } else { break }
                     }
                 },
             };
             if let Some(reason) = self.host_is_unfit(&mut tried).await {
                 drop(reservation);
                 self.say(RunnerState::Blocked { reason });
+                self.wants(Wants::Nothing);
                 if self.pause(BLOCKED_PAUSE).await { continue } else { break }
             }
             self.say(RunnerState::Polling);
-            // With somebody waiting for this room a held poll would keep it: ask for an answer at once.
-            let known = if self.capacity.contended() { None } else { last_update.clone() };
+            self.wants(Wants::Answer);
+            never_fits = false;
+            // GitLab holds a question that says what it knew last. With another runner in want of this
+            // room that would keep it from asking.
+            let known = if self.capacity.leaves_room(&self.runner.config.name) { last_update.clone() } else { None };
             reached(Point::K0);
             let asked = Instant::now();
             let Some(answer) = self.ask(&info, known.as_deref()).await else { break };
+            self.wants(Wants::Room);
             if !matches!(answer, Err(GitlabError::Unavailable { .. })) {
                 self.state.send_modify(|view| view.answered = Some(Instant::now()));
             }
@@ -165,11 +175,21 @@ impl Poller {
                 break;
             }
         }
+        self.wants(Wants::Nothing);
         self.say(RunnerState::Stopped);
     }
 
+    fn wants(&self, wants: Wants) {
+        self.capacity.want(&self.runner.config.name, self.limit, self.resources, wants);
+    }
+
     fn say(&self, state: RunnerState) {
-        self.state.send_modify(|view| view.state = state);
+        let unwell = |state: &RunnerState| matches!(state, RunnerState::Blocked { .. } | RunnerState::Refused { .. });
+        let gauge = &self.parts.metrics.job().runners_unwell;
+        self.state.send_modify(|view| {
+            gauge.inc_by(i64::from(unwell(&state)) - i64::from(unwell(&view.state)));
+            view.state = state;
+        });
     }
 
     /// Sleeps, unless stopped. `false`: stopped.
@@ -199,6 +219,7 @@ impl Poller {
                 },
                 Err(error) => chain(&error),
             };
+            self.wants(Wants::Nothing);
             if !std::mem::replace(&mut said, true) {
                 tracing::error!(runner = self.runner.config.name, reason, "no job is asked for");
             }
@@ -235,6 +256,12 @@ impl Poller {
     async fn host_is_unfit(&self, tried: &mut Option<Instant>) -> Option<String> {
         if let Some(reason) = self.disk_is_short().await {
             return Some(reason);
+        }
+        if let Err(error) = self.parts.journal.look_well().await {
+            return Some(format!(
+                "the journal cannot be written, so no job can be taken: {}; look at that disk and at the kernel's log",
+                chain(&error)
+            ));
         }
         let supply = &self.parts.supply;
         if let Err(error) = supply.hypervisor().list(&supply.place().installation).await {
@@ -309,6 +336,7 @@ impl Poller {
         match error {
             GitlabError::Forbidden { .. } => {
                 tracing::error!(runner, error = chain(error), "GitLab refuses this runner");
+                self.wants(Wants::Nothing);
                 self.say(RunnerState::Refused { error: chain(error) });
                 REFUSED_PAUSE
             }
@@ -322,13 +350,16 @@ impl Poller {
             }
             error => {
                 let pause = backoff.next_told(&self.parts.rng, error.retry_after());
+                let remedy = error.explain();
                 tracing::warn!(
                     runner,
                     error = chain(error),
+                    remedy,
                     pause_s = pause.as_secs_f64(),
                     "GitLab gave no answer to a poll"
                 );
-                self.say(RunnerState::Retrying { error: chain(error), in_s: pause.as_secs() });
+                let error = remedy.map_or_else(|| chain(error), |remedy| format!("{}; {remedy}", chain(error)));
+                self.say(RunnerState::Retrying { error, in_s: pause.as_secs() });
                 pause
             }
         }

@@ -3,9 +3,10 @@
 use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
 use crate::capacity::Capacity;
-use crate::clock::Clock;
 use crate::control::{ControlHandler, KillOutcome};
 use crate::gitlab::JobId;
+use crate::job::Parts;
+use crate::metrics::Metrics;
 use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, RunnerState, RunnerStatus, StatusReport};
 use std::sync::{Mutex, PoisonError};
 
@@ -15,13 +16,14 @@ pub(super) struct Handler {
     /// Exchanged at a reload; held for a few lines.
     runners: Mutex<Vec<View>>,
     shutdown: Shutdown,
+    metrics: Metrics,
     since: String,
 }
 
 impl Handler {
-    pub(super) fn new(jobs: Jobs, capacity: Capacity, runners: Vec<View>, shutdown: Shutdown, clock: &Clock) -> Self {
-        let runners = Mutex::new(runners);
-        Self { jobs, capacity, runners, shutdown, since: clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string() }
+    pub(super) fn new(jobs: Jobs, capacity: Capacity, runners: Vec<View>, shutdown: Shutdown, parts: &Parts) -> Self {
+        let since = parts.clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        Self { jobs, capacity, runners: Mutex::new(runners), shutdown, metrics: parts.metrics.clone(), since }
     }
 }
 
@@ -56,6 +58,10 @@ impl ControlHandler for Handler {
             RunnerState::Blocked { reason } => Some(format!("runner `{}`: {reason}", runner.name)),
             _ => None,
         });
+        let stuck = self.metrics.job().stuck_domains.get();
+        let stuck = (stuck > 0)
+            .then(|| format!("{stuck} VMs cannot be taken down, and hold their room until they go; see the log"));
+        let problems = problems.chain(stuck);
         let jobs = self.jobs.views().into_iter().map(|view| JobStatusReport {
             runner: view.key.runner.clone(),
             id: view.key.id,

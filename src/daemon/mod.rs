@@ -10,6 +10,7 @@
 //! | drain (SIGQUIT) | none | run to their end |
 //! | end (second signal of a drain) | none | ended with an honest verdict |
 
+mod disk;
 mod error;
 mod handler;
 mod installation;
@@ -48,12 +49,14 @@ use crate::supply::{Place, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
 use crate::vm::{Accel, Hypervisor};
+use disk::Disk;
 use handler::Handler;
 use jobs::Started;
 use reload::Reloads;
 use setup::{accel, own_memory_mib, runner_of, runners};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use sweeper::Sweeper;
 use tokio::sync::mpsc;
@@ -147,7 +150,8 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     })?;
     let installation = Installation::open(&*files, &config.state_directory, &backends.rng).await?;
     let journal = Journal::open(files.clone(), &config.state_directory, &config.runtime_directory).await?;
-    let loaded = journal.load_all(&installation.id).await?;
+    let journal = journal.of(installation.id.clone());
+    let loaded = journal.load_all().await?;
     let restart = !loaded.records.is_empty();
     let memory_mib = match backends.hypervisor.probe().await {
         Ok(host) => host.memory_mib,
@@ -161,18 +165,20 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let places = Places { disks: &overlay_dir, sockets: &socket_dir };
     let accel = accel(&config, &backends, places, &installation.id, restart).await?;
     let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
+    let disk = Disk {
+        files: files.clone(),
+        hypervisor: backends.hypervisor.clone(),
+        overlay_dir: overlay_dir.clone(),
+        reserve_gib: config.capacity.disk_reserve_gib,
+        found: Arc::new(AtomicBool::new(config.capacity.disk_gib.is_none())),
+    };
     let disk_gib = match config.capacity.disk_gib {
         Some(disk_gib) => disk_gib,
-        None => {
-            let free = files.free_bytes(&overlay_dir).await.map_err(|source| DaemonError::Files {
-                what: "look for free disk at",
-                path: overlay_dir.clone(),
-                source,
-            })?;
-            // What the jobs of before hold is theirs already, and not free any more.
-            let held: u64 = loaded.records.iter().map(|record| record.resources.disk_gib).sum();
-            (free >> 30).saturating_sub(config.capacity.disk_reserve_gib).saturating_add(held)
-        }
+        None => disk.promisable_gib().await.map_err(|source| DaemonError::Files {
+            what: "look for free disk at",
+            path: overlay_dir.clone(),
+            source,
+        })?,
     };
     let capacity = Capacity::new(bounds(&config, memory_mib, disk_gib));
     // What a VM takes of which no record tells: at most what the largest class does.
@@ -188,7 +194,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let leave = CancellationToken::new();
     let place = Place { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
     let network = Network::new(&config.network);
-    let (supply, lister) = Supply::new(backends.hypervisor.clone(), backends.rng.clone(), network, place, stop.clone());
+    let metrics = Metrics::new();
+    let (supply, lister) =
+        Supply::new(backends.hypervisor.clone(), backends.rng.clone(), network, place, metrics.clone(), stop.clone());
     let parts = Parts {
         files,
         clock: backends.clock.clone(),
@@ -198,7 +206,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         images: backends.images.clone(),
         limits: Arc::new(config.limits.clone()),
         door_limits: backends.door_limits.clone(),
-        metrics: Metrics::new(),
+        metrics,
         machine_id: installation.machine_id.clone(),
         leave,
     };
@@ -214,6 +222,8 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         assert!(ended.is_ok(), "the task that lists VMs panicked");
         "lister"
     });
+    let disk_is_found = disk.found.clone();
+    background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
     let sweeper = Sweeper::new(parts.clone(), jobs.clone(), adopted.kept, capacity.clone(), unknown);
     let first_sweep = sweeper.begin(stop.clone(), &mut background);
     // The common case is clean before the first poll; a domain that is stuck keeps nobody waiting.
@@ -228,12 +238,13 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         jobs: jobs.clone(),
         memory_mib,
         disk_gib,
+        disk_is_found,
         overhead_mib: overhead,
         overlay_dir,
     };
     let views = wiring.poll(&runners, &parts, &stop_polling, &close_polls, &mut pollers);
     let (reloader, reloads) = reload::channel();
-    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts.clock));
+    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts));
     Ok(Daemon {
         parts,
         jobs,
@@ -280,6 +291,7 @@ impl Daemon {
         let mut tasks: JoinSet<Ended> = JoinSet::new();
         let mut count = self.jobs.count();
         let mut end_by: Option<Instant> = None;
+        let mut drain_by: Option<Instant> = None;
         loop {
             let wished = *mode.borrow_and_update();
             match wished {
@@ -290,7 +302,11 @@ impl Daemon {
                     self.parts.leave.cancel();
                     break;
                 }
-                Mode::Drain => self.stop_polling.cancel(),
+                Mode::Drain => {
+                    self.stop_polling.cancel();
+                    let timeout = self.parts.limits.drain_timeout.map(|span| Instant::now() + span.get());
+                    drain_by = drain_by.or(timeout);
+                }
                 Mode::End => {
                     self.stop_polling.cancel();
                     self.close_polls.cancel();
@@ -326,6 +342,10 @@ impl Daemon {
                 // Not when it is about to end: the next one reads the file itself.
                 Some(request) = self.reloads.next(), if wished == Mode::Run => self.serve_reload(request).await,
                 Ok(()) = count.changed() => {}
+                () = sleep_until(drain_by.filter(|_| wished == Mode::Drain)) => {
+                    tracing::warn!(left = self.jobs.views().len(), "the drain has taken as long as it may; its jobs are ended");
+                    self.shutdown.end();
+                }
                 () = sleep_until(end_by) => {
                     tracing::warn!(left = self.jobs.views().len(), "some jobs did not end in time; the next start goes on with them");
                     break;

@@ -6,9 +6,9 @@
 
 use super::DaemonError;
 use crate::config::Config;
-use std::fs::{DirBuilder, Metadata};
+use std::fs::{DirBuilder, Metadata, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 /// Permission bits that the state directory must not have. QEMU's own user must pass (not list) it
@@ -27,8 +27,12 @@ pub(super) fn check(config: &Config) -> Result<(), DaemonError> {
     let (state, runtime) = (&config.state_directory, &config.runtime_directory);
     for (path, forbidden) in [(state, STATE_FORBIDDEN), (runtime, FORBIDDEN)] {
         let failed = |what| move |source| DaemonError::Files { what, path: path.clone(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make directory"))?;
-        ours(path, forbidden, Kind::Directory)?;
+        if !ours(path, forbidden, Kind::Directory)? {
+            let mode = 0o777 & !forbidden;
+            DirBuilder::new().recursive(true).mode(mode).create(path).map_err(failed("make directory"))?;
+            // Whatever our umask says.
+            std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("set the mode of"))?;
+        }
         let found = rustix::fs::statvfs(path).map_err(|error| failed("look at")(error.into()))?;
         if found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
             return Err(failed("write to")(io::ErrorKind::ReadOnlyFilesystem.into()));
@@ -98,7 +102,6 @@ fn ours(path: &Path, forbidden: u32, kind: Kind) -> Result<bool, DaemonError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt as _;
     use std::path::PathBuf;
 
     fn config(dir: &Path) -> Config {
@@ -134,11 +137,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = config(dir.path());
         check(&config).unwrap();
-        for path in [&config.state_directory, &config.runtime_directory] {
-            assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o7777, 0o700);
-        }
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o7777;
         // QEMU's user passes the first.
-        set_mode(&config.state_directory, 0o711);
+        assert_eq!((mode(&config.state_directory), mode(&config.runtime_directory)), (0o711, 0o700));
+        set_mode(&config.state_directory, 0o700);
         check(&config).unwrap();
     }
 

@@ -38,8 +38,9 @@ pub fn lock(state_directory: &Path) -> Result<Lock, DaemonError> {
         let path = path.clone();
         move |source| DaemonError::Files { what, path, source }
     };
+    // QEMU's own user must pass it on the way to its overlay.
     let mut directory = std::fs::DirBuilder::new();
-    directory.recursive(true).mode(0o700).create(state_directory).map_err(failed("make the directory of"))?;
+    directory.recursive(true).mode(0o711).create(state_directory).map_err(failed("make the directory of"))?;
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let mut file = options.open(&path).map_err(failed("open"))?;

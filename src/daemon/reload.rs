@@ -8,6 +8,7 @@ use super::{Daemon, DaemonError, bounds, setup};
 use crate::config::Config;
 use crate::telemetry::chain;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -86,6 +87,7 @@ impl Daemon {
         let runners = setup::runners(&config, &wiring.backends, &wiring.installation).await?;
         let bounds = bounds(&config, wiring.memory_mib, wiring.disk_gib);
 
+        wiring.disk_is_found.store(config.capacity.disk_gib.is_none(), Ordering::Relaxed);
         self.wiring.capacity.set_bounds(bounds);
         self.parts.supply.set_ports(config.network.guest_ports);
         self.parts.limits = Arc::new(config.limits.clone());

@@ -9,6 +9,7 @@ use crate::status::RunnerState;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,8 @@ pub(super) struct Wiring {
     pub(super) memory_mib: u64,
     /// For all virtual disks, if nobody configured a bound.
     pub(super) disk_gib: u64,
+    /// Whether that counts.
+    pub(super) disk_is_found: Arc<AtomicBool>,
     /// What the hypervisor takes besides a guest's memory.
     pub(super) overhead_mib: u64,
     pub(super) overlay_dir: PathBuf,

@@ -19,6 +19,7 @@ struct Memory {
     free_bytes: u64,
     calls: u64,
     fail: Option<(u64, io::ErrorKind)>,
+    fail_writes: Option<io::ErrorKind>,
     history: Vec<String>,
     /// No history is kept: for simulations of many hours.
     quiet: bool,
@@ -26,7 +27,15 @@ struct Memory {
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { nodes: BTreeMap::new(), free_bytes: 1 << 40, calls: 0, fail: None, history: Vec::new(), quiet: false }
+        Self {
+            nodes: BTreeMap::new(),
+            free_bytes: 1 << 40,
+            calls: 0,
+            fail: None,
+            fail_writes: None,
+            history: Vec::new(),
+            quiet: false,
+        }
     }
 }
 
@@ -59,6 +68,11 @@ impl MemoryFiles {
     pub fn fail_call(&self, n: u64, kind: io::ErrorKind) {
         let mut memory = self.memory();
         memory.fail = Some((memory.calls + n, kind));
+    }
+
+    /// From now on every call that changes something fails so; `None`: no more.
+    pub fn fail_writes(&self, kind: Option<io::ErrorKind>) {
+        self.memory().fail_writes = kind;
     }
 
     /// Whether the failure asked for by [`MemoryFiles::fail_call`] has not happened yet.
@@ -112,7 +126,10 @@ impl MemoryFiles {
                 memory.fail = None;
                 Err(io::Error::new(kind, "injected"))
             }
-            _ => work(&mut memory),
+            _ => match memory.fail_writes.filter(|_| !READS.contains(&what)) {
+                Some(kind) => Err(io::Error::new(kind, "injected")),
+                None => work(&mut memory),
+            },
         };
         if !memory.quiet {
             let line = format!("{what} {} {}", path.display(), if result.is_ok() { "ok" } else { "failed" });
@@ -121,6 +138,9 @@ impl MemoryFiles {
         Box::pin(std::future::ready(result))
     }
 }
+
+/// Calls that change nothing.
+const READS: [&str; 5] = ["read", "read_at", "length", "list", "free_bytes"];
 
 fn not_found() -> io::Error {
     io::Error::from(io::ErrorKind::NotFound)

@@ -48,7 +48,8 @@ pub trait Files: Send + Sync + 'static {
     fn rename<'a>(&'a self, from: &'a Path, to: &'a Path) -> BoxFuture<'a, io::Result<()>>;
     /// Entries of a directory, sorted by name; empty if there is no such directory.
     fn list<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<Vec<Entry>>>;
-    /// Bytes that an unprivileged user may still write on the file system that holds `path`.
+    /// Bytes that an unprivileged user may still write on the file system that holds `path`;
+    /// `ReadOnlyFilesystem` if nobody may.
     fn free_bytes<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<u64>>;
 }
 
@@ -217,6 +218,10 @@ impl Files for RealFiles {
         let path = path.to_owned();
         Box::pin(blocking(move || {
             let stat = rustix::fs::statvfs(&path)?;
+            // A disk with errors is remounted so by the kernel.
+            if stat.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) {
+                return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+            }
             Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
         }))
     }

@@ -29,6 +29,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use url::Url;
 
 /// Version of the records that this daemon writes; it reads this one and those before.
@@ -220,6 +221,10 @@ pub struct Journal {
     files: Arc<dyn Files>,
     state: PathBuf,
     runtime: PathBuf,
+    /// Whose records are in it; none: nobody has said.
+    ours: Option<InstallationId>,
+    /// The last write failed.
+    unwell: Arc<AtomicBool>,
 }
 
 /// What the journal held at the start.
@@ -250,12 +255,24 @@ impl Journal {
         state_directory: &Path,
         runtime_directory: &Path,
     ) -> Result<Self, JournalError> {
-        let journal = Self { files, state: state_directory.join("jobs"), runtime: runtime_directory.join("jobs") };
+        let journal = Self {
+            files,
+            state: state_directory.join("jobs"),
+            runtime: runtime_directory.join("jobs"),
+            ours: None,
+            unwell: Arc::default(),
+        };
         for path in [&journal.state, &journal.runtime] {
             let made = journal.files.create_dir(path).await;
             made.map_err(|source| JournalError::Files { what: "make directory", path: path.clone(), source })?;
         }
         Ok(journal)
+    }
+
+    /// The journal of this installation: records of others stop [`Journal::load_all`].
+    #[must_use]
+    pub fn of(self, ours: InstallationId) -> Self {
+        Self { ours: Some(ours), ..self }
     }
 
     /// Where the job's spool is.
@@ -271,11 +288,12 @@ impl Journal {
     pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
         let name = record.key.directory();
         let directory = if planted::on(Bug::PayloadOnDisk) { &self.state } else { &self.runtime };
-        self.files.replace_in_new_dir(&child(directory, &name), "payload", payload.to_vec()).await?;
+        let made = self.files.replace_in_new_dir(&child(directory, &name), "payload", payload.to_vec()).await;
+        self.note(made)?;
         // Without the record nothing of this counts.
         reached(Point::K3);
-        let bytes = serde_json::to_vec(record)?;
-        self.files.replace_in_new_dir(&child(&self.state, &name), "record.json", bytes).await
+        let bytes = seal(&serde_json::to_vec(record)?);
+        self.note(self.files.replace_in_new_dir(&child(&self.state, &name), "record.json", bytes).await)
     }
 
     /// Replaces the job's record, durably.
@@ -284,7 +302,30 @@ impl Journal {
     /// The file layer's; the old record stands then.
     pub async fn put(&self, record: &Record) -> io::Result<()> {
         let bytes = seal(&serde_json::to_vec(record)?);
-        self.files.replace(&child(&self.state, &record.key.directory()).join("record.json"), bytes).await
+        let path = child(&self.state, &record.key.directory()).join("record.json");
+        self.note(self.files.replace(&path, bytes).await)
+    }
+
+    fn note<T>(&self, result: io::Result<T>) -> io::Result<T> {
+        self.unwell.store(result.is_err(), Ordering::Relaxed);
+        result
+    }
+
+    /// Whether the journal takes what is written. After a write that failed a small one is tried.
+    ///
+    /// # Errors
+    /// The file layer's: no job must be taken.
+    pub async fn look_well(&self) -> io::Result<()> {
+        if !self.unwell.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        for directory in [&self.state, &self.runtime] {
+            // Beside the jobs, where nothing else has this name.
+            let path = directory.with_file_name("written");
+            self.files.replace(&path, Vec::new()).await?;
+            self.files.remove(&path).await?;
+        }
+        self.note(Ok(()))
     }
 
     /// Keeps the guest config of the job's VM, for a restart of the daemon.
@@ -344,7 +385,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`] or
     /// [`JournalError::Foreign`].
-    pub async fn load_all(&self, ours: &InstallationId) -> Result<Loaded, JournalError> {
+    pub async fn load_all(&self) -> Result<Loaded, JournalError> {
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| JournalError::Files { what, path, source }
@@ -363,8 +404,11 @@ impl Journal {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => empty.push(dir),
                 Err(error) => broken.push((dir, error.to_string())),
                 Ok(bytes) => match parse(&bytes) {
-                    Ok(Record { installation: Some(theirs), .. }) if theirs != *ours => {
-                        return Err(JournalError::Foreign { path, theirs, ours: ours.clone() });
+                    Ok(Record { installation: Some(theirs), .. })
+                        if self.ours.as_ref().is_some_and(|ours| theirs != *ours) =>
+                    {
+                        let ours = self.ours.clone().unwrap_or_else(|| theirs.clone());
+                        return Err(JournalError::Foreign { path, theirs, ours });
                     }
                     Ok(record) if record.key.directory() == entry.name => records.push(record),
                     Ok(_) => broken.push((dir, "the record is of another job".to_owned())),
@@ -427,7 +471,7 @@ impl Record {
     pub fn example(id: u64) -> Self {
         Self {
             version: RECORD_VERSION,
-            installation: Some("aaaaaaaaaaaaaaaa".parse().unwrap()),
+            installation: None,
             key: JobKey { runner: "linux \"vm\"/1".into(), id: JobId(id) },
             gitlab: "https://gitlab.example".parse().unwrap(),
             job_token: Secret::new("glcbt-1"),

@@ -319,7 +319,12 @@ impl State {
                 commands.push(Command::HandNothing);
                 commands.extend((!machine_gone).then_some(Command::ReleaseMachine));
             }
-            Event::MachineStopped | Event::MachineFailed | Event::MachinePaused | Event::GraceOver | Event::Killed
+            Event::MachineStopped
+            | Event::MachineFailed
+            | Event::MachinePaused
+            | Event::HostDiskFailed
+            | Event::GraceOver
+            | Event::Killed
                 if !machine_gone =>
             {
                 commands.push(Command::ReleaseMachine);

@@ -143,8 +143,16 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         return;
     };
     let spoke = machinery.guest_has_written();
-    let mut job =
-        Job { m: machinery, reservation, view, last_hand_out: None, spoke, grace: None, graced: Duration::ZERO };
+    let mut job = Job {
+        m: machinery,
+        reservation,
+        view,
+        last_hand_out: None,
+        unkept: false,
+        spoke,
+        grace: None,
+        graced: Duration::ZERO,
+    };
     job.feed(first).await;
     while job.m.record.state != State::Ended {
         let deadline = job.deadline();
@@ -235,6 +243,8 @@ struct Job {
     reservation: Held,
     view: watch::Sender<JobView>,
     last_hand_out: Option<Instant>,
+    /// The guest's verdict could not be written down, and has not come again since.
+    unkept: bool,
     /// The guest has made a call for its job since the hand-out.
     spoke: bool,
     /// When the grace that is running ends.
@@ -521,8 +531,10 @@ impl Job {
         let (state, _) = self.m.record.state.clone().on(Event::GuestVerdict(verdict.clone()));
         reached(Point::K14);
         if !self.m.keep_verdict(state).await {
+            self.unkept = true;
             return VerdictAnswer::Later;
         }
+        self.unkept = false;
         reached(Point::K14);
         self.feed(Event::GuestVerdict(verdict)).await;
         VerdictAnswer::Taken
@@ -537,6 +549,8 @@ impl Job {
                 tracing::warn!(error = chain(&error), "the machine could not be made");
                 self.feed(Event::MachineFailed).await;
             }
+            // It gave up to ask us to write its verdict down.
+            MachineEvent::Stopped if self.unkept => self.feed(Event::HostDiskFailed).await,
             MachineEvent::Stopped => self.feed(Event::MachineStopped).await,
             MachineEvent::Paused => self.feed(Event::MachinePaused).await,
             MachineEvent::Released => {

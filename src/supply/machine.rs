@@ -17,6 +17,7 @@ use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
 use crate::vm::{Stream, VmError, VmName, VmSpec, VmState};
 use dayfly_guest_config::{REPORT_LINE_MAX, Report};
+use prometheus_client::metrics::gauge::Gauge;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -171,7 +172,14 @@ impl Driver {
     }
 
     async fn make(mut self, order: Order) {
-        match self.start(&order).await {
+        let mut wish = self.wish.clone();
+        let started = tokio::select! {
+            biased;
+            // As for a call that hangs while the VM is taken down.
+            Ok(_) = wish.wait_for(|wish| *wish == Wish::Leave) => return,
+            started = self.start(&order) => started,
+        };
+        match started {
             Ok(true) => self.watch(&order.config).await,
             Ok(false) => {
                 self.tell(MachineEvent::Stopped).await;
@@ -375,8 +383,10 @@ impl Driver {
         let hypervisor = self.supply.hypervisor().clone();
         let overlay = self.supply.overlay(&self.record.id);
         let mut backoff = Backoff::hypervisor();
+        let mut wish = self.wish.clone();
+        let mut stuck = None;
         loop {
-            let result = async {
+            let attempt = async {
                 // What is not listed is gone, or is not ours to destroy.
                 if self.is_ours().await? {
                     hypervisor.destroy(&self.name).await?;
@@ -391,22 +401,47 @@ impl Driver {
                     source: source.into(),
                 })
             };
-            match result.await {
+            let result = tokio::select! {
+                biased;
+                // A call that hangs must not hold a hand-over up: what is dropped here may take effect
+                // or not, and the next daemon looks. A dropped handle disables the first branch.
+                Ok(_) = wish.wait_for(|wish| *wish == Wish::Leave) => return,
+                result = attempt => result,
+            };
+            match result {
                 Ok(()) => break,
                 Err(_) if planted::on(Bug::DestroyGivenUp) => break,
                 Err(error) => {
                     tracing::warn!(vm = %self.record.id, error = chain(&error), "could not take a VM down; trying again");
+                    stuck.get_or_insert_with(|| Stuck::count(&self.supply));
                     let pause = backoff.next(&self.supply.0.rng);
                     tokio::select! {
                         biased;
                         // Both cancel safe. A dropped handle disables the first branch: go on trying.
-                        Ok(_) = self.wish.wait_for(|wish| *wish == Wish::Leave) => return,
+                        Ok(_) = wish.wait_for(|wish| *wish == Wish::Leave) => return,
                         () = tokio::time::sleep(pause) => {}
                     }
                 }
             }
         }
         self.tell(MachineEvent::Released).await;
+    }
+}
+
+/// A VM that could not be taken down, counted as long as that is so.
+struct Stuck(Gauge);
+
+impl Stuck {
+    fn count(supply: &Supply) -> Self {
+        let gauge = supply.0.metrics.job().stuck_domains.clone();
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }
 

@@ -10,6 +10,7 @@ mod machine;
 pub use machine::{Machine, MachineEvent};
 
 use crate::image::stamp::Stamp;
+use crate::metrics::Metrics;
 use crate::network::{Network, NoFreePort, PortRange};
 use crate::planted::{self, Bug};
 use crate::rng::Rng;
@@ -39,6 +40,7 @@ struct Shared {
     rng: Rng,
     network: Network,
     place: Place,
+    metrics: Metrics,
     listing: watch::Receiver<Listing>,
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
     driven: Mutex<BTreeSet<VmId>>,
@@ -105,6 +107,7 @@ impl Supply {
         rng: Rng,
         network: Network,
         place: Place,
+        metrics: Metrics,
         stop: CancellationToken,
     ) -> (Self, JoinHandle<()>) {
         let (sender, listing) = watch::channel(Listing::default());
@@ -113,6 +116,7 @@ impl Supply {
             rng,
             network,
             place,
+            metrics,
             listing,
             driven: Mutex::default(),
             failures: AtomicU32::new(0),

@@ -7,6 +7,7 @@ use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route};
+use dayfly::vm::fake::{Fault as VmFault, Op};
 use dayfly::vm::{Accel, Attachment, Boot, Hypervisor as _, VmId, VmSpec};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -239,6 +240,101 @@ fn spec(id: &str, installation: VmId) -> VmSpec {
         attachment: Attachment::User,
         socket_dir: "/run/vm".into(),
     }
+}
+
+/// E1: also while a call to the hypervisor hangs: at create, at destroy.
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_is_quick_whatever_call_hangs() {
+    for op in [Op::CreateOverlay, Op::Start, Op::State, Op::Destroy, Op::List] {
+        let mut world = World::new(1);
+        world.expect_trouble(&["could not be made", "could not take a VM down", "look for", "let go in time"]);
+        if op == Op::Destroy {
+            // One that does not power off by itself.
+            world.set_guest(|mut guest: Guest| async move {
+                let payload = guest.ask().await.unwrap();
+                guest.work(&payload).await;
+                std::future::pending::<()>().await;
+            });
+        }
+        let job = world.job(&["print begun", "sleep 5", "print ended"]);
+        if op == Op::List {
+            world.start().await.unwrap();
+            world.until_word("running").await;
+            world.hypervisor.fail_always(op, VmFault::Hangs);
+            sleep(Duration::from_secs(3)).await;
+        } else {
+            world.hypervisor.fail_always(op, VmFault::Hangs);
+            world.start().await.unwrap();
+            world.until_word(if op == Op::Destroy { "releasing" } else { "booting" }).await;
+            sleep(Duration::from_secs(8)).await;
+        }
+        let since = Instant::now();
+        world.hand_over().await;
+        assert!(since.elapsed() <= Duration::from_secs(5), "{op:?}: {:?}", since.elapsed());
+        world.hypervisor.heal();
+        world.start().await.unwrap();
+        world.until(job, JobState::Success).await;
+        world.assert_clean().await;
+        assert_eq!(world.machines_at_once(), 1);
+    }
+}
+
+/// E1: while an artifact is on its way, which GitLab is slow to take.
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_in_the_middle_of_an_upload_costs_nothing() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["let go in time"]);
+    world.standin.script(Matcher::on(Route::UploadArtifacts), Fault::Delay(Duration::from_secs(30)));
+    let job = world.job(&["print one", "upload 1000", "print three"]);
+    world.start().await.unwrap();
+    world.until_word("running").await;
+    sleep(Duration::from_secs(2)).await;
+    goes_on(&mut world, job, Duration::from_secs(3)).await;
+    assert!(world.trace(job).contains("upload: Some(201)"), "{}", world.trace(job));
+}
+
+/// E3: a drain that has a time ends what is left then, as a second signal does.
+#[tokio::test(start_paused = true)]
+async fn a_drain_with_a_time_ends_what_is_left_then() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["failure=Killed", "as long as it may"]);
+    world.config.limits.drain_timeout = Some(dayfly::config::Span::from_secs(120));
+    let (short, long) = (world.job(&["print short", "sleep 60"]), world.job(&["print long", "sleep 3000"]));
+    world.start().await.unwrap();
+    for (job, text) in [(short, "short"), (long, "long")] {
+        world.until_trace(job, text).await;
+    }
+    let since = Instant::now();
+    world.shutdown().drain();
+    world.ended().await;
+    assert!((120..150).contains(&since.elapsed().as_secs()), "{:?}", since.elapsed());
+    world.until(short, JobState::Success).await;
+    world.until_failed(long, "runner_interrupted", "an operator of this runner ended the job").await;
+    world.start().await.unwrap();
+    world.assert_clean().await;
+}
+
+/// E2: a job that a poll brings while all are ended is ended too.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_comes_while_all_are_ended_is_ended_too() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["failure=Killed"]);
+    let job = world.job(&["print begun", "sleep 3000"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "begun").await;
+    // GitLab has decided, and its answer is on its way.
+    world.standin.script(Matcher::on(Route::RequestJob), Fault::DelayAnswer(Duration::from_secs(3)));
+    let late = world.job(&["print late", "sleep 3000"]);
+    world.until(late, JobState::Running).await;
+    let since = Instant::now();
+    world.shutdown().end();
+    world.ended().await;
+    assert!(since.elapsed() <= Duration::from_secs(30), "{:?}", since.elapsed());
+    for job in [job, late] {
+        world.until_failed(job, "runner_interrupted", "an operator of this runner ended the job").await;
+    }
+    world.start().await.unwrap();
+    world.assert_clean().await;
 }
 
 /// H16: what carries our installation id and belongs to no job goes; what is foreign stays.

@@ -23,6 +23,7 @@ mod exec;
 mod faults;
 mod gitlab;
 mod handover;
+mod host;
 mod hypervisor;
 mod identity;
 mod kill_points;

@@ -6,8 +6,9 @@
 mod host;
 
 use super::scratch;
-use crate::config::{Config, Loaded};
-use crate::daemon::Backends;
+use crate::config::{Config, Loaded, Runner};
+use crate::daemon::{self, Backends, Installation};
+use crate::gitlab::{RunnerApi, RunnerToken};
 use crate::image::manifest::RunnerOrigin;
 use crate::image::store::ImageStore;
 use crate::rng::Rng;
@@ -20,6 +21,10 @@ use std::fmt;
 use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// How long one GitLab is waited for; people wait too.
+const GITLAB_PATIENCE: Duration = Duration::from_secs(15);
 
 /// How much a finding matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -74,6 +79,9 @@ pub(super) async fn doctor(config: &Path) -> anyhow::Result<ExitCode> {
     let mut findings = configuration(&loaded);
     findings.extend(files(&loaded.config, &host));
     findings.extend(images(&loaded.config, &backends.images));
+    for runner in &loaded.config.runner {
+        findings.extend(gitlab(&loaded.config, runner, &backends).await);
+    }
     findings.extend(machines(&loaded.config, backends.hypervisor.as_ref(), &backends.rng).await?);
     for finding in &findings {
         writeln!(io::stdout(), "{finding}")?;
@@ -104,6 +112,36 @@ fn configuration(loaded: &Loaded) -> Vec<Finding> {
         )),
     }
     findings
+}
+
+/// Whether a runner's GitLab answers and knows the token. `None`: this host has never run as a runner
+/// manager, and asking would make GitLab list one.
+async fn gitlab(config: &Config, runner: &Runner, backends: &Backends) -> Option<Finding> {
+    let file = std::fs::read(config.state_directory.join("installation.json")).ok()?;
+    let installation: Installation = serde_json::from_slice(&file).ok()?;
+    let name = &runner.name;
+    let of = |error: &dyn std::error::Error| format!("runner `{name}`: {}", chain(error));
+    let token = match RunnerToken::from_file(&runner.token_file) {
+        Ok(token) => token,
+        Err(error) => return Some(Finding::bad(of(&error), "dayfly register")),
+    };
+    let transport = match backends.transport.open(&daemon::endpoint(runner)) {
+        Ok(transport) => transport,
+        Err(error) => return Some(Finding::bad(of(&error), "mend the runner's entry in the configuration")),
+    };
+    let api = RunnerApi::new(transport, token, installation.system_id(), backends.rng.clone());
+    Some(match tokio::time::timeout(GITLAB_PATIENCE, api.verify(None)).await {
+        Ok(Ok(_)) => Finding::ok(format!("runner `{name}`: {} knows its token", runner.url)),
+        Ok(Err(error)) => {
+            let remedy = error.explain().unwrap_or_else(|| "if it is not down, look at what is in between".into());
+            let what = format!("{}, asking {}", of(&error), runner.url);
+            if error.is_transient() { Finding::warn(what, remedy) } else { Finding::bad(what, remedy) }
+        }
+        Err(_) => Finding::warn(
+            format!("runner `{name}`: {} gave no answer within {} s", runner.url, GITLAB_PATIENCE.as_secs()),
+            "if it is not down, look at what is in between",
+        ),
+    })
 }
 
 fn files(config: &Config, host: &Host) -> Vec<Finding> {

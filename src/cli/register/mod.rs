@@ -11,6 +11,7 @@ use super::{Usage, prompt};
 use crate::config::{self, Config, Runner};
 use crate::gitlab::{GitlabError, RunnerToken, Verified};
 use crate::secret::Secret;
+use crate::telemetry::chain;
 use anyhow::{Context as _, anyhow, bail};
 use entry::Entry;
 use std::ffi::OsString;
@@ -110,7 +111,10 @@ fn explain(error: GitlabError) -> anyhow::Error {
             "GitLab refuses the token (status {status}): use the runner authentication token (glrt-…) that GitLab showed when the runner was \
              created; a registration token (GR1348941…) is another thing, and no longer of use"
         ),
-        error => anyhow::Error::new(error),
+        error => match error.explain() {
+            Some(remedy) => anyhow!("{}; {remedy}", chain(&error)),
+            None => anyhow::Error::new(error),
+        },
     }
 }
 

@@ -195,6 +195,7 @@ fn limits(config: &Config, report: &mut Report<'_>) {
     for (key, span) in spans {
         report.not_zero(key, span.get().is_zero());
     }
+    report.not_zero("limits.drain_timeout", l.drain_timeout.is_some_and(|span| span.get().is_zero()));
     report.not_zero("limits.spool_mib", l.spool_mib == 0);
     // The runner in the guest counts in whole seconds; above 3 its cancel latency grows.
     let interval = l.guest_update_interval.get();

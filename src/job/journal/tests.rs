@@ -3,10 +3,6 @@
 use super::*;
 use crate::files::fake::MemoryFiles;
 
-fn ours() -> InstallationId {
-    "aaaaaaaaaaaaaaaa".parse().unwrap()
-}
-
 async fn journal(files: &MemoryFiles) -> Journal {
     Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap()
 }
@@ -16,7 +12,7 @@ async fn a_record_reads_back_and_goes_without_a_trace() {
     let files = MemoryFiles::default();
     let journal = journal(&files).await;
     journal.accept(&Record::example(42), Bytes::from_static(b"{}")).await.unwrap();
-    let Loaded { records, aside } = journal.load_all(&ours()).await.unwrap();
+    let Loaded { records, aside } = journal.load_all().await.unwrap();
     assert_eq!((records.len(), aside.len()), (1, 0));
     assert_eq!(records[0].key.id, JobId(42));
     assert!(!format!("{:?}", records[0]).contains("glcbt"));
@@ -36,7 +32,7 @@ async fn a_torn_record_is_set_aside_and_the_others_are_read() {
     for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
         files.create_dir(path.parent().unwrap()).await.unwrap();
         files.replace(&path, whole[..cut].to_vec()).await.unwrap();
-        let Loaded { records, aside } = journal.load_all(&ours()).await.unwrap();
+        let Loaded { records, aside } = journal.load_all().await.unwrap();
         assert_eq!(records.iter().map(|r| r.key.id.0).collect::<Vec<_>>(), [2]);
         assert_eq!(aside.len(), 1, "cut at {cut}");
     }
@@ -46,15 +42,18 @@ async fn a_torn_record_is_set_aside_and_the_others_are_read() {
 #[tokio::test]
 async fn a_record_of_another_installation_is_refused_untouched() {
     let files = MemoryFiles::default();
-    let journal = journal(&files).await;
-    journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
+    let theirs: InstallationId = "aaaaaaaaaaaaaaaa".parse().unwrap();
+    let record = Record { installation: Some(theirs.clone()), ..Record::example(1) };
+    journal(&files).await.accept(&record, Bytes::new()).await.unwrap();
     let before = files.contents();
-    let error = journal.load_all(&"bbbbbbbbbbbbbbbb".parse().unwrap()).await.unwrap_err();
+    let ours = journal(&files).await.of("bbbbbbbbbbbbbbbb".parse().unwrap());
+    let error = ours.load_all().await.unwrap_err();
     assert!(
         error.to_string().contains("another installation (aaaaaaaaaaaaaaaa, this one is bbbbbbbbbbbbbbbb)"),
         "{error}"
     );
     assert_eq!(files.contents(), before);
+    assert_eq!(journal(&files).await.of(theirs).load_all().await.unwrap().records.len(), 1);
 }
 
 /// E12: a newer record stops the daemon and nothing is touched.
@@ -66,7 +65,7 @@ async fn a_newer_record_is_refused_untouched() {
     let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
     files.replace(&path, br#"{"version":3,"something":"new"}"#.to_vec()).await.unwrap();
     let before = files.contents();
-    let error = journal.load_all(&ours()).await.unwrap_err();
+    let error = journal.load_all().await.unwrap_err();
     assert!(matches!(error, JournalError::Newer { version: 3, .. }), "{error}");
     assert_eq!(files.contents(), before);
 }

@@ -28,6 +28,7 @@ use crate::BoxFuture;
 use disk::Disks;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -89,6 +90,8 @@ pub struct Libvirt {
     workers: Workers,
     disks: Disks,
     domain_type: Option<String>,
+    /// See [`session_logs`].
+    session_logs: Option<PathBuf>,
 }
 
 impl fmt::Debug for Libvirt {
@@ -103,7 +106,12 @@ impl Libvirt {
     pub fn new(config: &Config) -> Self {
         // Else libvirt prints its errors itself, past our log.
         virt::error::clear_error_callback();
-        Self { workers: Workers::new(&config.uri), disks: Disks { qemu_img: "qemu-img".into() }, domain_type: None }
+        Self {
+            workers: Workers::new(&config.uri),
+            disks: Disks { qemu_img: "qemu-img".into() },
+            domain_type: None,
+            session_logs: session_logs(&config.uri, |name| std::env::var_os(name)),
+        }
     }
 
     /// For `test:///default`, whose driver knows domains of type `test` only.
@@ -113,6 +121,14 @@ impl Libvirt {
         self.domain_type = Some(domain_type.to_owned());
         self
     }
+}
+
+/// Where a libvirtd of our own session keeps one log per domain, for ever: as libvirt's
+/// `virGetUserCacheDirectory` and `qemuStateInitialize` have it. The system's are root's, and rotated.
+fn session_logs(uri: &str, variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let of = |name| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = of("XDG_CACHE_HOME").or_else(|| of("HOME").map(|home| home.join(".cache")))?;
+    uri.starts_with("qemu:///session").then(|| cache.join("libvirt/qemu/log"))
 }
 
 /// The socket path is too long for the kernel.
@@ -235,7 +251,12 @@ impl Hypervisor for Libvirt {
     fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
         Box::pin(async move {
             unlink(&VmSpec::channel_socket(socket_dir, id)).await?;
-            unlink(&VmSpec::console_socket(socket_dir, id)).await
+            unlink(&VmSpec::console_socket(socket_dir, id)).await?;
+            if let Some(logs) = &self.session_logs {
+                // The name is ours alone: it has the VM's random id. A log that stays does no harm.
+                let _ = unlink(&logs.join(format!("{}.log", VmName::from(id.clone())))).await;
+            }
+            Ok(())
         })
     }
 
@@ -286,6 +307,20 @@ mod tests {
         assert_eq!(mode(&overlays), 0o711);
         std::fs::write(dir.path().join("file"), "").unwrap();
         assert!(make_passable(&dir.path().join("file/overlays")).is_err());
+    }
+
+    #[test]
+    fn logs_of_domains_are_ours_to_remove_in_our_own_session_only() {
+        let of = |uri: &str, set: &[(&str, &str)]| {
+            let set: Vec<(String, OsString)> = set.iter().map(|(k, v)| ((*k).to_owned(), v.into())).collect();
+            session_logs(uri, |name| set.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone()))
+        };
+        let home = [("HOME", "/home/ci")];
+        assert_eq!(of("qemu:///session", &home), Some("/home/ci/.cache/libvirt/qemu/log".into()));
+        let both = [("HOME", "/home/ci"), ("XDG_CACHE_HOME", "/cache")];
+        assert_eq!(of("qemu:///session", &both), Some("/cache/libvirt/qemu/log".into()));
+        assert_eq!(of("qemu:///session", &[("HOME", "relative")]), None);
+        assert_eq!(of("qemu:///system", &home), None);
     }
 
     #[test]

@@ -223,7 +223,9 @@ impl Inner {
     /// Time stands still and somebody runs in circles: the whole process ends here, for nothing else can.
     fn give_up(&self, event: &Event<'_>) -> ! {
         let seed = self.seed;
-        crate::report::say(&format!("VIOLATION of invariant 20: {EVENTS_MAX} events and no end; the last is {event:?}"));
+        crate::report::say(&format!(
+            "VIOLATION of invariant 20: {EVENTS_MAX} events and no end; the last is {event:?}"
+        ));
         crate::report::say(&format!("again: scripts/sim --seed {seed} --jobs 1"));
         let tail = self.text.char_indices().rev().nth(20_000).map_or(0, |(at, _)| at);
         crate::report::say(&self.text[tail..]);
