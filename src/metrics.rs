@@ -157,6 +157,8 @@ pub struct JobMetrics {
     pub assigned_again: Counter,
     /// Tasks of jobs that panicked.
     pub panicked: Counter,
+    /// Answers in which GitLab held more of a trace than there was.
+    pub trace_ahead: Counter,
     /// Machines that were lost before they were ready, and replaced.
     pub machines_replaced: Counter,
     /// VMs whose destruction has failed and is tried again.
@@ -186,6 +188,7 @@ impl JobMetrics {
             unreadable: Counter::default(),
             assigned_again: Counter::default(),
             panicked: Counter::default(),
+            trace_ahead: Counter::default(),
             machines_replaced: Counter::default(),
             stuck_domains: Gauge::default(),
             runners_unwell: Gauge::default(),
@@ -206,6 +209,7 @@ impl JobMetrics {
             metrics.assigned_again.clone(),
         );
         registry.register("jobs_panicked", "Jobs whose task panicked", metrics.panicked.clone());
+        registry.register("trace_ahead", "GitLab held more of a trace than there was", metrics.trace_ahead.clone());
         registry.register(
             "machines_replaced",
             "Machines replaced before they were ready",

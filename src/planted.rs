@@ -21,7 +21,7 @@ macro_rules! bugs {
 }
 
 bugs! {
-    /// 1: a verdict that GitLab answers with a 5xx is never sent again.
+    /// 1: a verdict that does not get through is never sent again.
     VerdictDropped,
     /// 2: the verdict is sent a second time, as the other state.
     DoubleReport,
@@ -61,8 +61,8 @@ bugs! {
     PayloadOnDisk,
     /// 9: a piece of trace carries the job token in its URL too.
     CredentialInUrl,
-    /// 11: a job that was canceled while it booted runs nevertheless.
-    CanceledJobRuns,
+    /// 11: GitLab's word on a job is not heard: a canceled one boots, and runs, nevertheless.
+    CancelUnheard,
     /// 12: the machine in place of a lost one gets its names, disk path and pass.
     MachineReused,
     /// 12: all machines have the same pass.

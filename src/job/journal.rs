@@ -467,7 +467,7 @@ mod damage;
 impl Record {
     /// A record as it should be, of a job that nothing has happened to yet.
     #[must_use]
-    #[expect(clippy::unwrap_used, reason = "for tests: the address is a constant")]
+    #[expect(clippy::unwrap_used, reason = "for tests: address and installation are constants")]
     pub fn example(id: u64) -> Self {
         Self {
             version: RECORD_VERSION,

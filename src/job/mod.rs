@@ -20,7 +20,7 @@ mod refuse;
 pub mod spool;
 pub mod state;
 mod task;
-mod uploader;
+pub mod uploader;
 
 pub use limits::Limits;
 pub use refuse::{Refusal, give_up, refuse};

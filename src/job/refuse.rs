@@ -86,7 +86,9 @@ async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -
             Saying::Verdict(update) => deliver(client, update).await,
         };
         match said {
-            Ok(()) => return true,
+            Ok(true) => return true,
+            // 412: what GitLab has of the trace is not what it was told; all of it goes again.
+            Ok(false) => tokio::time::sleep(backoff.next(&parts.rng)).await,
             Err(error) => {
                 tracing::warn!(job = %id, error = chain(&error), "tell GitLab that a job is not run");
                 tokio::time::sleep(backoff.next_told(&parts.rng, error.retry_after())).await;
@@ -97,7 +99,7 @@ async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -
     false
 }
 
-async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Result<(), GitlabError> {
+async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Result<bool, GitlabError> {
     let at = begins.unwrap_or(0);
     let answer = client.append_trace(at, text.clone(), false).await?;
     match answer.continue_at {
@@ -116,11 +118,15 @@ async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Res
     deliver(client, &update).await
 }
 
-async fn deliver(client: &JobClient, update: &JobUpdate) -> Result<(), GitlabError> {
+/// `false`: GitLab wants the trace again.
+async fn deliver(client: &JobClient, update: &JobUpdate) -> Result<bool, GitlabError> {
     let since = Instant::now();
-    // 202: the verdict is noted, and counts only once it has been asked for again.
-    while let Some(pause) = client.update_job(update).await?.ask_again.filter(|_| since.elapsed() < STORING) {
-        tokio::time::sleep(pause).await;
+    loop {
+        let answer = client.update_job(update).await?;
+        match answer.ask_again {
+            // 202: the verdict is noted, and counts only once it has been asked for again.
+            Some(pause) if since.elapsed() < STORING => tokio::time::sleep(pause).await,
+            _ => return Ok(!answer.resend_trace),
+        }
     }
-    Ok(())
 }

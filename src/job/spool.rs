@@ -248,7 +248,12 @@ impl SpoolWriter {
             return Ok(Appended::Closed);
         }
         if std::mem::take(&mut state.uncounted) {
-            state.guest_length = offset;
+            if state.length > shared.bytes_max {
+                state.guest_length = offset;
+            } else {
+                // Full to the byte: nothing was dropped, so the count is known, and the notice is due.
+                state.full = false;
+            }
         }
         if offset != state.guest_length && !planted::on(Bug::GuestOffsetIgnored) {
             // Exactly the last piece again (its answer was lost) is a success, as at GitLab.
@@ -261,12 +266,14 @@ impl SpoolWriter {
         if !state.full {
             let room = shared.bytes_max.saturating_sub(state.length);
             let fits = usize::try_from(room).map_or(bytes.len(), |room| room.min(bytes.len()));
-            let whole = fits == bytes.len();
-            shared.write(&mut state, bytes.slice(..fits)).await?;
-            if !whole {
+            if fits == bytes.len() {
+                shared.write(&mut state, bytes).await?;
+            } else {
+                // In one write: a crash between two would leave a log that ends without a word.
                 let notice = "\n\x1b[33;1mdayfly: this log reached the limit that this runner keeps. The job goes on, the rest of its log is dropped.\x1b[0;m\n";
+                let last = [&bytes[..fits], notice.as_bytes()].concat();
+                shared.write(&mut state, Bytes::from(last)).await?;
                 state.full = true;
-                shared.write(&mut state, Bytes::from_static(notice.as_bytes())).await?;
             }
         }
         state.guest_length += sent;

@@ -245,7 +245,6 @@ impl State {
             Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
-            Event::Gitlab(_) if planted::on(Bug::CanceledJobRuns) => (Self::Booting { replaced }, vec![]),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
             Event::Gitlab(JobStatus::Over) => {
                 let (state, mut commands) = Self::over();

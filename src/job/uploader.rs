@@ -10,6 +10,7 @@ use super::spool::SpoolReader;
 use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
+use crate::metrics::Metrics;
 use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
@@ -33,26 +34,34 @@ const FIRST_INTERVAL: Duration = Duration::from_secs(3);
 const SPOOL_READ_TRIES: u32 = 20;
 
 /// What an uploader needs.
-pub(super) struct Upload {
-    pub(super) client: JobClient,
+pub struct Upload {
+    /// The job at GitLab.
+    pub client: JobClient,
     /// The job token of a newer 201, to be used once GitLab refuses the first (safety.md G17).
-    pub(super) newer_token: watch::Receiver<Option<Secret>>,
-    pub(super) spool: SpoolReader,
-    pub(super) outbox: watch::Receiver<Outbox>,
-    pub(super) events: mpsc::Sender<UploaderEvent>,
+    pub newer_token: watch::Receiver<Option<Secret>>,
+    /// The trace.
+    pub spool: SpoolReader,
+    /// The verdict, once there is one.
+    pub outbox: watch::Receiver<Outbox>,
+    /// What the job task learns. Bounded; the uploader waits for room.
+    pub events: mpsc::Sender<UploaderEvent>,
     /// GitLab marks the trace as one with secrets in it.
-    pub(super) debug_trace: watch::Receiver<bool>,
+    pub debug_trace: watch::Receiver<bool>,
     /// Longest pause between two calls.
-    pub(super) keepalive: Duration,
+    pub keepalive: Duration,
     /// How long an undelivered verdict is tried.
-    pub(super) keep: Duration,
-    pub(super) rng: Rng,
-    pub(super) clock: Clock,
+    pub keep: Duration,
+    /// What the uploader counts.
+    pub metrics: Metrics,
+    /// Source of the pauses' jitter.
+    pub rng: Rng,
+    /// Wall time, for the log.
+    pub clock: Clock,
 }
 
 /// What waits for GitLab besides the trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Outbox {
+pub enum Outbox {
     /// The job goes on.
     Empty,
     /// How it ended. The spool is complete.
@@ -63,7 +72,7 @@ pub(super) enum Outbox {
 
 /// What the job task learns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum UploaderEvent {
+pub enum UploaderEvent {
     /// GitLab's word on the job has changed.
     Status(JobStatus),
     /// Nothing is left to do: delivered, over, or given up. The last event.
@@ -71,7 +80,7 @@ pub(super) enum UploaderEvent {
 }
 
 /// Sends the spool and the verdict; ends after [`UploaderEvent::Done`], or when nobody listens.
-pub(super) async fn upload(upload: Upload) {
+pub async fn upload(upload: Upload) {
     let keep = upload.keep;
     let mut uploader = Uploader {
         sent: 0,
@@ -86,6 +95,7 @@ pub(super) async fn upload(upload: Upload) {
         read_failures: 0,
         opened: false,
         refusals: 0,
+        doubt: false,
         resends: None,
         truncated_at: None,
         renewals: upload.client.renewals(),
@@ -135,6 +145,9 @@ struct Uploader {
     opened: bool,
     /// Answers in a row that asked for other bytes than were sent.
     refusals: u32,
+    /// GitLab has named more bytes than this uploader had sent. If nothing is left to send after
+    /// that, it is asked once more before the verdict.
+    doubt: bool,
     /// Pauses between verdicts that GitLab answers with 412: the trace in between is taken each time.
     resends: Option<Backoff>,
     /// Whether the job's token has changed during a call.
@@ -151,7 +164,7 @@ enum Step {
 
 /// What to do next.
 enum Next {
-    Patch,
+    Patch(u64),
     Keepalive,
     MarkDebug,
     Verdict(Verdict),
@@ -164,7 +177,7 @@ impl Uploader {
         self.renewals.mark_unchanged();
         match self.next() {
             Next::Stop => Step::Done,
-            Next::Patch => self.patch().await,
+            Next::Patch(offset) => self.patch(offset).await,
             Next::MarkDebug => self.mark_debug().await,
             Next::Keepalive => self.update(None).await,
             Next::Verdict(verdict) => self.update(Some(verdict)).await,
@@ -190,7 +203,13 @@ impl Uploader {
             return Next::MarkDebug;
         }
         if let Outbox::Verdict(verdict) = outbox {
-            return if waiting > 0 && !planted::on(Bug::LostLastLine) { Next::Patch } else { Next::Verdict(verdict) };
+            if waiting > 0 && !planted::on(Bug::LostLastLine) {
+                return Next::Patch(self.sent);
+            }
+            // The last byte again: GitLab takes it without effect if it holds what it should, and
+            // names its size if not.
+            let last = self.end().checked_sub(1).filter(|_| self.doubt);
+            return last.map_or(Next::Verdict(verdict), Next::Patch);
         }
         // GitLab hears `running` first: a server that waits for it takes no trace before (safety.md
         // G20), and a job that is over by now ends here (G18).
@@ -204,7 +223,7 @@ impl Uploader {
         }
         let patch_due = self.last_patch.map_or(now, |last| last + self.interval);
         if waiting > 0 && (now >= patch_due || waiting >= PATCH_BYTES_MAX as u64) {
-            return Next::Patch;
+            return Next::Patch(self.sent);
         }
         Next::Wait(Some(if waiting > 0 { keepalive_due.min(patch_due) } else { keepalive_due }))
     }
@@ -234,10 +253,12 @@ impl Uploader {
         }
     }
 
-    async fn patch(&mut self) -> Step {
-        let wanted = usize::try_from(self.end() - self.sent).map_or(PATCH_BYTES_MAX, |n| n.min(PATCH_BYTES_MAX));
+    /// Sends what there is from `offset`: the bytes that GitLab lacks, or one that it should have.
+    async fn patch(&mut self, offset: u64) -> Step {
+        let asks = offset < self.sent;
+        let wanted = usize::try_from(self.end() - offset).map_or(PATCH_BYTES_MAX, |n| n.min(PATCH_BYTES_MAX));
         let from =
-            if planted::on(Bug::UploadOffByOne) && self.refusals > 0 { self.sent.saturating_sub(1) } else { self.sent };
+            if planted::on(Bug::UploadOffByOne) && self.refusals > 0 { offset.saturating_sub(1) } else { offset };
         let bytes = match self.upload.spool.read(from, wanted).await {
             Ok(bytes) if !bytes.is_empty() => {
                 self.read_failures = 0;
@@ -247,8 +268,10 @@ impl Uploader {
                 let error = read.err().map_or_else(|| "file is shorter than it was".to_owned(), |e| e.to_string());
                 self.read_failures += 1;
                 tracing::error!(error, "read the trace's spool");
-                if self.read_failures >= SPOOL_READ_TRIES {
-                    self.truncated_at = Some(self.sent);
+                if asks {
+                    self.doubt = false;
+                } else if self.read_failures >= SPOOL_READ_TRIES {
+                    self.truncated_at = Some(offset);
                 }
                 self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
                 return Step::Continue;
@@ -258,20 +281,22 @@ impl Uploader {
         self.last_patch = Some(Instant::now());
         let debug = *self.upload.debug_trace.borrow();
         reached(Point::K12);
-        match self.upload.client.append_trace(self.sent, bytes, debug).await {
+        match self.upload.client.append_trace(offset, bytes, debug).await {
             Ok(answer) => {
                 reached(Point::K12);
                 self.answered(answer.interval);
                 // GitLab takes the mark from a PATCH at offset 0, even from one that it refuses.
-                self.marked_debug |= debug && self.sent == 0;
+                self.marked_debug |= debug && offset == 0;
                 match answer.continue_at {
                     None if answer.status != JobStatus::Over => {
-                        self.sent += length;
+                        self.sent = offset + length;
+                        self.doubt = false;
                         self.progressed();
                     }
                     None => {}
                     Some(held) => {
                         if held > self.end() {
+                            self.upload.metrics.job().trace_ahead.inc();
                             tracing::error!(
                                 held,
                                 ours = self.end(),
@@ -280,6 +305,7 @@ impl Uploader {
                         }
                         // GitLab may have lost bytes (resend them) or have taken a piece whose answer was lost.
                         self.sent = held;
+                        self.doubt = !asks && held > offset + length;
                         self.refused();
                     }
                 }
@@ -405,7 +431,7 @@ impl Uploader {
 
     async fn failed(&mut self, error: &GitlabError) -> Step {
         let outbox = self.upload.outbox.borrow().clone();
-        if planted::on(Bug::VerdictDropped) && matches!(outbox, Outbox::Verdict(_)) && error.status() >= Some(500) {
+        if planted::on(Bug::VerdictDropped) && matches!(outbox, Outbox::Verdict(_)) {
             return Step::Done;
         }
         if planted::on(Bug::SuccessTurnedFailed)

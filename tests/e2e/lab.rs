@@ -1,8 +1,10 @@
 //! A GitLab stand-in over TLS, a git repository behind it, and the real daemon as a process.
 
+use crate::leaks;
 use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
+use dayfly::secret::Secret;
 use dayfly::standin::{self, Job, JobSpec, JobState, ProjectId, Served, Standin};
 use std::fmt::Write as _;
 use std::fs;
@@ -105,7 +107,9 @@ impl Lab {
         let tls = tls(dir.path());
         let served = standin::serve(standin.clone(), listener, Some(tls)).unwrap();
         let token = dir.path().join("token");
-        fs::write(&token, standin.runner_token(runner).unwrap().expose()).unwrap();
+        let known = crate::canary::runner_token(runner.0);
+        standin.edit(|model| model.runners.get_mut(&runner).unwrap().token = Secret::new(known.clone()));
+        fs::write(&token, known).unwrap();
         fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
         let lab = Self { standin, project, dir, _served: served, daemon: None, sha, _turn: turn };
         lab.write_config(&options, port);
@@ -204,6 +208,8 @@ impl Lab {
         let holds = |trace: &[u8]| trace.windows(text.len()).any(|w| w == text.as_bytes());
         let reached = self.standin.wait_for(|m| m.jobs.get(&job).is_some_and(|j| holds(&j.trace.bytes)), LIMIT).await;
         assert!(reached.is_ok(), "no {text:?} in the trace\n{}", self.story(job));
+        // In the middle of a job there is most to look at.
+        self.assert_no_leak();
     }
 
     pub fn trace(&self, job: JobId) -> String {
@@ -232,11 +238,24 @@ impl Lab {
             self.leftovers(),
             fs::read_to_string(self.log_path()).unwrap()
         );
+        self.assert_no_leak();
         assert_eq!(self.stop_daemon("TERM").await, Some(0));
+        self.assert_no_leak();
         let log = fs::read_to_string(self.log_path()).unwrap();
         let errors: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ") || l.contains("panicked")).collect();
         assert!(errors.is_empty(), "the log has errors: {errors:#?}");
         assert_eq!(self.standin.read(|m| m.metrics.trace_invalid), 0, "a verdict's checksum did not match the trace");
+    }
+
+    /// T1: no part of the runner token but its public one is in a file of the daemon's, in arguments or
+    /// environment of it and what it started, or in a trace.
+    fn assert_no_leak(&self) {
+        let mut leaks = leaks::in_files(self.dir.path(), &["token"]);
+        leaks.extend(leaks::in_processes(self.daemon.as_ref().map(Child::id), self.dir.path()));
+        let traces =
+            self.standin.read(|model| model.jobs.values().map(|job| job.trace.bytes.clone()).collect::<Vec<_>>());
+        leaks.extend(traces.iter().flat_map(|trace| leaks::in_bytes("a trace", trace)));
+        assert!(leaks.is_empty(), "secrets of the runner got out: {leaks:?}");
     }
 
     /// Files and domains of this lab's jobs that exist.

@@ -7,7 +7,16 @@
     reason = "a harness: it starts the daemon as a process and waits for it"
 )]
 
+#[path = "../support/canary.rs"]
+#[allow(
+    unreachable_pub,
+    missing_docs,
+    dead_code,
+    reason = "shared by several test binaries, each of which uses a part"
+)]
+mod canary;
 mod lab;
+mod leaks;
 mod restarts;
 
 use dayfly::standin::JobState;

@@ -210,7 +210,9 @@ async fn an_old_connection_never_reaches_the_next_job_behind_the_same_port() {
     let mut world = World::new(1);
     world.config.concurrent = 1;
     world.config.network.guest_ports = "20000-20000".parse().unwrap();
-    let kept: Arc<Mutex<Vec<(Box<dyn Stream>, String, String)>>> = Arc::default();
+    // Connection, pass and door of each machine.
+    type Kept = (Box<dyn Stream>, String, String);
+    let kept: Arc<Mutex<Vec<Kept>>> = Arc::default();
     let keeps = kept.clone();
     world.set_guest(move |mut guest: Guest| {
         let keeps = keeps.clone();

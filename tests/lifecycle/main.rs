@@ -14,11 +14,13 @@
 )]
 mod support;
 
+mod canary;
 mod cancels;
 mod clocks;
 mod crashes;
 mod determinism;
 mod ends;
+mod exactness;
 mod exec;
 mod faults;
 mod gitlab;

@@ -157,7 +157,7 @@ async fn a_trace_that_is_too_long_for_gitlab_ends_the_job_like_a_hard_cancel() {
     let mut world = World::new(1);
     world.standin.edit(|m| m.projects.get_mut(&world.project).unwrap().trace_size_limit_mib = Some(1));
     let line = format!("print {}", "x".repeat(300 << 10));
-    let mut script = vec![line.as_str(), "sleep 5"].repeat(6);
+    let mut script = [line.as_str(), "sleep 5"].repeat(6);
     script.push("sleep 600");
     let job = world.job(&script);
     world.start().await.unwrap();

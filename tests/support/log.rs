@@ -14,12 +14,17 @@ pub struct Log(Arc<Mutex<Vec<u8>>>);
 impl Log {
     /// Listens until the guard is dropped.
     pub fn listen(&self) -> DefaultGuard {
+        self.listen_to(Level::INFO)
+    }
+
+    /// The same to lines of this level and above.
+    pub fn listen_to(&self, level: Level) -> DefaultGuard {
         let subscriber = tracing_subscriber::fmt()
             .with_writer(self.clone())
             .with_ansi(false)
             .without_time()
             .with_target(false)
-            .with_max_level(Level::INFO);
+            .with_max_level(level);
         tracing::subscriber::set_default(subscriber.finish())
     }
 

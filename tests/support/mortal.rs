@@ -49,6 +49,12 @@ pub struct End {
 /// What is looked at before a call of [`Files`], and before a door accepts: the call's name and its path. It may panic.
 pub type Look = Arc<dyn Fn(&str, &Path) + Send + Sync>;
 
+/// What looks at all that leaves a life: where it goes, and the bytes.
+pub type Spy = Arc<dyn Fn(&str, &[u8]) + Send + Sync>;
+
+/// Bytes of a stream that are looked at once more, with those that follow.
+const OVERLAP_BYTES: usize = 256;
+
 /// One life. Clones are the same one.
 #[derive(Clone)]
 pub struct Life(Arc<Inner>);
@@ -57,6 +63,7 @@ struct Inner {
     dead: CancellationToken,
     end: Option<End>,
     look: Option<Look>,
+    spy: Option<Spy>,
     calls: Mutex<[u64; 3]>,
     held: Mutex<Vec<Held>>,
 }
@@ -78,9 +85,22 @@ impl Life {
             dead: CancellationToken::new(),
             end,
             look,
+            spy: None,
             calls: Mutex::default(),
             held: Mutex::default(),
         }))
+    }
+
+    /// The same life, looked at by `spy` from its begin.
+    pub fn spied_on(mut self, spy: Spy) -> Self {
+        Arc::get_mut(&mut self.0).expect("nobody else has it yet").spy = Some(spy);
+        self
+    }
+
+    fn spy(&self, place: &str, bytes: &[u8]) {
+        if let Some(spy) = &self.0.spy {
+            spy(place, bytes);
+        }
     }
 
     /// The end, at once.
@@ -135,7 +155,7 @@ impl Life {
     fn stream(&self, stream: Box<dyn Stream>) -> Box<dyn Stream> {
         let slot = Arc::new(Mutex::new(Some(stream)));
         self.hold(Held::Stream(Arc::downgrade(&slot)));
-        Box::new(MortalStream(slot))
+        Box::new(MortalStream { life: self.clone(), slot, written: Vec::new() })
     }
 
     fn hold(&self, held: Held) {
@@ -161,25 +181,37 @@ impl Life {
     }
 }
 
-struct MortalStream(Arc<Mutex<Option<Box<dyn Stream>>>>);
+struct MortalStream {
+    life: Life,
+    slot: Arc<Mutex<Option<Box<dyn Stream>>>>,
+    /// The last bytes that went out.
+    written: Vec<u8>,
+}
 
 impl AsyncRead for MortalStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_read(cx, buffer))
+        lock(&self.slot).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_read(cx, buffer))
     }
 }
 
 impl AsyncWrite for MortalStream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_write(cx, bytes))
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = lock(&self.slot).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_write(cx, bytes));
+        if let (Poll::Ready(Ok(count)), true) = (&polled, self.life.0.spy.is_some()) {
+            self.written.extend_from_slice(&bytes[..*count]);
+            self.life.spy("a byte to a machine", &self.written);
+            let done = self.written.len().saturating_sub(OVERLAP_BYTES);
+            self.written.drain(..done);
+        }
+        polled
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_flush(cx))
+        lock(&self.slot).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        lock(&self.0).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_shutdown(cx))
+        lock(&self.slot).as_mut().map_or(Poll::Pending, |stream| Pin::new(stream).poll_shutdown(cx))
     }
 }
 
@@ -236,10 +268,12 @@ impl Files for MortalFiles {
     }
 
     fn replace<'a>(&'a self, path: &'a Path, bytes: Vec<u8>) -> BoxFuture<'a, io::Result<()>> {
+        self.life.spy(&format!("a file, {}", path.display()), &bytes);
         self.call("replace", path, async move { self.files.replace(path, bytes).await })
     }
 
     fn write_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: Bytes) -> BoxFuture<'a, io::Result<()>> {
+        self.life.spy(&format!("a file, {}", path.display()), &bytes);
         self.call("write_at", path, async move { self.files.write_at(path, offset, bytes).await })
     }
 
@@ -310,6 +344,10 @@ impl Hypervisor for MortalHypervisor {
     }
 
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
+        self.life.spy("what a machine is started from", format!("{spec:?}").as_bytes());
+        if let Ok(xml) = dayfly::vm::domain_xml::write(spec, None) {
+            self.life.spy("a machine's XML", xml.as_bytes());
+        }
         self.call(async move { self.hypervisor.start(spec).await })
     }
 

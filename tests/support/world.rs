@@ -1,5 +1,6 @@
 //! [`World`]: fakes, the daemon under test, and what must hold when all is over.
 
+use super::canary::{self, Spy};
 use super::guest::{Guest, Memory, Told};
 use super::log::Log;
 use super::mortal::{End, Life, Look};
@@ -13,6 +14,7 @@ use dayfly::gitlab::{Endpoint, JobId, OpenTransport, Transport};
 use dayfly::guest::Limits;
 use dayfly::image::store::{Image, ImageStore};
 use dayfly::rng::Rng;
+use dayfly::secret::Secret;
 use dayfly::standin::{Job, JobSpec, JobState, ProjectId, Recorded, Route, Standin};
 use dayfly::status::StatusReport;
 use dayfly::vm::Hypervisor;
@@ -23,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tracing::Level;
 use tracing::subscriber::DefaultGuard;
 
 /// How long a test waits, in virtual time: longer than any deadline of a job.
@@ -54,9 +57,12 @@ pub struct World {
     pub log: Log,
     /// Looked at before each call of the file layer, from the next start on.
     pub look: Option<Look>,
+    /// The way to GitLab in place of the stand-ins', from the next start on.
+    pub transport: Option<Arc<dyn OpenTransport>>,
     /// What stands before the hypervisor, from the next start on.
     pub before_hypervisor: Option<Before>,
     gitlabs: Gitlabs,
+    spy: Spy,
     expected: Vec<&'static str>,
     tokens: tempfile::TempDir,
     daemon: Option<Running>,
@@ -138,11 +144,13 @@ impl World {
             images: ImageStore::fixed(Image::of_no_disk()),
             memory,
             look: None,
+            transport: None,
             before_hypervisor: None,
             expected: USUAL_TROUBLE.to_vec(),
             tokens,
             daemon: None,
-            _listening: log.listen(),
+            _listening: log.listen_to(Level::TRACE),
+            spy: Spy::default(),
             log,
         };
         world.add_runner("runner");
@@ -186,9 +194,11 @@ impl World {
     }
 
     fn register(&mut self, name: &str, url: &str, standin: &Standin, project: ProjectId) {
-        let token = standin.runner_token(standin.add_runner(project)).unwrap();
+        let id = standin.add_runner(project);
+        let token = canary::runner_token(id.0);
+        standin.edit(|model| model.runners.get_mut(&id).unwrap().token = Secret::new(token.clone()));
         let file = self.tokens.path().join(name);
-        std::fs::write(&file, token.expose()).unwrap();
+        std::fs::write(&file, token).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
         std::fs::set_permissions(&file, mode).unwrap();
         self.config.runner.push(Runner {
@@ -218,9 +228,10 @@ impl World {
             Some(before) => before(hypervisor),
             None => Arc::new(hypervisor),
         };
+        let transport = self.transport.clone().unwrap_or_else(|| Arc::new(self.gitlabs.clone()));
         Backends {
             hypervisor: life.hypervisor(hypervisor),
-            transport: life.transport(Arc::new(self.gitlabs.clone())),
+            transport: life.transport(transport),
             files: life.files(Arc::new(self.files.clone())),
             clock: self.clock.clone(),
             rng: self.rng.clone(),
@@ -236,7 +247,9 @@ impl World {
 
     /// Starts a daemon that dies at this call; perhaps before it has wholly started.
     pub async fn live(&mut self, end: Option<End>) -> Result<(), DaemonError> {
-        let life = Life::new(end, self.look.clone());
+        let spy = self.spy.clone();
+        let life = Life::new(end, self.look.clone())
+            .spied_on(Arc::new(move |place: &str, bytes: &[u8]| spy.look(place, bytes)));
         let backends = self.living(&life);
         let shutdown = Shutdown::new();
         let (config, switch) = (self.config.clone(), shutdown.clone());
@@ -464,9 +477,31 @@ impl World {
             }
             assert_eq!(invalid, 0, "a verdict's checksum did not match\n{}", self.histories());
         }
+        assert!(self.leaks().is_empty(), "secrets of the runner got out: {:?}", self.leaks());
         let unexpected = |line: &String| !self.expected.iter().any(|expected| line.contains(expected));
         let trouble: Vec<_> = self.log.trouble().into_iter().filter(unexpected).collect();
         assert!(trouble.is_empty(), "unexpected in the log:\n{}", trouble.join("\n"));
+    }
+
+    /// Where a part of a runner token was seen that is no public one, in whatever encoding (safety.md T1,
+    /// invariant 7): so far in a file, on its way to a machine or in what one is made from; now in the
+    /// log, in what the host shows of machines, in files, in GitLab's copies of the traces.
+    pub fn leaks(&self) -> Vec<String> {
+        let spy = Spy::default();
+        spy.look("the log", self.log.text().as_bytes());
+        spy.look("the hypervisor's history", format!("{:?}", self.hypervisor.history()).as_bytes());
+        for (path, bytes) in self.files.contents() {
+            spy.look(&format!("a file, {}", path.display()), &bytes);
+        }
+        if let Some(running) = &self.daemon {
+            spy.look("the status", format!("{:?}", running.handler.status()).as_bytes());
+        }
+        for standin in self.gitlabs.0.values() {
+            for job in standin.read(|model| model.jobs.values().cloned().collect::<Vec<_>>()) {
+                spy.look("GitLab's copy of a trace", &job.trace.bytes);
+            }
+        }
+        self.spy.found().into_iter().chain(spy.found()).collect()
     }
 
     /// GitLab's trace is our first lines, the guest's bytes, our last lines; and nothing that the

@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use url::Url;
 
 /// The runner token of all wire tests: its tail must be in no text.
-pub(crate) const RUNNER_TOKEN: &str = "glrt-t1_PUBLICCHRsecrettailofrunner";
+pub(crate) const RUNNER_TOKEN: &str = "glrt-t1_PUBLICCHRRuNnErCaNaRysecrettail";
 /// The job token of all wire tests.
 pub(crate) const JOB_TOKEN: &str = "glcbt-64_secretjobtoken";
 

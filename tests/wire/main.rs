@@ -2,9 +2,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
+#[path = "../support/mod.rs"]
+#[allow(
+    unreachable_pub,
+    missing_docs,
+    dead_code,
+    clippy::disallowed_methods,
+    reason = "shared by several test binaries, each of which uses a part"
+)]
+mod support;
+
 mod door;
 mod gitlab_client;
 mod gitlab_connections;
+mod gitlab_mock;
 mod gitlab_polls;
 mod gitlab_server;
 mod gitlab_tls;

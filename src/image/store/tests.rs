@@ -178,8 +178,8 @@ fn an_image_that_is_changed_in_place_is_refused() {
         fs::rename(image.dir.join("new"), &image.disk).unwrap();
         fs::OpenOptions::new().write(true).open(&image.disk).unwrap().set_modified(mode).unwrap();
     };
-    let changes: [&dyn Fn(&[u8]); 2] = [&written_over, &exchanged];
-    for change in changes {
+    type Change<'a> = &'a dyn Fn(&[u8]);
+    for change in [&written_over as Change<'_>, &exchanged] {
         change(&evil);
         for _ in 0..2 {
             let error = store.get("shell").unwrap_err().to_string();

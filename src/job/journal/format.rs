@@ -15,7 +15,7 @@ const SEAL_BEGINS: &[u8] = b"{\"crc32\":\"";
 const SEAL_ENDS: &[u8] = b"\",";
 
 /// Puts the checksum of a JSON object into it, as its first member: a bit that a disk has turned must not become
-/// another token, another state, another machine (safety.md E13).
+/// another token, another state, another machine (E13).
 pub(super) fn seal(object: &[u8]) -> Vec<u8> {
     let digits = format!("{:08x}", crc32fast::hash(object));
     [SEAL_BEGINS, digits.as_bytes(), SEAL_ENDS, &object[1..]].concat()

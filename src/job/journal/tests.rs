@@ -1,4 +1,4 @@
-//! Records on a file system in memory: torn, flipped, older, newer, somebody else's.
+//! Records on a file system in memory: torn, newer, somebody else's.
 
 use super::*;
 use crate::files::fake::MemoryFiles;

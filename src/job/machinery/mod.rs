@@ -109,6 +109,7 @@ impl Machinery {
             debug_trace: debug_in,
             keepalive: parts.limits.keepalive.get(),
             keep: parts.limits.outbox_keep.get(),
+            metrics: parts.metrics.clone(),
             rng: parts.rng.clone(),
             clock: parts.clock.clone(),
         };

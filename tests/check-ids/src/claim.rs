@@ -45,7 +45,7 @@ pub(crate) fn claims(line: &str) -> Result<Vec<Id>, &'static str> {
         if looks(first) {
             return Err("begins with an id, but not as `G12: what happens` or `R2, R3: what happens`");
         }
-        if line.split_whitespace().any(|word| is_row(word)) {
+        if line.split_whitespace().any(&is_row) {
             return Err("names an id with a colon in mid-line: a claim opens its line");
         }
         return Ok(Vec::new());
@@ -58,7 +58,7 @@ pub(crate) fn claims(line: &str) -> Result<Vec<Id>, &'static str> {
     if text.split_whitespace().count() < 2 {
         return Err("does not say what happens");
     }
-    if text.split_whitespace().any(|word| is_row(word)) {
+    if text.split_whitespace().any(is_row) {
         return Err("names more ids in mid-line: a claim opens its line");
     }
     Ok(ids)

@@ -8,9 +8,12 @@ use std::path::Path;
 /// The list, below the root.
 pub(crate) const FILE: &str = "tests/ids.txt";
 
+/// A letter, and first and last numbers of its ranges.
+type Family = (char, &'static [(u32, u32)]);
+
 /// Whole families of rows, by the issue that owns them: taking a row out of list and test alike
 /// must not go unnoticed.
-const OWNED: &[(&str, &[(char, &[(u32, u32)])])] = &[
+const OWNED: &[(&str, &[Family])] = &[
     ("5", &[('G', &[(1, 22)]), ('P', &[(1, 10)]), ('R', &[(1, 19)]), ('T', &[(1, 13), (21, 21), (23, 31)])]),
     (
         "6",
@@ -35,7 +38,7 @@ pub(crate) struct Row {
 }
 
 fn owner(id: Id) -> Option<&'static str> {
-    let has = |families: &[(char, &[(u32, u32)])]| {
+    let has = |families: &[Family]| {
         families
             .iter()
             .filter(|(letter, _)| *letter == id.0)

@@ -1,5 +1,7 @@
 //! A process of its own for a load, what it weighs, and a neighbour that keeps the time.
 
+#![expect(clippy::print_stdout, reason = "figures, and what the process of its own has said")]
+
 use crate::door::support::{Door, Guest, Setup, patch};
 use crate::gitlab_server::until;
 use dayfly::guest::Limits;
@@ -146,11 +148,11 @@ pub(crate) fn assert_unaffected(before: Duration, beside: Duration) {
     );
 }
 
-/// Beside a load that may take all CPUs there are, a neighbour still goes on: its p99 is far below the
-/// second at which a runner sends its trace.
+/// Beside a load that may take all CPUs there are, a neighbour still goes on: its p99 is below the
+/// second that lies at least between two pieces of a runner's trace.
 pub(crate) fn assert_not_starved(beside: Duration) {
     println!("figure load.neighbour_p99_ms {:.2}", ms(beside));
-    assert!(beside <= sized(Duration::from_secs(1), Duration::from_millis(250)), "p99 {beside:?} beside the load");
+    assert!(beside <= Duration::from_secs(1), "p99 {beside:?} beside the load");
 }
 
 fn ms(duration: Duration) -> f64 {

@@ -1,47 +1,67 @@
-//! Which recordings a replay can run: those whose answers dayfly's door would give.
+//! How far a replay can follow a recording: to its end, where dayfly's door would give every answer in
+//! it, or to the first answer that the door would not give.
 //!
-//! In the others the recording server misbehaved on purpose, or the runner never had a job, or had
-//! two: they show what a runner does then, and dayfly must not answer like that.
+//! There the recording server misbehaved on purpose, or spoke of another job: what the runner did
+//! then it did to that answer. From there a runner that can still decide takes the job on (`finish`).
 
 use crate::recording::{Body, Class, Recording};
 use dayfly::gitlab::JobPayload;
 use dayfly::telemetry::chain;
 
-/// Why a recording is not run; `None`: it is.
-pub(crate) fn reason_to_skip(recording: &Recording) -> Option<String> {
-    let mut jobs = 0;
+/// How far.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// To the end.
+    Whole,
+    /// Up to this request, which is not sent, and why.
+    Until(usize, String),
+    /// Not at all, and why.
+    No(String),
+}
+
+/// How far a replay of this recording reaches.
+pub(crate) fn reach(recording: &Recording) -> Reach {
+    let mut handed_out = false;
     for (number, request) in recording.requests.iter().enumerate() {
+        let until = |why: String| Reach::Until(number, format!("request {} ({:?}) {why}", number + 1, request.class));
         let status = request.answer.status;
         let good = match request.class {
-            Class::Ask => matches!(status, Some(201 | 204)),
+            Class::Ask if !handed_out => {
+                // dayfly has a job before it has a guest: of the asks in vain before it there is none.
+                if status == Some(201) {
+                    if let Err(error) = JobPayload::parse(request.answer.body.clone().into(), None) {
+                        return Reach::No(format!("dayfly hands out no such payload: {}", chain(&error)));
+                    }
+                    handed_out = true;
+                }
+                continue;
+            }
+            Class::Ask if status == Some(201) => return until("got another job".into()),
+            Class::Ask => status == Some(204),
             Class::Put | Class::Download => status == Some(200),
             Class::Patch => status == Some(202),
             Class::Upload => status == Some(201),
-            Class::Git => continue,
-            Class::Other => return Some(format!("{} {} is not about a job", request.method, request.target)),
+            // Not to the door, or not about a job: never sent.
+            Class::Git | Class::Other => continue,
         };
-        let called = || format!("request {} ({:?})", number + 1, request.class);
+        if !handed_out {
+            return until("came without a job".into());
+        }
         if !good {
             let said = status.map_or_else(|| "no answer".to_owned(), |status| status.to_string());
-            return Some(format!("{} got {said}", called()));
+            return until(format!("got {said}"));
         }
         if let Some(word) = request.answer.job_status.as_deref().filter(|word| *word != "running") {
-            return Some(format!("{} got Job-Status `{word}`", called()));
+            return until(format!("got Job-Status `{word}`"));
         }
         if matches!(request.body, Body::Lost) {
-            return Some(format!("{} has a body that was not kept", called()));
-        }
-        if status == Some(201) && request.class == Class::Ask {
-            jobs += 1;
-            if let Err(error) = JobPayload::parse(request.answer.body.clone().into(), None) {
-                return Some(format!("dayfly hands out no such payload: {}", chain(&error)));
-            }
+            return until("has a body that was not kept".into());
         }
     }
-    match jobs {
-        1 if recording.trace.is_none() => Some("its trace was not kept".into()),
-        1 => None,
-        jobs => Some(format!("{jobs} jobs")),
+    match &recording.trace {
+        _ if !handed_out => Reach::No("its runner never had a job".into()),
+        None => Reach::Until(recording.requests.len(), "its trace was not kept".into()),
+        Some(_) => Reach::Whole,
     }
 }
 
@@ -62,6 +82,7 @@ mod tests {
         };
         let lines = [
             r#"{"kind":"meta","scenario":"s","runner":"v1","runner_token":"r","job_token":"j"}"#.to_owned(),
+            request("request", 503, "running"),
             request("request", 201, "running"),
             request("patch", status, word),
             r#"{"kind":"final_trace","text":"","crc":"crc32:00000000"}"#.to_owned(),
@@ -72,21 +93,24 @@ mod tests {
     #[test]
     fn a_payload_that_nobody_could_read_is_skipped() {
         let mut unreadable = recording(202, "running");
-        unreadable.requests[0].answer.body = r#"{"id":"1","token":"j"}"#.into();
-        assert!(reason_to_skip(&unreadable).unwrap().starts_with("dayfly hands out no such payload"));
+        unreadable.requests[1].answer.body = r#"{"id":"1","token":"j"}"#.into();
+        assert!(matches!(reach(&unreadable), Reach::No(why) if why.starts_with("dayfly hands out no such payload")));
+        unreadable.requests.truncate(1);
+        assert_eq!(reach(&unreadable), Reach::No("its runner never had a job".into()));
     }
 
     #[test]
-    fn a_recording_runs_only_with_answers_that_the_door_would_give() {
-        assert_eq!(reason_to_skip(&recording(202, "running")), None);
-        assert_eq!(reason_to_skip(&recording(416, "running")).unwrap(), "request 2 (Patch) got 416");
-        assert_eq!(
-            reason_to_skip(&recording(202, "canceling")).unwrap(),
-            "request 2 (Patch) got Job-Status `canceling`"
-        );
+    fn a_recording_is_followed_to_the_first_answer_that_the_door_would_not_give() {
+        let until = |number, why: &str| Reach::Until(number, why.to_owned());
+        assert_eq!(reach(&recording(202, "running")), Reach::Whole);
+        assert_eq!(reach(&recording(416, "running")), until(2, "request 3 (Patch) got 416"));
+        assert_eq!(reach(&recording(202, "canceling")), until(2, "request 3 (Patch) got Job-Status `canceling`"));
         let mut twice = recording(202, "running");
-        let ask = recording(202, "running").requests.remove(0);
+        let ask = recording(202, "running").requests.remove(1);
         twice.requests.push(ask);
-        assert_eq!(reason_to_skip(&twice).unwrap(), "2 jobs");
+        assert_eq!(reach(&twice), until(3, "request 4 (Ask) got another job"));
+        twice.requests.pop();
+        twice.trace = None;
+        assert_eq!(reach(&twice), until(3, "its trace was not kept"));
     }
 }

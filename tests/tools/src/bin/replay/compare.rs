@@ -127,6 +127,16 @@ fn report(body: &[u8]) -> Option<Verdict> {
     serde_json::from_slice(body).ok().filter(|verdict: &Verdict| verdict.state != "running")
 }
 
+/// GitLab took one verdict, and its checksum is that of the trace.
+pub(crate) fn one_verdict(gitlab: &Gitlab, job: &Job) -> Result<(), String> {
+    let invalid = gitlab.standin.read(|model| model.metrics.trace_invalid);
+    match (job.verdicts, invalid) {
+        (1, 0) => Ok(()),
+        (1, _) => Err("the checksum of the verdict is not that of GitLab's trace".into()),
+        (verdicts, _) => Err(format!("GitLab took {verdicts} verdicts")),
+    }
+}
+
 fn verdict(job: &Job, requests: &[Recorded], expected: &Verdict) -> Result<(), String> {
     let taken = requests.iter().filter(|r| r.route == Route::UpdateJob && r.status.is_some_and(|s| s.as_u16() == 200));
     let taken: Vec<Verdict> = taken.filter_map(|r| report(r.body.as_deref()?)).collect();

@@ -1,12 +1,15 @@
 //! `replay [PATH]`: replays recorded official runners, request by request and without their pauses,
 //! through the relay against the door of a whole daemon, with the stand-in GitLab behind it.
 //!
-//! PATH is a folder of recordings or one compressed file of them. A recording is run if dayfly's door
-//! would give every answer in it; the others are skipped, and it is said why. One line for each failure
-//! and each skip; the last lines are figures. Fails if a recording failed, or none could be run.
+//! PATH is a folder of recordings or one compressed file of them. A recording is run whole if dayfly's
+//! door would give every answer in it. Another one is replayed up to the first answer that the door would
+//! not give, and from there a stand-in runner takes its job to the end: those count as finished. What
+//! can be neither is skipped, and it is said why. One line for each failure and each skip; the last lines
+//! are figures. Fails if a recording failed, or none could be run.
 
 mod choose;
 mod compare;
+mod finish;
 mod gitlab;
 mod message;
 mod play;
@@ -15,10 +18,15 @@ mod recording;
 use dayfly::telemetry::chain;
 use dayfly_guest::relay::{Limits, Relay};
 use play::Stage;
+use recording::Recording;
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -35,16 +43,20 @@ async fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let stage = match stage() {
-        Ok(stage) => stage,
+    let runner = match finish::runner() {
+        Ok(runner) => runner,
         Err(error) => {
-            eprintln!("replay: failed to start the relay: {error}");
+            eprintln!("replay: {error}");
             return ExitCode::FAILURE;
         }
     };
-    match judge_all(&stage, &recordings).await {
+    match judge_all(recordings, runner).await {
         Ok(true) => ExitCode::SUCCESS,
-        Ok(false) | Err(_) => ExitCode::FAILURE,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("replay: failed to start a relay, or to write: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -55,31 +67,89 @@ fn stage() -> io::Result<Stage> {
     Ok(Stage { relay: Relay::start(listener, Limits::default(), || {})?, address })
 }
 
-/// Whether all that was run passed, and something was. Fails if nobody reads our output.
-async fn judge_all(stage: &Stage, recordings: &[recording::Recording]) -> io::Result<bool> {
-    let mut out = io::stdout();
-    let (mut run, mut failed, mut skipped) = (0, 0, 0);
-    for recording in recordings {
-        let name = &recording.name;
-        if let Some(reason) = choose::reason_to_skip(recording) {
-            skipped += 1;
-            writeln!(out, "skip {name}: {reason}")?;
-            continue;
+/// Recordings at work at once: most of each is waiting.
+const AT_ONCE: usize = 4;
+
+/// What became of one recording.
+enum Judged {
+    Run(Result<(), String>),
+    Finished(Result<(), String>),
+    Skipped(String),
+}
+
+async fn judge(stage: &Stage, recording: &Recording, runner: &Path) -> Judged {
+    let (until, why) = match choose::reach(recording) {
+        choose::Reach::Whole => return Judged::Run(play::play(stage, recording, None).await),
+        choose::Reach::Until(until, why) => (until, why),
+        choose::Reach::No(why) => return Judged::Skipped(why),
+    };
+    if let Some(reason) = finish::reason_not_to(recording) {
+        return Judged::Skipped(format!("{why}, and {reason}"));
+    }
+    let played = play::play(stage, recording, Some(until)).await;
+    Judged::Finished(match played {
+        Ok(()) => {
+            finish::finish(stage, recording, runner).await.map_err(|end| format!("{why}; finished after that: {end}"))
         }
-        run += 1;
-        if let Err(difference) = play::play(stage, recording).await {
+        wrong => wrong,
+    })
+}
+
+/// Whether all that was run passed, and something was. Fails if nobody reads our output.
+async fn judge_all(recordings: Vec<Recording>, runner: PathBuf) -> io::Result<bool> {
+    let mut out = io::stdout();
+    let (mut run, mut finished, mut failed, mut skipped) = (0, 0, 0, 0);
+    let (recordings, runner) = (Arc::new(recordings), Arc::new(runner));
+    let next = Arc::new(AtomicUsize::new(0));
+    let (judged_in, mut judged) = mpsc::channel(AT_ONCE);
+    let mut workers = JoinSet::new();
+    for _ in 0..AT_ONCE {
+        let (recordings, runner, next, judged) = (recordings.clone(), runner.clone(), next.clone(), judged_in.clone());
+        // A relay has one target at a time: each has its own.
+        let stage = stage()?;
+        workers.spawn(async move {
+            while let Some(recording) = recordings.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let result = judge(&stage, recording, &runner).await;
+                if judged.send((recording.name.clone(), result)).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+    drop(judged_in);
+    while let Some((name, result)) = judged.recv().await {
+        let wrong = match result {
+            Judged::Skipped(reason) => {
+                skipped += 1;
+                writeln!(out, "skip {name}: {reason}")?;
+                continue;
+            }
+            Judged::Run(result) => {
+                run += 1;
+                result
+            }
+            Judged::Finished(result) => {
+                finished += u64::from(result.is_ok());
+                result
+            }
+        };
+        if let Err(difference) = wrong {
             failed += 1;
             writeln!(out, "FAIL {name}: {difference}")?;
         }
     }
-    writeln!(out, "figure replay.run {run}\nfigure replay.failed {failed}\nfigure replay.skipped {skipped}")?;
+    while let Some(ended) = workers.join_next().await {
+        ended.map_err(io::Error::other)?;
+    }
+    writeln!(out, "figure replay.run {run}\nfigure replay.finished {finished}")?;
+    writeln!(out, "figure replay.failed {failed}\nfigure replay.skipped {skipped}")?;
     Ok(failed == 0 && run > 0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use recording::{Body, Class, Recording};
+    use recording::{Body, Class};
 
     /// The shipped recording of this name.
     fn shipped(name: &str) -> Recording {
@@ -91,7 +161,7 @@ mod tests {
     async fn found(stage: &Stage, change: impl FnOnce(&mut Recording)) -> String {
         let mut recording = shipped("a1_success.v19.3.0");
         change(&mut recording);
-        play::play(stage, &recording).await.err().unwrap_or_default()
+        play::play(stage, &recording, None).await.err().unwrap_or_default()
     }
 
     fn first(recording: &mut Recording, class: Class) -> &mut recording::Request {
@@ -119,6 +189,17 @@ mod tests {
         assert_eq!(found(&stage, silent).await, "", "without a verdict of its own it is a system failure");
         let offset = |r: &mut Recording| first(r, Class::Patch).headers.retain(|(name, _)| name != "Content-Range");
         assert!(found(&stage, offset).await.contains("answered 400 instead of 202"));
+    }
+
+    /// Up to any request the door's answers are those that were recorded.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_replay_may_stop_at_any_request() {
+        let stage = stage().unwrap();
+        let recording = shipped("a1_success.v19.3.0");
+        let first = recording.requests.iter().position(|r| r.answer.status == Some(201)).unwrap() + 1;
+        for until in [first, first + 2] {
+            assert_eq!(play::play(&stage, &recording, Some(until)).await, Ok(()));
+        }
     }
 
     fn verdict(request: &recording::Request) -> bool {

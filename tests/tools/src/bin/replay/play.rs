@@ -30,7 +30,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 /// Longest wait for one thing. All of a recording takes well below a second on an idle machine.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// After this the host is looked at again.
 const GLANCE: Duration = Duration::from_millis(5);
@@ -44,40 +44,74 @@ pub(crate) struct Stage {
     pub(crate) address: SocketAddr,
 }
 
-/// Plays `recording`.
+/// A daemon with one job to come, and a VM that takes its config and waits.
+pub(crate) struct Scene {
+    host: Host,
+    hypervisor: FakeHypervisor,
+    configs: mpsc::Receiver<GuestConfig>,
+    power: watch::Sender<bool>,
+}
+
+impl Scene {
+    pub(crate) async fn open(gitlab: &Gitlab) -> Result<Self, String> {
+        let hypervisor = FakeHypervisor::new();
+        hypervisor.set_timing(AT_ONCE);
+        let (configs_in, configs) = mpsc::channel(4);
+        let power = watch::Sender::new(true);
+        let button = power.subscribe();
+        hypervisor.set_guest(move |machine| guest(machine, configs_in.clone(), button.clone()));
+        let choice = Choice {
+            hypervisor: Arc::new(TcpDoors(hypervisor.clone())),
+            accel: AccelChoice::Tcg,
+            images: no_image(),
+            transport: gitlab.standin.opener(),
+            url: url::Url::parse("http://gitlab.example").map_err(|error| error.to_string())?,
+            token: gitlab.runner_token.clone(),
+            concurrent: 1,
+            ports: PORTS,
+        };
+        let host = Host::start(choice).await.map_err(|error| chain(&error))?;
+        Ok(Self { host, hypervisor, configs, power })
+    }
+
+    /// The config of the VM of the job.
+    pub(crate) async fn config(&mut self) -> Result<GuestConfig, String> {
+        Ok(timeout(LIMIT, self.configs.recv()).await.ok().flatten().ok_or("no VM came to its config")?)
+    }
+
+    /// The runner has ended: so does its VM, and when GitLab has the verdict and nothing is left, the
+    /// daemon. Hands on what went wrong before, else what goes wrong here.
+    pub(crate) async fn close(self, gitlab: &Gitlab, played: Result<(), String>) -> Result<(), String> {
+        let second = !self.configs.is_empty();
+        self.power.send_replace(false);
+        let played = match played {
+            Ok(()) if second => Err("the job got a second VM".into()),
+            Ok(()) => over(gitlab, &self.host, &self.hypervisor).await,
+            wrong => wrong,
+        };
+        let ended = self.host.end().await;
+        played?;
+        if ended { Ok(()) } else { Err("the daemon did not end".into()) }
+    }
+}
+
+/// Plays `recording` whole, or up to a request of it.
 ///
 /// # Errors
 /// What was not as the official runner needs it, or not as it was recorded.
-pub(crate) async fn play(stage: &Stage, recording: &Recording) -> Result<(), String> {
+pub(crate) async fn play(stage: &Stage, recording: &Recording, until: Option<usize>) -> Result<(), String> {
     let gitlab = Gitlab::new(recording)?;
-    let hypervisor = FakeHypervisor::new();
-    hypervisor.set_timing(AT_ONCE);
-    let (configs_in, configs) = mpsc::channel(4);
-    let power = watch::Sender::new(true);
-    let button = power.subscribe();
-    hypervisor.set_guest(move |machine| guest(machine, configs_in.clone(), button.clone()));
-    let choice = Choice {
-        hypervisor: Arc::new(TcpDoors(hypervisor.clone())),
-        accel: AccelChoice::Tcg,
-        images: no_image(),
-        transport: gitlab.standin.opener(),
-        url: url::Url::parse("http://gitlab.example").map_err(|error| error.to_string())?,
-        token: gitlab.runner_token.clone(),
-        concurrent: 1,
-        ports: PORTS,
+    let mut scene = Scene::open(&gitlab).await?;
+    let played = match scene.config().await {
+        Ok(config) => run(stage, recording, until.unwrap_or(recording.requests.len()), &config).await,
+        Err(why) => Err(why),
     };
-    let host = Host::start(choice).await.map_err(|error| chain(&error))?;
-    let mut played = run(stage, recording, configs).await;
-    power.send_replace(false);
-    if played.is_ok() {
-        played = over(&gitlab, &host, &hypervisor).await;
+    scene.close(&gitlab, played).await?;
+    match until {
+        None => compare::trace_and_verdict(&gitlab, recording),
+        // Its runner is gone, and with it the verdict.
+        Some(_) => Ok(()),
     }
-    let ended = host.end().await;
-    played?;
-    if !ended {
-        return Err("the daemon did not end".into());
-    }
-    compare::trace_and_verdict(&gitlab, recording)
 }
 
 /// A VM: it takes its config, and is there until the runner in it has ended.
@@ -88,18 +122,18 @@ async fn guest(mut machine: GuestMachine, configs: mpsc::Sender<GuestConfig>, mu
     let _ = power.wait_for(|on| !on).await;
 }
 
-async fn run(stage: &Stage, recording: &Recording, mut configs: mpsc::Receiver<GuestConfig>) -> Result<(), String> {
-    let config = timeout(LIMIT, configs.recv()).await.ok().flatten().ok_or("no VM came to its config")?;
-    let mut runner = Runner::new(stage, recording, &config)?;
-    for (number, request) in recording.requests.iter().enumerate() {
+async fn run(stage: &Stage, recording: &Recording, until: usize, config: &GuestConfig) -> Result<(), String> {
+    let mut runner = Runner::new(stage, recording, config)?;
+    let requests = &recording.requests[..until];
+    for (number, request) in requests.iter().enumerate() {
         let sent = runner.send(number, request).await;
         sent.map_err(|why| format!("request {} ({} {}): {why}", number + 1, request.method, request.target))?;
         // The runner's helpers have one each, and end.
-        if !recording.requests[number + 1..].iter().any(|later| later.connection == request.connection) {
+        if !requests[number + 1..].iter().any(|later| later.connection == request.connection) {
             runner.connections.remove(request.connection.as_str());
         }
     }
-    if configs.is_empty() { Ok(()) } else { Err("the job got a second VM".into()) }
+    Ok(())
 }
 
 /// Waits until GitLab has the verdict and nothing is left on the host.

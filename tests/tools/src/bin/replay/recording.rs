@@ -18,6 +18,8 @@ pub(crate) struct Recording {
     pub(crate) name: String,
     pub(crate) runner_token: String,
     pub(crate) job_token: String,
+    /// The runner's config.toml.
+    pub(crate) config: Option<String>,
     /// In the order in which they were sent.
     pub(crate) requests: Vec<Request>,
     /// The trace that GitLab had at the end.
@@ -162,6 +164,10 @@ pub(crate) fn parse(text: &str, file: &str) -> Result<Vec<Recording>, Unusable> 
                 let request: RawRequest<'_> = serde_json::from_str(text).map_err(json)?;
                 recording.requests.push(request.understood().map_err(sense)?);
             }
+            "config" => {
+                let Config { toml } = serde_json::from_str(text).map_err(json)?;
+                recording.config = Some(toml);
+            }
             "final_trace" => {
                 let FinalTrace { text, crc } = serde_json::from_str(text).map_err(json)?;
                 recording.trace = Some(Trace { bytes: text.into_bytes(), crc });
@@ -183,6 +189,11 @@ struct Meta {
     runner: String,
     runner_token: String,
     job_token: String,
+}
+
+#[derive(Deserialize)]
+struct Config {
+    toml: String,
 }
 
 #[derive(Deserialize)]

@@ -218,18 +218,15 @@ impl World {
             attachment: Attachment::User,
             socket_dir: "/run/vm".into(),
         };
-        if kind == K::Foreign {
-            let note = PathBuf::from("/state/overlays/debian.qcow2");
-            let mut inner = self.story.inner();
-            inner.ledger.foreign.extend([
-                format!("df-{id}"),
-                overlay.display().to_string(),
-                note.display().to_string(),
-            ]);
-        }
         let made = self.fake.create_overlay(&overlay, &spec.base, 1).await.is_ok();
         if kind == K::Foreign {
-            let _ = self.fake.create_overlay("/state/overlays/debian.qcow2".as_ref(), &spec.base, 1).await;
+            let mut foreign = vec![format!("df-{id}")];
+            foreign.extend(made.then(|| overlay.display().to_string()));
+            let other = "/state/overlays/debian.qcow2";
+            if self.fake.create_overlay(other.as_ref(), &spec.base, 1).await.is_ok() {
+                foreign.push(other.to_owned());
+            }
+            self.story.inner().ledger.foreign.extend(foreign);
         }
         if made && self.fake.start(&spec).await.is_ok() {
             self.story.hit(kind);

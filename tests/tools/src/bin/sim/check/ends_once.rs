@@ -16,7 +16,8 @@ impl Checker for EndsOnce {
     fn end(&mut self, ledger: &Ledger, findings: &mut Findings) {
         for (id, note) in &ledger.jobs {
             if note.assigned_at.is_none() && note.lost.is_none() {
-                if note.users.is_some() && note.state.is_over() {
+                // Canceled in the queue, or with its project.
+                if (note.users.is_some() || note.script.doomed_project) && note.state.is_over() {
                     continue;
                 }
                 findings.add(19, format!("job {id} was never assigned; GitLab holds it {:?}", note.state));
