@@ -74,7 +74,7 @@ pub enum DaemonError {
         key: Option<&'static str>,
         /// Cause.
         #[source]
-        source: OpenError,
+        source: Box<OpenError>,
     },
 }
 

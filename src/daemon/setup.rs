@@ -75,7 +75,7 @@ pub(super) async fn runners(
                 OpenError::InsecureHttp(_) => Some("url"),
                 OpenError::Tls(_) => None,
             };
-            DaemonError::Endpoint { runner: name(), key, source }
+            DaemonError::Endpoint { runner: name(), key, source: source.into() }
         })?;
         let ca_pem = match &entry.tls_ca_file {
             None => None,
@@ -84,7 +84,7 @@ pub(super) async fn runners(
                 let bytes = bytes.map_err(|source| DaemonError::Endpoint {
                     runner: name(),
                     key: Some("tls_ca_file"),
-                    source: OpenError::File { path: path.clone(), source: source.into() },
+                    source: OpenError::File { path: path.clone(), source: source.into() }.into(),
                 })?;
                 Some(String::from_utf8_lossy(&bytes).into_owned())
             }
