@@ -247,7 +247,7 @@ impl Lab {
         assert_eq!(self.standin.read(|m| m.metrics.trace_invalid), 0, "a verdict's checksum did not match the trace");
     }
 
-    /// T1: no part of the runner token but its public one is in a file of the daemon's, in arguments or
+    /// No part of the runner token but its public one is in a file of the daemon's, in arguments or
     /// environment of it and what it started, or in a trace.
     fn assert_no_leak(&self) {
         let mut leaks = leaks::in_files(self.dir.path(), &["token"]);

@@ -118,7 +118,7 @@ async fn a_disk_that_takes_nothing_more_costs_what_runs_and_nothing_is_taken() {
     world.assert_clean().await;
 }
 
-/// V14, invariant 14: an orphan that cannot be destroyed delays neither the first poll nor the jobs of before,
+/// V14: an orphan that cannot be destroyed delays neither the first poll nor the jobs of before,
 /// and holds its room.
 #[tokio::test(start_paused = true)]
 async fn a_stuck_orphan_delays_nobody_and_holds_its_room() {
@@ -184,7 +184,7 @@ async fn a_stuck_machine_holds_one_reservation_before_and_after_a_restart() {
     world.assert_clean().await;
 }
 
-/// D5: a verdict that waits for GitLab holds no room of the host, after a restart either.
+/// A verdict that waits for GitLab holds no room of the host, after a restart either.
 #[tokio::test(start_paused = true)]
 async fn a_job_whose_machine_is_gone_holds_no_room() {
     let mut world = World::new(1);

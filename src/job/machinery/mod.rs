@@ -146,7 +146,9 @@ impl Machinery {
             runner,
             payload,
         };
-        if machinery.spool.view().length == 0 {
+        // Not for a job that a crash left half removed, its spool first: it has had its lines.
+        let begins = matches!(machinery.record.state, State::Accepted | State::Booting { .. });
+        if begins && machinery.spool.view().length == 0 {
             machinery.begin_boot_section().await;
         }
         Ok(machinery)

@@ -43,7 +43,10 @@ impl Shadow {
         // A fake answers at once.
         let mut read = self.files.read(&self.spool, u64::MAX);
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        if let std::task::Poll::Ready(Ok(now)) = read.as_mut().poll(&mut context) {
+        if let std::task::Poll::Ready(Ok(now)) = read.as_mut().poll(&mut context)
+            // It only grows; a shorter one is that of a job which is being removed.
+            && now.len() >= bytes.len()
+        {
             *bytes = now;
         }
         bytes
@@ -153,7 +156,8 @@ impl Gitlab {
             // What was cut before its body came said nothing.
             let Some(body) = request.body.as_ref().filter(|_| request.route == Route::UpdateJob) else { continue };
             let said: Value = serde_json::from_slice(body).map_err(|error| error.to_string())?;
-            if said["state"] == "running" {
+            // Nobody listens to what is said after the end.
+            if said["state"] == "running" || request.status.is_some_and(|status| status == 403) {
                 continue;
             }
             verdicts += 1;

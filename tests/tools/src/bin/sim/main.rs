@@ -1,9 +1,11 @@
 //! The simulation: the whole daemon through its seams, on paused time, against seeded faults and random lives.
 //!
+//! ```text
 //!     sim --jobs N [--seed S]     runs of that many jobs in all; with S the first run is that seed's
 //!     sim --seed S                that run alone, its event log printed to a file
 //!     sim --planted               each planted bug must be found
 //!     sim --soak                  24 hours in one life of a daemon
+//! ```
 //!
 //! A run draws everything from its seed ([`plan`]): host, runners, jobs, guests good and bad, faults at each seam, an
 //! operator, and the ends of the daemon's lives. What passes is told to the [`story`], noted in the [`ledger`], and

@@ -29,7 +29,8 @@ impl Checker for Trace {
                 }
                 let held = &job.trace.bytes;
                 // Last lines that the disk did not take are sent from memory.
-                let from_memory = note.spool_failed && held.strip_prefix(spool.as_slice()).is_some_and(|rest| ours(rest).is_ok());
+                let from_memory =
+                    note.spool_failed && held.strip_prefix(spool.as_slice()).is_some_and(|rest| ours(rest).is_ok());
                 if !spool.starts_with(held) && !from_memory {
                     let (at, spool, held) = (common(spool, held), spool.len(), held.len());
                     let what = format!("job {}: GitLab's {held} bytes leave the spool's {spool} at {at}", job.id);

@@ -172,7 +172,12 @@ pub(crate) async fn after(runner: &mut Runner, guest: &mut Guest, kind: Kind, ve
                 guest.line.tell(GuestDoes::Wrong { invariant: 2, what: "another verdict was taken" });
             }
             let again = runner.put(&mut guest.line, verdict.clone()).await;
-            let over = story.inner().ledger.jobs.get(&guest.line.job).is_none_or(|n| n.over_known.is_some() || n.users.is_some());
+            let over = story
+                .inner()
+                .ledger
+                .jobs
+                .get(&guest.line.job)
+                .is_none_or(|n| n.over_known.is_some() || n.users.is_some());
             if again.is_some_and(|status| status != 200 && status < 500) && !over {
                 guest.line.tell(GuestDoes::Wrong { invariant: 2, what: "the same verdict again was refused" });
             }
