@@ -105,13 +105,13 @@ bugs! {
     CapIgnored,
     /// 18: a guest that was told to end, or has said its last word, may live as long as it likes.
     GraceNeverOver,
-    /// 18: the hypervisor's list is not asked for again once that has failed: a paused machine goes unnoticed.
-    ListGivenUp,
+    /// 18: nobody looks at the hypervisor's list when it is newer: a paused machine goes unnoticed.
+    ListIgnored,
     /// 19: after an outage of GitLab it is minutes until the next poll.
     LateAfterOutage,
     /// 20: GitLab's word on when to come back is not heard.
     RetryAfterIgnored,
-    /// 20: what has failed is tried again at once, and again.
+    /// 20: what has failed, or had no answer for us, is tried again at once, and again.
     RetryStorm,
     /// 22: the jitter of a pause is the operating system's.
     OwnDice,
@@ -146,5 +146,5 @@ pub fn plant(bug: Option<Bug>) {
 /// For [`Bug::PayloadRewritten`]: the same JSON, but not the same bytes.
 pub(crate) fn rewritten(raw: &bytes::Bytes) -> bytes::Bytes {
     let parsed = serde_json::from_slice::<serde_json::Value>(raw);
-    parsed.map_or_else(|_| raw.clone(), |value| value.to_string().into())
+    parsed.map_or_else(|_| raw.clone(), |value| format!("{value:#}").into())
 }

@@ -163,7 +163,9 @@ impl Poller {
                     drop(reservation);
                     (backoff, conflicts) = (Backoff::poll(), 0);
                     last_update = newer.or(last_update);
-                    if asked.elapsed() >= HELD { HELD_PAUSE } else { self.runner.config.poll_interval.get() }
+                    let interval = self.runner.config.poll_interval.get();
+                    let interval = if planted::on(Bug::RetryStorm) { interval / 100 } else { interval };
+                    if asked.elapsed() >= HELD { HELD_PAUSE } else { interval }
                 }
                 Err(error) => {
                     drop(reservation);

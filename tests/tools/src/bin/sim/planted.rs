@@ -83,9 +83,9 @@ fn hunt(seed: u64, threads: usize) -> Option<Found> {
 /// One run; if asked for, whether a second one is another.
 fn look(seed: u64, twice: bool) -> (Outcome, bool) {
     if !twice {
-        return (run::run(Plan::draw(seed), Keep::Nothing), false);
+        return (run::run(Plan::for_bugs(seed), Keep::Nothing), false);
     }
-    let [first, second] = [(); 2].map(|()| run::run(Plan::draw(seed), Keep::Digest));
+    let [first, second] = [(); 2].map(|()| run::run(Plan::for_bugs(seed), Keep::Digest));
     let differs = (first.digest, first.events) != (second.digest, second.events);
     (first, differs)
 }
