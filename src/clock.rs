@@ -21,7 +21,11 @@ pub struct Clock(Source);
 enum Source {
     System,
     /// `ahead_ms`: how far somebody has set it since, in milliseconds.
-    Simulated { start: Timestamp, since: Instant, ahead_ms: Arc<AtomicI64> },
+    Simulated {
+        start: Timestamp,
+        since: Instant,
+        ahead_ms: Arc<AtomicI64>,
+    },
 }
 
 impl Clock {

@@ -184,7 +184,14 @@ impl fmt::Debug for Event<'_> {
             Self::Answer(a) => {
                 let (job, fault) = (a.job.map_or(0, |job| job.0), if a.faulted { " (fault)" } else { "" });
                 let header = |name| a.headers.and_then(|h| h.get(name)).and_then(|v| v.to_str().ok()).unwrap_or("-");
-                write!(f, "answer {:?} job {job}: {:?}{fault} {} {}", a.route, a.status, header("job-status"), header("range"))
+                write!(
+                    f,
+                    "answer {:?} job {job}: {:?}{fault} {} {}",
+                    a.route,
+                    a.status,
+                    header("job-status"),
+                    header("range")
+                )
             }
             Self::Assigned { job, payload } => write!(f, "assigned job {job}, {} bytes", payload.len()),
             Self::AssignedInVain { job } => write!(f, "assigned job {job}, but its payload did not arrive"),

@@ -35,12 +35,14 @@ impl World {
                 self.begins(kind);
                 return lasting;
             }
-            K::CancelBooting | K::CancelRunning | K::HardCancel | K::Erased | K::ProjectDeleted => self.users_act(kind).await,
+            K::CancelBooting | K::CancelRunning | K::HardCancel | K::Erased | K::ProjectDeleted => {
+                self.users_act(kind).await
+            }
             K::OomKilled => self.oom().await,
             K::KillJob => self.kill_job().await,
             K::WallJump => self.wall_jumps(),
             K::Leftovers | K::Foreign => self.leaves(kind).await,
-            K::HandOver | K::HeldPoll => self.hand_over(kind, lasts).await,
+            K::HandOver => self.hand_over(lasts).await,
             K::SecondSignal | K::Drain => self.drain(kind, lasts).await,
             K::RecordDamaged => self.damage(lasts).await,
             K::HostReboot => self.reboot(lasts).await,
@@ -108,7 +110,13 @@ impl World {
         while Instant::now() < until && self.is_alive() {
             let found = {
                 let mut inner = self.story.inner();
-                let found: Vec<JobId> = inner.ledger.jobs.iter().filter(|(_, n)| n.over_at.is_none() && wanted(n)).map(|(id, _)| *id).collect();
+                let found: Vec<JobId> = inner
+                    .ledger
+                    .jobs
+                    .iter()
+                    .filter(|(_, n)| n.over_at.is_none() && wanted(n))
+                    .map(|(id, _)| *id)
+                    .collect();
                 if found.is_empty() { None } else { Some(*inner.dice().pick(&found)) }
             };
             if found.is_some() {
@@ -195,7 +203,8 @@ impl World {
         };
         let rng = Rng::seeded(self.story.inner().dice().next());
         let id = VmId::random(&rng);
-        let overlay = PathBuf::from(if kind == K::Foreign { "/elsewhere" } else { "/state/overlays" }).join(format!("df-{id}.qcow2"));
+        let overlay = PathBuf::from(if kind == K::Foreign { "/elsewhere" } else { "/state/overlays" })
+            .join(format!("df-{id}.qcow2"));
         let spec = VmSpec {
             id: id.clone(),
             installation: if kind == K::Foreign { VmId::random(&rng) } else { installation.id },
@@ -231,17 +240,25 @@ impl World {
         sleep(lasts).await;
     }
 
-    async fn hand_over(&mut self, kind: K, lasts: Duration) {
+    async fn hand_over(&mut self, lasts: Duration) {
         if !self.is_alive() {
             return;
         }
-        if kind == K::HeldPoll {
-            let held = self.standin.read(|model| model.settings.long_poll > Duration::ZERO && model.history.iter().last().is_some_and(|r| r.status.is_none()));
-            if !held {
-                return;
+        if self.standin.read(|model| model.settings.long_poll > Duration::ZERO) {
+            // The better story is one with a poll under way.
+            let until = Instant::now() + PATIENCE / 3;
+            while Instant::now() < until && self.story.inner().ledger.polls == 0 && self.is_alive() {
+                sleep(Duration::from_millis(300)).await;
             }
         }
-        self.story.hit(kind);
+        if !self.is_alive() {
+            return;
+        }
+        let held = self.story.inner().ledger.polls > 0;
+        if held {
+            self.story.hit(K::HeldPoll);
+        }
+        self.story.hit(K::HandOver);
         self.says(DaemonDoes::HandsOver);
         let Some(daemon) = self.daemon.take() else { return };
         daemon.shutdown.hand_over();
@@ -333,7 +350,8 @@ impl World {
             daemon.life.kill();
         }
         self.says(DaemonDoes::Dies);
-        let directory = self.story.inner().ledger.jobs.get(&job).and_then(|note| Some(note.record.as_ref()?.key.directory()));
+        let directory =
+            self.story.inner().ledger.jobs.get(&job).and_then(|note| Some(note.record.as_ref()?.key.directory()));
         if let Some(directory) = directory {
             let path = PathBuf::from("/state/jobs").join(directory).join("record.json");
             let bytes = self.files.look(&path, |bytes| bytes.map(<[u8]>::to_vec)).unwrap_or_default();
@@ -414,7 +432,7 @@ impl World {
             let idle = tokio::select! {
                 biased;
                 () = life.over() => false,
-                idle = timeout(PATIENCE, idle) => idle.is_ok(),
+                idle = timeout(3 * PATIENCE, idle) => idle.is_ok(),
             };
             if idle {
                 self.story.hit(kind);

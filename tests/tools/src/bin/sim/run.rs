@@ -32,15 +32,29 @@ pub(crate) struct Outcome {
     pub(crate) virtual_time: Duration,
 }
 
+impl Outcome {
+    /// Of a run that ended in a panic of its own.
+    fn broken(seed: u64, jobs: u64) -> Self {
+        let (hits, violations, text) = (Hits::default(), Vec::new(), String::new());
+        Self { seed, jobs, hits, violations, text, digest: 0, events: 0, virtual_time: Duration::ZERO }
+    }
+}
+
 /// Runs it.
 pub(crate) fn run(plan: Plan, keep: Keep) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without I/O can always be made");
     let _ = panics::take();
-    let mut outcome = runtime.block_on(tell(plan, keep));
+    let (seed, jobs) = (plan.seed, plan.jobs.len() as u64);
+    let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(tell(plan, keep))));
     drop(runtime);
+    let mut outcome = told.unwrap_or_else(|_| Outcome::broken(seed, jobs));
     for panic in panics::take() {
-        outcome.violations.push(Violation { invariant: 1, at: outcome.virtual_time, sentence: format!("a panic: {panic}") });
+        outcome.violations.push(Violation {
+            invariant: 1,
+            at: outcome.virtual_time,
+            sentence: format!("a panic: {panic}"),
+        });
     }
     outcome
 }
@@ -67,7 +81,10 @@ async fn tell(plan: Plan, keep: Keep) -> Outcome {
         seed: plan.seed,
         jobs: plan.jobs.len() as u64,
         hits: inner.hits.clone(),
-        violations: { drop(inner); story.violations() },
+        violations: {
+            drop(inner);
+            story.violations()
+        },
         text,
         digest,
         events,
@@ -87,6 +104,16 @@ impl World {
         let limit = plan.heals + PATIENCE;
         loop {
             let now = self.story.now();
+            if now > limit {
+                let views = self.daemon.as_ref().map(|daemon| daemon.jobs.views()).unwrap_or_default();
+                let left: Vec<String> = views.iter().map(|view| format!("{} {}", view.key, view.state)).collect();
+                self.story.violate(19, format!("the run does not come to its end; the daemon has {left:?}"));
+                return;
+            }
+            while let Some(at) = lasting.iter().position(|lasting| lasting.until <= now) {
+                let Lasting { kind, .. } = lasting.swap_remove(at);
+                self.over(kind);
+            }
             if !self.is_alive() {
                 self.begin().await;
                 continue;
@@ -94,10 +121,6 @@ impl World {
             while let Some((_, script)) = next_job.filter(|(at, _)| *at <= now) {
                 self.enqueue(script);
                 next_job = jobs.next();
-            }
-            while let Some(at) = lasting.iter().position(|lasting| lasting.until <= now) {
-                let Lasting { kind, .. } = lasting.swap_remove(at);
-                self.over(kind);
             }
             if let Some((_, Action::Do(kind, lasts))) = next_action.filter(|(at, _)| *at <= now) {
                 next_action = actions.next();
@@ -113,14 +136,15 @@ impl World {
             if healed && next_job.is_none() && lasting.is_empty() && self.is_done() {
                 return;
             }
-            if now > limit {
-                let views = self.daemon.as_ref().map(|daemon| daemon.jobs.views()).unwrap_or_default();
-                let left: Vec<String> = views.iter().map(|view| format!("{} {}", view.key, view.state)).collect();
-                self.story.violate(19, format!("the run does not come to its end; the daemon has {left:?}"));
-                return;
-            }
-            let wake = [next_job.map(|(at, _)| *at), next_action.map(|(at, _)| *at), lasting.iter().map(|l| l.until).min()];
-            let wake = wake.into_iter().flatten().min().unwrap_or(now + LOOK).saturating_sub(now).clamp(Duration::from_millis(1), LOOK);
+            let wake =
+                [next_job.map(|(at, _)| *at), next_action.map(|(at, _)| *at), lasting.iter().map(|l| l.until).min()];
+            let wake = wake
+                .into_iter()
+                .flatten()
+                .min()
+                .unwrap_or(now + LOOK)
+                .saturating_sub(now)
+                .clamp(Duration::from_millis(1), LOOK);
             let Some(daemon) = &mut self.daemon else { continue };
             tokio::select! {
                 biased;
@@ -148,11 +172,18 @@ impl World {
     /// Whether all jobs are over, or lost as they may be, and the daemon has nothing left of any.
     fn is_done(&self) -> bool {
         let idle = self.daemon.as_ref().is_some_and(|daemon| daemon.jobs.views().is_empty());
+        let vms = self.fake.vms();
+        let overlays = self.fake.overlays();
         let inner = self.story.inner();
+        let foreign = &inner.ledger.foreign;
+        // What belongs to nobody goes with the next sweep.
+        let clean = vms.iter().all(|(spec, _)| foreign.contains(&format!("df-{}", spec.id)))
+            && overlays.keys().all(|path| foreign.contains(path.to_str().unwrap_or_default()));
         let lost = |id| inner.ledger.jobs.get(&id).is_some_and(|note| note.lost.is_some());
-        idle && self.standin.read(|model| {
-            model.jobs.values().all(|job| job.state.is_over() || job.state != JobState::Pending && lost(job.id))
-        })
+        idle && clean
+            && self.standin.read(|model| {
+                model.jobs.values().all(|job| job.state.is_over() || job.state != JobState::Pending && lost(job.id))
+            })
     }
 
     /// The last daemon drains and goes.
@@ -191,7 +222,8 @@ impl World {
         if counts.sockets > theirs {
             self.story.violate(13, format!("sockets of {} VMs are left behind", counts.sockets - theirs));
         }
-        let gone: Vec<&String> = foreign.iter().filter(|name| name.ends_with(".qcow2") && !overlays.contains(name)).collect();
+        let gone: Vec<&String> =
+            foreign.iter().filter(|name| name.ends_with(".qcow2") && !overlays.contains(name)).collect();
         if !gone.is_empty() && self.story.inner().hits.of(crate::kinds::Kind::Foreign) > 0 {
             self.story.violate(15, format!("what was not ours is gone: {gone:?}"));
         }

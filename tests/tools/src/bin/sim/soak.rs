@@ -2,12 +2,12 @@
 //!
 //! The fakes remember everything, so what is over is taken out of them now and then; what grows is then the daemon's.
 
+use crate::dice::Dice;
 use crate::guest;
 use crate::plan::{After, Before, Gitlab, Limits, Plan, Script, Step};
 use crate::report::say;
 use crate::story::{Keep, Story};
 use crate::world::World;
-use crate::dice::Dice;
 use dayfly::standin::History;
 use dayfly::vm::fake::GuestMachine;
 use std::time::Duration;
@@ -98,7 +98,8 @@ impl World {
     fn forget(&self) -> u64 {
         let over: Vec<_> = self.standin.edit(|model| {
             model.history = History::default();
-            let over: Vec<_> = model.jobs.values().filter(|job| job.state.is_over()).map(|job| (job.id, job.state)).collect();
+            let over: Vec<_> =
+                model.jobs.values().filter(|job| job.state.is_over()).map(|job| (job.id, job.state)).collect();
             model.jobs.retain(|_, job| !job.state.is_over());
             over
         });
@@ -119,8 +120,7 @@ impl World {
 
 fn plan(seed: u64) -> Plan {
     let limits = Limits { boot_s: 300, silence_s: 300, guest_interval_s: 3, spool_mib: 256, poll_s: 3, ports: 100 };
-    let gitlab =
-        Gitlab { long_poll_s: 50, two_phase: false, skew_s: 0, final_waits: Some(0), trace_interval_s: None };
+    let gitlab = Gitlab { long_poll_s: 50, two_phase: false, skew_s: 0, final_waits: Some(0), trace_interval_s: None };
     Plan {
         seed,
         runners: 2,
@@ -136,7 +136,8 @@ fn plan(seed: u64) -> Plan {
 
 fn script(dice: &mut Dice) -> Script {
     let bytes = usize::try_from(dice.range(10, 20_000)).unwrap_or(10);
-    let mut steps = vec![Step::Print(bytes, true), Step::Work(dice.range(100, 30_000)), Step::Print(50, dice.chance(500))];
+    let mut steps =
+        vec![Step::Print(bytes, true), Step::Work(dice.range(100, 30_000)), Step::Print(50, dice.chance(500))];
     if dice.chance(200) {
         steps.push(Step::Upload(usize::try_from(dice.range(1, 20_000)).unwrap_or(1), dice.chance(300)));
     }

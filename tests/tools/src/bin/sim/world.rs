@@ -58,7 +58,8 @@ impl World {
         let rng = Rng::seeded(plan.seed);
         let start = "2026-01-01T00:00:00Z".parse().expect("a date");
         let clock = Clock::simulated(start);
-        let theirs = start.saturating_add(jiff::SignedDuration::from_secs(plan.gitlab.skew_s)).expect("within the calendar");
+        let theirs =
+            start.saturating_add(jiff::SignedDuration::from_secs(plan.gitlab.skew_s)).expect("within the calendar");
         let standin = Standin::new(Clock::simulated(theirs), Rng::seeded(plan.seed ^ 0xabcd));
         standin.configure(|settings| {
             settings.long_poll = Duration::from_secs(plan.gitlab.long_poll_s);

@@ -32,7 +32,9 @@ impl Checker for Credentials {
                     findings.add(9, format!("a request of {route:?} without exactly its runner's token"));
                 }
             }
-            (Route::Unknown, _) | (_, None) => findings.add(9, format!("a request that nobody should send: {}", request.uri)),
+            (Route::Unknown, _) | (_, None) => {
+                findings.add(9, format!("a request that nobody should send: {}", request.uri))
+            }
             (_, Some(job)) => {
                 let own = ledger.jobs.get(&job).is_some_and(|note| job_tokens == [note.token.as_str()]);
                 if !own || !runner_tokens.is_empty() {
@@ -40,7 +42,9 @@ impl Checker for Credentials {
                 }
                 let mut body: Option<String> = None;
                 if route == Route::UpdateJob {
-                    body = serde_json::from_slice::<serde_json::Value>(request.body).ok().and_then(|v| Some(v["token"].as_str()?.to_owned()));
+                    body = serde_json::from_slice::<serde_json::Value>(request.body)
+                        .ok()
+                        .and_then(|v| Some(v["token"].as_str()?.to_owned()));
                 }
                 if let (Some(shown), Some(note)) = (body, ledger.jobs.get(&job))
                     && shown != note.token

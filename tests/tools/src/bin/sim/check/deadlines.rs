@@ -32,7 +32,8 @@ impl Deadlines {
         if note.handed.is_empty() {
             due.push((assigned + self.boot, "the boot deadline"));
         } else {
-            let spoke = note.guest_spoke_at.unwrap_or_default().max(note.handed.last().map(|(_, at)| *at).unwrap_or_default());
+            let spoke =
+                note.guest_spoke_at.unwrap_or_default().max(note.handed.last().map(|(_, at)| *at).unwrap_or_default());
             // An upload or an attack may go on for minutes; only what is silent by plan is.
             due.push((spoke + self.silence, "the silence deadline"));
         }
@@ -76,7 +77,8 @@ impl Deadlines {
         if note.lost.is_some() || note.assigned_at.is_none() {
             return;
         }
-        let open = note.over_at.is_none() && note.over_known.is_none() && note.verdict_taken.is_none() && note.sent.is_empty();
+        let open =
+            note.over_at.is_none() && note.over_known.is_none() && note.verdict_taken.is_none() && note.sent.is_empty();
         if open
             && let Some((due, why)) = self.due(note)
             && now > due + LATE + Duration::from_secs(2)

@@ -13,10 +13,14 @@ impl Checker for Foreign {
             Event::Calls { op: Op::Destroy | Op::Start, subject, .. } if ledger.foreign.contains(*subject) => {
                 findings.add(15, format!("{subject} of another installation is touched"));
             }
-            Event::Calls { op: Op::RemoveOverlay | Op::CreateOverlay, subject, .. } if ledger.foreign.contains(*subject) => {
+            Event::Calls { op: Op::RemoveOverlay | Op::CreateOverlay, subject, .. }
+                if ledger.foreign.contains(*subject) =>
+            {
                 findings.add(15, format!("{subject}, which is not ours, is touched"));
             }
-            Event::Vm { name, word } if ledger.foreign.contains(*name) && !matches!(*word, "started" | "booted" | "gone with the host") => {
+            Event::Vm { name, word }
+                if ledger.foreign.contains(*name) && !matches!(*word, "started" | "booted" | "gone with the host") =>
+            {
                 findings.add(15, format!("{name} of another installation: {word}"));
             }
             Event::File { op: FileOp::Remove | FileOp::Replace | FileOp::WriteAt | FileOp::Rename, path, .. }

@@ -16,7 +16,10 @@ impl Checker for JournalFirst {
             _ => return,
         };
         let names = |note: &crate::ledger::JobNote| {
-            note.record.as_ref().and_then(|record| record.machine.as_ref()).is_some_and(|m| name.ends_with(m.id.as_str()))
+            note.record
+                .as_ref()
+                .and_then(|record| record.machine.as_ref())
+                .is_some_and(|m| name.ends_with(m.id.as_str()))
         };
         if !ledger.jobs.values().any(names) {
             findings.add(16, format!("{op:?} of {name}, which no record names"));

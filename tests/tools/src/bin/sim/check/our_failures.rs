@@ -48,7 +48,10 @@ impl OurFailures {
             "canceled booting" | "cancel grace" => note.users.is_some(),
             "killed" => note.killed_at.is_some(),
             "host lost" => {
-                note.mishap.is_some_and(|(what, _)| what == "the host rebooted") || libvirt || ledger.reboots > 0
+                note.mishap.is_some_and(|(what, _)| what == "the host rebooted")
+                    || libvirt
+                    || ledger.reboots > 0
+                    || ledger.stale_records
             }
             "unreadable" => note.payloads.is_empty(),
             "not kept" => note.files_failed.is_some(),
@@ -86,7 +89,8 @@ impl Checker for OurFailures {
 
     fn end(&mut self, ledger: &Ledger, findings: &mut Findings) {
         for (id, note) in &ledger.jobs {
-            let by_us = note.sent.first().is_some_and(|(_, state, _)| state == "failed") && note.verdict_taken.is_none();
+            let by_us =
+                note.sent.first().is_some_and(|(_, state, _)| state == "failed") && note.verdict_taken.is_none();
             if !by_us || note.verdicts == 0 || note.state != JobState::Failed || note.trace_spoilt.is_some() {
                 continue;
             }

@@ -13,7 +13,10 @@ impl Checker for Reconcile {
     fn on(&mut self, event: &Event<'_>, ledger: &Ledger, findings: &mut Findings) {
         let Event::Calls { op, subject, .. } = event else { return };
         let of_vm = |(_, note): &(&dayfly::gitlab::JobId, &crate::ledger::JobNote)| {
-            note.record.as_ref().and_then(|record| record.machine.as_ref()).is_some_and(|m| subject.ends_with(m.id.as_str()))
+            note.record
+                .as_ref()
+                .and_then(|record| record.machine.as_ref())
+                .is_some_and(|m| subject.ends_with(m.id.as_str()))
         };
         let Some((job, note)) = ledger.jobs.iter().find(of_vm) else { return };
         let Some(record) = &note.record else { return };
@@ -21,10 +24,14 @@ impl Checker for Reconcile {
             // A record that could not be written says what was before.
             _ if note.files_failed.is_some() => {}
             (Op::Destroy, State::Running { .. } | State::Booting { replaced: false } | State::Accepted) => {
-                findings.add(17, format!("{subject} is destroyed while the record of job {job} says `{}`", record.state.word()));
+                findings.add(
+                    17,
+                    format!("{subject} is destroyed while the record of job {job} says `{}`", record.state.word()),
+                );
             }
             (Op::Start, State::Running { .. } | State::Releasing { .. }) => {
-                findings.add(17, format!("{subject} is made while the record of job {job} says `{}`", record.state.word()));
+                findings
+                    .add(17, format!("{subject} is made while the record of job {job} says `{}`", record.state.word()));
             }
             _ => {}
         }

@@ -40,7 +40,9 @@ impl Secrets {
     fn passes_in(&self, bytes: &[u8]) -> bool {
         let is_letter = |b: &u8| b.is_ascii_alphanumeric() || *b == b'-' || *b == b'_';
         let words = bytes.split(|b| !is_letter(b));
-        words.filter(|word| word.len() == PASS).any(|word| std::str::from_utf8(word).is_ok_and(|word| self.passes.contains(word)))
+        words
+            .filter(|word| word.len() == PASS)
+            .any(|word| std::str::from_utf8(word).is_ok_and(|word| self.passes.contains(word)))
     }
 
     /// The daemon's log of the run.

@@ -18,7 +18,10 @@ impl Checker for SuccessStands {
         let Some((promised, at)) = ledger.jobs.get(&job).and_then(|note| note.verdict_taken.as_ref()) else { return };
         if update.state != *promised && ledger.jobs[&job].lost.is_none() {
             let at = at.as_secs_f64();
-            findings.add(3, format!("job {job}: its guest's `{promised}` was taken at {at:.3} s, and `{}` is sent", update.state));
+            findings.add(
+                3,
+                format!("job {job}: its guest's `{promised}` was taken at {at:.3} s, and `{}` is sent", update.state),
+            );
         }
     }
 
@@ -27,7 +30,8 @@ impl Checker for SuccessStands {
             let Some((promised, _)) = &note.verdict_taken else { continue };
             let ended_otherwise = note.users.is_some() || note.lost.is_some() || note.over_by_gitlab;
             if !ended_otherwise && note.state.as_str() != promised {
-                findings.add(3, format!("job {id}: its guest was promised `{promised}`, GitLab holds {:?}", note.state));
+                findings
+                    .add(3, format!("job {id}: its guest was promised `{promised}`, GitLab holds {:?}", note.state));
             }
         }
     }

@@ -24,13 +24,16 @@ impl Checker for Trace {
             }
             Event::Held { job, last } => {
                 let (Some(note), Some(spool)) = (ledger.jobs.get(&job.id), self.spools.get(&job.id)) else { return };
-                if note.trace_spoilt.is_some() || job.erased || note.refused || note.panicked {
+                if note.trace_spoilt.is_some() || job.erased || note.refused || note.panicked || note.begun_anew {
                     return;
                 }
                 let held = &job.trace.bytes;
                 // Last lines that the disk did not take are sent from memory.
-                let from_memory = note.spool_failed && held.strip_prefix(spool.as_slice()).is_some_and(|rest| ours(rest).is_ok());
-                if !spool.starts_with(held) && !from_memory {
+                let from_memory =
+                    note.spool_failed && held.strip_prefix(spool.as_slice()).is_some_and(|rest| ours(rest).is_ok());
+                // A disk that failed, and a job that was over before the next daemon began to end it once more.
+                let too_late = note.spool_failed && note.verdicts > 0;
+                if !spool.starts_with(held) && !from_memory && !too_late {
                     let (at, spool, held) = (common(spool, held), spool.len(), held.len());
                     let what = format!("job {}: GitLab's {held} bytes leave the spool's {spool} at {at}", job.id);
                     findings.add(5, what);
@@ -42,12 +45,23 @@ impl Checker for Trace {
             Event::Request(request) if request.route == Route::UpdateJob => {
                 let (Some(job), Some(update)) = (request.job, request.update) else { return };
                 let (Some(spool), Some((sum, size))) = (self.spools.get(&job), &update.trace) else { return };
-                let Some(note) = ledger.jobs.get(&job).filter(|note| !note.spool_failed && !note.refused && !note.panicked) else { return };
+                let Some(note) = ledger
+                    .jobs
+                    .get(&job)
+                    .filter(|note| !note.spool_failed && !note.refused && !note.panicked && !note.begun_anew)
+                else {
+                    return;
+                };
                 let right = format!("crc32:{:08x}", crc32fast::hash(spool));
                 let empty_is_left_out = *size == 0 && spool.is_empty();
-                if note.trace_spoilt.is_none() && update.state != "running" && (*sum != right || *size != spool.len() as u64) && !empty_is_left_out {
+                if note.trace_spoilt.is_none()
+                    && update.state != "running"
+                    && (*sum != right || *size != spool.len() as u64)
+                    && !empty_is_left_out
+                {
                     let length = spool.len();
-                    findings.add(5, format!("job {job}: {sum} of {size} bytes is sent, the spool is {right} of {length}"));
+                    findings
+                        .add(5, format!("job {job}: {sum} of {size} bytes is sent, the spool is {right} of {length}"));
                 }
             }
             _ => {}
@@ -71,7 +85,11 @@ fn common(a: &[u8], b: &[u8]) -> usize {
 /// Our lines, the guest's bytes, our lines.
 fn exact(spool: &[u8], note: &JobNote) -> Result<(), String> {
     let Some(base) = note.guest_base.and_then(|base| usize::try_from(base).ok()) else {
-        return if note.taken > 0 { Err(format!("{} bytes of its guest are nowhere", note.taken)) } else { ours(spool) };
+        return if note.taken > 0 {
+            Err(format!("{} bytes of its guest are nowhere", note.taken))
+        } else {
+            ours(spool)
+        };
     };
     let (first, rest) = spool.split_at_checked(base).ok_or("the spool is shorter than its first lines")?;
     ours(first)?;

@@ -17,7 +17,10 @@ impl Checker for UserCode {
         match event {
             Event::Guest { job, does: GuestDoes::Payload { .. }, .. } => {
                 let Some(note) = ledger.jobs.get(job) else { return };
-                let journalled = note.record.as_ref().is_some_and(|record| !matches!(record.state, State::Accepted | State::Booting { .. }));
+                let journalled = note
+                    .record
+                    .as_ref()
+                    .is_some_and(|record| !matches!(record.state, State::Accepted | State::Booting { .. }));
                 if note.assigned_at.is_none() || !journalled {
                     findings.add(11, format!("job {job} was given to its guest before it was written down"));
                 }
@@ -30,14 +33,15 @@ impl Checker for UserCode {
                 let Some(vm) = ledger.vms.get(*name) else { return };
                 let Some(note) = vm.job.and_then(|job| ledger.jobs.get(&job)) else { return };
                 let late = |known: Option<Duration>, grace: Duration| {
-                    known.filter(|at| *at + grace < ledger.now).filter(|at| {
-                        ledger.calm(&[Trouble::Daemon, Trouble::Libvirt, Trouble::Disk], *at, ledger.now)
-                    })
+                    known
+                        .filter(|at| *at + grace < ledger.now)
+                        .filter(|at| ledger.calm(&[Trouble::Daemon, Trouble::Libvirt, Trouble::Disk], *at, ledger.now))
                 };
                 // Learnt while it was handed to it at the earliest.
                 let since = |known: Option<Duration>| known.map(|at| at.max(vm.started_at.unwrap_or_default()));
                 let over = late(since(note.over_known), GRACE_OVER);
-                let canceling = late(since(note.canceling_known), GRACE_CANCELING).filter(|_| note.over_known.is_none());
+                let canceling =
+                    late(since(note.canceling_known), GRACE_CANCELING).filter(|_| note.over_known.is_none());
                 if (over.is_some() || canceling.is_some()) && note.sent.is_empty() && note.verdict_taken.is_none() {
                     findings.add(11, format!("the VM of job {:?} outlived its cancel and the grace", vm.job));
                 }

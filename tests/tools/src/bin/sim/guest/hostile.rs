@@ -33,6 +33,16 @@ pub(crate) async fn act(runner: &mut Runner, guest: &mut Guest, kind: Kind) {
         std::future::pending::<()>().await;
     }
     match kind {
+        Kind::AsksLate => {
+            // It has spoken; and a job of its own is all that it may be asked about.
+            sleep(Duration::from_millis(1_500)).await;
+            let spoke = runner.put(&mut guest.line, json!({"state": "running"})).await == Some(200);
+            sleep(Duration::from_millis(1_500)).await;
+            let token = guest.token.clone();
+            if let Some(again) = super::ask(&mut guest.line, &token).await.filter(|reply| reply.status == 201) {
+                guest.line.tell(GuestDoes::Payload { bytes: &again.body, spoke });
+            }
+        }
         Kind::BadOffsets => bad_offsets(runner, &mut guest.line).await,
         Kind::ParallelPatches => parallel_patches(runner, &mut guest.line).await,
         Kind::OthersJob => others_job(runner, &mut guest.line).await,
@@ -63,7 +73,8 @@ async fn bad_offsets(runner: &mut Runner, line: &mut Line) {
     ];
     for range in ranges {
         let token = runner.token.clone();
-        let headers = [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", token.as_str())];
+        let headers =
+            [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", token.as_str())];
         let reply = line.call("PATCH", &path, &headers, b"evil").await;
         if reply.is_some_and(|reply| reply.status < 300) {
             line.tell(GuestDoes::Wrong { invariant: 5, what: "a PATCH with a nonsense range was taken" });
@@ -79,10 +90,8 @@ async fn parallel_patches(runner: &mut Runner, line: &mut Line) {
         return;
     }
     let mut other = line.another();
-    let (a, b) = tokio::join!(
-        runner.patch_at(line, runner.sent, &piece),
-        runner.patch_at(&mut other, runner.sent, &piece)
-    );
+    let (a, b) =
+        tokio::join!(runner.patch_at(line, runner.sent, &piece), runner.patch_at(&mut other, runner.sent, &piece));
     if [a, b].into_iter().flatten().any(|reply| reply.status == 202) {
         runner.sent += piece.len();
         line.tell(GuestDoes::Taken(runner.sent));
@@ -91,7 +100,14 @@ async fn parallel_patches(runner: &mut Runner, line: &mut Line) {
 
 /// Another job's id, with this one's token and with none.
 async fn others_job(runner: &Runner, line: &mut Line) {
-    let other = line.story.inner().ledger.jobs.iter().map(|(id, note)| (id.0, note.token.clone())).find(|(id, _)| *id != runner.id);
+    let other = line
+        .story
+        .inner()
+        .ledger
+        .jobs
+        .iter()
+        .map(|(id, note)| (id.0, note.token.clone()))
+        .find(|(id, _)| *id != runner.id);
     let (id, theirs) = other.unwrap_or((runner.id + 1, "glcbt-64_nobody".to_owned()));
     for token in [runner.token.clone(), theirs, String::new()] {
         let body = json!({"state": "success", "token": token}).to_string();
@@ -153,7 +169,12 @@ pub(crate) async fn after(runner: &mut Runner, guest: &mut Guest, kind: Kind, ve
                 guest.line.tell(GuestDoes::Wrong { invariant: 2, what: "another verdict was taken" });
             }
             let again = runner.put(&mut guest.line, verdict.clone()).await;
-            let over = story.inner().ledger.jobs.get(&guest.line.job).is_none_or(|n| n.over_known.is_some() || n.users.is_some());
+            let over = story
+                .inner()
+                .ledger
+                .jobs
+                .get(&guest.line.job)
+                .is_none_or(|n| n.over_known.is_some() || n.users.is_some());
             if again.is_some_and(|status| status != 200 && status < 500) && !over {
                 guest.line.tell(GuestDoes::Wrong { invariant: 2, what: "the same verdict again was refused" });
             }
@@ -187,7 +208,15 @@ async fn hold(mut stream: Box<dyn Stream>, story: crate::story::Story, vm: Strin
 /// Wrong passes: nothing must come back but the door's own greeting line.
 pub(crate) async fn wrong_pass(line: &mut Line) {
     line.story.hit(Kind::WrongPass);
-    let others: Vec<String> = line.story.inner().ledger.vms.values().filter_map(|vm| vm.pass.clone()).filter(|pass| *pass != line.pass).collect();
+    let others: Vec<String> = line
+        .story
+        .inner()
+        .ledger
+        .vms
+        .values()
+        .filter_map(|vm| vm.pass.clone())
+        .filter(|pass| *pass != line.pass)
+        .collect();
     let mut passes: Vec<String> = others.into_iter().take(2).collect();
     passes.push("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA".to_owned());
     for pass in passes {
@@ -287,4 +316,3 @@ async fn refused(line: &mut Line, bytes: &[u8], patience: Duration) {
         line.tell(GuestDoes::Wrong { invariant: 10, what: "a request that is none was served" });
     }
 }
-

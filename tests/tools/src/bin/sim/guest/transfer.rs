@@ -77,7 +77,9 @@ pub(crate) async fn dies(runner: &Runner, guest: &mut Guest) {
 
 /// Fetches what it has uploaded, in two parts, and compares.
 pub(crate) async fn download(runner: &Runner, guest: &mut Guest) {
-    let Some(bytes) = guest.line.story.inner().ledger.jobs.get(&guest.line.job).and_then(|n| n.uploaded.last().copied()) else {
+    let Some(bytes) =
+        guest.line.story.inner().ledger.jobs.get(&guest.line.job).and_then(|n| n.uploaded.last().copied())
+    else {
         return;
     };
     guest.line.story.hit(Kind::DownloadRange);

@@ -45,7 +45,14 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    pub(crate) fn new(doors: Doors, port: u16, pass: &str, patience: Duration, who: (Story, String, JobId), dice: Dice) -> Self {
+    pub(crate) fn new(
+        doors: Doors,
+        port: u16,
+        pass: &str,
+        patience: Duration,
+        who: (Story, String, JobId),
+        dice: Dice,
+    ) -> Self {
         let (story, vm, job) = who;
         Self { doors, port, pass: pass.to_owned(), patience, story, vm, job, dice, kept: Mutex::new(None) }
     }
@@ -105,7 +112,13 @@ impl Line {
     }
 
     /// One request on the kept connection, or a new one. `None`: no whole answer.
-    pub(crate) async fn call(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Reply> {
+    pub(crate) async fn call(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Option<Reply> {
         let kept = self.keep();
         let fresh = kept.is_none();
         let stream = match kept {

@@ -60,14 +60,17 @@ impl Disk {
 
     fn fault(&self, op: FileOp, file: &str) -> Option<io::ErrorKind> {
         let mut inner = self.story.inner();
-        let writes = matches!(op, FileOp::Replace | FileOp::WriteAt | FileOp::CreateDir | FileOp::Remove | FileOp::Rename);
+        let writes =
+            matches!(op, FileOp::Replace | FileOp::WriteAt | FileOp::CreateDir | FileOp::Remove | FileOp::Rename);
         if writes && inner.ledger.down.contains_key(&Trouble::Disk) {
             return Some(io::ErrorKind::ReadOnlyFilesystem);
         }
         match op {
             FileOp::Sync if inner.strikes(Kind::SyncFails) => Some(io::ErrorKind::Other),
             FileOp::Replace if inner.strikes(Kind::SyncFails) => Some(io::ErrorKind::Other),
-            FileOp::Replace | FileOp::CreateDir if inner.strikes(Kind::NoSpaceStart) => Some(io::ErrorKind::StorageFull),
+            FileOp::Replace | FileOp::CreateDir if inner.strikes(Kind::NoSpaceStart) => {
+                Some(io::ErrorKind::StorageFull)
+            }
             FileOp::WriteAt if file == "trace" && inner.strikes(Kind::NoSpaceSpool) => Some(io::ErrorKind::StorageFull),
             FileOp::Read | FileOp::ReadAt if inner.strikes(Kind::ReadFails) => Some(io::ErrorKind::Other),
             _ => None,
@@ -114,7 +117,8 @@ impl Files for Disk {
     fn write_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: Bytes) -> BoxFuture<'a, io::Result<()>> {
         Box::pin(async move {
             let written = bytes.clone();
-            self.call(FileOp::WriteAt, path, &written, async move { self.files.write_at(path, offset, bytes).await }).await
+            self.call(FileOp::WriteAt, path, &written, async move { self.files.write_at(path, offset, bytes).await })
+                .await
         })
     }
 

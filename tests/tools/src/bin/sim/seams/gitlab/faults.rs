@@ -1,9 +1,9 @@
 //! Which faults a request meets.
 
 use super::{Gate, Head};
+use crate::event::Trouble;
 use crate::kinds::Kind as K;
 use crate::ledger::Ledger;
-use crate::event::Trouble;
 use crate::story::Inner;
 use bytes::Bytes;
 use dayfly::gitlab::JobId;
@@ -49,7 +49,9 @@ impl Gate {
                 if self.story.strikes(K::TraceReset) {
                     self.edit_trace(job, |trace, _| trace.clear());
                 } else if self.story.strikes(K::TraceLostPart) {
-                    self.edit_trace(job, |trace, dice| trace.truncate(usize::try_from(dice).unwrap_or(0) % (trace.len() + 1)));
+                    self.edit_trace(job, |trace, dice| {
+                        trace.truncate(usize::try_from(dice).unwrap_or(0) % (trace.len() + 1))
+                    });
                 } else if self.story.strikes(K::TraceAhead) {
                     if let Some(note) = self.story.inner().ledger.jobs.get_mut(&job) {
                         note.trace_spoilt = Some("GitLab was given bytes of somebody else");
@@ -61,10 +63,12 @@ impl Gate {
                 let running = self.standin.read(|model| {
                     let runner = model.runners.values().find(|runner| runner.token.matches(&head.shown))?.id;
                     let queue_is_empty = !model.jobs.values().any(|job| job.queued);
-                    let mine = |job: &&dayfly::standin::Job| job.state == JobState::Running && job.runner == Some(runner);
+                    let mine =
+                        |job: &&dayfly::standin::Job| job.state == JobState::Running && job.runner == Some(runner);
                     model.jobs.values().find(mine).map(|job| job.id).filter(|_| queue_is_empty)
                 });
-                let known = |ledger: &Ledger, job: &JobId| ledger.jobs.get(job).is_some_and(|note| note.record.is_some());
+                let known =
+                    |ledger: &Ledger, job: &JobId| ledger.jobs.get(job).is_some_and(|note| note.record.is_some());
                 let running = running.filter(|job| known(&self.story.inner().ledger, job));
                 if let Some(job) = running
                     && self.story.strikes(K::AssignedTwice)
