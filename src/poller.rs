@@ -249,6 +249,10 @@ impl Poller {
         let (parts, runner) = (self.parts.clone(), self.runner.clone());
         refusals.spawn(async move {
             job::refuse(&parts, &runner, id, token, why).await;
+            if why == Refusal::NotKept {
+                // What the disk did take of it.
+                job::forget(&parts, &JobKey { runner: runner.config.name.clone(), id }).await;
+            }
         });
     }
 

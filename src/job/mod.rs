@@ -12,6 +12,7 @@
 //!                       │  └──► uploader   spool and outbox to GitLab
 //! ```
 
+mod forget;
 pub mod journal;
 mod limits;
 mod lines;
@@ -22,6 +23,7 @@ pub mod state;
 mod task;
 pub mod uploader;
 
+pub use forget::forget;
 pub use limits::Limits;
 pub use refuse::{Refusal, give_up, refuse};
 pub use task::{accept, adopt, begin_anew};

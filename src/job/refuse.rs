@@ -7,7 +7,7 @@
 use super::journal::Record;
 use super::lines;
 use super::state::State;
-use super::{Parts, Runner};
+use super::{Parts, Runner, forget};
 use crate::gitlab::{GitlabError, JobClient, JobId, JobUpdate, Verdict};
 use crate::retry::Backoff;
 use crate::secret::Secret;
@@ -16,8 +16,8 @@ use bytes::Bytes;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Calls made for each part; with their pauses about half a minute.
-const TRIES: u32 = 5;
+/// How long GitLab is tried to be told: after an hour without a word it fails the job itself.
+const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// How long a GitLab is asked again that is still storing the few bytes of trace; it waits for 5 min itself.
 const STORING: Duration = Duration::from_secs(600);
@@ -54,10 +54,10 @@ pub async fn give_up(parts: &Parts, runner: &Runner, record: Record) {
         machine.release();
         while machine.event().await.is_some() {}
     }
-    if !told {
+    if told {
+        forget(parts, &record.key).await;
+    } else {
         tracing::error!(job = %id, "its record is kept for the next start");
-    } else if let Err(error) = parts.journal.remove(&record.key).await {
-        tracing::error!(job = %id, error = chain(&error), "remove the record of a job that was given up");
     }
 }
 
@@ -76,11 +76,11 @@ enum Saying {
     Verdict(JobUpdate),
 }
 
-/// Tries a few times, when GitLab wishes and not before. `false`: in vain.
+/// Tries, when GitLab wishes and not before. `false`: in vain.
 async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -> bool {
     let mut backoff = Backoff::uploader();
-    let mut begins = None;
-    for _ in 0..TRIES {
+    let (since, mut begins) = (Instant::now(), None);
+    while since.elapsed() < PATIENCE {
         let said = match saying {
             Saying::Refusal(text) => tell(client, text, &mut begins).await,
             Saying::Verdict(update) => deliver(client, update).await,

@@ -8,7 +8,7 @@ use super::journal::{JobKey, RECORD_VERSION, Record};
 use super::lines;
 use super::machinery::{Machinery, Next};
 use super::state::{Command, Event, Failure, Grace, State};
-use super::{GivenAgain, Refusal, refuse};
+use super::{GivenAgain, Refusal, forget, refuse};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use crate::capacity::{Held, Reservation, Resources};
 use crate::config::Span;
@@ -152,6 +152,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         spoke,
         grace: None,
         graced: Duration::ZERO,
+        unwritten: false,
     };
     job.feed(first).await;
     while job.m.record.state != State::Ended {
@@ -165,6 +166,10 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             Some(command) = inbox.recv() => Happened::Command(command),
             next = job.m.next() => Happened::Next(next),
             () = tokio::time::sleep_until(deadline.0) => Happened::Event(deadline.1),
+            () = tokio::time::sleep(REWRITE_PAUSE), if job.unwritten => {
+                job.unwritten = !job.m.put().await;
+                continue;
+            }
         };
         match next {
             Happened::Event(event) => job.feed(event).await,
@@ -221,9 +226,7 @@ async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option
             && matches!(record.state, State::Accepted | State::Booting { .. })
         {
             refuse(&parts, &runner, record.key.id, record.job_token.clone(), Refusal::NotKept).await;
-            if let Err(error) = parts.journal.remove(&record.key).await {
-                tracing::error!(error = chain(&error), "remove the record of a refused job");
-            }
+            forget(&parts, &record.key).await;
             return None;
         }
         tokio::select! {
@@ -255,7 +258,12 @@ struct Job {
     grace: Option<Instant>,
     /// Its length, for the author's line.
     graced: Duration,
+    /// The record on disk is behind: what it says would begin the job anew after a restart.
+    unwritten: bool,
 }
+
+/// Pause before a record that the disk did not take is written again.
+const REWRITE_PAUSE: Duration = Duration::from_secs(2);
 
 impl Job {
     /// The deadline that comes first, and its event.
@@ -312,8 +320,11 @@ impl Job {
                 self.explain(*failure).await;
             }
             // Record first, act second. What makes a machine refuses to without a record of its own.
-            if self.m.record.state != before && self.m.record.state != State::Ended && !self.m.put().await {
-                tracing::warn!("the job's new state is not on disk; it goes on");
+            if self.m.record.state != before && self.m.record.state != State::Ended {
+                self.unwritten = !self.m.put().await;
+                if self.unwritten {
+                    tracing::warn!("the job's new state is not on disk; it goes on");
+                }
             }
             for command in commands {
                 events.extend(self.carry_out(command).await);

@@ -7,13 +7,12 @@ use super::lines;
 use super::spool::Spool;
 use super::state::{Event, State};
 use super::uploader::{Outbox, Upload, UploaderEvent, upload};
-use super::{Parts, Runner};
+use super::{Parts, Runner, forget};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{GuestEvent, GuestPass, GuestView, HandOut};
 use crate::metrics::Metrics;
 use crate::planted::{self, Bug};
-use crate::retry::Backoff;
 use crate::secret::Secret;
 use crate::supply::{Machine, MachineEvent};
 use crate::telemetry::chain;
@@ -33,10 +32,6 @@ const REOPENED_GRACE: Duration = Duration::from_secs(20);
 
 /// Pause before another task takes up the machine of one that died of a bug.
 const SUCCESSOR_PAUSE: Duration = Duration::from_secs(1);
-
-/// How long the record of a finished job is tried to be removed: a disk that is read-only for a while must not leave
-/// secrets and a spool behind. What is left then is found at the next start; a drain waits no longer than this.
-const REMOVE_PATIENCE: Duration = Duration::from_secs(600);
 
 pub(super) enum Next {
     Guest(GuestEvent),
@@ -431,26 +426,9 @@ impl Machinery {
         if planted::on(Bug::RecordKept) {
             return;
         }
-        let (since, mut backoff) = (Instant::now(), Backoff::uploader());
-        loop {
-            match self.parts.journal.remove(&self.record.key).await {
-                Ok(()) => {
-                    reached(Point::K18);
-                    return;
-                }
-                Err(error) => tracing::warn!(error = chain(&error), "remove the job's record"),
-            }
-            if since.elapsed() >= REMOVE_PATIENCE {
-                break;
-            }
-            tokio::select! {
-                biased;
-                // Both are cancel safe. The next daemon finds the record, as it would after a kill.
-                () = self.parts.leave.cancelled() => return,
-                () = tokio::time::sleep(backoff.next(&self.parts.rng)) => {}
-            }
+        if forget(&self.parts, &self.record.key).await {
+            reached(Point::K18);
         }
-        tracing::error!("the record of a finished job could not be removed; the next start of the daemon tries again");
     }
 
     /// Lets go of everything for the next daemon.

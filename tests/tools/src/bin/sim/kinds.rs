@@ -81,6 +81,7 @@ kinds! {
     PollsAtDeadline "V3" "the first poll in the last moment";
     ParallelPolls "V4" "two polls at once";
     AsksAgain "V5" "the guest asks again before it begins";
+    AsksLate "V6" "a second poll in mid-job";
     RebootsBooting "V5" "a reboot before the first request";
     RebootsRunning "V6" "a reboot in mid-job";
     WrongPass "V7 P10" "a wrong pass";

@@ -30,6 +30,8 @@ pub(crate) struct Ledger {
     pub(crate) troubles: Vec<(Trouble, At, At)>,
     /// Lives of the daemon so far.
     pub(crate) lives: u32,
+    /// When the newest life began.
+    pub(crate) began_at: At,
     /// The life that runs has done its start.
     pub(crate) runs: bool,
     /// No new jobs are wanted: drain or hand-over under way.
@@ -39,6 +41,10 @@ pub(crate) struct Ledger {
     /// When GitLab came back last: whether some runner had room to poll.
     pub(crate) has_room: bool,
     refused_at: Option<At>,
+    /// Some life ended with a record that was behind: its VM and door may be somebody else's by now.
+    pub(crate) stale_records: bool,
+    /// Polls that GitLab has not answered.
+    pub(crate) polls: u32,
     /// The image was gone at some time.
     pub(crate) image_was_missing: bool,
     /// Reboots of the host.
@@ -69,6 +75,10 @@ pub(crate) struct JobNote {
     pub(crate) full: bool,
     /// It was refused, not run: its trace at GitLab was never in a spool.
     pub(crate) refused: bool,
+    /// Its record on disk is behind what its task knows.
+    pub(crate) record_stale: bool,
+    /// It was so when a life ended, and may have been begun anew.
+    pub(crate) begun_anew: bool,
     /// Any file of its failed.
     pub(crate) files_failed: Option<At>,
     pub(crate) vms: Vec<String>,
@@ -160,6 +170,8 @@ impl JobNote {
             record_gone_at: None,
             spool: None,
             spool_failed: false,
+            record_stale: false,
+            begun_anew: false,
             full: false,
             refused: false,
             files_failed: None,
@@ -304,6 +316,7 @@ impl Ledger {
 
     fn request(&mut self, request: &crate::event::Request<'_>) {
         let now = self.now;
+        self.polls += u32::from(request.route == Route::RequestJob);
         let Some(note) = request.job.and_then(|job| self.jobs.get_mut(&job)) else { return };
         match request.route {
             Route::UpdateJob => match request.update {
@@ -321,6 +334,9 @@ impl Ledger {
 
     fn answer(&mut self, answer: &crate::event::Answer<'_>) {
         let now = self.now;
+        if answer.route == Route::RequestJob {
+            self.polls = self.polls.saturating_sub(1);
+        }
         let Some(note) = answer.job.and_then(|job| self.jobs.get_mut(&job)) else { return };
         if !matches!(answer.route, Route::UpdateJob | Route::AppendTrace) {
             return;
@@ -349,6 +365,7 @@ impl Ledger {
         if !ok {
             note.files_failed = Some(now);
             note.spool_failed |= file == "trace";
+            note.record_stale |= op == FileOp::Replace && file == "record.json";
             return;
         }
         match (op, file) {
@@ -356,6 +373,7 @@ impl Ledger {
                 note.record = serde_json::from_slice(bytes).ok();
                 note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
                 note.had_record = true;
+                note.record_stale = false;
                 note.record_gone_at = None;
             }
             (FileOp::WriteAt, "trace") => {
@@ -437,6 +455,7 @@ impl Ledger {
         match does {
             DaemonDoes::Starts => {
                 self.lives += 1;
+                self.began_at = now;
                 self.runs = false;
                 self.stopping = false;
             }
@@ -447,6 +466,10 @@ impl Ledger {
             }
             DaemonDoes::Dies | DaemonDoes::Gone | DaemonDoes::Refuses => {
                 self.runs = false;
+                for note in self.jobs.values_mut().filter(|note| note.record_stale) {
+                    note.begun_anew = true;
+                    self.stale_records = true;
+                }
                 for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some() && !note.had_record) {
                     note.lost.get_or_insert("the daemon ended before it was written down");
                 }

@@ -42,7 +42,7 @@ impl World {
             K::KillJob => self.kill_job().await,
             K::WallJump => self.wall_jumps(),
             K::Leftovers | K::Foreign => self.leaves(kind).await,
-            K::HandOver | K::HeldPoll => self.hand_over(kind, lasts).await,
+            K::HandOver => self.hand_over(lasts).await,
             K::SecondSignal | K::Drain => self.drain(kind, lasts).await,
             K::RecordDamaged => self.damage(lasts).await,
             K::HostReboot => self.reboot(lasts).await,
@@ -240,20 +240,25 @@ impl World {
         sleep(lasts).await;
     }
 
-    async fn hand_over(&mut self, kind: K, lasts: Duration) {
+    async fn hand_over(&mut self, lasts: Duration) {
         if !self.is_alive() {
             return;
         }
-        if kind == K::HeldPoll {
-            let held = self.standin.read(|model| {
-                model.settings.long_poll > Duration::ZERO
-                    && model.history.iter().last().is_some_and(|r| r.status.is_none())
-            });
-            if !held {
-                return;
+        if self.standin.read(|model| model.settings.long_poll > Duration::ZERO) {
+            // The better story is one with a poll under way.
+            let until = Instant::now() + PATIENCE / 3;
+            while Instant::now() < until && self.story.inner().ledger.polls == 0 && self.is_alive() {
+                sleep(Duration::from_millis(300)).await;
             }
         }
-        self.story.hit(kind);
+        if !self.is_alive() {
+            return;
+        }
+        let held = self.story.inner().ledger.polls > 0;
+        if held {
+            self.story.hit(K::HeldPoll);
+        }
+        self.story.hit(K::HandOver);
         self.says(DaemonDoes::HandsOver);
         let Some(daemon) = self.daemon.take() else { return };
         daemon.shutdown.hand_over();
@@ -427,7 +432,7 @@ impl World {
             let idle = tokio::select! {
                 biased;
                 () = life.over() => false,
-                idle = timeout(PATIENCE, idle) => idle.is_ok(),
+                idle = timeout(3 * PATIENCE, idle) => idle.is_ok(),
             };
             if idle {
                 self.story.hit(kind);

@@ -120,6 +120,7 @@ const GUEST_KINDS: &[Kind] = &[
     Kind::PollsAtDeadline,
     Kind::ParallelPolls,
     Kind::AsksAgain,
+    Kind::AsksLate,
     Kind::RebootsBooting,
     Kind::RebootsRunning,
     Kind::WrongPass,
@@ -161,17 +162,16 @@ const CALL_KINDS: &[(Kind, u16)] = &[
     (Kind::HtmlError, 300),
     (Kind::RateLimited, 150),
     (Kind::RateLimitedUntil, 150),
-    (Kind::RunnerRefused, 60),
+    (Kind::RunnerRefused, 600),
     (Kind::Conflict, 600),
-    (Kind::AssignTruncated, 400),
-    (Kind::AssignNonsense, 400),
-    (Kind::StrangeMembers, 5000),
+    (Kind::AssignTruncated, 1500),
+    (Kind::AssignNonsense, 1500),
     (Kind::ConnectFails, 300),
     (Kind::BlackHole, 100),
     (Kind::SlowHead, 300),
     (Kind::SlowBody, 300),
-    (Kind::AssignedTwice, 300),
-    (Kind::OverAtFirstWord, 500),
+    (Kind::AssignedTwice, 4000),
+    (Kind::OverAtFirstWord, 1500),
     (Kind::FirstWordLost, 1500),
     (Kind::LoginPage, 300),
     (Kind::NotFound, 300),
@@ -179,25 +179,25 @@ const CALL_KINDS: &[(Kind, u16)] = &[
     (Kind::PatchLost, 1000),
     (Kind::PatchReplyLost, 1000),
     (Kind::TraceLostPart, 400),
-    (Kind::TraceAhead, 200),
+    (Kind::TraceAhead, 500),
     (Kind::TraceReset, 400),
     (Kind::FinalRefused, 1500),
     (Kind::FinalReplyLost, 2000),
     (Kind::FinalLost, 2000),
-    (Kind::UploadReset, 3000),
-    (Kind::UploadRefused, 3000),
-    (Kind::UploadBusy, 3000),
+    (Kind::UploadReset, 4000),
+    (Kind::UploadRefused, 4000),
+    (Kind::UploadBusy, 4000),
     (Kind::CreateRefused, 1000),
     (Kind::OverlayRefused, 1000),
-    (Kind::OverlayHangs, 500),
-    (Kind::CreateHangs, 500),
+    (Kind::OverlayHangs, 1500),
+    (Kind::CreateHangs, 1000),
     (Kind::CreateAnswerLost, 800),
-    (Kind::DestroyFails, 1500),
-    (Kind::DestroyHangs, 800),
+    (Kind::DestroyFails, 4000),
+    (Kind::DestroyHangs, 5000),
     (Kind::Panics, 150),
-    (Kind::FdShort, 500),
+    (Kind::FdShort, 800),
     (Kind::LibvirtBlips, 300),
-    (Kind::ListHangs, 150),
+    (Kind::ListHangs, 300),
     (Kind::NoSpaceStart, 300),
     (Kind::NoSpaceSpool, 200),
     (Kind::SyncFails, 600),
@@ -209,11 +209,18 @@ const CALL_KINDS: &[(Kind, u16)] = &[
 const ACTION_KINDS: &[(Kind, u64, u64)] = &[
     // Kind, and how many seconds it lasts, from and to.
     (Kind::Outage, 20, 900),
-    (Kind::HeldPoll, 0, 0),
+    (Kind::HandOver, 0, 3),
+    (Kind::HandOver, 0, 3),
+    (Kind::CancelBooting, 0, 0),
     (Kind::CancelBooting, 0, 0),
     (Kind::CancelRunning, 0, 0),
+    (Kind::CancelRunning, 0, 0),
     (Kind::HardCancel, 0, 0),
+    (Kind::HardCancel, 0, 0),
+    (Kind::WallJump, 0, 0),
+    (Kind::KillJob, 0, 0),
     (Kind::Erased, 0, 0),
+    (Kind::ProjectDeleted, 0, 0),
     (Kind::ProjectDeleted, 0, 0),
     (Kind::OomKilled, 0, 0),
     (Kind::HandOver, 0, 90),
@@ -227,26 +234,33 @@ const ACTION_KINDS: &[(Kind, u64, u64)] = &[
     (Kind::LibvirtDown, 5, 600),
     (Kind::HostReboot, 10, 120),
     (Kind::LowDisk, 5, 120),
+    (Kind::LowDisk, 5, 120),
     (Kind::ReadOnly, 1, 60),
+    (Kind::ImageMissing, 5, 120),
     (Kind::ImageMissing, 5, 120),
     (Kind::Leftovers, 0, 0),
     (Kind::Foreign, 0, 0),
+    (Kind::KillK0, 0, 30),
     (Kind::KillK0, 0, 30),
     (Kind::KillK1, 0, 30),
     (Kind::KillK2, 0, 30),
     (Kind::KillK3, 0, 30),
     (Kind::KillK4, 0, 60),
+    (Kind::KillK4, 0, 60),
+    (Kind::KillK5, 0, 60),
     (Kind::KillK5, 0, 60),
     (Kind::KillK6, 0, 60),
     (Kind::KillK7, 0, 60),
     (Kind::KillK8, 0, 60),
     (Kind::KillK9, 0, 60),
     (Kind::KillK10, 0, 60),
+    (Kind::KillK10, 0, 60),
     (Kind::KillK11, 0, 60),
     (Kind::KillK12, 0, 60),
     (Kind::KillK13, 0, 60),
     (Kind::KillK14, 0, 60),
     (Kind::KillK15, 0, 60),
+    (Kind::KillK16, 0, 60),
     (Kind::KillK16, 0, 60),
     (Kind::KillK17, 0, 60),
     (Kind::KillK18, 0, 60),
@@ -281,12 +295,14 @@ impl Plan {
         jobs.sort_by_key(|(at, _)| *at);
         let mut rates = vec![0; Kind::ALL.len()];
         for (kind, rate) in CALL_KINDS {
-            if dice.chance(90) {
+            if dice.chance(130) {
                 rates[*kind as usize] = rate / *dice.pick(&[1, 1, 3]);
             }
         }
+        // What GitLab sends is never quite what a parser would write.
+        rates[Kind::StrangeMembers as usize] = 5000;
         let span = span.max(20_000) + 30_000;
-        let mut actions: Vec<(Duration, Action)> = (0..dice.below(6))
+        let mut actions: Vec<(Duration, Action)> = (0..dice.below(12))
             .map(|_| {
                 let (kind, from, to) = *dice.pick(ACTION_KINDS);
                 (dice.time(0, span), Action::Do(kind, dice.time(from * 1000, to * 1000)))
@@ -330,7 +346,7 @@ impl Script {
             };
             steps.push(Step::Work(work));
         }
-        if dice.chance(80) {
+        if dice.chance(200) {
             steps.push(Step::Upload(usize::try_from(dice.range(1, 3000)).unwrap_or(1), dice.chance(300)));
         }
         let mut script = Self {
@@ -340,7 +356,7 @@ impl Script {
             after: After::Good,
             timeout_s: 3600,
             deaf: false,
-            doomed_project: dice.chance(60),
+            doomed_project: dice.chance(120),
         };
         if dice.chance(500) {
             let kind = *dice.pick(GUEST_KINDS);

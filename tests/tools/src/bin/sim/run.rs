@@ -32,13 +32,23 @@ pub(crate) struct Outcome {
     pub(crate) virtual_time: Duration,
 }
 
+impl Outcome {
+    /// Of a run that ended in a panic of its own.
+    fn broken(seed: u64, jobs: u64) -> Self {
+        let (hits, violations, text) = (Hits::default(), Vec::new(), String::new());
+        Self { seed, jobs, hits, violations, text, digest: 0, events: 0, virtual_time: Duration::ZERO }
+    }
+}
+
 /// Runs it.
 pub(crate) fn run(plan: Plan, keep: Keep) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without I/O can always be made");
     let _ = panics::take();
-    let mut outcome = runtime.block_on(tell(plan, keep));
+    let (seed, jobs) = (plan.seed, plan.jobs.len() as u64);
+    let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(tell(plan, keep))));
     drop(runtime);
+    let mut outcome = told.unwrap_or_else(|_| Outcome::broken(seed, jobs));
     for panic in panics::take() {
         outcome.violations.push(Violation {
             invariant: 1,
@@ -94,12 +104,17 @@ impl World {
         let limit = plan.heals + PATIENCE;
         loop {
             let now = self.story.now();
-            // First, or a daemon that cannot start without it never would.
+            if now > limit {
+                let views = self.daemon.as_ref().map(|daemon| daemon.jobs.views()).unwrap_or_default();
+                let left: Vec<String> = views.iter().map(|view| format!("{} {}", view.key, view.state)).collect();
+                self.story.violate(19, format!("the run does not come to its end; the daemon has {left:?}"));
+                return;
+            }
             while let Some(at) = lasting.iter().position(|lasting| lasting.until <= now) {
                 let Lasting { kind, .. } = lasting.swap_remove(at);
                 self.over(kind);
             }
-            if !self.is_alive() && now <= limit {
+            if !self.is_alive() {
                 self.begin().await;
                 continue;
             }
@@ -119,12 +134,6 @@ impl World {
                 self.story.heal();
             }
             if healed && next_job.is_none() && lasting.is_empty() && self.is_done() {
-                return;
-            }
-            if now > limit {
-                let views = self.daemon.as_ref().map(|daemon| daemon.jobs.views()).unwrap_or_default();
-                let left: Vec<String> = views.iter().map(|view| format!("{} {}", view.key, view.state)).collect();
-                self.story.violate(19, format!("the run does not come to its end; the daemon has {left:?}"));
                 return;
             }
             let wake =
@@ -163,11 +172,18 @@ impl World {
     /// Whether all jobs are over, or lost as they may be, and the daemon has nothing left of any.
     fn is_done(&self) -> bool {
         let idle = self.daemon.as_ref().is_some_and(|daemon| daemon.jobs.views().is_empty());
+        let vms = self.fake.vms();
+        let overlays = self.fake.overlays();
         let inner = self.story.inner();
+        let foreign = &inner.ledger.foreign;
+        // What belongs to nobody goes with the next sweep.
+        let clean = vms.iter().all(|(spec, _)| foreign.contains(&format!("df-{}", spec.id)))
+            && overlays.keys().all(|path| foreign.contains(path.to_str().unwrap_or_default()));
         let lost = |id| inner.ledger.jobs.get(&id).is_some_and(|note| note.lost.is_some());
-        idle && self.standin.read(|model| {
-            model.jobs.values().all(|job| job.state.is_over() || job.state != JobState::Pending && lost(job.id))
-        })
+        idle && clean
+            && self.standin.read(|model| {
+                model.jobs.values().all(|job| job.state.is_over() || job.state != JobState::Pending && lost(job.id))
+            })
     }
 
     /// The last daemon drains and goes.

@@ -53,9 +53,9 @@ pub(crate) struct Inner {
     pub(crate) planned: BTreeMap<String, Vec<dayfly::standin::Fault>>,
     /// The life ends at its next call of the file layer.
     pub(crate) kill_at_next_file: bool,
-    seed: u64,
     /// Any number of events is right: the soak.
     endless: bool,
+    settings: [(bool, Kind); 3],
     once: std::collections::BTreeSet<(u64, Kind)>,
     keep: Keep,
     text: String,
@@ -79,8 +79,12 @@ impl Story {
             life: None,
             planned: BTreeMap::new(),
             kill_at_next_file: false,
-            seed: plan.seed,
             endless: false,
+            settings: [
+                (plan.gitlab.two_phase, Kind::TwoPhase),
+                (plan.gitlab.skew_s != 0, Kind::ClockSkew),
+                (u32::from(plan.limits.ports) < plan.concurrent, Kind::PortsShort),
+            ],
             once: std::collections::BTreeSet::new(),
             keep,
             text: String::new(),
@@ -199,9 +203,8 @@ impl Inner {
     fn tell(&mut self, event: &Event<'_>) {
         let now = self.birth.elapsed();
         self.events += 1;
-        if self.events == EVENTS_MAX && !self.endless {
-            self.give_up(event);
-        }
+        // Time stands still and somebody runs in circles: whoever it is, its task ends here, and the run with it.
+        assert!(self.endless || !self.events.is_multiple_of(EVENTS_MAX), "{EVENTS_MAX} events and no end: {event:?}");
         match self.keep {
             Keep::Nothing => {}
             Keep::Digest => {
@@ -214,22 +217,37 @@ impl Inner {
         self.ledger.now = now;
         self.findings.now = now;
         self.ledger.note(event);
+        self.settings_strike(event);
         for checker in &mut self.checkers {
             checker.on(event, &self.ledger, &mut self.findings);
         }
         self.publish();
     }
 
-    /// Time stands still and somebody runs in circles: the whole process ends here, for nothing else can.
-    fn give_up(&self, event: &Event<'_>) -> ! {
-        let seed = self.seed;
-        crate::report::say(&format!(
-            "VIOLATION of invariant 20: {EVENTS_MAX} events and no end; the last is {event:?}"
-        ));
-        crate::report::say(&format!("again: scripts/sim --seed {seed} --jobs 1"));
-        let tail = self.text.char_indices().rev().nth(20_000).map_or(0, |(at, _)| at);
-        crate::report::say(&self.text[tail..]);
-        std::process::exit(1)
+    /// Faults that lie in how a run is set up count when a job meets them.
+    fn settings_strike(&mut self, event: &Event<'_>) {
+        let (job, kind) = match event {
+            Event::Assigned { job, .. } => {
+                for (applies, kind) in self.settings {
+                    if applies {
+                        self.hit_once(job.0, kind);
+                    }
+                }
+                return;
+            }
+            Event::Answer(answer) if answer.status == Some(202) && !answer.faulted => {
+                let last = answer.update.is_some_and(|update| update.state != "running");
+                (answer.job.filter(|_| last), Kind::FinalWaits)
+            }
+            Event::Held { job, .. } => {
+                let large = job.failure_reason.as_deref() == Some("trace_size_exceeded");
+                (large.then_some(job.id), Kind::TraceTooLarge)
+            }
+            _ => return,
+        };
+        if let Some(job) = job {
+            self.hit_once(job.0, kind);
+        }
     }
 
     /// New findings into the text.

@@ -16,7 +16,7 @@ impl Checker for FirstWins {
         let Some(job) = request.job else { return };
         let Some(note) = ledger.jobs.get(&job) else { return };
         let [.., (_, first, why), (_, last, why_last)] = note.sent.as_slice() else { return };
-        if (first, why) != (last, why_last) {
+        if (first, why) != (last, why_last) && !note.begun_anew {
             findings.add(2, format!("job {job}: `{last}` ({why_last:?}) was sent after `{first}` ({why:?})"));
         }
     }
@@ -28,6 +28,7 @@ impl Checker for FirstWins {
             }
             if note.verdicts == 1
                 && note.users.is_none()
+                && !note.begun_anew
                 && let Some((_, state, _)) = note.sent.first()
                 && note.state.as_str() != state
             {

@@ -2,7 +2,7 @@
 
 use super::{Checker, Findings};
 use crate::event::{Event, FileOp, GuestDoes};
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, VmNote};
 use dayfly::gitlab::JobId;
 use dayfly::vm::fake::Op;
 use std::collections::BTreeMap;
@@ -38,8 +38,12 @@ impl Checker for OneJobPerVm {
                     findings.add(12, format!("{name} was started a second time"));
                 }
                 let port = vm.port;
-                let others = ledger.vms.iter().filter(|(other, vm)| *other != name && vm.lives() && vm.ours);
-                if port != 0 && others.clone().any(|(_, vm)| vm.port == port) {
+                let lost =
+                    |vm: &VmNote| vm.job.and_then(|job| ledger.jobs.get(&job)).is_some_and(|note| note.lost.is_some());
+                // Nobody listens any more for the VM of a record that was damaged.
+                let others =
+                    ledger.vms.iter().filter(|(other, vm)| *other != name && vm.lives() && vm.ours && !lost(vm));
+                if port != 0 && !ledger.stale_records && others.clone().any(|(_, vm)| vm.port == port) {
                     findings.add(12, format!("{name} shares door {port} with another VM"));
                 }
             }

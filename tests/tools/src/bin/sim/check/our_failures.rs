@@ -48,7 +48,10 @@ impl OurFailures {
             "canceled booting" | "cancel grace" => note.users.is_some(),
             "killed" => note.killed_at.is_some(),
             "host lost" => {
-                note.mishap.is_some_and(|(what, _)| what == "the host rebooted") || libvirt || ledger.reboots > 0
+                note.mishap.is_some_and(|(what, _)| what == "the host rebooted")
+                    || libvirt
+                    || ledger.reboots > 0
+                    || ledger.stale_records
             }
             "unreadable" => note.payloads.is_empty(),
             "not kept" => note.files_failed.is_some(),

@@ -24,14 +24,16 @@ impl Checker for Trace {
             }
             Event::Held { job, last } => {
                 let (Some(note), Some(spool)) = (ledger.jobs.get(&job.id), self.spools.get(&job.id)) else { return };
-                if note.trace_spoilt.is_some() || job.erased || note.refused || note.panicked {
+                if note.trace_spoilt.is_some() || job.erased || note.refused || note.panicked || note.begun_anew {
                     return;
                 }
                 let held = &job.trace.bytes;
                 // Last lines that the disk did not take are sent from memory.
                 let from_memory =
                     note.spool_failed && held.strip_prefix(spool.as_slice()).is_some_and(|rest| ours(rest).is_ok());
-                if !spool.starts_with(held) && !from_memory {
+                // A disk that failed, and a job that was over before the next daemon began to end it once more.
+                let too_late = note.spool_failed && note.verdicts > 0;
+                if !spool.starts_with(held) && !from_memory && !too_late {
                     let (at, spool, held) = (common(spool, held), spool.len(), held.len());
                     let what = format!("job {}: GitLab's {held} bytes leave the spool's {spool} at {at}", job.id);
                     findings.add(5, what);
@@ -43,8 +45,10 @@ impl Checker for Trace {
             Event::Request(request) if request.route == Route::UpdateJob => {
                 let (Some(job), Some(update)) = (request.job, request.update) else { return };
                 let (Some(spool), Some((sum, size))) = (self.spools.get(&job), &update.trace) else { return };
-                let Some(note) =
-                    ledger.jobs.get(&job).filter(|note| !note.spool_failed && !note.refused && !note.panicked)
+                let Some(note) = ledger
+                    .jobs
+                    .get(&job)
+                    .filter(|note| !note.spool_failed && !note.refused && !note.panicked && !note.begun_anew)
                 else {
                     return;
                 };

@@ -33,6 +33,16 @@ pub(crate) async fn act(runner: &mut Runner, guest: &mut Guest, kind: Kind) {
         std::future::pending::<()>().await;
     }
     match kind {
+        Kind::AsksLate => {
+            // It has spoken; and a job of its own is all that it may be asked about.
+            sleep(Duration::from_millis(1_500)).await;
+            let spoke = runner.put(&mut guest.line, json!({"state": "running"})).await == Some(200);
+            sleep(Duration::from_millis(1_500)).await;
+            let token = guest.token.clone();
+            if let Some(again) = super::ask(&mut guest.line, &token).await.filter(|reply| reply.status == 201) {
+                guest.line.tell(GuestDoes::Payload { bytes: &again.body, spoke });
+            }
+        }
         Kind::BadOffsets => bad_offsets(runner, &mut guest.line).await,
         Kind::ParallelPatches => parallel_patches(runner, &mut guest.line).await,
         Kind::OthersJob => others_job(runner, &mut guest.line).await,

@@ -35,6 +35,7 @@ pub(crate) struct Runner {
     next_tick: Instant,
     word: Word,
     deaf: bool,
+    began: Instant,
 }
 
 enum End {
@@ -56,6 +57,7 @@ impl Runner {
             next_tick: Instant::now() + Duration::from_secs(3),
             word: Word::Running,
             deaf: guest.script.deaf,
+            began: Instant::now(),
         }
     }
 
@@ -153,15 +155,15 @@ impl Runner {
             if Instant::now() >= self.next_tick {
                 self.tick(line).await;
             }
+            if self.deaf && self.began.elapsed() > self.timeout {
+                line.story.inner().hit_once(self.id, Kind::IgnoresTimeout);
+            }
             match self.word {
                 Word::Running => {}
                 _ if self.deaf => line.story.inner().hit_once(self.id, Kind::IgnoresCancel),
                 Word::Canceling => return Some(End::Canceled),
                 Word::Over => return Some(End::Aborted),
             }
-        }
-        if self.deaf && self.timeout < time {
-            line.story.inner().hit_once(self.id, Kind::IgnoresTimeout);
         }
         None
     }

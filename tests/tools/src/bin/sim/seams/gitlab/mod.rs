@@ -115,6 +115,9 @@ impl Gate {
         if head.is_final() && self.story.inner().dice().chance(500) {
             self.story.point(Kind::KillK14).await;
         }
+        if route == Route::UploadArtifacts && self.story.inner().dice().chance(500) {
+            self.story.point(Kind::KillK13).await;
+        }
         let plan = self.draw(&head);
         if plan.connect_fails {
             return Err(TransportError::Connect("injected: connection refused".into()));
@@ -181,6 +184,7 @@ impl Gate {
             }
             Route::UpdateJob => self.story.point(Kind::KillK11).await,
             Route::AppendTrace => self.story.point(Kind::KillK12).await,
+            Route::UploadArtifacts => self.story.point(Kind::KillK13).await,
             _ => {}
         }
     }
