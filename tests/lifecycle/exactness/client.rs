@@ -139,7 +139,9 @@ impl<'a, W: Way> Client<'a, W> {
             }
             Move::Lie(length, lie) => self.lie(at, self.middle(length).min(5000), lie).await?,
             Move::Both(one, other) => self.both(at, self.middle(one), self.middle(other)).await?,
-            Move::Alive => drop(self.put("running").await),
+            Move::Alive => {
+                self.put("running").await;
+            }
             Move::Debug => self.debug = true,
             Move::Work(ms) => sleep(Duration::from_millis(ms)).await,
             Move::GitlabLoses(permille) if at < self.log.len() => self.way.gitlab_loses(permille),

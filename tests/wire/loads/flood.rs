@@ -1,17 +1,9 @@
 //! A guest that floods its trace, and the whole daemon around it: real files, virtual time.
 
-#[path = "../../support/mod.rs"]
-#[allow(
-    unreachable_pub,
-    missing_docs,
-    dead_code,
-    clippy::disallowed_methods,
-    reason = "shared by several test binaries, each of which uses a part; its tasks end with its runtime"
-)]
-mod support;
-
 use super::scales::{Growth, alone, sized};
 use crate::door::support::LIMIT;
+use crate::support::guest::Guest;
+use crate::support::world::{World, paused};
 use dayfly::BoxFuture;
 use dayfly::daemon::{self, Backends, Shutdown};
 use dayfly::files::RealFiles;
@@ -26,8 +18,6 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use support::guest::Guest;
-use support::world::{World, paused};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::time::{Instant, sleep, timeout};
 

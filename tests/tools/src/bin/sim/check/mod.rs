@@ -75,6 +75,13 @@ impl Findings {
         }
     }
 
+    /// Adds what is not so.
+    pub(crate) fn unless(&mut self, holds: bool, invariant: u8, sentence: impl FnOnce() -> String) {
+        if !holds {
+            self.add(invariant, sentence());
+        }
+    }
+
     /// Those not seen before.
     pub(crate) fn news(&mut self) -> impl Iterator<Item = &Violation> {
         let from = std::mem::replace(&mut self.told, self.all.len());

@@ -18,14 +18,12 @@ impl Checker for OneJobPerVm {
     fn on(&mut self, event: &Event<'_>, ledger: &Ledger, findings: &mut Findings) {
         match event {
             Event::Guest { vm, job, does: GuestDoes::Payload { .. } } => {
-                if *self.jobs.entry((*vm).to_owned()).or_insert(*job) != *job {
-                    findings.add(12, format!("{vm} was given a second job"));
-                }
+                let first = *self.jobs.entry((*vm).to_owned()).or_insert(*job);
+                findings.unless(first == *job, 12, || format!("{vm} was given a second job"));
             }
             Event::Guest { vm, does: GuestDoes::Configured { pass }, .. } => {
-                if self.passes.entry((*pass).to_owned()).or_insert_with(|| (*vm).to_owned()) != *vm {
-                    findings.add(12, format!("{vm} has a pass that another VM had"));
-                }
+                let first = self.passes.entry((*pass).to_owned()).or_insert_with(|| (*vm).to_owned());
+                findings.unless(first == *vm, 12, || format!("{vm} has a pass that another VM had"));
             }
             Event::Vm { name, word: "started" } => {
                 let Some(vm) = ledger.vms.get(*name).filter(|vm| vm.ours) else { return };

@@ -20,16 +20,23 @@ pub(crate) async fn act(runner: &mut Runner, guest: &mut Guest, kind: Kind) {
     if kind != Kind::UploadVmDies {
         story.hit(kind);
     }
-    let ends = match kind {
-        Kind::CrashesRunning => Some(guest.machine.power.crash()),
-        Kind::PowersOff => Some(guest.machine.power.off()),
-        Kind::RebootsRunning => Some(guest.machine.power.reboot()),
-        Kind::DiskPaused => Some(guest.machine.power.pause()),
-        Kind::Hangs => Some(()),
-        Kind::UploadVmDies => Some(transfer::dies(runner, guest).await),
-        _ => None,
-    };
-    if ends.is_some() {
+    match kind {
+        Kind::CrashesRunning => guest.machine.power.crash(),
+        Kind::PowersOff => guest.machine.power.off(),
+        Kind::RebootsRunning => guest.machine.power.reboot(),
+        Kind::DiskPaused => guest.machine.power.pause(),
+        Kind::UploadVmDies => transfer::dies(runner, guest).await,
+        _ => {}
+    }
+    if matches!(
+        kind,
+        Kind::CrashesRunning
+            | Kind::PowersOff
+            | Kind::RebootsRunning
+            | Kind::DiskPaused
+            | Kind::Hangs
+            | Kind::UploadVmDies
+    ) {
         std::future::pending::<()>().await;
     }
     match kind {
