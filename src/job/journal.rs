@@ -465,6 +465,12 @@ mod damage;
 
 #[cfg(any(test, feature = "test-util"))]
 impl Record {
+    /// What these bytes of a `record.json` say. `None`: they are no record for this daemon.
+    #[must_use]
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        parse(bytes).ok()
+    }
+
     /// A record as it should be, of a job that nothing has happened to yet.
     #[must_use]
     #[expect(clippy::unwrap_used, reason = "for tests: address and installation are constants")]

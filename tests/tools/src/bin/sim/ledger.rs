@@ -370,7 +370,7 @@ impl Ledger {
         }
         match (op, file) {
             (FileOp::Replace, "record.json") => {
-                note.record = serde_json::from_slice(bytes).ok();
+                note.record = Record::read(bytes);
                 note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
                 note.had_record = true;
                 note.record_stale = false;

@@ -88,7 +88,7 @@ fn point_of(op: FileOp, path: &Path, file: &str, bytes: &[u8]) -> Option<Kind> {
     match (op, file) {
         (FileOp::Replace, "payload") => Some(Kind::KillK3),
         (FileOp::Replace, "guest") => Some(Kind::KillK6),
-        (FileOp::Replace, "record.json") => match serde_json::from_slice::<Record>(bytes).ok()?.state {
+        (FileOp::Replace, "record.json") => match Record::read(bytes)?.state {
             State::Accepted => Some(Kind::KillK4),
             State::Running { .. } => Some(Kind::KillK10),
             _ => None,
