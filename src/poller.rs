@@ -151,7 +151,13 @@ impl Poller {
             }
             if let Err(GitlabError::UnreadableJob { job: Some(job), .. }) = &answer {
                 let (id, token) = job.as_ref().clone();
-                self.refuse(&mut refusals, id, token, Refusal::Unreadable);
+                let key = JobKey { runner: self.runner.config.name.clone(), id };
+                if self.jobs.contains(&key) {
+                    // Given out a second time (safety.md G17): what of it runs here is not to be failed.
+                    tracing::warn!(%key, "GitLab assigned a job again that is under way here, unreadably");
+                } else {
+                    self.refuse(&mut refusals, id, token, Refusal::Unreadable);
+                }
             }
             let pause = match answer {
                 Ok(Poll::Job(payload)) => {

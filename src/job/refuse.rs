@@ -6,7 +6,7 @@
 
 use super::journal::Record;
 use super::lines;
-use super::state::State;
+use super::state::{Event, State};
 use super::{Parts, Runner, forget};
 use crate::gitlab::{GitlabError, JobClient, JobId, JobUpdate, Verdict};
 use crate::retry::Backoff;
@@ -38,7 +38,7 @@ pub enum Refusal {
 /// Ends a job of which nothing works here any more: GitLab is told its verdict, if it had one, else
 /// that it has failed; its machine is taken down and its record removed. What fails of this is left
 /// to the next start of the daemon.
-pub async fn give_up(parts: &Parts, runner: &Runner, record: Record) {
+pub async fn give_up(parts: &Parts, runner: &Runner, mut record: Record) {
     let (id, token) = (record.key.id, record.job_token.clone());
     let told = match &record.state {
         State::Releasing { verdict: None, .. } | State::Releasing { delivered: true, .. } | State::Ended => true,
@@ -47,7 +47,14 @@ pub async fn give_up(parts: &Parts, runner: &Runner, record: Record) {
             let update = JobUpdate { verdict: Some(verdict.clone()), trace: None };
             insist(parts, id, &client, &Saying::Verdict(update)).await
         }
-        _ => refuse(parts, runner, id, token, Refusal::Bug).await,
+        _ => {
+            // Written down first: the next daemon must not begin a job that GitLab was told has failed.
+            (record.state, _) = record.state.on(Event::Panicked);
+            if let Err(error) = parts.journal.put(&record).await {
+                tracing::error!(job = %id, error = chain(&error), "write down that the job has failed");
+            }
+            refuse(parts, runner, id, token, Refusal::Bug).await
+        }
     };
     if let Some(machine) = record.machine {
         let mut machine = parts.supply.reap(machine);

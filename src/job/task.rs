@@ -504,6 +504,11 @@ impl Job {
     /// Exactly one hand-out: the state machine decides whether, this whether a second ask (V5) gets
     /// the same again.
     async fn asked(&mut self, reply: oneshot::Sender<Option<HandOut>>) {
+        if self.m.is_being_replaced() {
+            // It came up after all, and its end is on the way.
+            let _ = reply.send(None);
+            return;
+        }
         let first = matches!(self.m.record.state, State::Booting { .. });
         let rested = self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
         let lost = !self.spoke && rested;

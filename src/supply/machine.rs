@@ -185,6 +185,11 @@ impl Driver {
                 self.tell(MachineEvent::Stopped).await;
                 self.wait_for_wish().await;
             }
+            // Its guest has shown the pass: it runs, whatever became of the call's answer.
+            Err(error) if self.greeted.load(Ordering::Relaxed) => {
+                tracing::warn!(vm = %self.record.id, error = chain(&error), "make a VM that runs already; it goes on");
+                self.watch(&order.config).await;
+            }
             Err(error) => {
                 self.tell(MachineEvent::Failed(error)).await;
                 self.wait_for_wish().await;

@@ -23,6 +23,7 @@ mod ends;
 mod exactness;
 mod exec;
 mod faults;
+mod found_by_sim;
 mod gitlab;
 mod handover;
 mod host;

@@ -288,6 +288,11 @@ impl Machinery {
         false
     }
 
+    /// Whether the machine is on its way out, and another will be made.
+    pub(in crate::job) fn is_being_replaced(&self) -> bool {
+        self.another
+    }
+
     /// Takes the machine down so that another can be made. `false`: there is none.
     pub(in crate::job) fn release_for_another(&mut self) -> bool {
         self.another = true;
@@ -312,9 +317,17 @@ impl Machinery {
             std::mem::forget(self.door.take());
         }
         self.close_door().await;
+        if planted::on(Bug::MachineReused) && self.another {
+            return std::mem::take(&mut self.another);
+        }
+        let gone = self.record.machine.take();
+        if self.another && gone.is_some() {
+            // A job that goes on binds the door of its record after a restart: the record lets go of it first.
+            self.put().await;
+        }
         // Only now is the port free for the next machine.
-        if !(planted::on(Bug::MachineReused) && self.another) {
-            self.forget_machine(false);
+        if let Some(gone) = gone {
+            self.parts.supply.forget(&gone, false);
         }
         std::mem::take(&mut self.another)
     }

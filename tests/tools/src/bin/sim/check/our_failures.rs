@@ -35,8 +35,8 @@ impl OurFailures {
         let ended = note.mishap.is_some();
         let libvirt = note.vm_call_failed || note.files_failed.is_some();
         let holds = match label {
-            "no machine" => libvirt || replaced || note.vms.is_empty() || ended,
-            "machine died booting" => ended || libvirt,
+            "no machine" => ledger.image_was_missing || libvirt || replaced || note.vms.is_empty() || ended,
+            "machine died booting" => ended || libvirt || ledger.image_was_missing,
             "boot deadline" => since + Duration::from_secs(1) >= self.boot,
             "machine died" => ended || libvirt,
             "host disk" => note.mishap.is_some_and(|(what, _)| what == "paused") || note.files_failed.is_some(),

@@ -96,17 +96,21 @@ impl Runner {
         }
         let verdict = self.verdict(state, reason, code);
         guest.line.tell(GuestDoes::Verdict { state, reason });
+        let mut taken = false;
         for _ in 0..FINAL_TRIES {
             match self.put(&mut guest.line, verdict.clone()).await {
                 Some(200) => {
                     guest.line.tell(GuestDoes::VerdictTaken { state });
+                    taken = true;
                     break;
                 }
                 Some(403 | 404) => return,
                 _ => sleep(Duration::from_secs(3)).await,
             }
         }
-        if let After::Bad(kind) = script.after {
+        if let After::Bad(kind) = script.after
+            && taken
+        {
             hostile::after(self, guest, kind, &verdict).await;
         }
     }

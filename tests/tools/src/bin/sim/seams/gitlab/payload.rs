@@ -34,6 +34,7 @@ impl Gate {
             broken = self.spoil(&mut bytes);
         }
         let whole = if broken.is_none() { serde_json::from_slice::<Value>(&bytes).ok() } else { None };
+        let whole = whole.filter(|payload| payload["token"].is_string());
         let job = whole.as_ref().and_then(|payload| payload["id"].as_u64()).map(JobId);
         self.story.tell(&head.answer(Some(parts.status.as_u16()), Some(&parts.headers), faulted));
         match job {

@@ -1,0 +1,183 @@
+//! Bugs that the simulation found, each told alone.
+
+use crate::support::world::World;
+use dayfly::files::Files as _;
+use dayfly::gitlab::JobId;
+use dayfly::secret::Secret;
+use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Persist, Route};
+use dayfly::vm::fake::{self, Op, Timing};
+use std::time::Duration;
+use tokio::time::sleep;
+
+/// A job whose 201 breaks off behind its id and token.
+fn cut_job(world: &World) -> JobId {
+    let payload = format!(r#"{{"id":5,"token":"glcbt-64_cut","job_info":{{"name":"{}"}}}}"#, "x".repeat(1000));
+    world.standin.script(Matcher::on(Route::RequestJob), Fault::TruncateBody(400));
+    world.job_of(JobSpec::raw(JobId(5), Secret::new("glcbt-64_cut"), payload))
+}
+
+/// R8, G6: GitLab answers the verdict of a refused job with 202 until it has stored the trace.
+#[tokio::test(start_paused = true)]
+async fn a_refused_job_is_told_of_until_gitlab_has_taken_it() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["assigned a job that cannot be read"]);
+    world.standin.configure(|settings| settings.live_trace_persist_after = Persist::AfterReports(4));
+    let job = cut_job(&world);
+    world.start().await.unwrap();
+    world.until_failed(job, "runner_system_failure", "could not be read").await;
+    world.assert_clean().await;
+}
+
+/// R9, G6: or with 412.
+#[tokio::test(start_paused = true)]
+async fn a_refused_job_whose_trace_gitlab_wants_again_gets_it() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["assigned a job that cannot be read"]);
+    world.standin.script(Matcher::on(Route::UpdateJob), Fault::status(412));
+    let job = cut_job(&world);
+    world.start().await.unwrap();
+    world.until_failed(job, "runner_system_failure", "could not be read").await;
+    world.assert_clean().await;
+}
+
+/// G3: a refusal waits as everything else does.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_obeys_the_time_that_gitlab_names() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["assigned a job that cannot be read", "tell GitLab that a job is not run"]);
+    world.standin.script(Matcher::on(Route::AppendTrace), Fault::status_with(429, &[("Retry-After", "40")]));
+    let job = cut_job(&world);
+    world.start().await.unwrap();
+    world.until_failed(job, "runner_system_failure", "could not be read").await;
+    let pieces = world.requests(Route::AppendTrace);
+    assert!(pieces[1].at.duration_since(pieces[0].at).as_secs() >= 40, "{pieces:?}");
+    world.assert_clean().await;
+}
+
+/// R9: a GitLab that is never content is not flooded with the trace.
+#[tokio::test(start_paused = true)]
+async fn a_verdict_refused_again_and_again_is_sent_with_pauses() {
+    let mut world = World::new(1);
+    world.standin.script(Matcher::on(Route::UpdateJob).after(1).times(6), Fault::status(412));
+    let job = world.job(&["print hello"]);
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    let verdicts: Vec<_> = world.requests(Route::UpdateJob).into_iter().skip(1).map(|r| r.at).collect();
+    let pauses: Vec<_> = verdicts.windows(2).map(|pair| pair[1].duration_since(pair[0]).as_millis()).collect();
+    assert!(pauses[1..].iter().all(|pause| *pause >= 900), "{pauses:?}");
+    assert!(pauses[5] > 10_000, "{pauses:?}");
+    world.assert_clean().await;
+}
+
+/// E9: deadlines go on with the host's uptime over a restart, whatever somebody does to the clock meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_clock_set_ahead_before_a_restart_ends_no_job() {
+    let mut world = World::new(1);
+    let job = world.job(&["print hello", "sleep 60", "print done"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "hello").await;
+    world.clock.jump(true, Duration::from_secs(10 * 365 * 86_400));
+    world.hand_over().await;
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+}
+
+/// H8: a disk that is read-only when a job ends is written to when it can be.
+#[tokio::test(start_paused = true)]
+async fn what_is_kept_of_a_job_goes_once_the_disk_lets_it() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["remove a job's record", "not on disk", "write the job's record", "durable"]);
+    let job = world.job(&["print hello"]);
+    world.standin.script(Matcher::on(Route::UpdateJob).after(1), Fault::Delay(Duration::from_secs(10)));
+    world.start().await.unwrap();
+    world.until_status(|status| status.jobs.iter().any(|job| job.state == "releasing" && job.vm.is_none())).await;
+    world.files.fail_writes(Some(std::io::ErrorKind::ReadOnlyFilesystem));
+    world.until(job, JobState::Success).await;
+    sleep(Duration::from_secs(60)).await;
+    world.files.fail_writes(None);
+    world.assert_clean().await;
+}
+
+/// H8: a state that the disk did not take is written down once it does.
+#[tokio::test(start_paused = true)]
+async fn a_record_that_is_behind_catches_up() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["write the job's record", "not on disk"]);
+    let job = world.job(&["print hello", "sleep 100"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "hello").await;
+    world.standin.script(Matcher::any().always(), Fault::html(502));
+    world.expect_trouble(&["sent again", "no answer to a poll"]);
+    world.files.fail_writes(Some(std::io::ErrorKind::ReadOnlyFilesystem));
+    // The guest's verdict is not taken while it cannot be kept; an operator's word is.
+    let _ = world.kill_job(job);
+    world.expect_trouble(&["last lines", "ends without a verdict", "durable", "line of ours"]);
+    sleep(Duration::from_secs(20)).await;
+    world.files.fail_writes(None);
+    sleep(Duration::from_secs(5)).await;
+    let paths = world.files.paths_below("/state/jobs".as_ref());
+    let record = paths.iter().find(|path| path.ends_with("record.json")).unwrap();
+    let bytes = world.files.read(record, 1 << 20).await.unwrap();
+    assert!(String::from_utf8_lossy(&bytes).contains("releasing"), "{}", String::from_utf8_lossy(&bytes));
+    world.standin.behave();
+    world.until(job, JobState::Failed).await;
+    world.settle().await;
+    world.assert_clean().await;
+}
+
+/// G17, G6: what cannot be read is a job that runs here already.
+#[tokio::test(start_paused = true)]
+async fn a_job_given_out_again_unreadably_goes_on() {
+    let mut world = World::new(1);
+    world.expect_trouble(&[
+        "assigned a job that cannot be read",
+        "under way here, unreadably",
+        "it will be sent again",
+    ]);
+    let job = world.job(&["print hello", "sleep 30", "print done"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "hello").await;
+    world.standin.script(Matcher::on(Route::RequestJob), Fault::TruncateBody(1500));
+    world.standin.edit(|model| {
+        let again = model.jobs.get_mut(&job).unwrap();
+        (again.state, again.queued) = (JobState::Pending, true);
+        model.tick_queues(job);
+    });
+    world.until(job, JobState::Success).await;
+    assert!(world.trace(job).contains("done"), "{}", world.trace(job));
+    world.assert_clean().await;
+    assert_eq!(world.machines_started(), 1);
+}
+
+/// V1: a machine that comes up while it is being replaced is not given the job.
+#[tokio::test(start_paused = true)]
+async fn a_machine_on_its_way_out_is_not_given_the_job() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["the machine could not be made"]);
+    let timing = Timing { boot: Duration::from_secs(5), destroy: Duration::from_secs(20), ..Timing::default() };
+    world.hypervisor.set_timing(timing);
+    let job = world.job(&["print hello"]);
+    world.start().await.unwrap();
+    sleep(Duration::from_secs(2)).await;
+    world.hand_over().await;
+    // Its VM cannot be looked at just now.
+    world.hypervisor.fail_nth(Op::State, 1, fake::Fault::Refused("injected"));
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+    assert_eq!(world.machines_started(), 2);
+}
+
+/// K8, V1: a VM whose creation is not answered in time runs, and its guest works already.
+#[tokio::test(start_paused = true)]
+async fn a_machine_whose_guest_works_already_is_not_lost_with_the_answer_to_its_creation() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["make a VM that runs already"]);
+    world.hypervisor.fail_nth(Op::Start, 1, fake::Fault::HangsAfterEffect);
+    let job = world.job(&["print hello", "sleep 100", "print done"]);
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+    assert_eq!(world.machines_started(), 1);
+}
