@@ -138,6 +138,11 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         // Assigned during a hand-over: it is written down, and the next process begins it (G13).
         return;
     }
+    if record.state == State::Ended {
+        // A crash came between its end and the last of its files.
+        forget(&parts, &record.key).await;
+        return;
+    }
     let Some(machinery) = open(parts, runner, record, payload).await else {
         reservation.release();
         return;
@@ -320,7 +325,8 @@ impl Job {
                 self.explain(*failure).await;
             }
             // Record first, act second. What makes a machine refuses to without a record of its own.
-            if self.m.record.state != before && self.m.record.state != State::Ended {
+            // The end as well: its files go one by one, and without its trace a job looks as if it began.
+            if self.m.record.state != before {
                 self.unwritten = !self.m.put().await;
                 if self.unwritten {
                     tracing::warn!("the job's new state is not on disk; it goes on");
