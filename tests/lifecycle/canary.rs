@@ -22,6 +22,7 @@ fn a_canary_is_found_in_every_encoding() {
     finds("52 75 4e 6e 45 72 43 61 4e 61 52 79", "hex, spaced");
     finds("%52%75%4E%6E%45%72%43%61%4E%61%52%79", "URL-escaped");
     finds(r"\u0052\u0075\u004e\u006e\u0045\u0072\u0043\u0061\u004e\u0061\u0052\u0079", "JSON-escaped");
+    finds("82, 117, 78, 110, 69, 114, 67, 97, 78, 97, 82, 121", "list of numbers");
     finds(r"\x52\x75\x4e\x6e\x45\x72\x43\x61\x4e\x61\x52\x79", "escaped bytes");
     for before in ["", "g", "gl", "glr", "glrt-public007"] {
         for after in ["", "1", "12", "\n"] {

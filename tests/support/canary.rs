@@ -5,7 +5,7 @@
 //! of the suite finds any of them; `canary` of the test tools is that search as a program.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// What stands behind prefix and nine public characters of every runner token.
 pub const RUNNER_CANARY: &str = "RuNnErCaNaRy";
@@ -18,29 +18,37 @@ pub fn runner_token(number: u64) -> String {
 /// Looks for one secret in all its encodings.
 pub struct Search {
     /// Name of the encoding, and what to look for.
-    needles: Vec<(&'static str, String)>,
+    needles: Vec<(&'static str, Vec<u8>)>,
 }
 
 impl Search {
-    /// For this secret, of ASCII characters and at least four of them.
+    /// For this text, of at least four ASCII characters.
     pub fn new(secret: &str) -> Self {
+        Self::of_bytes(secret.as_bytes())
+    }
+
+    /// For these bytes, a key's say; at least four.
+    pub fn of_bytes(secret: &[u8]) -> Self {
         let escaped = |prefix: &str, upper: bool| {
             let hex = |byte| if upper { format!("{prefix}{byte:02X}") } else { format!("{prefix}{byte:02x}") };
-            secret.bytes().map(hex).collect::<String>()
+            secret.iter().map(hex).collect::<String>()
         };
-        let mut needles = vec![("raw", secret.to_owned()), ("reversed", secret.chars().rev().collect())];
+        let mut needles = vec![("raw", secret.to_owned()), ("reversed", secret.iter().rev().copied().collect())];
+        let mut text = |name, needle: String| needles.push((name, needle.into_bytes()));
         for upper in [false, true] {
-            needles.push(("hex", escaped("", upper)));
-            needles.push(("hex, spaced", escaped(" ", upper).trim_start().to_owned()));
-            needles.push(("URL-escaped", escaped("%", upper)));
-            needles.push(("JSON-escaped", escaped("\\u00", upper)));
-            needles.push(("escaped bytes", escaped("\\x", upper)));
+            text("hex", escaped("", upper));
+            text("hex, spaced", escaped(" ", upper).trim_start().to_owned());
+            text("URL-escaped", escaped("%", upper));
+            text("JSON-escaped", escaped("\\u00", upper));
+            text("escaped bytes", escaped("\\x", upper));
         }
         for alphabet in [STANDARD, URL_SAFE] {
             for before in 0..3 {
-                needles.push(("base64", base64_middle(secret.as_bytes(), before, alphabet)));
+                text("base64", base64_middle(secret, before, alphabet));
             }
         }
+        // As `{:?}` prints it.
+        text("list of numbers", secret.iter().map(u8::to_string).collect::<Vec<_>>().join(", "));
         let mut seen = BTreeSet::new();
         needles.retain(|(_, needle)| seen.insert(needle.clone()));
         Self { needles }
@@ -48,9 +56,13 @@ impl Search {
 
     /// The encodings in which the secret is in there.
     pub fn find(&self, bytes: &[u8]) -> Vec<&'static str> {
-        // All needles are ASCII, which stays what it is whatever stands around it.
+        // ASCII stays what it is whatever stands around it.
         let text = String::from_utf8_lossy(bytes);
-        self.needles.iter().filter(|(_, needle)| text.contains(needle.as_str())).map(|(name, _)| *name).collect()
+        let holds = |needle: &[u8]| match std::str::from_utf8(needle) {
+            Ok(needle) if needle.is_ascii() => text.contains(needle),
+            _ => bytes.windows(needle.len()).any(|window| window == needle),
+        };
+        self.needles.iter().filter(|(_, needle)| holds(needle)).map(|(name, _)| *name).collect()
     }
 
     /// Bytes of the longest needle: what must overlap where something is searched in pieces.
@@ -74,21 +86,41 @@ fn base64_middle(secret: &[u8], before: usize, alphabet: &[u8; 64]) -> String {
 
 static RUNNER: LazyLock<Search> = LazyLock::new(|| Search::new(RUNNER_CANARY));
 
-/// Looks at everything that leaves a daemon. Clones are one.
+/// Looks at everything that leaves a daemon, for the runners' tokens and what else it is told. Clones are one.
 #[derive(Clone, Default)]
-pub struct Spy(Arc<Mutex<Vec<String>>>);
+pub struct Spy {
+    /// Other secrets of this rig, by their names.
+    others: Arc<Mutex<Vec<(&'static str, Search)>>>,
+    found: Arc<Mutex<Vec<String>>>,
+}
 
 impl Spy {
+    /// From now on looks for this one, too.
+    pub fn look_for(&self, name: &'static str, search: Search) {
+        locked(&self.others).push((name, search));
+    }
+
+    /// Another one that looks for the same, and has found nothing.
+    pub fn afresh(&self) -> Self {
+        Self { others: self.others.clone(), found: Arc::default() }
+    }
+
     /// Looks at `bytes`, which were found or are going `place`.
     pub fn look(&self, place: &str, bytes: &[u8]) {
-        for encoding in RUNNER.find(bytes) {
-            let found = format!("{place}: a runner token, {encoding}");
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(found);
+        let others = locked(&self.others);
+        let others =
+            others.iter().flat_map(|(name, search)| search.find(bytes).into_iter().map(move |how| (*name, how)));
+        for (name, encoding) in RUNNER.find(bytes).into_iter().map(|how| ("a runner token", how)).chain(others) {
+            locked(&self.found).push(format!("{place}: {name}, {encoding}"));
         }
     }
 
     /// What was found.
     pub fn found(&self) -> Vec<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        locked(&self.found).clone()
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

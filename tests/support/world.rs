@@ -62,7 +62,8 @@ pub struct World {
     /// What stands before the hypervisor, from the next start on.
     pub before_hypervisor: Option<Before>,
     gitlabs: Gitlabs,
-    spy: Spy,
+    /// Looks at all that leaves the daemon.
+    pub spy: Spy,
     expected: Vec<&'static str>,
     tokens: tempfile::TempDir,
     daemon: Option<Running>,
@@ -487,7 +488,7 @@ impl World {
     /// invariant 7): so far in a file, on its way to a machine or in what one is made from; now in the
     /// log, in what the host shows of machines, in files, in GitLab's copies of the traces.
     pub fn leaks(&self) -> Vec<String> {
-        let spy = Spy::default();
+        let spy = self.spy.afresh();
         spy.look("the log", self.log.text().as_bytes());
         spy.look("the hypervisor's history", format!("{:?}", self.hypervisor.history()).as_bytes());
         for (path, bytes) in self.files.contents() {

@@ -22,4 +22,5 @@ mod gitlab_tls;
 mod gitlab_tls_server;
 mod gitlab_uploads;
 mod loads;
+mod secrets;
 mod process;

@@ -44,7 +44,8 @@ fn hold(name: &str, cases: u32, kinds: plan::Kinds, case: fn(&Plan) -> Result<()
     });
     let done = done.load(Ordering::Relaxed);
     assert!(done >= cases, "only {done} of {cases} cases ran");
-    writeln!(std::io::stdout().lock(), "figure exactness.{name} {done} cases").unwrap();
+    // On a line of its own, whatever the test harness has printed.
+    writeln!(std::io::stdout().lock(), "\nfigure exactness.{name} {done} cases").unwrap();
 }
 
 fn run(
