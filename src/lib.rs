@@ -26,6 +26,7 @@ pub mod process; // how do we run another program?
 pub mod clock; // what time is it, for people and protocols?
 pub mod rng; // where do ids and jitter come from?
 pub mod retry; // when do we try again?
+mod latest; // who waits for the newest value?
 pub mod secret; // what must never be printed?
 pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?

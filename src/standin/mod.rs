@@ -60,20 +60,20 @@ pub use spec::{JobSpec, Variable};
 use crate::BoxFuture;
 use crate::clock::Clock;
 use crate::gitlab::{Body, JobId, OpenTransport, Transport};
+use crate::latest::Latest;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use jiff::Timestamp;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 /// A strict GitLab. Clones are the same one.
 #[derive(Clone)]
 pub struct Standin {
     model: Arc<Mutex<Model>>,
-    changes: watch::Sender<u64>,
+    changes: Latest<()>,
     clock: Clock,
 }
 
@@ -92,7 +92,7 @@ impl Standin {
     /// An empty GitLab: no project, no runner.
     #[must_use]
     pub fn new(clock: Clock, rng: Rng) -> Self {
-        Self { model: Arc::new(Mutex::new(Model::new(rng))), changes: watch::Sender::new(0), clock }
+        Self { model: Arc::new(Mutex::new(Model::new(rng))), changes: Latest::new(()), clock }
     }
 
     /// One request, one response. A planned cut of the connection reads as a 502 here; use
@@ -134,7 +134,7 @@ impl Standin {
     /// Changes the model in one step and wakes who waits.
     pub fn edit<T>(&self, change: impl FnOnce(&mut Model) -> T) -> T {
         let result = self.edit_quietly(change);
-        self.changes.send_modify(|version| *version = version.wrapping_add(1));
+        self.changes.send(());
         result
     }
 
@@ -151,10 +151,10 @@ impl Standin {
     /// # Cancel safety
     /// Nothing happens but waiting.
     pub async fn wait_for(&self, condition: impl Fn(&Model) -> bool, limit: Duration) -> Result<(), TooLate> {
-        let mut changes = self.changes.subscribe();
+        let mut changes = self.changes.clone();
         let end = Instant::now() + limit;
         loop {
-            changes.mark_unchanged();
+            changes.look(|()| {});
             let (holds, next) = {
                 let mut model = self.model.lock().unwrap_or_else(PoisonError::into_inner);
                 let next = model.reap(self.clock.now());
@@ -172,7 +172,7 @@ impl Standin {
             // A change is looked at before the limit counts. Both branches only wait.
             tokio::select! {
                 biased;
-                changed = changes.changed() => if changed.is_err() { return Err(TooLate(limit)) },
+                () = changes.changed() => {}
                 () = sleep_until(until) => {}
             }
         }

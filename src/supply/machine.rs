@@ -316,14 +316,11 @@ impl Driver {
                 // The channel's end tells QEMU's death within milliseconds …
                 Some(()) = ended.recv() => self.supply.hypervisor().state(&self.name).await.ok(),
                 // … the list within its interval, whatever becomes of the channel.
-                Ok(()) = listing.changed() => {
-                    let list = listing.borrow_and_update();
+                () = listing.changed() => listing.look(|list| {
                     let newer = list.asked.is_some_and(|asked| asked > started);
                     let newer = newer && !planted::on(Bug::ListIgnored);
                     newer.then(|| list.vms.get(&self.name).copied().unwrap_or(VmState::Gone))
-                }
-                // Both senders are gone: the daemon is ending, and a wish will follow.
-                else => { self.wait_for_wish().await; continue }
+                }),
             };
             let event = match seen {
                 Some(VmState::Gone) => MachineEvent::Stopped,

@@ -10,6 +10,7 @@ mod machine;
 pub use machine::{Machine, MachineEvent};
 
 use crate::image::stamp::Stamp;
+use crate::latest::Latest;
 use crate::metrics::Metrics;
 use crate::network::{Network, NoFreePort, PortRange};
 use crate::rng::Rng;
@@ -19,7 +20,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -40,7 +40,7 @@ struct Shared {
     network: Network,
     place: Place,
     metrics: Metrics,
-    listing: watch::Receiver<Listing>,
+    listing: Latest<Listing>,
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
     driven: Mutex<BTreeSet<VmId>>,
     /// Machines in a row that never showed their pass.
@@ -109,7 +109,7 @@ impl Supply {
         metrics: Metrics,
         stop: CancellationToken,
     ) -> (Self, JoinHandle<()>) {
-        let (sender, listing) = watch::channel(Listing::default());
+        let listing = Latest::new(Listing::default());
         let shared = Arc::new(Shared {
             hypervisor,
             rng,
@@ -123,7 +123,7 @@ impl Supply {
         let supply = Self(shared);
         let lister = supply.clone();
         #[expect(clippy::disallowed_methods, reason = "joined by daemon")]
-        let task = tokio::spawn(async move { lister.keep_listing(sender, stop).await });
+        let task = tokio::spawn(async move { lister.keep_listing(stop).await });
         (supply, task)
     }
 
@@ -205,7 +205,7 @@ impl Supply {
         overlay_path(&self.0.place.overlay_dir, id)
     }
 
-    async fn keep_listing(&self, sender: watch::Sender<Listing>, stop: CancellationToken) {
+    async fn keep_listing(&self, stop: CancellationToken) {
         loop {
             tokio::select! {
                 biased;
@@ -220,7 +220,7 @@ impl Supply {
             match self.0.hypervisor.list(&self.0.place.installation).await {
                 Ok(vms) => {
                     let vms = vms.into_iter().map(|vm| (vm.name, vm.state)).collect();
-                    sender.send_replace(Listing { asked: Some(asked), vms });
+                    self.0.listing.send(Listing { asked: Some(asked), vms });
                 }
                 // Machines live on without us looking; each call of theirs reports its own trouble.
                 Err(error) => tracing::debug!(error = crate::telemetry::chain(&error), "list VMs"),

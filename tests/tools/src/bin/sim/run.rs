@@ -189,6 +189,7 @@ impl World {
     /// The last daemon drains and goes.
     async fn stop(&mut self) {
         let Some(daemon) = self.daemon.take() else { return };
+        self.story.tell(&Event::Daemon(DaemonDoes::Drains));
         daemon.shutdown.drain();
         let mut task = daemon.task;
         if timeout(Duration::from_secs(600), &mut task).await.is_err() {
