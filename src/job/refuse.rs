@@ -50,9 +50,7 @@ pub async fn give_up(parts: &Parts, runner: &Runner, mut record: Record) {
         _ => {
             // Written down first: the next daemon must not begin a job that GitLab was told has failed.
             (record.state, _) = record.state.on(Event::Panicked);
-            if let Err(error) = parts.journal.put(&record).await {
-                tracing::error!(job = %id, error = chain(&error), "write down that the job has failed");
-            }
+            write_down(parts, &record).await;
             refuse(parts, runner, id, token, Refusal::Bug).await
         }
     };
@@ -65,6 +63,19 @@ pub async fn give_up(parts: &Parts, runner: &Runner, mut record: Record) {
         forget(parts, &record.key).await;
     } else {
         tracing::error!(job = %id, "its record is kept for the next start");
+    }
+}
+
+/// In a task of its own: what made the job's task panic may be here, too, and GitLab is told all the same.
+async fn write_down(parts: &Parts, record: &Record) {
+    let (journal, record) = (parts.journal.clone(), record.clone());
+    let id = record.key.id;
+    #[expect(clippy::disallowed_methods, reason = "joined on the next line")]
+    let put = tokio::spawn(async move { journal.put(&record).await });
+    match put.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(job = %id, error = chain(&error), "write down that the job has failed"),
+        Err(_) => tracing::error!(job = %id, "writing down that the job has failed panicked"),
     }
 }
 

@@ -135,7 +135,7 @@ async fn a_job_given_out_again_unreadably_goes_on() {
         "under way here, unreadably",
         "it will be sent again",
     ]);
-    let job = world.job(&["print hello", "sleep 30", "print done"]);
+    let job = world.job(&["print hello", "sleep 100", "print done"]);
     world.start().await.unwrap();
     world.until_trace(job, "hello").await;
     world.standin.script(Matcher::on(Route::RequestJob), Fault::TruncateBody(1500));
@@ -169,15 +169,19 @@ async fn a_machine_on_its_way_out_is_not_given_the_job() {
     assert_eq!(world.machines_started(), 2);
 }
 
-/// K8, V1: a VM whose creation is not answered in time runs, and its guest works already.
+/// V1: while the hypervisor does not say whether a VM of the last daemon runs, its guest asks for the job.
 #[tokio::test(start_paused = true)]
-async fn a_machine_whose_guest_works_already_is_not_lost_with_the_answer_to_its_creation() {
+async fn a_machine_whose_guest_works_already_is_not_lost_with_an_answer_about_it() {
     let mut world = World::new(1);
     world.expect_trouble(&["make a VM that runs already"]);
-    world.hypervisor.fail_nth(Op::Start, 1, fake::Fault::HangsAfterEffect);
     let job = world.job(&["print hello", "sleep 100", "print done"]);
+    world.start().await.unwrap();
+    sleep(Duration::from_secs(2)).await;
+    world.hand_over().await;
+    world.hypervisor.fail_nth(Op::State, 1, fake::Fault::Hangs);
     world.start().await.unwrap();
     world.until(job, JobState::Success).await;
     world.assert_clean().await;
     assert_eq!(world.machines_started(), 1);
+    assert!(world.log.text().contains("make a VM that runs already"), "{}", world.histories());
 }

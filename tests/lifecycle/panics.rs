@@ -80,7 +80,7 @@ async fn a_job_whose_task_panics_again_and_again_is_given_up() {
     armed.store(u32::MAX, Ordering::SeqCst);
     let other = world.job(&["print other"]);
     fails_alone(&mut world, job, other, "a mistake of its own, twice, a bug in dayfly").await;
-    assert!(armed.load(Ordering::SeqCst) >= u32::MAX - 3, "two tasks, and no third");
+    assert!(armed.load(Ordering::SeqCst) >= u32::MAX - 3, "two tasks and the giving up, and no third task");
 }
 
 /// E5: a verdict that is known stands, whatever happens to the job's task.
