@@ -345,6 +345,8 @@ impl Ledger {
         let is_final = answer.update.is_some_and(|update| update.state != "running");
         note.noted |= is_final && answer.status == Some(202) && !answer.faulted;
         match (answer.status, status) {
+            // It may come late, or never whole: another call will tell.
+            _ if answer.faulted => {}
             (Some(403), _) | (_, Some("canceled" | "failed")) => {
                 note.over_known.get_or_insert(now);
             }
