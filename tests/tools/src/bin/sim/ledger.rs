@@ -106,8 +106,8 @@ pub(crate) struct JobNote {
     pub(crate) mishap: Option<(&'static str, At)>,
     /// The same for a VM that held the payload.
     pub(crate) lost_running: Option<At>,
-    /// A task of it was made to panic.
-    pub(crate) panicked: bool,
+    /// When a task of it was made to panic last.
+    pub(crate) panicked: Option<At>,
     pub(crate) transfers: u32,
     pub(crate) forwarded: u32,
     pub(crate) uploaded: Vec<usize>,
@@ -192,7 +192,7 @@ impl JobNote {
             killed_at: None,
             mishap: None,
             lost_running: None,
-            panicked: false,
+            panicked: None,
             transfers: 0,
             forwarded: 0,
             uploaded: Vec::new(),
@@ -441,13 +441,12 @@ impl Ledger {
             GuestDoes::VerdictTaken { state } => {
                 note.verdict_taken.get_or_insert_with(|| ((*state).to_owned(), now));
             }
-            GuestDoes::Transfers => note.transfers += 1,
-            GuestDoes::Uploaded { bytes, status } => {
-                note.meant.push(*bytes);
-                if *status == Some(201) {
-                    note.uploaded.push(*bytes);
-                }
+            GuestDoes::Transfers { uploads } => {
+                note.transfers += 1;
+                // Meant from here on: the guest may end before it learns that GitLab has it all.
+                note.meant.extend(*uploads);
             }
+            GuestDoes::Uploaded { bytes, status: Some(201) } => note.uploaded.push(*bytes),
             _ => {}
         }
     }
@@ -560,6 +559,8 @@ impl Ledger {
                 self.refused_at = Some(self.now);
                 self.spoil(Trouble::Gitlab, Duration::from_secs(310));
             }
+            // The call fails after its deadline of 30 s, and the next one may come late.
+            K::DestroyHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(45)),
             K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
             _ => {}
         }
@@ -569,7 +570,7 @@ impl Ledger {
     pub(crate) fn panics(&mut self, job: JobId) {
         let now = self.now;
         if let Some(note) = self.jobs.get_mut(&job) {
-            (note.panicked, note.spool_failed, note.files_failed) = (true, true, Some(now));
+            (note.panicked, note.spool_failed, note.files_failed) = (Some(now), true, Some(now));
         }
         self.spoil(Trouble::Disk, Duration::from_secs(10));
     }
