@@ -395,14 +395,16 @@ impl Driver {
                     hypervisor.destroy(&self.name).await?;
                 }
                 reached(Point::K16);
-                hypervisor.remove_overlay(&overlay).await?;
-                reached(Point::K17);
                 let sockets = hypervisor.remove_sockets(&self.supply.place().socket_dir, &self.record.id).await;
                 sockets.map_err(|source| VmError::Refused {
                     what: "remove sockets of",
                     name: self.name.to_string(),
                     source: source.into(),
-                })
+                })?;
+                // Last: with its record lost, a machine that is half taken down is known by its overlay.
+                hypervisor.remove_overlay(&overlay).await?;
+                reached(Point::K17);
+                Ok::<_, VmError>(())
             };
             let result = tokio::select! {
                 biased;

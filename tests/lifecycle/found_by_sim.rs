@@ -1,11 +1,14 @@
 //! Bugs that the simulation found, each told alone.
 
-use crate::support::world::World;
+use crate::support::mortal::{End, Seam, When};
+use crate::support::world::{World, paused};
 use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Persist, Route};
+use dayfly::vm::Hypervisor as _;
 use dayfly::vm::fake::{self, Op, Timing};
+use std::path::Path;
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -203,4 +206,56 @@ async fn a_machine_whose_guest_works_already_is_not_lost_with_an_answer_about_it
     world.assert_clean().await;
     assert_eq!(world.machines_started(), 1);
     assert!(world.log.text().contains("make a VM that runs already"), "{}", world.histories());
+}
+
+/// H15, E3: a job that waits for a port names none in its record: its neighbour gets it, and both outlive a restart.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_waits_for_a_port_takes_none_from_its_neighbour_after_a_restart() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["the job waits for one", "failure=Silent"]);
+    world.config.network.guest_ports = "20000-20000".parse().unwrap();
+    let held = world.hypervisor.listen("127.0.0.1:20000".parse().unwrap()).await.unwrap();
+    let jobs = [(); 2].map(|()| world.job(&["print begun", "sleep 60"]));
+    world.start().await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    drop(held);
+    world.until_status(|status| status.jobs.iter().any(|job| job.state == "running")).await;
+    world.kill();
+    world.start().await.unwrap();
+    for job in jobs {
+        world.until(job, JobState::Success).await;
+    }
+    world.assert_clean().await;
+}
+
+/// E13, K17: what is left of a machine is found although its record is lost, wherever its removal was interrupted.
+#[test]
+fn a_damaged_record_leaves_nothing_of_a_machine_half_taken_down() {
+    for call in 1..100 {
+        let mut died = false;
+        paused(async {
+            let mut world = World::new(1);
+            world.expect_trouble(&["a damaged record was set aside", "belongs to no job", "failure=", "never asked"]);
+            let job = world.job(&["print hello"]);
+            world.live(Some(End { seam: Seam::Hypervisor, call, when: When::After })).await.unwrap();
+            world.until_dead_or(job, &[JobState::Success]).await;
+            if !world.is_dead() {
+                world.settle().await;
+            }
+            died = world.is_dead();
+            let records = world.files.paths_below(Path::new("/state/jobs"));
+            for record in records.iter().filter(|path| path.ends_with("record.json")) {
+                world.files.replace(record, Vec::new()).await.unwrap();
+            }
+            world.start().await.unwrap();
+            world.until_over(job).await;
+            world.files.remove(Path::new("/state/set-aside")).await.unwrap();
+            world.assert_clean().await;
+        });
+        if !died {
+            assert!(call > 10, "a life of {call} calls");
+            return;
+        }
+    }
+    panic!("a life of a hundred calls");
 }

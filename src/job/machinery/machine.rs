@@ -10,7 +10,7 @@ use crate::job::journal::{MachineRecord, Record};
 use crate::job::state::Event;
 use crate::planted::{self, Bug};
 use crate::secret::Secret;
-use crate::supply::{Blueprint, Machine, Order};
+use crate::supply::{Blueprint, Machine, Order, Supply};
 use crate::telemetry::chain;
 use crate::vm::DoorListener;
 use dayfly_guest_config::{GuestConfig, Pass};
@@ -29,6 +29,32 @@ const REBIND_PAUSE: Duration = Duration::from_millis(500);
 
 /// The guest runner's `--wait-timeout` beyond the boot deadline: it must outlast us.
 const WAIT_MARGIN: Duration = Duration::from_secs(60);
+
+/// Machines that are gone, and whose ports a record on disk may still name. What is left when the job is over is free.
+pub(super) struct LetGo {
+    supply: Supply,
+    /// Each with whether its port is somebody else's.
+    machines: Vec<(MachineRecord, bool)>,
+}
+
+impl LetGo {
+    pub(super) fn new(supply: Supply) -> Self {
+        Self { supply, machines: Vec::new() }
+    }
+
+    /// No record names them any more.
+    pub(super) fn free(&mut self) {
+        for (machine, in_use) in self.machines.drain(..) {
+            self.supply.forget(&machine, in_use);
+        }
+    }
+}
+
+impl Drop for LetGo {
+    fn drop(&mut self) {
+        self.free();
+    }
+}
 
 impl Machinery {
     pub(in crate::job) fn console_tail(&self) -> Option<String> {
@@ -199,6 +225,9 @@ impl Machinery {
         &mut self,
         image: &Image,
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+        if !self.let_go.machines.is_empty() && !self.put().await {
+            return Err(Event::HostDiskFailed);
+        }
         for _ in 0..PORT_TRIES {
             let machine = self.parts.supply.plan().map_err(|error| {
                 tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
@@ -206,7 +235,7 @@ impl Machinery {
             })?;
             self.record.machine = Some(machine.clone());
             if !planted::on(Bug::DomainBeforeRecord) && !self.put().await {
-                self.forget_machine(false);
+                self.let_go(false).await;
                 return Err(Event::HostDiskFailed);
             }
             // The record names a machine now, and nothing of it is there.
@@ -214,18 +243,27 @@ impl Machinery {
             match self.listen(&machine).await {
                 Ok(listener) => {
                     reached(Point::K7);
-                    let config = self.write_config(&machine, &image.manifest.executor).await;
-                    let config = config.inspect_err(|_| self.forget_machine(false))?;
-                    reached(Point::K6);
-                    return Ok((machine, config, listener));
+                    return match self.write_config(&machine, &image.manifest.executor).await {
+                        Ok(config) => {
+                            reached(Point::K6);
+                            Ok((machine, config, listener))
+                        }
+                        Err(event) => {
+                            drop(listener);
+                            self.let_go(false).await;
+                            Err(event)
+                        }
+                    };
                 }
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     tracing::info!(port = machine.lease.port, "somebody else listens at this port; trying another");
-                    self.forget_machine(true);
+                    if !self.let_go(true).await {
+                        return Err(Event::HostDiskFailed);
+                    }
                 }
                 Err(error) => {
                     tracing::error!(error = chain(&error), port = machine.lease.port, "bind a door");
-                    self.forget_machine(false);
+                    self.let_go(false).await;
                     return Err(Event::MachineFailed);
                 }
             }
@@ -233,10 +271,11 @@ impl Machinery {
         Err(Event::MachineFailed)
     }
 
-    fn forget_machine(&mut self, in_use: bool) {
-        if let Some(machine) = self.record.machine.take() {
-            self.parts.supply.forget(&machine, in_use);
-        }
+    /// Nothing of the machine is there, or all of it is gone. Its port is free once the record on disk does not name it
+    /// any more: after a restart a job binds the door of its record. `false`: that could not be written.
+    async fn let_go(&mut self, in_use: bool) -> bool {
+        self.let_go.machines.extend(self.record.machine.take().map(|machine| (machine, in_use)));
+        self.put().await
     }
 
     async fn listen(&self, machine: &MachineRecord) -> io::Result<Box<dyn DoorListener>> {
@@ -320,13 +359,10 @@ impl Machinery {
         if planted::on(Bug::MachineReused) && self.another {
             return std::mem::take(&mut self.another);
         }
-        let gone = self.record.machine.take();
-        if self.another && gone.is_some() {
-            // A job that goes on binds the door of its record after a restart: the record lets go of it first.
-            self.put().await;
-        }
-        // Only now is the port free for the next machine.
-        if let Some(gone) = gone {
+        if self.another {
+            self.let_go(false).await;
+        } else if let Some(gone) = self.record.machine.take() {
+            // A job that is over opens no door after a restart.
             self.parts.supply.forget(&gone, false);
         }
         std::mem::take(&mut self.another)

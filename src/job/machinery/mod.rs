@@ -2,6 +2,7 @@
 
 mod machine;
 
+use self::machine::LetGo;
 use super::journal::{LastLines, Record};
 use super::lines;
 use super::spool::Spool;
@@ -67,6 +68,7 @@ pub(super) struct Machinery {
     guest_in: mpsc::Receiver<GuestEvent>,
     guest_view: watch::Sender<GuestView>,
     machine: Option<Machine>,
+    let_go: LetGo,
     /// The task of the machine died of a bug: when that is news for the job.
     machine_task_lost: Option<Instant>,
     /// The machine is being released for another one.
@@ -134,6 +136,7 @@ impl Machinery {
             guest_in,
             guest_view,
             machine: None,
+            let_go: LetGo::new(parts.supply.clone()),
             machine_task_lost: None,
             another: false,
             parts,
@@ -251,9 +254,12 @@ impl Machinery {
     }
 
     /// Writes the record. An error is logged here.
-    pub(super) async fn put(&self) -> bool {
+    pub(super) async fn put(&mut self) -> bool {
         match self.parts.journal.put(&self.record).await {
-            Ok(()) => true,
+            Ok(()) => {
+                self.let_go.free();
+                true
+            }
             Err(error) => {
                 tracing::error!(error = chain(&error), "write the job's record");
                 planted::on(Bug::RecordErrorIgnored)
