@@ -105,7 +105,7 @@ async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -
         };
         match said {
             Ok(true) => return true,
-            // 412: what GitLab has of the trace is not what it was told; all of it goes again.
+            // What GitLab has of the trace is not what it should have; it is looked at again.
             Ok(false) => tokio::time::sleep(backoff.next(&parts.rng)).await,
             Err(error) => {
                 tracing::warn!(job = %id, error = chain(&error), "tell GitLab that a job is not run");
@@ -117,21 +117,25 @@ async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -
     false
 }
 
+/// `begins`: where the line begins in GitLab's trace, once that is known. GitLab may lose some of it afterwards.
 async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Result<bool, GitlabError> {
-    let at = begins.unwrap_or(0);
+    let (at, length) = (begins.unwrap_or(0), text.len() as u64);
     let answer = client.append_trace(at, text.clone(), false).await?;
-    match answer.continue_at {
-        // It has been there since the last try, whose answer was lost.
-        Some(held) if begins.is_some() && held >= at + text.len() as u64 => {}
-        // GitLab has a trace of this job, from before a bug.
-        Some(held) => {
-            *begins = Some(held);
-            client.append_trace(held, text.clone(), false).await?;
+    let (from, had) = match (answer.continue_at, *begins) {
+        (None, _) => (at, length),
+        (Some(held), Some(begins)) if held >= begins => (begins, (held - begins).min(length)),
+        // GitLab has a trace of this job from before, or less of it than it had.
+        (Some(held), _) => (held, 0),
+    };
+    *begins = Some(from);
+    if had < length {
+        let rest = text.slice(usize::try_from(had).unwrap_or(0)..);
+        if client.append_trace(from + had, rest, false).await?.continue_at.is_some() {
+            return Ok(false);
         }
-        None => {}
     }
     let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".to_owned()), exit_code: None };
-    let trace = begins.is_none().then(|| (crc32fast::hash(text), text.len() as u64));
+    let trace = (from == 0).then(|| (crc32fast::hash(text), length));
     let update = JobUpdate { verdict: Some(verdict), trace };
     deliver(client, &update).await
 }

@@ -43,6 +43,25 @@ async fn a_refused_job_whose_trace_gitlab_wants_again_gets_it() {
     world.assert_clean().await;
 }
 
+/// R3, R10, G6: GitLab loses the end of a refused job's only line, and takes its verdict later.
+#[tokio::test(start_paused = true)]
+async fn a_refused_job_s_line_that_gitlab_lost_in_part_is_completed() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["assigned a job that cannot be read", "tell GitLab that a job is not run"]);
+    world.standin.script(Matcher::on(Route::UpdateJob), Fault::DropBeforeApply);
+    let job = cut_job(&world);
+    world.start().await.unwrap();
+    world.until_trace(job, "could not be read").await;
+    let whole = world.trace(job);
+    world.standin.edit(|model| {
+        let bytes = &mut model.jobs.get_mut(&job).unwrap().trace.bytes;
+        bytes.truncate(bytes.len() - 20);
+    });
+    world.until_failed(job, "runner_system_failure", "could not be read").await;
+    assert_eq!(world.trace(job), whole);
+    world.assert_clean().await;
+}
+
 /// G3: a refusal waits as everything else does.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_obeys_the_time_that_gitlab_names() {

@@ -479,7 +479,8 @@ impl Ledger {
             DaemonDoes::HandsOver | DaemonDoes::Drains | DaemonDoes::Ends => {
                 self.stopping = true;
                 if does == DaemonDoes::Ends {
-                    for note in self.jobs.values_mut().filter(|note| note.over_at.is_none() && note.record.is_some()) {
+                    // Also one that is over at GitLab: the daemon need not know of it yet.
+                    for note in self.jobs.values_mut().filter(|note| note.record.is_some()) {
                         note.killed_at.get_or_insert(now);
                     }
                 }
