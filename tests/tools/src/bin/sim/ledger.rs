@@ -5,6 +5,7 @@ use crate::kinds::Kind;
 use crate::plan::Script;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::Record;
+use dayfly::job::state::State;
 use dayfly::standin::{JobState, Route};
 use dayfly::vm::fake::Op;
 use std::collections::{BTreeMap, BTreeSet};
@@ -265,14 +266,18 @@ impl Ledger {
                     if let Some(vm) = self.vms.get_mut(name) {
                         vm.call_failed_at = Some(now);
                     }
-                    // A VM that was never started is known by its record alone.
+                    // A VM that was never started is known by its record alone, a door by its port. Whether the VM of
+                    // a job that begins is there already is seen in the list of all.
                     let of_vm = |note: &&mut JobNote| {
-                        note.record
-                            .as_ref()
-                            .and_then(|r| r.machine.as_ref())
-                            .is_some_and(|m| name.ends_with(m.id.as_str()))
+                        let Some(record) = &note.record else { return false };
+                        let begins = matches!(record.state, State::Booting { .. });
+                        record.machine.as_ref().is_some_and(|machine| match op {
+                            Op::List => begins,
+                            Op::Listen => subject.ends_with(&format!(":{}", machine.lease.port)),
+                            _ => name.ends_with(machine.id.as_str()),
+                        })
                     };
-                    if let Some(note) = self.jobs.values_mut().find(of_vm) {
+                    for note in self.jobs.values_mut().filter(of_vm) {
                         note.vm_call_failed = true;
                     }
                 }
