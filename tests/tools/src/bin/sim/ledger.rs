@@ -37,6 +37,8 @@ pub(crate) struct Ledger {
     pub(crate) runs: bool,
     /// No new jobs are wanted: drain or hand-over under way.
     pub(crate) stopping: bool,
+    /// And those that come all the same are killed: the second signal of a drain.
+    ending: bool,
     /// VMs, overlays and files that are not ours.
     pub(crate) foreign: BTreeSet<String>,
     /// When GitLab came back last: whether some runner had room to poll.
@@ -230,6 +232,9 @@ impl Ledger {
                     note.payloads.push(payload.to_vec());
                     note.lost = None;
                     note.assigned_at.get_or_insert(now);
+                    if self.ending {
+                        note.killed_at.get_or_insert(now);
+                    }
                 }
             }
             Event::AssignedInVain { job } => {
@@ -464,6 +469,7 @@ impl Ledger {
                 self.began_at = now;
                 self.runs = false;
                 self.stopping = false;
+                self.ending = false;
             }
             DaemonDoes::Runs => {
                 self.runs = true;
@@ -484,6 +490,7 @@ impl Ledger {
             DaemonDoes::HandsOver | DaemonDoes::Drains | DaemonDoes::Ends => {
                 self.stopping = true;
                 if does == DaemonDoes::Ends {
+                    self.ending = true;
                     // Also one that is over at GitLab: the daemon need not know of it yet.
                     for note in self.jobs.values_mut().filter(|note| note.record.is_some()) {
                         note.killed_at.get_or_insert(now);
@@ -584,6 +591,11 @@ impl Ledger {
     /// Whether some runner may still be waiting because its token was refused.
     pub(crate) fn refused_lately(&self) -> bool {
         self.refused_at.is_some_and(|at| at + Duration::from_secs(320) > self.now)
+    }
+
+    /// Whether this was down all the time between the two.
+    pub(crate) fn down_through(&self, kind: Trouble, from: At, to: At) -> bool {
+        self.troubles.iter().any(|(trouble, since, until)| *trouble == kind && *since <= from && *until >= to)
     }
 
     /// Whether nothing of these disturbed the time between the two.
