@@ -36,6 +36,8 @@ pub(crate) struct Ledger {
     pub(crate) runs: bool,
     /// No new jobs are wanted: drain or hand-over under way.
     pub(crate) stopping: bool,
+    /// The jobs that it has are being ended, and one that a poll under way brings as well.
+    ending: bool,
     /// VMs, overlays and files that are not ours.
     pub(crate) foreign: BTreeSet<String>,
     /// When GitLab came back last: whether some runner had room to poll.
@@ -224,8 +226,9 @@ impl Ledger {
     pub(crate) fn note(&mut self, event: &Event<'_>) {
         match event {
             Event::Assigned { job, payload } => {
-                let now = self.now;
+                let (now, ending) = (self.now, self.ending);
                 if let Some(note) = self.jobs.get_mut(job) {
+                    note.killed_at = note.killed_at.or(ending.then_some(now));
                     note.payloads.push(payload.to_vec());
                     note.lost = None;
                     note.assigned_at.get_or_insert(now);
@@ -457,7 +460,7 @@ impl Ledger {
                 self.lives += 1;
                 self.began_at = now;
                 self.runs = false;
-                self.stopping = false;
+                (self.stopping, self.ending) = (false, false);
             }
             DaemonDoes::Runs => {
                 self.runs = true;
@@ -478,8 +481,9 @@ impl Ledger {
             DaemonDoes::HandsOver | DaemonDoes::Drains | DaemonDoes::Ends => {
                 self.stopping = true;
                 if does == DaemonDoes::Ends {
+                    self.ending = true;
                     // Also one that is over at GitLab: the daemon need not know of it yet.
-                    for note in self.jobs.values_mut().filter(|note| note.record.is_some()) {
+                    for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some()) {
                         note.killed_at.get_or_insert(now);
                     }
                 }
