@@ -173,7 +173,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             next = job.m.next() => Happened::Next(next),
             () = tokio::time::sleep_until(deadline.0) => Happened::Event(deadline.1),
             () = tokio::time::sleep(REWRITE_PAUSE), if job.unwritten => {
-                job.unwritten = !job.m.put().await;
+                job.write_down().await;
                 continue;
             }
         };
@@ -327,7 +327,7 @@ impl Job {
             // Record first, act second. What makes a machine refuses to without a record of its own.
             // The end as well: its files go one by one, and without its trace a job looks as if it began.
             if self.m.record.state != before {
-                self.unwritten = !self.m.put().await;
+                self.write_down().await;
                 if self.unwritten {
                     tracing::warn!("the job's new state is not on disk; it goes on");
                 }
@@ -336,6 +336,16 @@ impl Job {
                 events.extend(self.carry_out(command).await);
             }
             self.publish();
+        }
+    }
+
+    /// Writes the record. Room is given back only by a record that says so: one that is behind would
+    /// have the next process make the machine anew, beside that of whoever has the room by then.
+    async fn write_down(&mut self) {
+        self.unwritten = !self.m.put().await;
+        let gone = matches!(self.m.record.state, State::Releasing { machine_gone: true, .. } | State::Ended);
+        if gone && !self.unwritten {
+            self.give_room_back();
         }
     }
 
@@ -397,13 +407,7 @@ impl Job {
                 self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);
                 None
             }
-            Command::ReleaseMachine => {
-                let gone = self.m.release_machine().await;
-                if gone {
-                    self.give_room_back();
-                }
-                gone.then_some(Event::MachineReleased)
-            }
+            Command::ReleaseMachine => self.m.release_machine().await.then_some(Event::MachineReleased),
             Command::Finish => {
                 self.m.finish().await;
                 None
@@ -590,7 +594,6 @@ impl Job {
                         self.feed(event).await;
                     }
                 } else {
-                    self.give_room_back();
                     self.feed(Event::MachineReleased).await;
                 }
             }

@@ -149,6 +149,29 @@ async fn a_record_that_is_behind_catches_up() {
     world.assert_clean().await;
 }
 
+/// H8, V14: the next process makes the machine of a record that is behind anew, so its room is kept.
+#[tokio::test(start_paused = true)]
+async fn the_room_of_a_job_whose_end_is_not_on_disk_is_kept() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["write the job's record", "not on disk", "sent again", "no answer to a poll"]);
+    world.expect_trouble(&["last lines", "ends without a verdict", "durable", "line of ours"]);
+    let job = world.job(&["print hello", "sleep 100"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "hello").await;
+    world.standin.script(Matcher::any().always(), Fault::html(502));
+    world.files.fail_writes(Some(std::io::ErrorKind::ReadOnlyFilesystem));
+    let _ = world.kill_job(job);
+    world.until_status(|status| status.jobs.iter().all(|job| job.vm.is_none())).await;
+    sleep(Duration::from_secs(10)).await;
+    assert_eq!(world.status().capacity.jobs, 1, "{}", world.histories());
+    world.files.fail_writes(None);
+    world.until_status(|status| status.capacity.jobs == 0).await;
+    world.standin.behave();
+    world.until(job, JobState::Failed).await;
+    world.settle().await;
+    world.assert_clean().await;
+}
+
 /// G17, G6: what cannot be read is a job that runs here already.
 #[tokio::test(start_paused = true)]
 async fn a_job_given_out_again_unreadably_goes_on() {

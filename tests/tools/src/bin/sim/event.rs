@@ -118,8 +118,8 @@ pub(crate) enum GuestDoes<'a> {
     Verdict { state: &'a str, reason: Option<&'a str> },
     /// The door has taken it: 200.
     VerdictTaken { state: &'a str },
-    /// It begins an upload or a download of its own: GitLab may hear of it.
-    Transfers,
+    /// It begins an upload of so many bytes, or a download: GitLab may hear of it.
+    Transfers { uploads: Option<usize> },
     /// An upload ended; whether GitLab has it.
     Uploaded { bytes: usize, status: Option<u16> },
     /// It is told that its job is over or being canceled.
@@ -225,7 +225,8 @@ impl fmt::Debug for GuestDoes<'_> {
             Self::Works => f.write_str("runs its script"),
             Self::Verdict { state, reason } => write!(f, "says {state} {reason:?}"),
             Self::VerdictTaken { state } => write!(f, "knows its verdict {state} taken"),
-            Self::Transfers => f.write_str("begins a transfer"),
+            Self::Transfers { uploads: None } => f.write_str("begins a transfer"),
+            Self::Transfers { uploads: Some(bytes) } => write!(f, "begins an upload of {bytes} bytes"),
             Self::Uploaded { bytes, status } => write!(f, "has uploaded {bytes} bytes: {status:?}"),
             Self::Told { over } => write!(f, "is told that its job is {}", if *over { "over" } else { "canceling" }),
             Self::Wrong { what, .. } => write!(f, "meets what must not be: {what}"),

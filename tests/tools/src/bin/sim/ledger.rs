@@ -5,6 +5,7 @@ use crate::kinds::Kind;
 use crate::plan::Script;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::Record;
+use dayfly::job::state::State;
 use dayfly::standin::{JobState, Route};
 use dayfly::vm::fake::Op;
 use std::collections::{BTreeMap, BTreeSet};
@@ -108,8 +109,8 @@ pub(crate) struct JobNote {
     pub(crate) mishap: Option<(&'static str, At)>,
     /// The same for a VM that held the payload.
     pub(crate) lost_running: Option<At>,
-    /// A task of it was made to panic.
-    pub(crate) panicked: bool,
+    /// When a task of it was made to panic last.
+    pub(crate) panicked: Option<At>,
     pub(crate) transfers: u32,
     pub(crate) forwarded: u32,
     pub(crate) uploaded: Vec<usize>,
@@ -194,7 +195,7 @@ impl JobNote {
             killed_at: None,
             mishap: None,
             lost_running: None,
-            panicked: false,
+            panicked: None,
             transfers: 0,
             forwarded: 0,
             uploaded: Vec::new(),
@@ -268,14 +269,18 @@ impl Ledger {
                     if let Some(vm) = self.vms.get_mut(name) {
                         vm.call_failed_at = Some(now);
                     }
-                    // A VM that was never started is known by its record alone.
+                    // A VM that was never started is known by its record alone, a door by its port. Whether the VM of
+                    // a job that begins is there already is seen in the list of all.
                     let of_vm = |note: &&mut JobNote| {
-                        note.record
-                            .as_ref()
-                            .and_then(|r| r.machine.as_ref())
-                            .is_some_and(|m| name.ends_with(m.id.as_str()))
+                        let Some(record) = &note.record else { return false };
+                        let begins = matches!(record.state, State::Booting { .. });
+                        record.machine.as_ref().is_some_and(|machine| match op {
+                            Op::List => begins,
+                            Op::Listen => subject.ends_with(&format!(":{}", machine.lease.port)),
+                            _ => name.ends_with(machine.id.as_str()),
+                        })
                     };
-                    if let Some(note) = self.jobs.values_mut().find(of_vm) {
+                    for note in self.jobs.values_mut().filter(of_vm) {
                         note.vm_call_failed = true;
                     }
                 }
@@ -348,6 +353,8 @@ impl Ledger {
         let is_final = answer.update.is_some_and(|update| update.state != "running");
         note.noted |= is_final && answer.status == Some(202) && !answer.faulted;
         match (answer.status, status) {
+            // It may come late, or never whole: another call will tell.
+            _ if answer.faulted => {}
             (Some(403), _) | (_, Some("canceled" | "failed")) => {
                 note.over_known.get_or_insert(now);
             }
@@ -442,13 +449,12 @@ impl Ledger {
             GuestDoes::VerdictTaken { state } => {
                 note.verdict_taken.get_or_insert_with(|| ((*state).to_owned(), now));
             }
-            GuestDoes::Transfers => note.transfers += 1,
-            GuestDoes::Uploaded { bytes, status } => {
-                note.meant.push(*bytes);
-                if *status == Some(201) {
-                    note.uploaded.push(*bytes);
-                }
+            GuestDoes::Transfers { uploads } => {
+                note.transfers += 1;
+                // Meant from here on: the guest may end before it learns that GitLab has it all.
+                note.meant.extend(*uploads);
             }
+            GuestDoes::Uploaded { bytes, status: Some(201) } => note.uploaded.push(*bytes),
             _ => {}
         }
     }
@@ -563,6 +569,8 @@ impl Ledger {
                 self.refused_at = Some(self.now);
                 self.spoil(Trouble::Gitlab, Duration::from_secs(310));
             }
+            // The call fails after its deadline of 30 s, and the next one may come late.
+            K::DestroyHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(45)),
             K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
             _ => {}
         }
@@ -572,7 +580,7 @@ impl Ledger {
     pub(crate) fn panics(&mut self, job: JobId) {
         let now = self.now;
         if let Some(note) = self.jobs.get_mut(&job) {
-            (note.panicked, note.spool_failed, note.files_failed) = (true, true, Some(now));
+            (note.panicked, note.spool_failed, note.files_failed) = (Some(now), true, Some(now));
         }
         self.spoil(Trouble::Disk, Duration::from_secs(10));
     }

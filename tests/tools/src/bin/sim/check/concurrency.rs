@@ -21,8 +21,10 @@ impl Checker for Concurrency {
         // VMs of a damaged record are nobody's until the sweep finds them.
         let known = |vm: &&crate::ledger::VmNote| {
             // So is one whose making was under way when its job's task died.
-            let lost =
-                vm.job.and_then(|job| ledger.jobs.get(&job)).is_some_and(|note| note.lost.is_some() || note.panicked);
+            let lost = vm
+                .job
+                .and_then(|job| ledger.jobs.get(&job))
+                .is_some_and(|note| note.lost.is_some() || note.panicked.is_some());
             vm.ours && vm.lives() && !lost
         };
         let now = ledger.vms.values().filter(known).count();

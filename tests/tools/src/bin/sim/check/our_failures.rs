@@ -56,7 +56,7 @@ impl OurFailures {
             "unreadable" => note.payloads.is_empty(),
             "not kept" => note.files_failed.is_some(),
             "no image" => ledger.image_was_missing,
-            "bug" => note.panicked,
+            "bug" => note.panicked.is_some(),
             "given twice" => true,
             _ => return Some(format!("nobody knows the label `{label}`")),
         };
@@ -89,15 +89,21 @@ impl Checker for OurFailures {
 
     fn end(&mut self, ledger: &Ledger, findings: &mut Findings) {
         for (id, note) in &ledger.jobs {
+            // A guest may end before it learns that its verdict was taken.
+            let of_guest = |state: &String, reason: &Option<String>| {
+                note.verdict_said.as_ref().is_some_and(|(said, why)| said == state && why == reason)
+            };
             let by_us =
-                note.sent.first().is_some_and(|(_, state, _)| state == "failed") && note.verdict_taken.is_none();
+                note.sent.first().is_some_and(|(_, state, reason)| state == "failed" && !of_guest(state, reason))
+                    && note.verdict_taken.is_none();
             if !by_us || note.verdicts == 0 || note.state != JobState::Failed || note.trace_spoilt.is_some() {
                 continue;
             }
             let marker = MARKER.as_bytes();
             let held = &note.held_trace;
             let lines = held.windows(marker.len()).filter(|window| *window == marker).count();
-            if lines != 1 && !note.spool_failed {
+            // A record that was behind has begun a job anew whose end was in its trace already.
+            if lines != 1 && !note.spool_failed && !(note.begun_anew && lines > 1) {
                 findings.add(4, format!("job {id} was failed by us, and {lines} lines of its trace say why"));
             }
         }

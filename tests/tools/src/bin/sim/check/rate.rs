@@ -16,8 +16,8 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(299);
 #[derive(Default)]
 pub(crate) struct Rate {
     recent: BTreeMap<(Route, Option<JobId>, String), Vec<At>>,
-    /// By the token that was shown, and whether it was a poll: no request before then.
-    not_before: BTreeMap<String, (At, &'static str)>,
+    /// By the token that was shown: when it was told that no request is to come before which time, and why.
+    not_before: BTreeMap<String, (At, At, &'static str)>,
 }
 
 impl Checker for Rate {
@@ -41,8 +41,11 @@ impl Checker for Rate {
                     let (route, count) = (request.route, recent.len());
                     findings.add(20, format!("{count} requests of {route:?} for job {:?} in a second", request.job));
                 }
-                if let Some((until, why)) = self.not_before.get(&shown)
+                // Nor does who takes up a job whose task has panicked.
+                let panicked = request.job.and_then(|job| ledger.jobs.get(&job)?.panicked);
+                if let Some((told_at, until, why)) = self.not_before.get(&shown)
                     && ledger.now + SECOND < *until
+                    && panicked.is_none_or(|at| at < *told_at)
                     && !transfer
                 {
                     let early = (*until - ledger.now).as_secs_f64();
@@ -55,8 +58,10 @@ impl Checker for Rate {
             }
             Event::Answer(answer) if answer.faulted => {
                 let told = match (answer.status, answer.route) {
-                    (Some(429), _) => told(answer.headers).map(|told| (ledger.now + told, "a 429")),
-                    (Some(401 | 403), Route::RequestJob) => Some((ledger.now + REFUSED_PAUSE, "a refused token")),
+                    (Some(429), _) => told(answer.headers).map(|told| (ledger.now, ledger.now + told, "a 429")),
+                    (Some(401 | 403), Route::RequestJob) => {
+                        Some((ledger.now, ledger.now + REFUSED_PAUSE, "a refused token"))
+                    }
                     _ => None,
                 };
                 let transfer = matches!(answer.route, Route::UploadArtifacts | Route::DownloadArtifacts);

@@ -24,7 +24,12 @@ impl Checker for Trace {
             }
             Event::Held { job, last } => {
                 let (Some(note), Some(spool)) = (ledger.jobs.get(&job.id), self.spools.get(&job.id)) else { return };
-                if note.trace_spoilt.is_some() || job.erased || note.refused || note.panicked || note.begun_anew {
+                if note.trace_spoilt.is_some()
+                    || job.erased
+                    || note.refused
+                    || note.panicked.is_some()
+                    || note.begun_anew
+                {
                     return;
                 }
                 let held = &job.trace.bytes;
@@ -48,7 +53,7 @@ impl Checker for Trace {
                 let Some(note) = ledger
                     .jobs
                     .get(&job)
-                    .filter(|note| !note.spool_failed && !note.refused && !note.panicked && !note.begun_anew)
+                    .filter(|note| !note.spool_failed && !note.refused && note.panicked.is_none() && !note.begun_anew)
                 else {
                     return;
                 };

@@ -29,7 +29,7 @@ pub(crate) async fn upload(runner: &mut Runner, guest: &mut Guest, bytes: usize,
     let token = runner.token.clone();
     let headers = [("Content-Type", content.as_str()), ("Job-Token", token.as_str())];
     for _ in 0..3 {
-        guest.line.tell(GuestDoes::Transfers);
+        guest.line.tell(GuestDoes::Transfers { uploads: Some(bytes) });
         let status = if slow {
             slowly(guest, &path, &headers, &body).await
         } else {
@@ -63,7 +63,7 @@ pub(crate) async fn dies(runner: &Runner, guest: &mut Guest) {
     let path = format!("/api/v4/jobs/{}/artifacts?artifact_format=zip&artifact_type=archive", runner.id);
     let content = format!("multipart/form-data; boundary={BOUNDARY}");
     let headers = [("Content-Type", content.as_str()), ("Job-Token", runner.token.as_str())];
-    guest.line.tell(GuestDoes::Transfers);
+    guest.line.tell(GuestDoes::Transfers { uploads: None });
     if let Some(mut stream) = guest.line.connect().await {
         let half = &body[..body.len() / 2];
         let _ = stream.write_all(head("POST", &path, &headers, body.len()).as_bytes()).await;
@@ -92,7 +92,7 @@ pub(crate) async fn download(runner: &Runner, guest: &mut Guest) {
             continue;
         }
         let range = format!("bytes={from}-{}", to - 1);
-        guest.line.tell(GuestDoes::Transfers);
+        guest.line.tell(GuestDoes::Transfers { uploads: None });
         let headers = [("Job-Token", runner.token.as_str()), ("Range", range.as_str())];
         let reply = guest.line.call("GET", &path, &headers, b"").await;
         // Anything else is what a fault has made of it.

@@ -130,7 +130,7 @@ impl Line {
             // A kept connection may have been closed meanwhile: asked again once, on a new one.
             None if !fresh => {
                 if path.contains("/artifacts") {
-                    self.tell(GuestDoes::Transfers);
+                    self.tell(GuestDoes::Transfers { uploads: None });
                 }
                 let stream = self.connect().await?;
                 self.exchange(stream, &request, body).await
