@@ -4,7 +4,7 @@
 //! would show it as running until its own worker gives it up, up to an hour later (safety.md G6,
 //! H6). Best effort: what is known of the job is its id and token, and nothing of it survives us.
 
-use super::journal::Record;
+use super::journal::{LastLines, Record};
 use super::lines;
 use super::state::{Event, State};
 use super::{Parts, Runner, forget};
@@ -64,6 +64,21 @@ pub async fn give_up(parts: &Parts, runner: &Runner, mut record: Record) {
     } else {
         tracing::error!(job = %id, "its record is kept for the next start");
     }
+}
+
+/// Ends a job that the journal has taken, but nothing more of it the disk. Before GitLab hears of it, that and the
+/// author's line are written down: the next daemon must not begin a job that GitLab was told has failed, and says the
+/// same should GitLab not have heard all of it from this one.
+pub(super) async fn refuse_kept(parts: &Parts, runner: &Runner, mut record: Record, why: Refusal) {
+    let (id, token) = (record.key.id, record.job_token.clone());
+    let text = lines::refusal(parts.clock.now(), why, id.0);
+    let spool = parts.files.length(&parts.journal.spool_path(&record.key)).await;
+    record.last_lines = Some(LastLines { offset: spool.ok().flatten().unwrap_or(0), text: text.clone() });
+    (record.state, _) = record.state.on(Event::HostDiskFailed);
+    write_down(parts, &record).await;
+    let client = JobClient::new(runner.transport.clone(), id, token, parts.rng.clone());
+    insist(parts, id, &client, &Saying::Refusal(Bytes::from(text))).await;
+    forget(parts, &record.key).await;
 }
 
 /// In a task of its own: what made the job's task panic may be here, too, and GitLab is told all the same.

@@ -7,8 +7,9 @@
 use super::journal::{JobKey, RECORD_VERSION, Record};
 use super::lines;
 use super::machinery::{Machinery, Next};
+use super::refuse::refuse_kept;
 use super::state::{Command, Event, Failure, Grace, State};
-use super::{GivenAgain, Refusal, forget, refuse};
+use super::{GivenAgain, Refusal, forget};
 use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
 use crate::capacity::{Held, Reservation, Resources};
 use crate::config::Span;
@@ -230,8 +231,7 @@ async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option
             && record.machine.is_none()
             && matches!(record.state, State::Accepted | State::Booting { .. })
         {
-            refuse(&parts, &runner, record.key.id, record.job_token.clone(), Refusal::NotKept).await;
-            forget(&parts, &record.key).await;
+            refuse_kept(&parts, &runner, record, Refusal::NotKept).await;
             return None;
         }
         tokio::select! {

@@ -4,6 +4,7 @@ use crate::support::mortal::{End, Seam, When};
 use crate::support::world::{World, paused};
 use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
+use dayfly::job::journal::JobKey;
 use dayfly::secret::Secret;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Persist, Route};
 use dayfly::vm::Hypervisor as _;
@@ -301,4 +302,31 @@ async fn a_hand_over_fails_no_job_whose_door_is_not_open_yet() {
     assert!(world.trace(job).contains("done"), "{}", world.trace(job));
     world.assert_clean().await;
     assert_eq!(world.machines_started(), 1);
+}
+
+/// H6, E4: a daemon that is killed while it refuses a job leaves none that the next one would run.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_was_being_refused_is_not_begun_by_the_next_daemon() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["open the job's spool"]);
+    // GitLab has heard that it failed, and is not through with it.
+    world.standin.configure(|settings| settings.live_trace_persist_after = Persist::AfterReports(6));
+    world.start().await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    // It asks again later than now.
+    let job = world.job(&["print hello"]);
+    let key = JobKey { runner: world.config.runner[0].name.clone(), id: job };
+    let directory = Path::new("/state/jobs").join(key.directory());
+    for directory in [directory.clone(), directory.join("trace")] {
+        world.files.create_dir(&directory).await.unwrap();
+    }
+    world.until_trace(job, "could not write the job down").await;
+    let said = world.trace(job);
+    world.kill();
+    world.files.meddle(&directory.join("trace"), None);
+    world.start().await.unwrap();
+    world.until_failed(job, "runner_system_failure", "could not write the job down").await;
+    assert_eq!(world.trace(job), said);
+    assert_eq!(world.machines_started(), 0);
+    world.assert_clean().await;
 }

@@ -37,7 +37,7 @@ pub(crate) struct Ledger {
     pub(crate) runs: bool,
     /// No new jobs are wanted: drain or hand-over under way.
     pub(crate) stopping: bool,
-    /// And those that come all the same are killed: the second signal of a drain.
+    /// The jobs that it has are being ended, and one that a poll under way brings as well.
     ending: bool,
     /// VMs, overlays and files that are not ours.
     pub(crate) foreign: BTreeSet<String>,
@@ -227,8 +227,9 @@ impl Ledger {
     pub(crate) fn note(&mut self, event: &Event<'_>) {
         match event {
             Event::Assigned { job, payload } => {
-                let now = self.now;
+                let (now, ending) = (self.now, self.ending);
                 if let Some(note) = self.jobs.get_mut(job) {
+                    note.killed_at = note.killed_at.or(ending.then_some(now));
                     note.payloads.push(payload.to_vec());
                     note.lost = None;
                     note.assigned_at.get_or_insert(now);
@@ -468,8 +469,7 @@ impl Ledger {
                 self.lives += 1;
                 self.began_at = now;
                 self.runs = false;
-                self.stopping = false;
-                self.ending = false;
+                (self.stopping, self.ending) = (false, false);
             }
             DaemonDoes::Runs => {
                 self.runs = true;
@@ -492,7 +492,7 @@ impl Ledger {
                 if does == DaemonDoes::Ends {
                     self.ending = true;
                     // Also one that is over at GitLab: the daemon need not know of it yet.
-                    for note in self.jobs.values_mut().filter(|note| note.record.is_some()) {
+                    for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some()) {
                         note.killed_at.get_or_insert(now);
                     }
                 }

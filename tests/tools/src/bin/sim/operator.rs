@@ -15,6 +15,12 @@ use tokio::time::{Instant, sleep, timeout};
 /// How long a condition is waited for before an action is given up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long a GitLab that is made to hold polls holds them.
+const LONG_POLL: Duration = Duration::from_secs(50);
+
+/// How long a guest is waited for that has to be destroyed, before one is made to be.
+const DESTROY_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Something that ends later.
 pub(crate) struct Lasting {
     pub(crate) until: Duration,
@@ -42,7 +48,7 @@ impl World {
             K::KillJob => self.kill_job().await,
             K::WallJump => self.wall_jumps(),
             K::Leftovers | K::Foreign => self.leaves(kind).await,
-            K::HandOver => self.hand_over(lasts).await,
+            K::HandOver | K::HeldPoll => self.hand_over(kind, lasts).await,
             K::SecondSignal | K::Drain => self.drain(kind, lasts).await,
             K::RecordDamaged => self.damage(lasts).await,
             K::HostReboot => self.reboot(lasts).await,
@@ -240,13 +246,17 @@ impl World {
         sleep(lasts).await;
     }
 
-    async fn hand_over(&mut self, lasts: Duration) {
+    async fn hand_over(&mut self, kind: K, lasts: Duration) {
         if !self.is_alive() {
             return;
         }
+        if kind == K::HeldPoll {
+            self.standin.configure(|settings| settings.long_poll = LONG_POLL);
+        }
         if self.standin.read(|model| model.settings.long_poll > Duration::ZERO) {
             // The better story is one with a poll under way.
-            let until = Instant::now() + PATIENCE / 3;
+            let patience = if kind == K::HeldPoll { 3 * PATIENCE } else { PATIENCE / 3 };
+            let until = Instant::now() + patience;
             while Instant::now() < until && self.story.inner().ledger.polls == 0 && self.is_alive() {
                 sleep(Duration::from_millis(300)).await;
             }
@@ -442,6 +452,10 @@ impl World {
         }
         let life = daemon.life.clone();
         self.story.arm(Some(kind));
+        if kind == K::KillK16 && timeout(DESTROY_PATIENCE, life.over()).await.is_err() {
+            // Guests power off by themselves: one that is killed does not.
+            self.kill_job().await;
+        }
         let dead = timeout(PATIENCE, life.over()).await.is_ok();
         self.story.arm(None);
         if dead {

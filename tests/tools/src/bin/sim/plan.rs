@@ -205,25 +205,20 @@ const CALL_KINDS: &[(Kind, u16)] = &[
     (Kind::PortTaken, 500),
 ];
 
-/// Things that are done at a time.
+/// Things that are done at a time. One stands twice if it often finds nothing to be done to.
 const ACTION_KINDS: &[(Kind, u64, u64)] = &[
     // Kind, and how many seconds it lasts, from and to.
     (Kind::Outage, 20, 900),
     (Kind::HandOver, 0, 3),
-    (Kind::HandOver, 0, 3),
-    (Kind::CancelBooting, 0, 0),
+    (Kind::HandOver, 0, 90),
+    (Kind::HeldPoll, 0, 3),
     (Kind::CancelBooting, 0, 0),
     (Kind::CancelRunning, 0, 0),
-    (Kind::CancelRunning, 0, 0),
     (Kind::HardCancel, 0, 0),
-    (Kind::HardCancel, 0, 0),
-    (Kind::WallJump, 0, 0),
-    (Kind::KillJob, 0, 0),
     (Kind::Erased, 0, 0),
     (Kind::ProjectDeleted, 0, 0),
     (Kind::ProjectDeleted, 0, 0),
     (Kind::OomKilled, 0, 0),
-    (Kind::HandOver, 0, 90),
     (Kind::SecondSignal, 0, 20),
     (Kind::Drain, 0, 5),
     (Kind::Killed, 0, 90),
@@ -234,9 +229,7 @@ const ACTION_KINDS: &[(Kind, u64, u64)] = &[
     (Kind::LibvirtDown, 5, 600),
     (Kind::HostReboot, 10, 120),
     (Kind::LowDisk, 5, 120),
-    (Kind::LowDisk, 5, 120),
     (Kind::ReadOnly, 1, 60),
-    (Kind::ImageMissing, 5, 120),
     (Kind::ImageMissing, 5, 120),
     (Kind::Leftovers, 0, 0),
     (Kind::Foreign, 0, 0),
@@ -246,21 +239,18 @@ const ACTION_KINDS: &[(Kind, u64, u64)] = &[
     (Kind::KillK2, 0, 30),
     (Kind::KillK3, 0, 30),
     (Kind::KillK4, 0, 60),
-    (Kind::KillK4, 0, 60),
-    (Kind::KillK5, 0, 60),
     (Kind::KillK5, 0, 60),
     (Kind::KillK6, 0, 60),
     (Kind::KillK7, 0, 60),
     (Kind::KillK8, 0, 60),
     (Kind::KillK9, 0, 60),
     (Kind::KillK10, 0, 60),
-    (Kind::KillK10, 0, 60),
     (Kind::KillK11, 0, 60),
     (Kind::KillK12, 0, 60),
     (Kind::KillK13, 0, 60),
+    (Kind::KillK13, 0, 60),
     (Kind::KillK14, 0, 60),
     (Kind::KillK15, 0, 60),
-    (Kind::KillK16, 0, 60),
     (Kind::KillK16, 0, 60),
     (Kind::KillK17, 0, 60),
     (Kind::KillK18, 0, 60),
@@ -302,7 +292,7 @@ impl Plan {
         // What GitLab sends is never quite what a parser would write.
         rates[Kind::StrangeMembers as usize] = 5000;
         let span = span.max(20_000) + 30_000;
-        let mut actions: Vec<(Duration, Action)> = (0..dice.below(12))
+        let mut actions: Vec<(Duration, Action)> = (0..dice.below(13))
             .map(|_| {
                 let (kind, from, to) = *dice.pick(ACTION_KINDS);
                 (dice.time(0, span), Action::Do(kind, dice.time(from * 1000, to * 1000)))
