@@ -78,6 +78,7 @@ pub(crate) struct JobNote {
     pub(crate) full: bool,
     /// It was refused, not run: its trace at GitLab was never in a spool.
     pub(crate) refused: bool,
+    had_spool: bool,
     /// Its record on disk is behind what its task knows.
     pub(crate) record_stale: bool,
     /// It was so when a life ended, and may have been begun anew.
@@ -177,6 +178,7 @@ impl JobNote {
             begun_anew: false,
             full: false,
             refused: false,
+            had_spool: false,
             files_failed: None,
             vms: Vec::new(),
             handed: Vec::new(),
@@ -336,8 +338,8 @@ impl Ledger {
                 }
                 _ => note.words += 1,
             },
-            // A refused job's only piece of trace: it has no record.
-            Route::AppendTrace if note.record.is_none() && !note.had_record => note.refused = true,
+            // A refused job's only piece of trace: it has no record, or at least no spool.
+            Route::AppendTrace if !note.had_record || !note.had_spool => note.refused = true,
             Route::UploadArtifacts | Route::DownloadArtifacts => note.forwarded += 1,
             _ => {}
         }
@@ -390,6 +392,7 @@ impl Ledger {
                 note.record_gone_at = None;
             }
             (FileOp::WriteAt, "trace") => {
+                note.had_spool = true;
                 note.full |= bytes.windows(12).any(|window| window == b"this log rea");
             }
             // Its bytes, as they were.
