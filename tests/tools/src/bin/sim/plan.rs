@@ -314,6 +314,10 @@ impl Plan {
             plan.actions.push((at, Action::Do(kind, dice.time(from * 1000, to * 1000))));
             plan.actions.sort_by_key(|(at, _)| *at);
         }
+        // Doors that do not open at once keep a start and its first sweep apart.
+        if dice.chance(600) {
+            plan.rates[Kind::FdShort as usize] = 800;
+        }
         plan
     }
 }
