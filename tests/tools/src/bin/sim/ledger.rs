@@ -477,6 +477,8 @@ impl Ledger {
                 self.runs = false;
                 for note in self.jobs.values_mut().filter(|note| note.record_stale) {
                     note.begun_anew = true;
+                    // The next life knows what is on disk.
+                    (note.over_known, note.canceling_known) = (None, None);
                     self.stale_records = true;
                 }
                 for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some() && !note.had_record) {
