@@ -10,6 +10,7 @@
 //! version stops the daemon.
 
 mod format;
+mod load;
 
 use super::state::State;
 use crate::failpoint::{Point, reached};
@@ -21,8 +22,9 @@ use crate::retry;
 use crate::secret::Secret;
 use crate::vm::{InstallationId, VmId};
 use bytes::Bytes;
-use format::{Unreadable, parse, seal};
+use format::{parse, seal};
 use jiff::Timestamp;
+pub use load::{Loaded, SetAside};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::fmt;
@@ -227,22 +229,9 @@ pub struct Journal {
     unwell: Arc<AtomicBool>,
 }
 
-/// What the journal held at the start.
-#[derive(Debug, Default)]
-pub struct Loaded {
-    /// Records that can be read.
-    pub records: Vec<Record>,
-    /// What had to be set aside.
-    pub aside: Vec<SetAside>,
-}
-
-/// A record set aside by [`Journal::load_all`].
-#[derive(Debug)]
-pub struct SetAside {
-    /// Where it is now.
-    pub path: PathBuf,
-    /// Why.
-    pub reason: String,
+/// What is written to see whether a disk takes it. Beside the jobs, where nothing else has this name.
+fn trial(jobs: &Path) -> PathBuf {
+    jobs.with_file_name("written")
 }
 
 impl Journal {
@@ -320,10 +309,8 @@ impl Journal {
             return Ok(());
         }
         for directory in [&self.state, &self.runtime] {
-            // Beside the jobs, where nothing else has this name.
-            let path = directory.with_file_name("written");
-            self.files.replace(&path, Vec::new()).await?;
-            self.files.remove(&path).await?;
+            self.files.replace(&trial(directory), Vec::new()).await?;
+            self.files.remove(&trial(directory)).await?;
         }
         self.note(Ok(()))
     }
@@ -377,86 +364,6 @@ impl Journal {
     pub async fn load(&self, key: &JobKey) -> Option<Record> {
         let path = child(&self.state, &key.directory()).join("record.json");
         parse(&self.read(&path, RECORD_BYTES_MAX).await.ok()?).ok()
-    }
-
-    /// All records, and what had to be set aside. Directories without a record are leftovers of a
-    /// job that was never accepted, or was finished: they are removed.
-    ///
-    /// # Errors
-    /// [`JournalError`]; nothing has been touched if it is [`JournalError::Newer`] or
-    /// [`JournalError::Foreign`].
-    pub async fn load_all(&self) -> Result<Loaded, JournalError> {
-        let failed = |what, path: &Path| {
-            let path = path.to_owned();
-            move |source| JournalError::Files { what, path, source }
-        };
-        let mut records = Vec::new();
-        let mut broken = Vec::new();
-        let mut empty = Vec::new();
-        for entry in self.files.list(&self.state).await.map_err(failed("list", &self.state))? {
-            let dir = child(&self.state, &entry.name);
-            if !entry.is_dir {
-                broken.push((dir, "not a directory".to_owned()));
-                continue;
-            }
-            let path = dir.join("record.json");
-            match self.read(&path, RECORD_BYTES_MAX).await {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => empty.push(dir),
-                Err(error) => broken.push((dir, error.to_string())),
-                Ok(bytes) => match parse(&bytes) {
-                    Ok(Record { installation: Some(theirs), .. })
-                        if self.ours.as_ref().is_some_and(|ours| theirs != *ours) =>
-                    {
-                        let ours = self.ours.clone().unwrap_or_else(|| theirs.clone());
-                        return Err(JournalError::Foreign { path, theirs, ours });
-                    }
-                    Ok(record) if record.key.directory() == entry.name => records.push(record),
-                    Ok(_) => broken.push((dir, "the record is of another job".to_owned())),
-                    Err(Unreadable::Newer(version)) => return Err(JournalError::Newer { path, version }),
-                    Err(Unreadable::Broken(reason)) => broken.push((dir, reason)),
-                },
-            }
-        }
-        for dir in empty {
-            self.files.remove(&dir).await.map_err(failed("remove", &dir))?;
-        }
-        let mut aside = Vec::new();
-        for (path, reason) in broken {
-            aside.push(SetAside { path: self.set_aside(&path).await?, reason });
-        }
-        self.remove_strays(&records).await?;
-        Ok(Loaded { records, aside })
-    }
-
-    /// Moves a damaged entry out of the way, under a name that is still free.
-    async fn set_aside(&self, path: &Path) -> Result<PathBuf, JournalError> {
-        let failed = |what, path: &Path| {
-            let path = path.to_owned();
-            move |source| JournalError::Files { what, path, source }
-        };
-        let quarantine = self.state.with_file_name("set-aside");
-        self.files.create_dir(&quarantine).await.map_err(failed("make directory", &quarantine))?;
-        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("unnamed");
-        let taken = self.files.list(&quarantine).await.map_err(failed("list", &quarantine))?;
-        let free = (0_u32..).map(|n| format!("{name}.{n}")).find(|n| taken.iter().all(|e| e.name != *n));
-        let target = child(&quarantine, &free.expect("one of four billion names is free"));
-        self.files.rename(path, &target).await.map_err(failed("set aside", path))?;
-        Ok(target)
-    }
-
-    /// Runtime directories without a record: the crash came between the two.
-    async fn remove_strays(&self, records: &[Record]) -> Result<(), JournalError> {
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            move |source| JournalError::Files { what: "remove", path, source }
-        };
-        for entry in self.files.list(&self.runtime).await.map_err(failed(&self.runtime))? {
-            if records.iter().all(|r| r.key.directory() != entry.name) {
-                let path = child(&self.runtime, &entry.name);
-                self.files.remove(&path).await.map_err(failed(&path))?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -55,7 +55,7 @@ pub enum Event {
     GuestVerdict(Verdict),
     /// The machine could not be made.
     MachineFailed,
-    /// No door is free for the machine; nothing of it was made.
+    /// The machine has no door yet: none is free, or this daemon leaves before it is open.
     NoDoor,
     /// The machine ended by itself.
     MachineStopped,

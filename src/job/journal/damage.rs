@@ -2,7 +2,7 @@
 //!
 //! `golden/version-N.json` has one record a line, as that version wrote them: never edited, only added to.
 
-use super::format::unseal;
+use super::format::{Unreadable, unseal};
 use super::*;
 use crate::files::fake::MemoryFiles;
 

@@ -69,3 +69,20 @@ async fn a_newer_record_is_refused_untouched() {
     assert!(matches!(error, JournalError::Newer { version: 3, .. }), "{error}");
     assert_eq!(files.contents(), before);
 }
+
+/// H8: a full disk is tried by writing; a daemon that dies over it leaves nothing for ever.
+#[tokio::test]
+async fn what_a_disk_is_tried_with_is_removed_at_the_latest_by_the_next_start() {
+    let files = MemoryFiles::default();
+    let journal = journal(&files).await;
+    files.fail_writes(Some(io::ErrorKind::StorageFull));
+    journal.accept(&Record::example(1), Bytes::new()).await.unwrap_err();
+    journal.look_well().await.unwrap_err();
+    files.fail_writes(None);
+    // Written, and the call that removes it fails.
+    files.fail_call(2, io::ErrorKind::Other);
+    journal.look_well().await.unwrap_err();
+    assert!(!files.contents().is_empty());
+    journal.load_all().await.unwrap();
+    assert!(files.contents().is_empty(), "{:?}", files.contents());
+}

@@ -210,8 +210,12 @@ impl Machinery {
                 Ok(listener) => break listener,
                 Err(error) => error,
             };
+            if self.parts.leave.is_cancelled() {
+                // The next process binds it: nothing is lost with a try of this one.
+                return Err(Event::NoDoor);
+            }
             // The process before may still be closing it; the guest's relay waits.
-            if since.elapsed() >= REBIND_PATIENCE || self.parts.leave.is_cancelled() {
+            if since.elapsed() >= REBIND_PATIENCE {
                 tracing::error!(error = chain(&error), port = machine.lease.port, "bind the guest's door again");
                 return Err(Event::CannotGoOn);
             }

@@ -37,7 +37,7 @@ pub(crate) struct Ledger {
     pub(crate) runs: bool,
     /// No new jobs are wanted: drain or hand-over under way.
     pub(crate) stopping: bool,
-    /// The jobs that it has are being ended, and one that a poll under way brings as well.
+    /// And those that come all the same are killed: the second signal of a drain.
     ending: bool,
     /// VMs, overlays and files that are not ours.
     pub(crate) foreign: BTreeSet<String>,
@@ -227,12 +227,14 @@ impl Ledger {
     pub(crate) fn note(&mut self, event: &Event<'_>) {
         match event {
             Event::Assigned { job, payload } => {
-                let (now, ending) = (self.now, self.ending);
+                let now = self.now;
                 if let Some(note) = self.jobs.get_mut(job) {
-                    note.killed_at = note.killed_at.or(ending.then_some(now));
                     note.payloads.push(payload.to_vec());
                     note.lost = None;
                     note.assigned_at.get_or_insert(now);
+                    if self.ending {
+                        note.killed_at.get_or_insert(now);
+                    }
                 }
             }
             Event::AssignedInVain { job } => {
@@ -466,7 +468,8 @@ impl Ledger {
                 self.lives += 1;
                 self.began_at = now;
                 self.runs = false;
-                (self.stopping, self.ending) = (false, false);
+                self.stopping = false;
+                self.ending = false;
             }
             DaemonDoes::Runs => {
                 self.runs = true;
@@ -590,6 +593,11 @@ impl Ledger {
     /// Whether some runner may still be waiting because its token was refused.
     pub(crate) fn refused_lately(&self) -> bool {
         self.refused_at.is_some_and(|at| at + Duration::from_secs(320) > self.now)
+    }
+
+    /// Whether this was down all the time between the two.
+    pub(crate) fn down_through(&self, kind: Trouble, from: At, to: At) -> bool {
+        self.troubles.iter().any(|(trouble, since, until)| *trouble == kind && *since <= from && *until >= to)
     }
 
     /// Whether nothing of these disturbed the time between the two.

@@ -34,7 +34,10 @@ impl Checker for EndsOnce {
             let expired = matches!(given_up, Some("job_token_expired" | "server_timeout_running"));
             let end = note.assigned_at.unwrap_or_default() + Duration::from_secs(note.script.timeout_s);
             let unheard = !ledger.calm(ALL, end, end + Duration::from_secs(320));
-            let heard = expired && (note.noted || unheard);
+            // An outage may outlast even the quarter of an hour that GitLab adds to a timeout.
+            let cut_off = given_up == Some("server_timeout_running")
+                && ledger.down_through(Trouble::Gitlab, end + Duration::from_secs(120), end + Duration::from_secs(900));
+            let heard = expired && (note.noted || unheard) || cut_off;
             if let Some(reason) = given_up.filter(|_| note.lost.is_none() && !theirs && !heard) {
                 findings.add(1, format!("job {id} was assigned, and GitLab gave it up: {reason}"));
             }
