@@ -9,6 +9,7 @@ use dayfly::secret::Secret;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Persist, Route};
 use dayfly::vm::Hypervisor as _;
 use dayfly::vm::fake::{self, Op, Timing};
+use dayfly_guest_config::GuestConfig;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::sleep;
@@ -329,4 +330,39 @@ async fn a_hand_over_fails_no_job_whose_door_is_not_open_yet() {
     assert!(world.trace(job).contains("done"), "{}", world.trace(job));
     world.assert_clean().await;
     assert_eq!(world.machines_started(), 1);
+}
+
+/// V1, K6: a machine in another one's place is never given the names and the pass of that one, wherever a daemon dies.
+#[test]
+fn a_machine_in_another_s_place_is_told_its_own_names() {
+    for call in 1..100 {
+        let mut died = false;
+        paused(async {
+            let mut world = World::new(1);
+            world.expect_trouble(&["the machine could not be made", "belongs to no job"]);
+            world.hypervisor.fail_nth(Op::Start, 1, fake::Fault::Refused("injected"));
+            let job = world.job(&["print hello", "sleep 60"]);
+            world.live(Some(End { seam: Seam::Files, call, when: When::After })).await.unwrap();
+            world.until_dead_or(job, &[JobState::Success]).await;
+            died = world.is_dead();
+            if died {
+                world.start().await.unwrap();
+                let over = |model: &dayfly::standin::Model| model.jobs.get(&job).is_some_and(|job| job.state.is_over());
+                while !world.standin.read(over) {
+                    for path in world.files.paths_below("/run/jobs".as_ref()).iter().filter(|p| p.ends_with("guest")) {
+                        let config = GuestConfig::from_line(&world.files.read(path, 1 << 20).await.unwrap()).unwrap();
+                        let vms = world.hypervisor.vms();
+                        assert!(vms.iter().all(|(vm, _)| vm.id.as_str() == config.vm), "{call}: {}", config.vm);
+                    }
+                    sleep(Duration::from_secs(2)).await;
+                }
+            }
+            world.assert_clean().await;
+        });
+        if !died {
+            assert!(call > 20, "a life of {call} calls");
+            return;
+        }
+    }
+    panic!("a life of a hundred calls");
 }

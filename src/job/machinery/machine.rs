@@ -187,20 +187,28 @@ impl Machinery {
         machine: MachineRecord,
         image: Option<&Image>,
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
-        let config = match (self.parts.journal.guest(&self.record.key).await, image) {
-            (Ok(line), _) => GuestConfig::from_line(&line).map_err(|error| {
+        let kept = match self.parts.journal.guest(&self.record.key).await {
+            Ok(line) => {
+                let config = GuestConfig::from_line(&line).map_err(|error| {
+                    tracing::error!(error = chain(&error), "read the kept guest config");
+                    Event::CannotGoOn
+                })?;
+                // It may be that of the machine in whose place this one came.
+                Some(config).filter(|config| config.vm == machine.id.as_str())
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
                 tracing::error!(error = chain(&error), "read the kept guest config");
-                Event::CannotGoOn
-            })?,
+                return Err(Event::HostDiskFailed);
+            }
+        };
+        let config = match (kept, image) {
+            (Some(config), _) => config,
             // The crash came between record and guest config: nothing of the machine was made.
-            (Err(error), Some(image)) if error.kind() == io::ErrorKind::NotFound => {
-                self.write_config(&machine, &image.manifest.executor).await?
-            }
-            (Err(error), None) if error.kind() == io::ErrorKind::NotFound && self.record.guest_base.is_none() => {
-                return Err(Event::ImageUnusable);
-            }
-            (Err(error), _) => {
-                tracing::error!(error = chain(&error), "read the kept guest config");
+            (None, Some(image)) => self.write_config(&machine, &image.manifest.executor).await?,
+            (None, None) if self.record.guest_base.is_none() => return Err(Event::ImageUnusable),
+            (None, None) => {
+                tracing::error!("the guest config of a machine that has its job is not there");
                 return Err(Event::HostDiskFailed);
             }
         };
