@@ -162,6 +162,8 @@ impl Poller {
             let pause = match answer {
                 Ok(Poll::Job(payload)) => {
                     (backoff, conflicts) = (Backoff::poll(), 0);
+                    // Only a job tries the host; a poll without one says nothing of it.
+                    tried = tried.map(|_| Instant::now());
                     self.take(*payload, reservation, &mut refusals).await;
                     Duration::ZERO
                 }
@@ -262,9 +264,9 @@ impl Poller {
         });
     }
 
-    /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that
-    /// come up. A host that loses every machine must not empty the project's queue; one job every
-    /// [`RETRY_PAUSE`] finds out whether it is well again.
+    /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that come
+    /// up. A host that loses every machine must not empty the project's queue; one job every
+    /// [`RETRY_PAUSE`] since one was `tried` last finds out whether it is well again.
     async fn host_is_unfit(&self, tried: &mut Option<Instant>) -> Option<String> {
         if let Some(reason) = self.disk_is_short().await {
             return Some(reason);
@@ -284,11 +286,9 @@ impl Poller {
             *tried = None;
             return None;
         }
-        if tried.is_some_and(|at| at.elapsed() >= RETRY_PAUSE) {
-            *tried = Some(Instant::now());
+        if tried.get_or_insert_with(Instant::now).elapsed() >= RETRY_PAUSE {
             return None;
         }
-        tried.get_or_insert_with(Instant::now);
         Some(format!("the last {lost} machines were lost before they were ready; see the log, and `dayfly doctor`"))
     }
 

@@ -61,6 +61,31 @@ async fn a_host_that_loses_every_machine_stops_asking_for_jobs() {
     world.assert_clean().await;
 }
 
+/// V1: a poll without a job tries nothing. After a minute the next job is asked for as ever, and tries the host.
+#[tokio::test(start_paused = true)]
+async fn a_host_that_lost_machines_is_tried_by_jobs_and_not_by_polls() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["the machine could not be made", "failure=NoMachine"]);
+    world.config.concurrent = 1;
+    world.hypervisor.fail_always(Op::Start, Fault::Refused("cannot allocate memory"));
+    let lost: Vec<JobId> = (0..2).map(|_| world.job(&["print never"])).collect();
+    world.start().await.unwrap();
+    for job in &lost {
+        world.until_failed(*job, "runner_system_failure", "no virtual machine could be started").await;
+    }
+    sleep(Duration::from_secs(90)).await;
+    let (job, since) = (world.job(&["print hello"]), Instant::now());
+    world.until_failed(job, "runner_system_failure", "no virtual machine could be started").await;
+    assert!(since.elapsed() < Duration::from_secs(15), "{:?}", since.elapsed());
+    // It was a try: the next one comes a minute later.
+    world.hypervisor.heal();
+    let job = world.job(&["print hello"]);
+    sleep(Duration::from_secs(40)).await;
+    assert_eq!(world.found(job).state, JobState::Pending);
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+}
+
 /// V3: the guest's ask arrives around the boot deadline, to the millisecond.
 #[test]
 fn an_ask_at_the_boot_deadline_runs_the_job_or_fails_it_and_never_both() {

@@ -37,7 +37,7 @@ pub(crate) struct Ledger {
     pub(crate) runs: bool,
     /// No new jobs are wanted: drain or hand-over under way.
     pub(crate) stopping: bool,
-    /// And those that come all the same are killed: the second signal of a drain.
+    /// The jobs that it has are being ended, and one that a poll under way brings as well.
     ending: bool,
     /// VMs, overlays and files that are not ours.
     pub(crate) foreign: BTreeSet<String>,
@@ -80,6 +80,7 @@ pub(crate) struct JobNote {
     pub(crate) full: bool,
     /// It was refused, not run: its trace at GitLab was never in a spool.
     pub(crate) refused: bool,
+    had_spool: bool,
     /// Its record on disk is behind what its task knows.
     pub(crate) record_stale: bool,
     /// It was so when a life ended, and may have been begun anew.
@@ -179,6 +180,7 @@ impl JobNote {
             begun_anew: false,
             full: false,
             refused: false,
+            had_spool: false,
             files_failed: None,
             vms: Vec::new(),
             handed: Vec::new(),
@@ -337,8 +339,8 @@ impl Ledger {
                 }
                 _ => note.words += 1,
             },
-            // A refused job's only piece of trace: it has no record.
-            Route::AppendTrace if note.record.is_none() && !note.had_record => note.refused = true,
+            // A refused job's only piece of trace: it has no record, or at least no spool.
+            Route::AppendTrace if !note.had_record || !note.had_spool => note.refused = true,
             Route::UploadArtifacts | Route::DownloadArtifacts => note.forwarded += 1,
             _ => {}
         }
@@ -391,6 +393,7 @@ impl Ledger {
                 note.record_gone_at = None;
             }
             (FileOp::WriteAt, "trace") => {
+                note.had_spool = true;
                 note.full |= bytes.windows(12).any(|window| window == b"this log rea");
             }
             // Its bytes, as they were.
@@ -470,8 +473,7 @@ impl Ledger {
                 self.lives += 1;
                 self.began_at = now;
                 self.runs = false;
-                self.stopping = false;
-                self.ending = false;
+                (self.stopping, self.ending) = (false, false);
             }
             DaemonDoes::Runs => {
                 self.runs = true;

@@ -8,6 +8,9 @@ use std::time::Duration;
 
 const ALL: &[Trouble] = &[Trouble::Gitlab, Trouble::Daemon, Trouble::Libvirt, Trouble::Disk];
 
+/// What GitLab adds to a job's timeout before it ends the job itself.
+const QUARTER_HOUR: Duration = Duration::from_secs(900);
+
 pub(crate) struct EndsOnce;
 
 impl Checker for EndsOnce {
@@ -34,9 +37,16 @@ impl Checker for EndsOnce {
             let expired = matches!(given_up, Some("job_token_expired" | "server_timeout_running"));
             let end = note.assigned_at.unwrap_or_default() + Duration::from_secs(note.script.timeout_s);
             let unheard = !ledger.calm(ALL, end, end + Duration::from_secs(320));
-            // An outage may outlast even the quarter of an hour that GitLab adds to a timeout.
-            let cut_off = given_up == Some("server_timeout_running")
-                && ledger.down_through(Trouble::Gitlab, end + Duration::from_secs(120), end + Duration::from_secs(900));
+            // An outage may outlast even the quarter of an hour that GitLab adds to a timeout, but for the pause
+            // before the next try; or begin while it stores the trace of a verdict that it has noted.
+            let over = end + QUARTER_HOUR;
+            let outage = ledger.down_through(
+                Trouble::Gitlab,
+                end + Duration::from_secs(120),
+                over.saturating_sub(Duration::from_secs(70)),
+            );
+            let noted = note.noted && !ledger.calm(ALL, over.saturating_sub(Duration::from_secs(300)), over);
+            let cut_off = given_up == Some("server_timeout_running") && (outage || noted);
             let heard = expired && (note.noted || unheard) || cut_off;
             if let Some(reason) = given_up.filter(|_| note.lost.is_none() && !theirs && !heard) {
                 findings.add(1, format!("job {id} was assigned, and GitLab gave it up: {reason}"));

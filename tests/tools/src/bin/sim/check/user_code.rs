@@ -21,7 +21,8 @@ impl Checker for UserCode {
                     .record
                     .as_ref()
                     .is_some_and(|record| !matches!(record.state, State::Accepted | State::Booting { .. }));
-                if note.assigned_at.is_none() || !journalled {
+                // A record that was damaged on the way was there.
+                if note.assigned_at.is_none() || !journalled && note.lost.is_none() {
                     findings.add(11, format!("job {job} was given to its guest before it was written down"));
                 }
                 let canceled = note.over_known.or(note.canceling_known);
