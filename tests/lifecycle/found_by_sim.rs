@@ -1,5 +1,6 @@
 //! Bugs that the simulation found, each told alone.
 
+use crate::support::guest::Guest;
 use crate::support::mortal::{End, Seam, When};
 use crate::support::world::{World, paused};
 use dayfly::files::Files as _;
@@ -10,6 +11,7 @@ use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Persist, Route};
 use dayfly::vm::Hypervisor as _;
 use dayfly::vm::fake::{self, Op, Timing};
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -329,4 +331,48 @@ async fn a_job_that_was_being_refused_is_not_begun_by_the_next_daemon() {
     assert_eq!(world.trace(job), said);
     assert_eq!(world.machines_started(), 0);
     world.assert_clean().await;
+}
+
+/// K6, V1: a machine that replaces another never gets that one's config, wherever in between the daemon was killed.
+#[test]
+fn each_machine_has_a_config_of_its_own_whatever_write_the_daemon_was_killed_at() {
+    for call in 1..500 {
+        let mut died = false;
+        paused(async {
+            let mut world = World::new(1);
+            world.expect_trouble(&["the machine could not be made"]);
+            world.hypervisor.fail_nth(Op::Start, 1, fake::Fault::Refused("injected"));
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let see = seen.clone();
+            world.set_guest(move |mut guest: Guest| {
+                see.lock().unwrap().push((guest.machine.spec.id.to_string(), guest.config.vm.clone()));
+                async move {
+                    if let Some(payload) = guest.ask().await {
+                        guest.work(&payload).await;
+                    }
+                    guest.power_off().await;
+                }
+            });
+            let job = world.job(&["print hello"]);
+            world.live(Some(End { seam: Seam::Files, call, when: When::After })).await.unwrap();
+            world.until_dead_or(job, &[JobState::Success]).await;
+            if !world.is_dead() {
+                world.settle().await;
+            }
+            died = world.is_dead();
+            if died {
+                world.start().await.unwrap();
+            }
+            world.until_over(job).await;
+            for (machine, told) in seen.lock().unwrap().iter() {
+                assert_eq!(machine, told, "killed after call {call}");
+            }
+            world.assert_clean().await;
+        });
+        if !died {
+            assert!(call > 10, "a life of {call} calls");
+            return;
+        }
+    }
+    panic!("a life of five hundred calls");
 }

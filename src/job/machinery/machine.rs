@@ -187,20 +187,25 @@ impl Machinery {
         machine: MachineRecord,
         image: Option<&Image>,
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
-        let config = match (self.parts.journal.guest(&self.record.key).await, image) {
-            (Ok(line), _) => GuestConfig::from_line(&line).map_err(|error| {
+        let kept = match self.parts.journal.guest(&self.record.key).await {
+            Ok(line) => Some(GuestConfig::from_line(&line).map_err(|error| {
                 tracing::error!(error = chain(&error), "read the kept guest config");
                 Event::CannotGoOn
-            })?,
-            // The crash came between record and guest config: nothing of the machine was made.
-            (Err(error), Some(image)) if error.kind() == io::ErrorKind::NotFound => {
-                self.write_config(&machine, &image.manifest.executor).await?
-            }
-            (Err(error), None) if error.kind() == io::ErrorKind::NotFound && self.record.guest_base.is_none() => {
-                return Err(Event::ImageUnusable);
-            }
-            (Err(error), _) => {
+            })?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
                 tracing::error!(error = chain(&error), "read the kept guest config");
+                return Err(Event::HostDiskFailed);
+            }
+        };
+        // None, or that of the machine before: the crash came between record and guest config, and nothing of this
+        // machine was made.
+        let config = match (kept.filter(|config| config.vm == machine.id.as_str()), image) {
+            (Some(config), _) => config,
+            (None, Some(image)) => self.write_config(&machine, &image.manifest.executor).await?,
+            (None, None) if self.record.guest_base.is_none() => return Err(Event::ImageUnusable),
+            (None, None) => {
+                tracing::error!("the guest config of a machine that has its job is not there any more");
                 return Err(Event::HostDiskFailed);
             }
         };

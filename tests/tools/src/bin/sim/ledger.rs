@@ -43,6 +43,8 @@ pub(crate) struct Ledger {
     pub(crate) foreign: BTreeSet<String>,
     /// When GitLab came back last: whether some runner had room to poll.
     pub(crate) has_room: bool,
+    /// When that was.
+    pub(crate) back_at: Option<At>,
     refused_at: Option<At>,
     /// Some life ended with a record that was behind: its VM and door may be somebody else's by now.
     pub(crate) stale_records: bool,
@@ -229,9 +231,8 @@ impl Ledger {
     pub(crate) fn note(&mut self, event: &Event<'_>) {
         match event {
             Event::Assigned { job, payload } => {
-                let (now, ending) = (self.now, self.ending);
+                let now = self.now;
                 if let Some(note) = self.jobs.get_mut(job) {
-                    note.killed_at = note.killed_at.or(ending.then_some(now));
                     note.payloads.push(payload.to_vec());
                     note.lost = None;
                     note.assigned_at.get_or_insert(now);
@@ -483,7 +484,15 @@ impl Ledger {
                 self.runs = false;
                 for note in self.jobs.values_mut().filter(|note| note.record_stale) {
                     note.begun_anew = true;
+                    // The next life knows what is on disk.
+                    (note.over_known, note.canceling_known) = (None, None);
                     self.stale_records = true;
+                }
+                // What it learnt in its last moment it may not have written down.
+                let before = |at: &At| *at + Duration::from_secs(1) < now;
+                for note in self.jobs.values_mut() {
+                    note.over_known = note.over_known.filter(before);
+                    note.canceling_known = note.canceling_known.filter(before);
                 }
                 for note in self.jobs.values_mut().filter(|note| note.assigned_at.is_some() && !note.had_record) {
                     note.lost.get_or_insert("the daemon ended before it was written down");

@@ -81,16 +81,32 @@ impl World {
         self.says(DaemonDoes::Trouble(trouble, true));
     }
 
+    /// Whether some runner would ask GitLab.
+    fn has_room(&self) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| {
+            let status = daemon.handler.status();
+            use dayfly::status::RunnerState::{Polling, Retrying};
+            status.runners.iter().any(|runner| matches!(runner.state, Polling | Retrying { .. }))
+        })
+    }
+
+    /// A runner that could not ask for an outage may find only then that nothing is to be asked: that machines are lost
+    /// in a row, or a disk is short.
+    pub(crate) fn look_after_outage(&self) {
+        let back_at = self.story.inner().ledger.back_at;
+        if back_at.is_some_and(|at| self.story.now() <= at + Duration::from_secs(20)) && !self.has_room() {
+            self.story.inner().ledger.has_room = false;
+        }
+    }
+
     /// What lasted is over.
     pub(crate) fn over(&mut self, kind: K) {
         let trouble = match kind {
             K::Outage => {
-                let has_room = self.daemon.as_ref().is_some_and(|daemon| {
-                    let status = daemon.handler.status();
-                    use dayfly::status::RunnerState::{Polling, Retrying};
-                    status.runners.iter().any(|runner| matches!(runner.state, Polling | Retrying { .. }))
-                });
-                self.story.inner().ledger.has_room = has_room;
+                let (now, has_room) = (self.story.now(), self.has_room());
+                let mut inner = self.story.inner();
+                (inner.ledger.has_room, inner.ledger.back_at) = (has_room, Some(now));
+                drop(inner);
                 Trouble::Gitlab
             }
             K::LibvirtDown => {

@@ -3,7 +3,7 @@
 
 use crate::batch::nth;
 use crate::plan::Plan;
-use crate::report::say;
+use crate::report::{keep, say};
 use crate::run::{self, Outcome};
 use crate::story::Keep;
 use dayfly::planted::{Bug, plant};
@@ -40,7 +40,12 @@ pub(crate) fn all(seed: u64, threads: usize) -> bool {
             }
             Some(finding) => {
                 missed += 1;
-                say(&format!("{bug:?}: seed {} is not clean without it: {}", finding.seed, finding.by));
+                let path = keep(&run::run(Plan::for_bugs(finding.seed), Keep::Text));
+                let Found { seed, by, .. } = finding;
+                say(&format!(
+                    "{bug:?}: seed {seed} is not clean without it: {by}; its event log is {}",
+                    path.display()
+                ));
             }
             None => {
                 missed += 1;

@@ -73,7 +73,8 @@ fn tell(outcome: &Outcome) {
     say(&format!("its event log is {}; again: scripts/sim --seed {} --jobs 1", path.display(), outcome.seed));
 }
 
-fn keep(outcome: &Outcome) -> PathBuf {
+/// Writes a run's event log to a file.
+pub(crate) fn keep(outcome: &Outcome) -> PathBuf {
     let path = std::env::temp_dir().join(format!("dayfly-sim-{}.log", outcome.seed));
     if let Err(error) = std::fs::write(&path, &outcome.text) {
         say(&format!("cannot write {}: {error}", path.display()));

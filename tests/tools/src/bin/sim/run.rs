@@ -114,6 +114,7 @@ impl World {
                 let Lasting { kind, .. } = lasting.swap_remove(at);
                 self.over(kind);
             }
+            self.look_after_outage();
             if !self.is_alive() {
                 self.begin().await;
                 continue;

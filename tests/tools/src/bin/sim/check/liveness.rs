@@ -32,7 +32,8 @@ impl Checker for Liveness {
         {
             self.back = None;
             let others = [Trouble::Daemon, Trouble::Libvirt, Trouble::Disk, Trouble::Image];
-            if ledger.calm(&others, back.saturating_sub(Duration::from_secs(60)), ledger.now)
+            if ledger.has_room
+                && ledger.calm(&others, back.saturating_sub(Duration::from_secs(60)), ledger.now)
                 && !ledger.refused_lately()
             {
                 findings.add(19, "no poll came within 15 s after GitLab was back".to_owned());

@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 #[derive(Default)]
 pub(crate) struct Trace {
     spools: BTreeMap<JobId, Vec<u8>>,
+    /// Last lines that the disk did not take, as they were sent from memory. GitLab may lose the end of them again.
+    from_memory: BTreeMap<JobId, Vec<u8>>,
 }
 
 impl Checker for Trace {
@@ -33,9 +35,15 @@ impl Checker for Trace {
                     return;
                 }
                 let held = &job.trace.bytes;
-                // Last lines that the disk did not take are sent from memory.
+                let kept = self.from_memory.entry(job.id).or_default();
                 let from_memory =
-                    note.spool_failed && held.strip_prefix(spool.as_slice()).is_some_and(|rest| ours(rest).is_ok());
+                    held.strip_prefix(spool.as_slice()).filter(|_| note.spool_failed).is_some_and(|rest| {
+                        let lines = ours(rest).is_ok();
+                        if lines && rest.len() > kept.len() {
+                            *kept = rest.to_vec();
+                        }
+                        lines || kept.starts_with(rest)
+                    });
                 // A disk that failed, and a job that was over before the next daemon began to end it once more.
                 let too_late = note.spool_failed && note.verdicts > 0;
                 if !spool.starts_with(held) && !from_memory && !too_late {
