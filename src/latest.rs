@@ -74,7 +74,7 @@ mod tests {
     use super::*;
     use tokio::task::JoinSet;
 
-    /// B5: however often it is tried.
+    /// However often it is tried.
     #[tokio::test(start_paused = true)]
     async fn watchers_are_woken_in_the_order_in_which_they_began_to_wait() {
         for _ in 0..20 {

@@ -4,120 +4,31 @@
 //! event never waits long (calls to the hypervisor are in the machine's task, calls to GitLab in
 //! the uploader's), so a cancel or a deadline is never kept waiting by another event.
 
-use super::journal::{JobKey, RECORD_VERSION, Record};
+mod begin;
+mod news;
+
+pub use begin::{accept, adopt, begin_anew};
+
+use super::journal::Record;
 use super::lines;
 use super::machinery::{Machinery, Next};
 use super::refuse::refuse_kept;
 use super::state::{Command, Event, Failure, Grace, State};
 use super::{GivenAgain, Refusal, forget};
-use super::{INBOX_MAX, JobCommand, JobHandle, JobView, Parts, Runner};
-use crate::capacity::{Held, Reservation, Resources};
+use super::{JobCommand, JobView, Parts, Runner};
+use crate::capacity::Held;
 use crate::config::Span;
-use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobPayload, JobStatus};
-use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
 use crate::planted::{self, Bug};
 use crate::retry::Backoff;
-use crate::supply::MachineEvent;
 use crate::telemetry::chain;
-use dayfly_guest_config::Report;
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use tracing::Instrument as _;
-
-/// A second ask is answered with the payload again only this long after the first (V5): parallel
-/// asks are one runner's slip or a hostile guest; an ask after a failed write comes 3 s later.
-const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// How often a job that found no free door looks again; it has until its boot deadline.
 const DOOR_PAUSE: Span = Span::from_secs(5);
-
-/// Journals a job that GitLab has just assigned, and starts its task.
-///
-/// # Errors
-/// The journal's: nothing has been started then, and GitLab will fail the job as stuck.
-pub async fn accept(
-    parts: &Parts,
-    runner: Arc<Runner>,
-    payload: JobPayload,
-    resources: Resources,
-    reservation: Reservation,
-) -> io::Result<JobHandle> {
-    let record = Record {
-        version: RECORD_VERSION,
-        installation: Some(parts.supply.place().installation.clone()),
-        key: JobKey { runner: runner.config.name.clone(), id: payload.id },
-        gitlab: runner.config.url.clone(),
-        job_token: payload.token.clone(),
-        received: parts.clock.now(),
-        received_uptime_ms: u64::try_from(parts.clock.uptime().as_millis()).ok(),
-        timeout_s: payload.timeout.map(|t| t.as_secs()),
-        name: payload.name.clone(),
-        project: payload.project.clone(),
-        debug_trace: payload.debug_trace,
-        trace_sections: payload.trace_sections,
-        knows_interrupted: payload.failure_reasons.iter().any(|r| r == "runner_interrupted"),
-        class: runner.class.name.clone(),
-        resources,
-        machine: None,
-        guest_base: None,
-        newer_token: None,
-        last_lines: None,
-        state: State::Accepted,
-    };
-    reached(Point::K3);
-    parts.journal.accept(&record, payload.raw().clone()).await?;
-    reached(Point::K4);
-    Ok(start(parts.clone(), runner, record, Some(payload), reservation.into(), Event::Started))
-}
-
-/// Goes on with a job of a former daemon. `payload` is `None` if it did not survive.
-#[must_use]
-pub fn adopt(
-    parts: &Parts,
-    runner: Arc<Runner>,
-    record: Record,
-    payload: Option<JobPayload>,
-    reservation: Held,
-) -> JobHandle {
-    start(parts.clone(), runner, record, payload, reservation, Event::Started)
-}
-
-/// Goes on with a job whose task has panicked: it fails, unless its verdict was known.
-#[must_use]
-pub fn begin_anew(parts: &Parts, runner: Arc<Runner>, record: Record, reservation: Held) -> JobHandle {
-    start(parts.clone(), runner, record, None, reservation, Event::Panicked)
-}
-
-fn start(
-    parts: Parts,
-    runner: Arc<Runner>,
-    record: Record,
-    payload: Option<JobPayload>,
-    reservation: Held,
-    first: Event,
-) -> JobHandle {
-    let key = record.key.clone();
-    let (inbox, inbox_in) = mpsc::channel(INBOX_MAX);
-    let (view_out, view) = watch::channel(JobView {
-        key: key.clone(),
-        name: record.name.clone(),
-        project: record.project.clone(),
-        state: record.state.word(),
-        phase: String::new(),
-        vm: record.machine.as_ref().map(|m| m.id.to_string()),
-        since: Instant::now(),
-    });
-    let span = tracing::info_span!("job", runner = %key.runner, job = %key.id);
-    let begun = Begun { parts, runner, record, payload, reservation: reservation.clone(), first };
-    let run = run(begun, inbox_in, view_out).instrument(span);
-    #[expect(clippy::disallowed_methods, reason = "joined by daemon through the handle")]
-    let task = tokio::spawn(run);
-    JobHandle { key, inbox, view, task, reservation }
-}
 
 /// What a task begins with.
 struct Begun {
@@ -487,146 +398,6 @@ impl Job {
             }
         }
         GivenAgain::UnderWay
-    }
-
-    async fn guest(&mut self, event: GuestEvent) {
-        match event {
-            GuestEvent::Greeted => {
-                reached(Point::K9);
-                self.m.greeted();
-                self.m.last_spoke = Instant::now();
-            }
-            GuestEvent::Spoke => {
-                self.spoke = true;
-                self.m.last_spoke = Instant::now();
-            }
-            GuestEvent::HandOutLost => self.last_hand_out = None,
-            GuestEvent::DebugTrace => self.m.mark_debug(),
-            GuestEvent::AsksForJob { reply, .. } => self.asked(reply).await,
-            GuestEvent::Verdict { verdict, reply } => {
-                let answer = self.verdict(verdict).await;
-                // The door may have given up waiting; the guest asks again and gets the same.
-                let _ = reply.send(answer);
-            }
-        }
-    }
-
-    /// Exactly one hand-out: the state machine decides whether, this whether a second ask (V5) gets
-    /// the same again.
-    async fn asked(&mut self, reply: oneshot::Sender<Option<HandOut>>) {
-        if self.m.is_being_replaced() {
-            // It came up after all, and its end is on the way.
-            let _ = reply.send(None);
-            return;
-        }
-        let first = matches!(self.m.record.state, State::Booting { .. });
-        let rested = self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
-        let lost = !self.spoke && rested;
-        let again = matches!(self.m.record.state, State::Running { canceling: false })
-            && (lost || rested && planted::on(Bug::HandedOutTwice));
-        let mut answer = None;
-        if first {
-            answer = self.m.hand_out().await;
-            if answer.is_some() {
-                // Written down before it goes out, or a restart would find a guest that works on a
-                // job which it was never given. Asked again, it gets it then.
-                reached(Point::K10);
-                if !self.m.keep_hand_out().await {
-                    let _ = reply.send(None);
-                    return;
-                }
-                reached(Point::K10);
-                self.feed(Event::GuestAsked).await;
-                self.m.last_spoke = Instant::now();
-            } else {
-                // Nothing is left of the job's time.
-                self.feed(Event::TimeoutDeadline).await;
-            }
-        } else if again {
-            answer = self.m.hand_out().await;
-        } else if lost {
-            // Canceled or over meanwhile: this guest has nothing to do, and nothing to end.
-            self.feed(Event::GuestAsked).await;
-        }
-        if answer.is_some() {
-            self.last_hand_out = Some(Instant::now());
-        }
-        // An ask whose connection went away: the next one is a second ask.
-        let _ = reply.send(answer);
-    }
-
-    /// 200 only after spool and record are on disk.
-    async fn verdict(&mut self, verdict: crate::gitlab::Verdict) -> VerdictAnswer {
-        match &self.m.record.state {
-            State::Running { .. } => {}
-            State::Releasing { verdict: Some(known), .. } if *known == verdict => return VerdictAnswer::Taken,
-            _ => return VerdictAnswer::Over,
-        }
-        let (state, _) = self.m.record.state.clone().on(Event::GuestVerdict(verdict.clone()));
-        reached(Point::K14);
-        if !self.m.keep_verdict(state).await {
-            self.unkept = true;
-            return VerdictAnswer::Later;
-        }
-        self.unkept = false;
-        reached(Point::K14);
-        self.feed(Event::GuestVerdict(verdict)).await;
-        VerdictAnswer::Taken
-    }
-
-    async fn machine(&mut self, event: MachineEvent) {
-        match event {
-            MachineEvent::DiskReady => self.phase("disk ready").await,
-            MachineEvent::Started => self.phase("machine started").await,
-            MachineEvent::Report(report) => self.report(report).await,
-            MachineEvent::Failed(error) => {
-                tracing::warn!(error = chain(&error), "the machine could not be made");
-                self.feed(Event::MachineFailed).await;
-            }
-            // It gave up to ask us to write its verdict down.
-            MachineEvent::Stopped if self.unkept => self.feed(Event::HostDiskFailed).await,
-            MachineEvent::Stopped => self.feed(Event::MachineStopped).await,
-            MachineEvent::Paused => self.feed(Event::MachinePaused).await,
-            MachineEvent::Released => {
-                let another = self.m.machine_released().await;
-                if another && matches!(self.m.record.state, State::Booting { .. }) {
-                    if let Err(event) = self.m.take_machine(false).await {
-                        self.feed(event).await;
-                    }
-                } else {
-                    self.feed(Event::MachineReleased).await;
-                }
-            }
-        }
-        self.publish();
-    }
-
-    async fn report(&mut self, report: Report) {
-        match report {
-            Report::Ready => self.phase("guest is up").await,
-            Report::Applied => self.phase("guest has its identity").await,
-            Report::RunnerStarted => self.phase("gitlab-runner started").await,
-            Report::RunnerConnected | Report::RunnerExited(_) => tracing::debug!(?report, "guest reports"),
-            Report::Failed(text) => tracing::warn!(text, "guest could not do its part"),
-        }
-    }
-
-    /// Writes a phase into the boot section; after the hand-out the trace is the guest's.
-    async fn phase(&mut self, what: &'static str) {
-        self.view.send_if_modified(|view| {
-            view.phase = what.to_owned();
-            true
-        });
-        if self.m.record.guest_base.is_none() && matches!(self.m.record.state, State::Booting { .. }) {
-            let since = self.m.elapsed();
-            self.m.metrics().job().phase(what, since);
-            tracing::info!(
-                phase = what,
-                elapsed_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
-                "boot goes on"
-            );
-            self.m.own_line(|now| lines::phase(now, what, since)).await;
-        }
     }
 
     fn publish(&self) {

@@ -3,9 +3,16 @@
 use super::{Checker, Findings};
 use crate::event::Event;
 use crate::ledger::Ledger;
+use dayfly::gitlab::JobId;
+use dayfly::job::state::State;
 use dayfly::standin::Route;
+use std::collections::BTreeSet;
 
-pub(crate) struct FirstWins;
+#[derive(Default)]
+pub(crate) struct FirstWins {
+    /// Jobs whose first verdict went to GitLab before a failing disk took it.
+    unwritten: BTreeSet<JobId>,
+}
 
 impl Checker for FirstWins {
     fn on(&mut self, event: &Event<'_>, ledger: &Ledger, findings: &mut Findings) {
@@ -15,8 +22,14 @@ impl Checker for FirstWins {
         }
         let Some(job) = request.job else { return };
         let Some(note) = ledger.jobs.get(&job) else { return };
+        let written = note.record.as_ref().is_some_and(|record| matches!(record.state, State::Releasing { .. }));
+        if note.sent.len() == 1 && !written {
+            self.unwritten.insert(job);
+        }
         let [.., (_, first, why), (_, last, why_last)] = note.sent.as_slice() else { return };
-        if (first, why) != (last, why_last) && !note.begun_anew {
+        // Who takes up a job whose task has panicked knows what is on disk.
+        let unknown = note.panicked.is_some() && self.unwritten.contains(&job);
+        if (first, why) != (last, why_last) && !note.begun_anew && !unknown {
             findings.add(2, format!("job {job}: `{last}` ({why_last:?}) was sent after `{first}` ({why:?})"));
         }
     }

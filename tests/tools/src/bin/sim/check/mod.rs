@@ -93,7 +93,7 @@ impl Findings {
 pub(crate) fn all(plan: &Plan) -> Vec<Box<dyn Checker>> {
     vec![
         Box::new(ends_once::EndsOnce),
-        Box::new(first_wins::FirstWins),
+        Box::new(first_wins::FirstWins::default()),
         Box::new(success_stands::SuccessStands),
         Box::new(our_failures::OurFailures::new(plan)),
         Box::new(trace::Trace::default()),
