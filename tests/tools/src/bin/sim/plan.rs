@@ -304,15 +304,20 @@ impl Plan {
 }
 
 impl Plan {
-    /// Draws a run that a planted bug is looked for in: what is rare, and shows some bugs alone, is done once more.
+    /// Draws a run that a planted bug is looked for in: what is rare, and shows some bugs alone, is done once more. So is a
+    /// hand-over, now and then to a life whose doors are somebody else's for a while: adoption takes its time then.
     pub(crate) fn for_bugs(seed: u64) -> Self {
         const RARE: &[Kind] = &[Kind::Outage, Kind::Foreign];
         let (mut plan, mut dice) = (Self::draw(seed), Dice::new(seed, 3));
-        let kind = *dice.pick(RARE);
-        if let Some((_, from, to)) = ACTION_KINDS.iter().find(|(of, _, _)| *of == kind) {
-            let at = dice.time(0, u64::try_from(plan.heals.as_millis()).unwrap_or(u64::MAX));
-            plan.actions.push((at, Action::Do(kind, dice.time(from * 1000, to * 1000))));
-            plan.actions.sort_by_key(|(at, _)| *at);
+        for kind in [*dice.pick(RARE), Kind::HandOver] {
+            if let Some((_, from, to)) = ACTION_KINDS.iter().find(|(of, _, _)| *of == kind) {
+                let at = dice.time(0, u64::try_from(plan.heals.as_millis()).unwrap_or(u64::MAX));
+                plan.actions.push((at, Action::Do(kind, dice.time(from * 1000, to * 1000))));
+            }
+        }
+        plan.actions.sort_by_key(|(at, _)| *at);
+        if dice.chance(250) {
+            plan.rates[Kind::PortTaken as usize] = 3000;
         }
         // Doors that do not open at once keep a start and its first sweep apart.
         if dice.chance(600) {

@@ -32,9 +32,9 @@ impl Checker for EndsOnce {
             }
             let given_up = note.gitlab_gave_up.as_deref();
             // An erased job has no runner that could end it; a GitLab that stores a trace for so long that the job's
-            // token ends meanwhile, or that is away until a job without one is dropped, could not be told in time.
+            // token ends meanwhile has heard the verdict.
             let theirs = note.erased || note.users.is_some_and(|(what, _)| what == "deleted");
-            let expired = matches!(given_up, Some("job_token_expired" | "server_timeout_running"));
+            let expired = given_up == Some("job_token_expired");
             let end = note.assigned_at.unwrap_or_default() + Duration::from_secs(note.script.timeout_s);
             let unheard = !ledger.calm(ALL, end, end + Duration::from_secs(320));
             // An outage may outlast even the quarter of an hour that GitLab adds to a timeout, but for the pause
