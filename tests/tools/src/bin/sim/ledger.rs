@@ -1,16 +1,18 @@
 //! What is known of each job and VM of a run, kept from the events: the facts that the checkers compare.
 
+mod notes;
+mod trouble;
+
+pub(crate) use notes::{JobNote, VmNote};
+
 use crate::event::{DaemonDoes, Event, FileOp, GuestDoes, Trouble};
-use crate::kinds::Kind;
-use crate::plan::Script;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::Record;
 use dayfly::job::state::State;
-use dayfly::standin::{JobState, Route};
+use dayfly::standin::Route;
 use dayfly::vm::fake::Op;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Virtual time since the run began.
@@ -55,167 +57,6 @@ pub(crate) struct Ledger {
     /// Reboots of the host.
     pub(crate) reboots: u32,
     pub(crate) runner_tokens: Vec<String>,
-}
-
-/// One job.
-pub(crate) struct JobNote {
-    pub(crate) script: Arc<Script>,
-    pub(crate) token: String,
-    /// Payloads that reached the daemon whole.
-    pub(crate) payloads: Vec<Vec<u8>>,
-    pub(crate) assigned_at: Option<At>,
-    /// Why GitLab may have to give it up by itself, or hold another trace than ours.
-    pub(crate) lost: Option<&'static str>,
-    /// Why GitLab's trace need not be ours.
-    pub(crate) trace_spoilt: Option<&'static str>,
-    /// The durable record.
-    pub(crate) record: Option<Record>,
-    pub(crate) had_record: bool,
-    pub(crate) record_gone_at: Option<At>,
-    /// The spool, when it was removed.
-    pub(crate) spool: Option<Vec<u8>>,
-    /// A write or read of its spool failed.
-    pub(crate) spool_failed: bool,
-    /// Its spool reached its bound.
-    pub(crate) full: bool,
-    /// It was refused, not run: its trace at GitLab was never in a spool.
-    pub(crate) refused: bool,
-    had_spool: bool,
-    /// Its record on disk is behind what its task knows.
-    pub(crate) record_stale: bool,
-    /// It was so when a life ended, and may have been begun anew.
-    pub(crate) begun_anew: bool,
-    /// Any file of its failed.
-    pub(crate) files_failed: Option<At>,
-    pub(crate) vms: Vec<String>,
-    /// VMs that were given the payload, with the time.
-    pub(crate) handed: Vec<(String, At)>,
-    pub(crate) printed: Vec<u8>,
-    pub(crate) taken: usize,
-    /// PUTs of `running` so far.
-    pub(crate) words: u32,
-    pub(crate) guest_spoke_at: Option<At>,
-    pub(crate) verdict_said: Option<(String, Option<String>)>,
-    pub(crate) verdict_taken: Option<(String, At)>,
-    /// Verdicts that the daemon sent.
-    pub(crate) sent: Vec<(At, String, Option<String>)>,
-    /// GitLab's newest state, and when it was over there.
-    pub(crate) state: JobState,
-    pub(crate) over_at: Option<At>,
-    /// When the daemon learnt that it is being canceled, or over.
-    pub(crate) canceling_known: Option<At>,
-    pub(crate) over_known: Option<At>,
-    /// What users did to it.
-    pub(crate) users: Option<(&'static str, At)>,
-    pub(crate) killed_at: Option<At>,
-    /// Its VM met something that may end it: when, and what.
-    pub(crate) mishap: Option<(&'static str, At)>,
-    /// The same for a VM that held the payload.
-    pub(crate) lost_running: Option<At>,
-    /// When a task of it was made to panic last.
-    pub(crate) panicked: Option<At>,
-    pub(crate) transfers: u32,
-    pub(crate) forwarded: u32,
-    pub(crate) uploaded: Vec<usize>,
-    /// Sizes of artifacts that its guest meant to upload.
-    pub(crate) meant: Vec<usize>,
-    /// A call to the hypervisor about one of its VMs failed.
-    pub(crate) vm_call_failed: bool,
-    /// Verdicts that GitLab took.
-    pub(crate) verdicts: u32,
-    pub(crate) changed_after_end: bool,
-    /// It ended at GitLab without a verdict.
-    pub(crate) over_by_gitlab: bool,
-    /// Why GitLab's own workers ended it, if they did.
-    pub(crate) gitlab_gave_up: Option<String>,
-    pub(crate) erased: bool,
-    /// GitLab has noted a verdict, and is still storing the trace.
-    pub(crate) noted: bool,
-    /// Where its guest's bytes begin in the spool, by its record.
-    pub(crate) guest_base: Option<u64>,
-    /// At the end: GitLab's copy.
-    pub(crate) held_trace: Vec<u8>,
-    pub(crate) artifacts: Vec<u64>,
-}
-
-/// One VM.
-#[derive(Default)]
-pub(crate) struct VmNote {
-    pub(crate) job: Option<JobId>,
-    pub(crate) ours: bool,
-    pub(crate) overlay_at: Option<At>,
-    pub(crate) started_at: Option<At>,
-    pub(crate) ended_at: Option<(At, String)>,
-    pub(crate) overlay_gone_at: Option<At>,
-    pub(crate) pass: Option<String>,
-    pub(crate) greeted: bool,
-    pub(crate) paused_at: Option<At>,
-    /// Faults were met by a call about it.
-    pub(crate) call_failed_at: Option<At>,
-    pub(crate) port: u16,
-}
-
-impl VmNote {
-    /// Whether it exists now.
-    pub(crate) fn lives(&self) -> bool {
-        self.started_at.is_some() && self.ended_at.is_none()
-    }
-}
-
-impl JobNote {
-    pub(crate) fn new(script: Arc<Script>, token: String) -> Self {
-        Self {
-            script,
-            token,
-            payloads: Vec::new(),
-            assigned_at: None,
-            lost: None,
-            trace_spoilt: None,
-            record: None,
-            had_record: false,
-            record_gone_at: None,
-            spool: None,
-            spool_failed: false,
-            record_stale: false,
-            begun_anew: false,
-            full: false,
-            refused: false,
-            had_spool: false,
-            files_failed: None,
-            vms: Vec::new(),
-            handed: Vec::new(),
-            printed: Vec::new(),
-            taken: 0,
-            words: 0,
-            guest_spoke_at: None,
-            verdict_said: None,
-            verdict_taken: None,
-            sent: Vec::new(),
-            state: JobState::Pending,
-            over_at: None,
-            canceling_known: None,
-            over_known: None,
-            users: None,
-            killed_at: None,
-            mishap: None,
-            lost_running: None,
-            panicked: None,
-            transfers: 0,
-            forwarded: 0,
-            uploaded: Vec::new(),
-            meant: Vec::new(),
-            vm_call_failed: false,
-            verdicts: 0,
-            changed_after_end: false,
-            over_by_gitlab: false,
-            gitlab_gave_up: None,
-            erased: false,
-            noted: false,
-            guest_base: None,
-            held_trace: Vec::new(),
-            artifacts: Vec::new(),
-        }
-    }
 }
 
 /// The job of a path below a `jobs` directory, and the file's name.
@@ -538,85 +379,6 @@ impl Ledger {
                 self.set_down(trouble, down);
             }
         }
-    }
-
-    fn set_down(&mut self, trouble: Trouble, down: bool) {
-        let now = self.now;
-        if down {
-            self.down.entry(trouble).or_insert(now);
-        } else if let Some(since) = self.down.remove(&trouble) {
-            self.troubles.push((trouble, since, now));
-        }
-    }
-
-    /// Something was disturbed now, and may be for this long.
-    pub(crate) fn spoil(&mut self, trouble: Trouble, lasts: Duration) {
-        let now = self.now;
-        // Many small ones in a row are one.
-        if let Some((_, _, until)) =
-            self.troubles.iter_mut().rev().take(4).find(|(t, _, until)| *t == trouble && *until >= now)
-        {
-            *until = (*until).max(now + lasts);
-            return;
-        }
-        self.troubles.push((trouble, now, now + lasts));
-    }
-
-    fn fault(&mut self, kind: Kind) {
-        use Kind as K;
-        match kind {
-            K::ServerError
-            | K::HtmlError
-            | K::ConnectFails
-            | K::LoginPage
-            | K::NotFound
-            | K::Redirect
-            | K::PatchLost
-            | K::PatchReplyLost
-            | K::FinalLost
-            | K::FinalReplyLost
-            | K::FinalRefused
-            | K::FirstWordLost
-            | K::Conflict => self.spoil(Trouble::Gitlab, Duration::from_secs(70)),
-            K::RateLimited | K::RateLimitedUntil => self.spoil(Trouble::Gitlab, Duration::from_secs(100)),
-            K::BlackHole | K::SlowHead | K::SlowBody => self.spoil(Trouble::Gitlab, Duration::from_secs(250)),
-            K::RunnerRefused => {
-                self.refused_at = Some(self.now);
-                self.spoil(Trouble::Gitlab, Duration::from_secs(310));
-            }
-            // The call fails after its deadline of 30 s, and the next one may come late.
-            K::DestroyHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(45)),
-            K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
-            _ => {}
-        }
-    }
-
-    /// A task of this job is made to panic.
-    pub(crate) fn panics(&mut self, job: JobId) {
-        let now = self.now;
-        if let Some(note) = self.jobs.get_mut(&job) {
-            (note.panicked, note.spool_failed, note.files_failed) = (Some(now), true, Some(now));
-        }
-        self.spoil(Trouble::Disk, Duration::from_secs(10));
-    }
-
-    /// Whether some runner may still be waiting because its token was refused.
-    pub(crate) fn refused_lately(&self) -> bool {
-        self.refused_at.is_some_and(|at| at + Duration::from_secs(320) > self.now)
-    }
-
-    /// Whether this was down all the time between the two.
-    pub(crate) fn down_through(&self, kind: Trouble, from: At, to: At) -> bool {
-        self.troubles.iter().any(|(trouble, since, until)| *trouble == kind && *since <= from && *until >= to)
-    }
-
-    /// Whether nothing of these disturbed the time between the two.
-    pub(crate) fn calm(&self, kinds: &[Trouble], from: At, to: At) -> bool {
-        self.down.iter().all(|(trouble, since)| !kinds.contains(trouble) || *since > to)
-            && self
-                .troubles
-                .iter()
-                .all(|(trouble, since, until)| !kinds.contains(trouble) || *since > to || *until < from)
     }
 }
 
