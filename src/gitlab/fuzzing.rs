@@ -109,7 +109,8 @@ pub fn gitlab_answers(input: &[u8]) {
     assert!(update_interval(headers).is_none_or(|i| (1..=900).contains(&i.as_secs()) && i.subsec_nanos() == 0));
     assert!(retry_after(headers).is_none_or(|wait| wait <= Duration::from_secs(300)));
     let range = headers.get("range").and_then(|value| value.to_str().ok()).and_then(|range| range.split_once('-'));
-    let size = range.map(|(_, size)| size.trim()).filter(|size| size.bytes().all(|digit| digit.is_ascii_digit()));
+    // A blank before it is no number to the official runner, either.
+    let size = range.map(|(_, size)| size).filter(|size| size.bytes().all(|digit| digit.is_ascii_digit()));
     assert_eq!(range_size(headers), size.and_then(|size| size.parse().ok()).unwrap_or(0));
     assert!(!(is_page(headers) && is_json(headers)));
     assert!(media_type(headers).is_none_or(|kind| !kind.contains(';')));

@@ -38,16 +38,16 @@ pub(super) fn parse(text: &str) -> Result<Rc<Node>, Fault> {
     let mut documents = Vec::new();
     let mut stack: Vec<Open> = Vec::new();
     let mut anchors: BTreeMap<usize, Rc<Node>> = BTreeMap::new();
+    // What ends too early, or is empty at the end, is found on the line after the last one.
+    let last = 1 + text.matches(['\n', '\r']).count();
     for event in Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text)) {
         let (event, span) = event.map_err(|e| {
-            // What ends too early is found on the line after the last one.
-            let last = 1 + text.matches(['\n', '\r']).count();
             Fault::at(
                 e.marker().line().min(last),
                 format!("is no YAML (column {}): {}", e.marker().col() + 1, e.info()),
             )
         })?;
-        let line = span.start.line();
+        let line = span.start.line().min(last);
         let node = match event {
             Event::DocumentStart(_) => {
                 anchors.clear();
@@ -227,6 +227,7 @@ mod tests {
         check("# nothing\n", "error 1: the file is empty; it must hold at least one job");
         check("- a", "error 1: is a list, must be a mapping");
         check("a: 1\n---\nb: 2\n", "error 3: a second YAML document; GitLab reads one");
+        check("a: 1\n\n---", "error 3: a second YAML document; GitLab reads one");
         check(
             "spec:\n  inputs:\n    x:\n---\na: 1\n",
             "error 1: key `spec`: inputs are filled in by GitLab only; exec cannot",
