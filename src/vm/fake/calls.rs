@@ -184,7 +184,9 @@ impl Hypervisor for FakeHypervisor {
     ) -> BoxFuture<'a, Result<(), VmError>> {
         let (path, made) = (overlay.to_owned(), Overlay { base: base.to_owned(), disk_gib });
         Box::pin(self.change(Op::CreateOverlay, overlay.display().to_string(), move |fake| {
-            fake.world().overlays.insert(path, made);
+            let mut world = fake.world();
+            world.note(None, &path.display().to_string(), "overlay made");
+            world.overlays.insert(path, made);
             Ok(())
         }))
     }
@@ -192,7 +194,10 @@ impl Hypervisor for FakeHypervisor {
     fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
         let path = overlay.to_owned();
         Box::pin(self.change(Op::RemoveOverlay, overlay.display().to_string(), move |fake| {
-            fake.world().overlays.remove(&path);
+            let mut world = fake.world();
+            if world.overlays.remove(&path).is_some() {
+                world.note(None, &path.display().to_string(), "overlay removed");
+            }
             Ok(())
         }))
     }

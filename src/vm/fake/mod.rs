@@ -126,7 +126,8 @@ struct Machine {
     control: Control,
 }
 
-/// Sees what VMs do by themselves and what is done to them: VM name and word. See [`FakeHypervisor::set_witness`].
+/// Sees what VMs do by themselves and what is done to them and their overlays: VM name or overlay's path, and word.
+/// See [`FakeHypervisor::set_witness`].
 type Witness = Arc<dyn Fn(&str, &str) + Send + Sync>;
 
 struct World {
@@ -272,7 +273,8 @@ impl FakeHypervisor {
     }
 
     /// Tells `witness` at once what the history keeps of VMs: `started`, `booted`, `powered off`, `crashed`, `paused`,
-    /// `destroyed`… It must not call the fake, which is locked meanwhile.
+    /// `destroyed`…; and of overlays, by path: `overlay made`, `overlay removed`. It is the truth, whether or not the
+    /// caller still waits for its answer. It must not call the fake, which is locked meanwhile.
     pub fn set_witness(&self, witness: impl Fn(&str, &str) + Send + Sync + 'static) {
         self.world().witness = Some(Arc::new(witness));
     }

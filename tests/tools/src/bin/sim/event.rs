@@ -27,7 +27,7 @@ pub(crate) enum Event<'a> {
     Calls { op: Op, subject: &'a str, spec: Option<&'a VmSpec> },
     /// It has ended.
     Called { op: Op, subject: &'a str, ok: bool },
-    /// What a VM did, or what was done to it: `started`, `destroyed`, `crashed`…
+    /// What a VM did, or what was done to it: `started`, `destroyed`, `crashed`…; or to its overlay, by path.
     Vm { name: &'a str, word: &'a str },
     /// What a guest knows.
     Guest { vm: &'a str, job: JobId, does: GuestDoes<'a> },

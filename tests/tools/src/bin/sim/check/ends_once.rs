@@ -40,11 +40,8 @@ impl Checker for EndsOnce {
             // An outage may outlast even the quarter of an hour that GitLab adds to a timeout, but for the pause
             // before the next try; or begin while it stores the trace of a verdict that it has noted.
             let over = end + QUARTER_HOUR;
-            let outage = ledger.down_through(
-                Trouble::Gitlab,
-                end + Duration::from_secs(120),
-                over.saturating_sub(Duration::from_secs(70)),
-            );
+            let (begin, last) = (end + Duration::from_secs(120), over.saturating_sub(Duration::from_secs(70)));
+            let outage = ledger.down_through(Trouble::Gitlab, begin, last);
             let noted = note.noted && !ledger.calm(ALL, over.saturating_sub(Duration::from_secs(300)), over);
             let cut_off = given_up == Some("server_timeout_running") && (outage || noted);
             let heard = expired && (note.noted || unheard) || cut_off;

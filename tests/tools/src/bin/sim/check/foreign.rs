@@ -19,7 +19,8 @@ impl Checker for Foreign {
                 findings.add(15, format!("{subject}, which is not ours, is touched"));
             }
             Event::Vm { name, word }
-                if ledger.foreign.contains(*name) && !matches!(*word, "started" | "booted" | "gone with the host") =>
+                if ledger.foreign.contains(*name)
+                    && !matches!(*word, "started" | "booted" | "gone with the host" | "overlay made") =>
             {
                 findings.add(15, format!("{name} of another installation: {word}"));
             }

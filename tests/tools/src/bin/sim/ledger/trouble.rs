@@ -6,6 +6,9 @@ use crate::kinds::Kind;
 use dayfly::gitlab::JobId;
 use std::time::Duration;
 
+/// The uploader's longest pause, jitter included.
+const PAUSE_MAX: Duration = Duration::from_secs(70);
+
 impl Ledger {
     pub(super) fn set_down(&mut self, trouble: Trouble, down: bool) {
         let now = self.now;
@@ -51,8 +54,9 @@ impl Ledger {
                 self.refused_at = Some(self.now);
                 self.spoil(Trouble::Gitlab, Duration::from_secs(310));
             }
-            // The call fails after its deadline of 30 s, and the next one may come late.
+            // The call fails after its deadline of 30 s or 60 s, and the next one may come late.
             K::DestroyHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(45)),
+            K::CreateHangs | K::OverlayHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(75)),
             K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
             _ => {}
         }
@@ -72,9 +76,18 @@ impl Ledger {
         self.refused_at.is_some_and(|at| at + Duration::from_secs(320) > self.now)
     }
 
-    /// Whether this was down all the time between the two.
+    /// Whether this was down between the two, but for times shorter than the pause before a next try.
     pub(crate) fn down_through(&self, kind: Trouble, from: At, to: At) -> bool {
-        self.troubles.iter().any(|(trouble, since, until)| *trouble == kind && *since <= from && *until >= to)
+        let mut times: Vec<_> = self.troubles.iter().filter(|(trouble, ..)| *trouble == kind).collect();
+        times.sort_by_key(|(_, since, _)| *since);
+        let mut down_until = from;
+        for (_, since, until) in times {
+            if *since > down_until + PAUSE_MAX {
+                break;
+            }
+            down_until = down_until.max(*until);
+        }
+        down_until >= to
     }
 
     /// Whether nothing of these disturbed the time between the two.
