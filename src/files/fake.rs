@@ -20,6 +20,7 @@ struct Memory {
     calls: u64,
     fail: Option<(u64, io::ErrorKind)>,
     fail_writes: Option<io::ErrorKind>,
+    fail_replaces: Option<io::ErrorKind>,
     history: Vec<String>,
     /// No history is kept: for simulations of many hours.
     quiet: bool,
@@ -33,6 +34,7 @@ impl Default for Memory {
             calls: 0,
             fail: None,
             fail_writes: None,
+            fail_replaces: None,
             history: Vec::new(),
             quiet: false,
         }
@@ -73,6 +75,11 @@ impl MemoryFiles {
     /// From now on every call that changes something fails so; `None`: no more.
     pub fn fail_writes(&self, kind: Option<io::ErrorKind>) {
         self.memory().fail_writes = kind;
+    }
+
+    /// From now on no whole file is written, as on a disk without inodes, while the others still grow; `None`: no more.
+    pub fn fail_replaces(&self, kind: Option<io::ErrorKind>) {
+        self.memory().fail_replaces = kind;
     }
 
     /// Whether the failure asked for by [`MemoryFiles::fail_call`] has not happened yet.
@@ -126,7 +133,11 @@ impl MemoryFiles {
                 memory.fail = None;
                 Err(io::Error::new(kind, "injected"))
             }
-            _ => match memory.fail_writes.filter(|_| !READS.contains(&what)) {
+            _ => match memory
+                .fail_writes
+                .filter(|_| !READS.contains(&what))
+                .or(memory.fail_replaces.filter(|_| what == "replace"))
+            {
                 Some(kind) => Err(io::Error::new(kind, "injected")),
                 None => work(&mut memory),
             },

@@ -69,7 +69,8 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         spoke,
         grace: None,
         graced: Duration::ZERO,
-        unwritten: false,
+        write_again: None,
+        verdict_waits: None,
     };
     job.feed(first).await;
     while job.m.record.state != State::Ended {
@@ -83,7 +84,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             Some(command) = inbox.recv() => Happened::Command(command),
             next = job.m.next() => Happened::Next(next),
             () = tokio::time::sleep_until(deadline.0) => Happened::Event(deadline.1),
-            () = tokio::time::sleep(REWRITE_PAUSE), if job.unwritten => {
+            () = tokio::time::sleep_until(job.write_again.unwrap_or(deadline.0)), if job.write_again.is_some() => {
                 job.write_down().await;
                 continue;
             }
@@ -174,12 +175,17 @@ struct Job {
     grace: Option<Instant>,
     /// Its length, for the author's line.
     graced: Duration,
-    /// The record on disk is behind: what it says would begin the job anew after a restart.
-    unwritten: bool,
+    /// The record on disk is behind, and would begin the job anew after a restart: when it is tried again.
+    write_again: Option<Instant>,
+    /// The verdict waits for a record that holds it, until then at the latest.
+    verdict_waits: Option<Instant>,
 }
 
 /// Pause before a record that the disk did not take is written again.
 const REWRITE_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long the disk may refuse the record of a job's end before GitLab is told without it.
+const END_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Job {
     /// The deadline that comes first, and its event.
@@ -239,7 +245,7 @@ impl Job {
             // The end as well: its files go one by one, and without its trace a job looks as if it began.
             if self.m.record.state != before {
                 self.write_down().await;
-                if self.unwritten {
+                if self.write_again.is_some() {
                     tracing::warn!("the job's new state is not on disk; it goes on");
                 }
             }
@@ -250,13 +256,18 @@ impl Job {
         }
     }
 
-    /// Writes the record. Room is given back only by a record that says so: one that is behind would
-    /// have the next process make the machine anew, beside that of whoever has the room by then.
+    /// Writes the record, and ends the wait of a verdict for it. Room is given back only by a record that says so:
+    /// one that is behind would have the next process make the machine anew, beside that of whoever has the room by
+    /// then.
     async fn write_down(&mut self) {
-        self.unwritten = !self.m.put().await;
+        self.write_again = (!self.m.put().await).then(|| Instant::now() + REWRITE_PAUSE);
         let gone = matches!(self.m.record.state, State::Releasing { machine_gone: true, .. } | State::Ended);
-        if gone && !self.unwritten {
+        if gone && self.write_again.is_none() {
             self.give_room_back();
+        }
+        let over = self.write_again.is_none_or(|at| self.verdict_waits.is_some_and(|until| until < at));
+        if self.verdict_waits.take_if(|_| over).is_some() {
+            self.deliver().await;
         }
     }
 
@@ -296,6 +307,11 @@ impl Job {
             Command::HandOut | Command::HandOutAgain | Command::HandNothing => None,
             Command::CloseGuest => {
                 self.m.close_guest().await;
+                None
+            }
+            // A verdict that only memory knows is another one after a restart, and our last lines the guest's.
+            Command::Fail(_) | Command::Deliver(_) if self.write_again.is_some() => {
+                self.verdict_waits = Some(Instant::now() + END_PATIENCE);
                 None
             }
             Command::Fail(_) | Command::Deliver(_) => {

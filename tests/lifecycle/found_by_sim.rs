@@ -174,6 +174,46 @@ async fn the_room_of_a_job_whose_end_is_not_on_disk_is_kept() {
     world.assert_clean().await;
 }
 
+/// H8, H6: GitLab is told no verdict, and a trace no last line, of which a daemon that is killed would leave no record.
+#[tokio::test(start_paused = true)]
+async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["write the job's record", "not on disk", "last lines", "ends without a verdict"]);
+    world.expect_trouble(&["guest's connection"]);
+    let job = world.job(&["print hello", "sleep 100"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "hello").await;
+    world.files.fail_replaces(Some(std::io::ErrorKind::StorageFull));
+    let _ = world.kill_job(job);
+    world.until_status(|status| status.jobs.iter().all(|job| job.vm.is_none())).await;
+    sleep(Duration::from_secs(20)).await;
+    assert_eq!(world.found(job).state, JobState::Running, "{}", world.histories());
+    world.kill();
+    world.files.fail_replaces(None);
+    world.start().await.unwrap();
+    world.until(job, JobState::Failed).await;
+    assert_eq!(world.found(job).verdicts, 1, "{}", world.histories());
+    assert_eq!(world.trace(job).matches("for your operators").count(), 1, "{}", world.trace(job));
+    world.settle().await;
+    world.assert_clean().await;
+}
+
+/// H8: a disk that never takes the end of a job does not keep it from GitLab for ever.
+#[tokio::test(start_paused = true)]
+async fn an_end_that_the_disk_refuses_for_long_is_told_without_it() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["write the job's record", "not on disk", "last lines", "ends without a verdict"]);
+    let job = world.job(&["print hello", "sleep 100"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "hello").await;
+    world.files.fail_replaces(Some(std::io::ErrorKind::StorageFull));
+    let _ = world.kill_job(job);
+    world.until(job, JobState::Failed).await;
+    world.files.fail_replaces(None);
+    world.settle().await;
+    world.assert_clean().await;
+}
+
 /// G17, G6: what cannot be read is a job that runs here already.
 #[tokio::test(start_paused = true)]
 async fn a_job_given_out_again_unreadably_goes_on() {

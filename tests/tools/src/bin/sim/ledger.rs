@@ -59,6 +59,9 @@ pub(crate) struct Ledger {
     pub(crate) runner_tokens: Vec<String>,
 }
 
+/// How long, at least, the daemon keeps the end of a job to itself while the disk does not take its record.
+const END_PATIENCE: Duration = Duration::from_secs(57);
+
 /// The job of a path below a `jobs` directory, and the file's name.
 pub(crate) fn job_of(path: &Path) -> Option<(JobId, &str)> {
     let mut parts = path.components().rev().filter_map(|part| part.as_os_str().to_str());
@@ -129,14 +132,6 @@ impl Ledger {
                     };
                     for note in self.jobs.values_mut().filter(of_vm) {
                         note.vm_call_failed = true;
-                    }
-                }
-                if let Some(name) = vm_of_overlay(subject) {
-                    let vm = self.vms.entry(name.to_owned()).or_default();
-                    match op {
-                        Op::CreateOverlay => vm.overlay_at = Some(now),
-                        Op::RemoveOverlay if *ok => vm.overlay_gone_at = Some(now),
-                        _ => {}
                     }
                 }
             }
@@ -222,7 +217,9 @@ impl Ledger {
         if !ok {
             note.files_failed = Some(now);
             note.spool_failed |= file == "trace";
-            note.record_stale |= op == FileOp::Replace && file == "record.json";
+            if op == FileOp::Replace && file == "record.json" {
+                note.record_stale.get_or_insert(now);
+            }
             return;
         }
         match (op, file) {
@@ -230,7 +227,7 @@ impl Ledger {
                 note.record = Record::read(bytes);
                 note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
                 note.had_record = true;
-                note.record_stale = false;
+                note.record_stale = None;
                 note.record_gone_at = None;
             }
             (FileOp::WriteAt, "trace") => {
@@ -249,6 +246,14 @@ impl Ledger {
 
     fn vm(&mut self, name: &str, word: &str) {
         let now = self.now;
+        if let Some(name) = vm_of_overlay(name) {
+            let vm = self.vms.entry(name.to_owned()).or_default();
+            match word {
+                "overlay made" => (vm.overlay_at, vm.overlay_gone_at) = (Some(now), None),
+                _ => vm.overlay_gone_at = Some(now),
+            }
+            return;
+        }
         let Some(vm) = self.vms.get_mut(name) else { return };
         let mishap = match word {
             "started" => {
@@ -323,8 +328,9 @@ impl Ledger {
             }
             DaemonDoes::Dies | DaemonDoes::Gone | DaemonDoes::Refuses => {
                 self.runs = false;
-                for note in self.jobs.values_mut().filter(|note| note.record_stale) {
-                    note.begun_anew = true;
+                for note in self.jobs.values_mut() {
+                    let Some(since) = note.record_stale else { continue };
+                    note.begun_anew |= since + END_PATIENCE <= now;
                     // The next life knows what is on disk.
                     (note.over_known, note.canceling_known) = (None, None);
                     self.stale_records = true;

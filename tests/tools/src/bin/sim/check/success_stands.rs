@@ -28,7 +28,8 @@ impl Checker for SuccessStands {
     fn end(&mut self, ledger: &Ledger, findings: &mut Findings) {
         for (id, note) in &ledger.jobs {
             let Some((promised, _)) = &note.verdict_taken else { continue };
-            let ended_otherwise = note.users.is_some() || note.lost.is_some() || note.over_by_gitlab;
+            // A disk that refused its end for long lets it be begun once more, after GitLab has heard of that end.
+            let ended_otherwise = note.users.is_some() || note.lost.is_some() || note.over_by_gitlab || note.begun_anew;
             if !ended_otherwise && note.state.as_str() != promised {
                 findings
                     .add(3, format!("job {id}: its guest was promised `{promised}`, GitLab holds {:?}", note.state));

@@ -31,9 +31,9 @@ pub(crate) struct JobNote {
     /// It was refused, not run: its trace at GitLab was never in a spool.
     pub(crate) refused: bool,
     pub(crate) had_spool: bool,
-    /// Its record on disk is behind what its task knows.
-    pub(crate) record_stale: bool,
-    /// It was so when a life ended, and may have been begun anew.
+    /// Its record on disk is behind what its task knows, since then.
+    pub(crate) record_stale: Option<At>,
+    /// It was so when a life ended, for so long that the end of the job may have been told without it.
     pub(crate) begun_anew: bool,
     /// Any file of its failed.
     pub(crate) files_failed: Option<At>,
@@ -126,7 +126,7 @@ impl JobNote {
             record_gone_at: None,
             spool: None,
             spool_failed: false,
-            record_stale: false,
+            record_stale: None,
             begun_anew: false,
             full: false,
             refused: false,
