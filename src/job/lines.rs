@@ -52,6 +52,11 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
         Failure::DiedBooting => ("the virtual machine ended before it was ready, twice".into(), NOT_YOURS),
         Failure::BootDeadline => (format!("the virtual machine was not ready within {limit}"), NOT_YOURS),
         Failure::Died => ("the virtual machine ended in the middle of the job".into(), DIED),
+        Failure::HostMemory => (
+            "the virtual machine ended while this runner's host had too little memory, and its kernel ended processes"
+                .into(),
+            NOT_YOURS,
+        ),
         Failure::HostDisk => ("the host's disk failed or is full".into(), NOT_YOURS),
         Failure::Silent => (format!("the virtual machine said nothing for {limit}"), DIED),
         Failure::Timeout => (
@@ -75,6 +80,7 @@ pub(super) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duratio
         Failure::DiedBooting => "machine died booting",
         Failure::BootDeadline => "boot deadline",
         Failure::Died => "machine died",
+        Failure::HostMemory => "machine died, host out of memory",
         Failure::HostDisk => "host disk",
         Failure::Silent => "silence deadline",
         Failure::Timeout => "timeout",

@@ -17,6 +17,7 @@ pub mod journal;
 mod limits;
 mod lines;
 mod machinery;
+mod oom;
 mod refuse;
 pub mod spool;
 pub mod state;

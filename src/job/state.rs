@@ -98,6 +98,9 @@ pub enum Failure {
     BootDeadline,
     /// The machine ended in mid-job.
     Died,
+    /// The machine ended by itself, and the host's kernel ended processes for want of memory meanwhile: what the job
+    /// task makes of [`Failure::Died`] and [`Failure::DiedBooting`] then.
+    HostMemory,
     /// The machine was paused by a disk error of the host, or the journal fails.
     HostDisk,
     /// The guest went silent.

@@ -12,6 +12,7 @@ pub use begin::{accept, adopt, begin_anew};
 use super::journal::Record;
 use super::lines;
 use super::machinery::{Machinery, Next};
+use super::oom::oom_kills;
 use super::refuse::refuse_kept;
 use super::state::{Command, Event, Failure, Grace, State};
 use super::{GivenAgain, Refusal, forget};
@@ -60,6 +61,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         return;
     };
     let spoke = machinery.guest_has_written();
+    let oom_kills = oom_kills(machinery.parts.files.as_ref()).await;
     let mut job = Job {
         m: machinery,
         reservation,
@@ -71,6 +73,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         graced: Duration::ZERO,
         write_again: None,
         verdict_waits: None,
+        oom_kills,
     };
     job.feed(first).await;
     while job.m.record.state != State::Ended {
@@ -179,6 +182,8 @@ struct Job {
     write_again: Option<Instant>,
     /// The verdict waits for a record that holds it, until then at the latest.
     verdict_waits: Option<Instant>,
+    /// What the host's kernel had ended for want of memory when this task began.
+    oom_kills: Option<u64>,
 }
 
 /// Pause before a record that the disk did not take is written again.
@@ -351,10 +356,13 @@ impl Job {
             Failure::Timeout => self.m.timeout(),
             _ => self.graced,
         };
+        let ended_by_itself = matches!(failure, Failure::Died | Failure::DiedBooting);
+        let failure =
+            if ended_by_itself && self.host_ran_out_of_memory().await { Failure::HostMemory } else { failure };
         let (job, image) = (self.m.record.key.id.0, self.m.image().to_owned());
         tracing::warn!(?failure, "the job ends without a verdict of its guest");
         let booting = self.m.record.guest_base.is_none();
-        let tail = matches!(failure, Failure::BootDeadline | Failure::DiedBooting)
+        let tail = (ended_by_itself || failure == Failure::BootDeadline)
             .then(|| self.m.console_tail())
             .flatten()
             .filter(|_| booting);
@@ -371,6 +379,12 @@ impl Job {
                 text
             })
             .await;
+    }
+
+    /// Whether the kernel has ended processes for want of memory in this task's time.
+    async fn host_ran_out_of_memory(&self) -> bool {
+        let now = oom_kills(self.m.parts.files.as_ref()).await;
+        self.oom_kills.zip(now).is_some_and(|(before, now)| now > before)
     }
 
     /// The last lines to the spool and that to disk, as the record is already, then the verdict to
