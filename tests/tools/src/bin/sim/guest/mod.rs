@@ -208,15 +208,17 @@ impl Guest {
             if let Some(given) = reply.as_ref().filter(|reply| reply.status == 201) {
                 line.tell(GuestDoes::Payload { bytes: &given.body, spoke: false });
             }
-            (Instant::now(), reply)
+            let life = line.story.inner().ledger.lives;
+            (life, Instant::now(), reply)
         };
         let (a, b, c) = tokio::join!(timed(a), timed(b), timed(c));
-        let given = [a, b, c].into_iter().filter_map(|(at, reply)| Some((at, reply?)));
-        let mut given: Vec<(Instant, Reply)> = given.filter(|(_, reply)| reply.status == 201).collect();
-        given.sort_by_key(|(at, _)| *at);
-        // One whose connection came late is a second ask, which may be answered (V5).
-        let at_once = given.windows(2).any(|pair| pair[1].0 - pair[0].0 < Duration::from_secs(1));
-        let Some((_, first)) = given.into_iter().next() else { return self.asks().await };
+        let given = [a, b, c].into_iter().filter_map(|(life, at, reply)| Some((life, at, reply?)));
+        let mut given: Vec<(u32, Instant, Reply)> = given.filter(|(.., reply)| reply.status == 201).collect();
+        given.sort_by_key(|(_, at, _)| *at);
+        // One whose connection came late is a second ask, which may be answered (V5); so is one to the next daemon.
+        let at_once =
+            given.windows(2).any(|pair| pair[1].0 == pair[0].0 && pair[1].1 - pair[0].1 < Duration::from_secs(1));
+        let Some((.., first)) = given.into_iter().next() else { return self.asks().await };
         if at_once {
             self.line.tell(GuestDoes::Wrong { invariant: 6, what: "two payloads for polls at once" });
         }
