@@ -179,7 +179,6 @@ async fn the_room_of_a_job_whose_end_is_not_on_disk_is_kept() {
 async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
     let mut world = World::new(1);
     world.expect_trouble(&["write the job's record", "not on disk", "last lines", "ends without a verdict"]);
-    world.expect_trouble(&["guest's connection"]);
     let job = world.job(&["print hello", "sleep 100"]);
     world.start().await.unwrap();
     world.until_trace(job, "hello").await;
