@@ -84,13 +84,13 @@ impl Machine {
     fn spawn<F: Future<Output = ()> + Send + 'static>(
         supply: Supply,
         record: MachineRecord,
-        run: impl FnOnce(Driver) -> F,
+        run: impl FnOnce(Driver) -> F + Send + 'static,
     ) -> Self {
         let (events_out, events) = mpsc::channel(EVENTS_MAX);
         let (wish, wish_in) = watch::channel(Wish::Keep);
         let console = Arc::new(Mutex::new(Ring::default()));
         let greeted = Arc::new(AtomicBool::new(false));
-        supply.0.driven.lock().unwrap_or_else(PoisonError::into_inner).insert(record.id.clone());
+        let turn = supply.begin(&record.id);
         let driver = Driver {
             name: VmName::from(record.id.clone()),
             record: record.clone(),
@@ -101,7 +101,17 @@ impl Machine {
             greeted: greeted.clone(),
         };
         #[expect(clippy::disallowed_methods, reason = "joined by the job, through `leave` or the last event")]
-        let task = tokio::spawn(run(driver));
+        let task = tokio::spawn(async move {
+            let mut wish = driver.wish.clone();
+            let leave = async { wish.wait_for(|wish| *wish == Wish::Leave).await.is_ok() };
+            let _turn = tokio::select! {
+                biased;
+                // Both are cancel safe.
+                turn = turn.lock_owned() => turn,
+                true = leave => return,
+            };
+            run(driver).await;
+        });
         Self { record, events, wish, console, greeted, task }
     }
 
@@ -154,7 +164,7 @@ struct Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        self.supply.0.driven.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.record.id);
+        self.supply.end(&self.record.id);
     }
 }
 

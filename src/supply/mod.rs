@@ -42,9 +42,17 @@ struct Shared {
     metrics: Metrics,
     listing: Latest<Listing>,
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
-    driven: Mutex<BTreeSet<VmId>>,
+    driven: Mutex<BTreeMap<VmId, Driven>>,
     /// Machines in a row that never showed their pass.
     failures: AtomicU32,
+}
+
+/// The tasks of one VM in this daemon, of which one is at work: a second one waits for the call under way of a first
+/// whose job's task has died.
+#[derive(Clone, Default)]
+struct Driven {
+    tasks: usize,
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// What all machines of this daemon have in common.
@@ -198,7 +206,25 @@ impl Supply {
     /// The VMs that have a task in this daemon.
     #[must_use]
     pub fn driven(&self) -> BTreeSet<VmId> {
-        self.0.driven.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.driven.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
+    /// One task more for this VM; what it must hold while it works.
+    fn begin(&self, id: &VmId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut driven = self.0.driven.lock().unwrap_or_else(PoisonError::into_inner);
+        let driven = driven.entry(id.clone()).or_default();
+        driven.tasks += 1;
+        driven.turn.clone()
+    }
+
+    /// One less.
+    fn end(&self, id: &VmId) {
+        let mut driven = self.0.driven.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(tasks) = driven.get_mut(id).map(|driven| &mut driven.tasks) else { return };
+        *tasks -= 1;
+        if *tasks == 0 {
+            driven.remove(id);
+        }
     }
 
     fn overlay(&self, id: &VmId) -> PathBuf {

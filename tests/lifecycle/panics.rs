@@ -3,10 +3,11 @@
 use crate::support::world::World;
 use dayfly::gitlab::JobId;
 use dayfly::standin::{JobState, Recorded, Route};
-use dayfly::vm::fake::Op;
+use dayfly::vm::fake::{Op, Timing};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 /// What the author of a job reads whose task died.
 const READS: &str = "this runner made a mistake of its own, a bug in dayfly. Your job is not the cause";
@@ -154,6 +155,28 @@ async fn a_panic_while_a_machine_is_taken_down_leaves_nothing() {
     let job = world.job(&["print hello"]);
     world.start().await.unwrap();
     world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+}
+
+/// E5, V1: a call that a dead task had begun takes effect before its successor takes down what there is.
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_is_being_made_as_a_task_dies_is_not_left() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["panicked", "failure=Bug"]);
+    world.hypervisor.set_timing(Timing { overlay: Duration::from_secs(20), ..Timing::default() });
+    let armed = AtomicBool::new(true);
+    world.standin.hook(Arc::new(move |request: &Recorded| {
+        let appends = request.route == Route::AppendTrace;
+        assert!(!(appends && armed.swap(false, Ordering::SeqCst)), "injected");
+        Vec::new()
+    }));
+    let job = world.job(&["print never"]);
+    world.start().await.unwrap();
+    world.until(job, JobState::Failed).await;
+    world.until_status(|status| status.jobs.is_empty()).await;
+    // Not yet time for a sweep.
+    tokio::time::sleep(Duration::from_secs(25)).await;
+    assert_eq!(world.hypervisor.counts().overlays, 0, "{}", world.histories());
     world.assert_clean().await;
 }
 
