@@ -41,6 +41,7 @@ use crate::rng::Rng;
 use crate::supply::Supply;
 use journal::{JobKey, Journal};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -48,6 +49,12 @@ use tokio_util::sync::CancellationToken;
 
 /// Messages that may wait for one job.
 const INBOX_MAX: usize = 64;
+
+/// Pause before a record that the disk did not take is written again.
+const REWRITE_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long the disk may refuse the record of a job's end before GitLab is told without it.
+const END_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Handles that every job needs; made once in `daemon`.
 #[derive(Clone)]

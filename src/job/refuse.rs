@@ -7,7 +7,7 @@
 use super::journal::{LastLines, Record};
 use super::lines;
 use super::state::{Event, State};
-use super::{Parts, Runner, forget};
+use super::{END_PATIENCE, Parts, REWRITE_PAUSE, Runner, forget};
 use crate::gitlab::{GitlabError, JobClient, JobId, JobUpdate, Verdict};
 use crate::retry::Backoff;
 use crate::secret::Secret;
@@ -81,16 +81,24 @@ pub(super) async fn refuse_kept(parts: &Parts, runner: &Runner, mut record: Reco
     forget(parts, &record.key).await;
 }
 
-/// In a task of its own: what made the job's task panic may be here, too, and GitLab is told all the same.
+/// In a task of its own: what made the job's task panic may be here, too, and GitLab is told all the same; as it is if
+/// the disk takes the record at no time of [`END_PATIENCE`].
 async fn write_down(parts: &Parts, record: &Record) {
-    let (journal, record) = (parts.journal.clone(), record.clone());
     let id = record.key.id;
-    #[expect(clippy::disallowed_methods, reason = "joined on the next line")]
-    let put = tokio::spawn(async move { journal.put(&record).await });
-    match put.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(job = %id, error = chain(&error), "write down that the job has failed"),
-        Err(_) => tracing::error!(job = %id, "writing down that the job has failed panicked"),
+    let since = Instant::now();
+    loop {
+        let (journal, record) = (parts.journal.clone(), record.clone());
+        #[expect(clippy::disallowed_methods, reason = "joined on the next line")]
+        let put = tokio::spawn(async move { journal.put(&record).await });
+        match put.await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => tracing::error!(job = %id, error = chain(&error), "write down that the job has failed"),
+            Err(_) => return tracing::error!(job = %id, "writing down that the job has failed panicked"),
+        }
+        if since.elapsed() + REWRITE_PAUSE > END_PATIENCE {
+            return;
+        }
+        tokio::time::sleep(REWRITE_PAUSE).await;
     }
 }
 
@@ -112,10 +120,10 @@ enum Saying {
 /// Tries, when GitLab wishes and not before. `false`: in vain.
 async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -> bool {
     let mut backoff = Backoff::uploader();
-    let (since, mut begins) = (Instant::now(), None);
+    let (since, mut told) = (Instant::now(), Told::default());
     while since.elapsed() < PATIENCE {
         let said = match saying {
-            Saying::Refusal(text) => tell(client, text, &mut begins).await,
+            Saying::Refusal(text) => tell(client, text, &mut told).await,
             Saying::Verdict(update) => deliver(client, update).await,
         };
         match said {
@@ -132,17 +140,28 @@ async fn insist(parts: &Parts, id: JobId, client: &JobClient, saying: &Saying) -
     false
 }
 
-/// `begins`: where the line begins in GitLab's trace, once that is known. GitLab may lose some of it afterwards.
-async fn tell(client: &JobClient, text: &Bytes, begins: &mut Option<u64>) -> Result<bool, GitlabError> {
-    let (at, length) = (begins.unwrap_or(0), text.len() as u64);
+/// What GitLab may have of a line. It may lose some of it afterwards.
+#[derive(Default)]
+struct Told {
+    /// It was sent, and the answer may have been lost.
+    tried: bool,
+    /// Where it begins in GitLab's trace, once that is known.
+    begins: Option<u64>,
+}
+
+async fn tell(client: &JobClient, text: &Bytes, told: &mut Told) -> Result<bool, GitlabError> {
+    let (at, length) = (told.begins.unwrap_or(0), text.len() as u64);
+    let again = std::mem::replace(&mut told.tried, true);
     let answer = client.append_trace(at, text.clone(), false).await?;
-    let (from, had) = match (answer.continue_at, *begins) {
+    let (from, had) = match (answer.continue_at, told.begins) {
         (None, _) => (at, length),
         (Some(held), Some(begins)) if held >= begins => (begins, (held - begins).min(length)),
+        // The first try came through in part, or wholly.
+        (Some(held), None) if again && held <= length => (0, held),
         // GitLab has a trace of this job from before, or less of it than it had.
         (Some(held), _) => (held, 0),
     };
-    *begins = Some(from);
+    told.begins = Some(from);
     if had < length {
         let rest = text.slice(usize::try_from(had).unwrap_or(0)..);
         if client.append_trace(from + had, rest, false).await?.continue_at.is_some() {

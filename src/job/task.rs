@@ -15,8 +15,8 @@ use super::machinery::{Machinery, Next};
 use super::oom::oom_kills;
 use super::refuse::refuse_kept;
 use super::state::{Command, Event, Failure, Grace, State};
+use super::{END_PATIENCE, JobCommand, JobView, Parts, REWRITE_PAUSE, Runner};
 use super::{GivenAgain, Refusal, forget};
-use super::{JobCommand, JobView, Parts, Runner};
 use crate::capacity::Held;
 use crate::config::Span;
 use crate::gitlab::{JobPayload, JobStatus};
@@ -185,12 +185,6 @@ struct Job {
     /// What the host's kernel had ended for want of memory when this task began.
     oom_kills: Option<u64>,
 }
-
-/// Pause before a record that the disk did not take is written again.
-const REWRITE_PAUSE: Duration = Duration::from_secs(2);
-
-/// How long the disk may refuse the record of a job's end before GitLab is told without it.
-const END_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Job {
     /// The deadline that comes first, and its event.

@@ -65,6 +65,27 @@ async fn a_refused_job_s_line_that_gitlab_lost_in_part_is_completed() {
     world.assert_clean().await;
 }
 
+/// R4, G6: GitLab takes a refused job's only line, wholly or in part, and nobody hears of it.
+#[tokio::test(start_paused = true)]
+async fn a_refused_job_s_line_of_which_no_answer_came_is_not_said_twice() {
+    for lost in [0, 40] {
+        let mut world = World::new(1);
+        world.expect_trouble(&["assigned a job that cannot be read", "tell GitLab that a job is not run"]);
+        world.standin.script(Matcher::on(Route::AppendTrace), Fault::ApplyThenDrop);
+        let job = cut_job(&world);
+        world.start().await.unwrap();
+        world.until_trace(job, "could not be read").await;
+        let whole = world.trace(job);
+        world.standin.edit(|model| {
+            let bytes = &mut model.jobs.get_mut(&job).unwrap().trace.bytes;
+            bytes.truncate(bytes.len() - lost);
+        });
+        world.until_failed(job, "runner_system_failure", "could not be read").await;
+        assert_eq!(world.trace(job), whole);
+        world.assert_clean().await;
+    }
+}
+
 /// G3: a refusal waits as everything else does.
 #[tokio::test(start_paused = true)]
 async fn a_refusal_obeys_the_time_that_gitlab_names() {
@@ -290,6 +311,33 @@ async fn a_job_that_waits_for_a_port_takes_none_from_its_neighbour_after_a_resta
     for job in jobs {
         world.until(job, JobState::Success).await;
     }
+    world.assert_clean().await;
+}
+
+/// H8, E4: a refusal that the disk does not take is told to nobody: the next daemon would run its job.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_that_is_not_on_disk_is_told_to_nobody() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["open the job's spool", "write down that the job has failed"]);
+    world.start().await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    let job = world.job(&["print hello"]);
+    let key = JobKey { runner: world.config.runner[0].name.clone(), id: job };
+    let directory = Path::new("/state/jobs").join(key.directory());
+    for directory in [directory.clone(), directory.join("trace")] {
+        world.files.create_dir(&directory).await.unwrap();
+    }
+    world.until_status(|status| !status.jobs.is_empty()).await;
+    world.files.fail_replaces(Some(std::io::ErrorKind::StorageFull));
+    sleep(Duration::from_secs(30)).await;
+    assert_eq!(world.found(job).state, JobState::Running, "{}", world.histories());
+    world.kill();
+    world.files.fail_replaces(None);
+    world.files.meddle(&directory.join("trace"), None);
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    assert_eq!(world.found(job).verdicts, 1, "{}", world.histories());
+    world.settle().await;
     world.assert_clean().await;
 }
 
