@@ -27,7 +27,7 @@ impl Id {
 }
 
 /// The letters of the tables.
-const LETTERS: &[char] = &['B', 'E', 'F', 'G', 'H', 'K', 'P', 'R', 'T', 'V'];
+const LETTERS: &[char] = &['B', 'E', 'F', 'G', 'H', 'K', 'P', 'R', 'T', 'U', 'V'];
 
 /// The ids that this line claims: none if it is prose, an error if it only looks like a claim.
 pub(crate) fn claims(line: &str) -> Result<Vec<Id>, &'static str> {

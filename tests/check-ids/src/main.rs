@@ -1,16 +1,20 @@
-//! `check-ids [DIRECTORY]`: holds `tests/ids.txt` and the doc lines of the tests to each other.
+//! `check-ids [--open] [DIRECTORY]`: holds `tests/ids.txt`, the table of `docs/field.md` and the doc lines
+//! of the tests to each other.
 //!
 //! A test names the rows of the threat and fault tables that it shows in its doc line, `/// G12: …`
 //! or `/// R2, R3: …`. Every id of the list must be in the doc line of a test that a ring of
-//! `scripts/test` runs, and every id in a doc line must be in the list. What is wrong is printed with
-//! file and line; the last lines are the figures. Exit code 1 if anything is wrong.
+//! `scripts/test` runs, and every id in a doc line must be in the list. Ids `U1` are those of
+//! `docs/field.md`; there, rows of a settled owner must be shown, and `--open` lists those that are not.
+//! What is wrong is printed with file and line; the last lines are the figures. Exit code 1 if anything
+//! is wrong.
 //!
-//! [`list`] reads the list, [`rings`] says which crates the rings run, [`walk`] walks their modules
+//! [`list`] reads the list, [`field`] the table, [`rings`] says which crates the rings run, [`walk`] walks their modules
 //! as the compiler does and finds the tests, [`claim`] reads a doc line.
 #![expect(clippy::print_stdout, reason = "it is what this program is for")]
 
 mod cfg;
 mod claim;
+mod field;
 mod list;
 mod rings;
 #[cfg(test)]
@@ -28,35 +32,60 @@ type Wrongs = BTreeSet<(String, usize, String)>;
 #[derive(Debug, Default)]
 struct Found {
     wrong: Wrongs,
-    listed: usize,
-    shown: usize,
+    /// Rows of the list, and how many of them a test names.
+    ids: (usize, usize),
+    /// The same of `docs/field.md`.
+    field: (usize, usize),
+    /// Its rows that no test names, with their owners and what is right.
+    open: Vec<String>,
 }
 
-/// Compares the list and the tests of the tree at `root`.
-fn check(root: &Path) -> Found {
+/// Compares list, table and tests of the tree at `root`; rows of `settled` owners may not be open.
+fn check(root: &Path, settled: &[&str]) -> Found {
     let (list, mut wrong) = list::read(root);
+    let (field, mut more) = field::read(root);
+    wrong.append(&mut more);
     let tests = walk::of_rings(root, &mut wrong);
-    let mut shown = BTreeSet::new();
+    let (mut shown, mut met) = (BTreeSet::new(), BTreeSet::new());
     for claim in &tests {
-        if list.contains_key(&claim.id) {
-            shown.insert(claim.id);
+        let (is_there, set, place) = if field::owns(claim.id) {
+            (field.contains_key(&claim.id), &mut met, field::FILE)
         } else {
-            wrong.insert((claim.file.clone(), claim.line, format!("{} is not in tests/ids.txt", claim.id)));
+            (list.contains_key(&claim.id), &mut shown, list::FILE)
+        };
+        if is_there {
+            set.insert(claim.id);
+        } else {
+            wrong.insert((claim.file.clone(), claim.line, format!("{} is not in {place}", claim.id)));
         }
     }
     for (id, row) in list.iter().filter(|(id, _)| !shown.contains(id)) {
         wrong.insert((list::FILE.into(), row.line, format!("{id} is in no test's doc line: {}", row.outcome)));
     }
-    Found { wrong, listed: list.len(), shown: shown.len() }
+    let mut open = Vec::new();
+    for (id, row) in field.iter().filter(|(id, _)| !met.contains(id)) {
+        open.push(format!("{id} ({}): {}", row.owners.join(", "), row.right));
+        if row.is_of(settled) {
+            wrong.insert((field::FILE.into(), row.line, format!("{id} is in no test's doc line: {}", row.right)));
+        }
+    }
+    Found { wrong, ids: (list.len(), shown.len()), field: (field.len(), met.len()), open }
 }
 
 fn main() -> ExitCode {
-    let root = std::env::args_os().nth(1).map_or_else(|| PathBuf::from("."), PathBuf::from);
-    let found = check(&root);
+    let mut args = std::env::args_os().skip(1).peekable();
+    let lists_open = args.next_if(|arg| arg == "--open").is_some();
+    let root = args.next().map_or_else(|| PathBuf::from("."), PathBuf::from);
+    let found = check(&root, field::SETTLED);
     for (file, line, what) in &found.wrong {
         println!("{file}:{line}: {what}");
     }
-    println!("figure ids.listed {}", found.listed);
-    println!("figure ids.shown {}", found.shown);
+    for row in found.open.iter().filter(|_| lists_open) {
+        println!("open {row}");
+    }
+    println!("figure ids.listed {}", found.ids.0);
+    println!("figure ids.shown {}", found.ids.1);
+    println!("figure field.rows {}", found.field.0);
+    println!("figure field.shown {}", found.field.1);
     if found.wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

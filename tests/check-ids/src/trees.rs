@@ -26,6 +26,20 @@ fn owned() -> Vec<String> {
     ids
 }
 
+/// The numbers of the faults that use has found.
+fn field() -> impl Iterator<Item = u32> {
+    (1..=53).filter(|number| *number != 32)
+}
+
+/// U1 to U3 are of `faults`, U4 of two, the others of `operator`.
+fn owner(number: u32) -> &'static str {
+    match number {
+        1..=3 => "faults",
+        4 => "faults, images",
+        _ => "operator",
+    }
+}
+
 /// A test of its own for this id.
 fn test_of(id: &str) -> String {
     format!("/// {id}: it holds.\n#[test]\nfn {}() {{\n    assert!(true);\n}}\n", id.to_lowercase())
@@ -41,6 +55,11 @@ impl Tree {
         };
         let list: String = owned().iter().map(|id| format!("{id} | it holds | {}\n", issue(id))).collect();
         tree.write("tests/ids.txt", &format!("# A list.\n{list}"));
+        let field: String = field().map(|n| format!("| U{n} | it broke | it holds | {} |\n", owner(n))).collect();
+        tree.write(
+            "docs/field.md",
+            &format!("# Faults\n\n| Id | What | Right | Owner |\n| --- | --- | --- | --- |\n{field}"),
+        );
         tree.write("scripts/test", "cargo test -p dayfly --test lifecycle\ncargo test --lib --bins -p dayfly\n");
         tree.write("tests/lifecycle/main.rs", "//! The ring.\nmod rows;\n");
         tree.write("tests/lifecycle/rows.rs", &owned().iter().map(|id| test_of(id)).collect::<String>());
@@ -61,7 +80,7 @@ impl Tree {
     }
 
     fn check(&self) -> Found {
-        check(self.0.path())
+        check(self.0.path(), &[])
     }
 
     /// One thing is wrong, or more, and one of them says this.
@@ -83,7 +102,7 @@ const ROWS: &str = "tests/lifecycle/rows.rs";
 fn a_tree_in_which_each_id_is_shown_is_right() {
     let found = Tree::new().check();
     assert!(found.wrong.is_empty(), "{:#?}", found.wrong);
-    assert_eq!((found.listed, found.shown), (owned().len(), owned().len()));
+    assert_eq!(found.ids, (owned().len(), owned().len()));
     assert_eq!(owned().len(), 74 + 72);
 }
 
@@ -92,7 +111,8 @@ fn an_id_that_no_test_names_any_more_is_missing() {
     let tree = Tree::new();
     tree.change(ROWS, "/// G12: it holds.\n", "");
     tree.complains(&["G12 is in no test's doc line: it holds"]);
-    assert_eq!(tree.check().shown, tree.check().listed - 1);
+    let (listed, shown) = tree.check().ids;
+    assert_eq!(shown, listed - 1);
 }
 
 #[test]
@@ -233,4 +253,60 @@ fn tests_are_found_wherever_the_compiler_finds_them() {
         tree.change("tests/lifecycle/main.rs", "mod rows;", &format!("mod rows;\n{includes}"));
         assert!(tree.check().wrong.is_empty(), "{file}: {:#?}", tree.check().wrong);
     }
+}
+
+#[test]
+fn a_row_of_the_field_may_be_open_until_its_owner_is_settled() {
+    let tree = Tree::new();
+    let found = tree.check();
+    assert_eq!((found.wrong.len(), found.field, found.open.len()), (0, (52, 0), 52));
+    assert_eq!(found.open[3], "U4 (faults, images): it holds");
+    let of_settled = || {
+        let found = check(tree.0.path(), &["faults"]);
+        found.wrong.iter().map(|(file, line, what)| format!("{file}:{line}: {what}")).collect::<Vec<_>>()
+    };
+    let missing = |row: &u32| format!("docs/field.md:{}: U{row} is in no test's doc line: it holds", row + 4);
+    assert_eq!(of_settled(), [1, 2, 3, 4].iter().map(missing).collect::<Vec<_>>());
+    // A row with two owners is one row, and one test shows it.
+    tree.write("tests/lifecycle/more.rs", &format!("{}{}", test_of("U1"), test_of("U4")));
+    tree.change("tests/lifecycle/main.rs", "mod rows;", "mod rows;\nmod more;");
+    assert_eq!(of_settled(), [2, 3].iter().map(missing).collect::<Vec<_>>());
+    assert_eq!((tree.check().field, tree.check().open.len()), ((52, 2), 50));
+}
+
+#[test]
+fn the_table_of_the_field_is_held_to_its_form() {
+    let row = "| U5 | it broke | it holds | operator |\n";
+    for (instead, says) in [
+        ("", "docs/field.md:1: U5 is not in the table"),
+        ("| U5 | it broke | operator |\n", "docs/field.md:9: not of the form"),
+        ("| U05 | it broke | it holds | operator |\n", "\"U05\" is no id"),
+        ("| U5 | it broke |  | operator |\n", "U5 has an empty cell"),
+        ("| U5 | it broke | it holds | nobody |\n", "U5 is of nobody known: \"nobody\""),
+        ("| U5 | it broke | it holds | operator, |\n", "U5 is of nobody known"),
+        (&format!("{row}{row}"), "docs/field.md:10: U5 is there twice"),
+        (&format!("| U6 | it broke | it holds | operator |\n{row}"), "U5 is out of order"),
+    ] {
+        let tree = Tree::new();
+        tree.change("docs/field.md", row, instead);
+        tree.complains(&[says]);
+    }
+    let tree = Tree::new();
+    tree.change("docs/field.md", row, "| U5 | a \\| b broke | it holds | operator |\n");
+    assert!(tree.check().wrong.is_empty(), "a bar of a cell's own: {:#?}", tree.check().wrong);
+}
+
+#[test]
+fn ids_of_the_field_are_looked_up_in_its_table_only() {
+    let tree = Tree::new();
+    tree.change(ROWS, "/// G12: it holds.", "/// G12, U54: it holds.");
+    tree.complains(&["tests/lifecycle/rows.rs:", "U54 is not in docs/field.md"]);
+    let tree = Tree::new();
+    tree.change(ROWS, "/// G12: it holds.", "/// G12: it holds.\n/// U5 it holds.");
+    tree.complains(&["begins with an id, but not as"]);
+    let tree = Tree::new();
+    tree.change(ROWS, &test_of("G12"), &format!("{}{}", test_of("G12"), test_of("U5").replace("#[test]\n", "")));
+    tree.complains(&["U5 is named by what is no test"]);
+    std::fs::remove_file(tree.0.path().join("docs/field.md")).expect("removed");
+    tree.complains(&["docs/field.md:1: "]);
 }
