@@ -107,6 +107,33 @@ pub struct Reservation {
     resources: Resources,
 }
 
+impl Reservation {
+    /// What is promised.
+    #[must_use]
+    pub fn resources(&self) -> Resources {
+        self.resources
+    }
+
+    /// Gives back what the job needs less than was reserved before it was known. It never grows (design D23).
+    pub fn shrink(&mut self, needs: Resources) {
+        let less = Resources {
+            cpus: self.resources.cpus.min(needs.cpus),
+            memory_mib: self.resources.memory_mib.min(needs.memory_mib),
+            disk_gib: self.resources.disk_gib.min(needs.disk_gib),
+        };
+        if less == self.resources {
+            return;
+        }
+        {
+            let promised = &mut self.capacity.lock().promised;
+            promised.remove(&self.runner, self.resources);
+            promised.add(&self.runner, less);
+        }
+        self.resources = less;
+        self.capacity.serve();
+    }
+}
+
 /// A job's reservation: held by its task, which gives it back, and by `daemon`, so that a task that
 /// dies does not give back what its machine still takes.
 #[derive(Clone, Debug)]
@@ -324,6 +351,24 @@ mod tests {
         assert!(futures_poll(&mut second).is_none());
         drop(first);
         drop(second.await.unwrap());
+        assert_eq!(capacity.promised(), Promised::default());
+    }
+
+    /// U4: room that a job does not need goes to the next one at once; what it holds never grows.
+    #[tokio::test]
+    async fn a_reservation_shrinks_and_never_grows() {
+        let capacity = Capacity::new(Bounds { jobs: 9, cpus: 4, memory_mib: 1000, disk_gib: 50 });
+        let ceiling = Resources { cpus: 4, memory_mib: 1000, disk_gib: 50 };
+        let mut first = capacity.reserve("a", 9, ceiling).await.unwrap();
+        let mut second = Box::pin(capacity.reserve("b", 9, ONE));
+        assert!(futures_poll(&mut second).is_none());
+        first.shrink(Resources { cpus: 1, memory_mib: 900, disk_gib: 60 });
+        assert_eq!(first.resources(), Resources { cpus: 1, memory_mib: 900, disk_gib: 50 });
+        assert!(futures_poll(&mut second).is_none(), "its disk is still all of it");
+        first.shrink(Resources { cpus: 4, memory_mib: 900, disk_gib: 49 });
+        let second = second.await.unwrap();
+        assert_eq!(capacity.promised().resources, Resources { cpus: 2, memory_mib: 1000, disk_gib: 50 });
+        drop((first, second));
         assert_eq!(capacity.promised(), Promised::default());
     }
 

@@ -4,6 +4,7 @@
 //! config.toml (design D9). Its form on the wire is the crate `dayfly-guest-config`'s.
 
 use crate::clock::Clock;
+use crate::machine_spec::MachineSpec;
 use crate::network::Lease;
 use crate::planted::{self, Bug};
 use crate::rng::Rng;
@@ -11,7 +12,6 @@ use crate::vm::VmId;
 use dayfly_guest_config::{CA_FILE, GuestConfig, GuestRunner, PASS_BYTES, Pass, RELAY_URL, VERSION};
 use std::fmt::Write as _;
 use std::time::Duration;
-use url::Url;
 
 /// How often the guest runner tries its final PUT; the door answers from the host, so that this
 /// many cover a long restart (the official runner's default is 10).
@@ -24,18 +24,8 @@ pub struct GuestParts<'a> {
     pub vm: &'a VmId,
     /// Its door and addresses.
     pub lease: &'a Lease,
-    /// Name of the runner as GitLab's users know it.
-    pub runner_name: &'a str,
-    /// The token that only looks right.
-    pub guest_token: &'a str,
-    /// The runner's executor, from the image.
-    pub executor: &'a str,
-    /// GitLab's URL as the guest reaches it.
-    pub clone_url: &'a Url,
-    /// GitLab's chain.
-    pub ca_pem: Option<&'a str>,
-    /// Whether jobs run as root.
-    pub run_as_root: bool,
+    /// What machine its job gets.
+    pub spec: &'a MachineSpec,
     /// The installation's machine-id, behind the system id that GitLab shows.
     pub installation_machine_id: &'a str,
     /// The runner's `--wait-timeout`.
@@ -49,7 +39,7 @@ pub struct GuestParts<'a> {
 /// A new guest config, with a pass of its own.
 #[must_use]
 pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestConfig {
-    let user = if parts.run_as_root { "root" } else { "gitlab-runner" };
+    let user = if parts.spec.run_as_root { "root" } else { "gitlab-runner" };
     GuestConfig {
         version: VERSION,
         vm: parts.vm.to_string(),
@@ -64,8 +54,8 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         network: parts.lease.guest_network(),
         runner: GuestRunner {
             config_toml: config_toml(parts, user),
-            ca_pem: parts.ca_pem.map(str::to_owned),
-            name: parts.runner_name.to_owned(),
+            ca_pem: parts.spec.runner.ca_pem.clone(),
+            name: parts.spec.runner.name.clone(),
             user: user.to_owned(),
             wait_timeout_s: parts.wait_timeout.as_secs(),
         },
@@ -77,6 +67,7 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
 /// The guest runner's config.toml. Unknown keys are ignored by every version, so newer ones may
 /// always be written.
 fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
+    let runner = &parts.spec.runner;
     let quoted = |text: &str| toml_edit::Value::from(text).to_string();
     let home = if user == "root" { "/root".to_owned() } else { format!("/home/{user}") };
     let mut text = String::new();
@@ -84,13 +75,13 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
     add("concurrent = 1".into());
     add("check_interval = 3".into());
     add("[[runners]]".into());
-    add(format!("  name = {}", quoted(parts.runner_name)));
+    add(format!("  name = {}", quoted(&runner.name)));
     add(format!("  url = {}", quoted(RELAY_URL)));
-    add(format!("  token = {}", quoted(parts.guest_token)));
-    add(format!("  executor = {}", quoted(parts.executor)));
+    add(format!("  token = {}", quoted(runner.token.expose())));
+    add(format!("  executor = {}", quoted(&parts.spec.executor)));
     add("  limit = 1".into());
-    add(format!("  clone_url = {}", quoted(parts.clone_url.as_str().trim_end_matches('/'))));
-    if parts.ca_pem.is_some() {
+    add(format!("  clone_url = {}", quoted(runner.clone_url.as_str().trim_end_matches('/'))));
+    if runner.ca_pem.is_some() {
         add(format!("  tls-ca-file = {}", quoted(CA_FILE)));
     }
     add(format!("  builds_dir = {}", quoted(&format!("{home}/builds"))));
@@ -131,15 +122,14 @@ mod tests {
 
     fn config(name: &str) -> GuestConfig {
         let rng = Rng::seeded(1);
+        let mut spec = MachineSpec::example();
+        spec.runner.name = name.to_owned();
+        spec.runner.clone_url = "https://gitlab.example/root/".parse().unwrap();
+        spec.runner.ca_pem = Some("PEM".into());
         let parts = GuestParts {
             vm: &VmId::random(&rng),
             lease: &Lease { port: 20_000 },
-            runner_name: name,
-            guest_token: "glrt-123456789x",
-            executor: "shell",
-            clone_url: &"https://gitlab.example/root/".parse().unwrap(),
-            ca_pem: Some("PEM"),
-            run_as_root: false,
+            spec: &spec,
             installation_machine_id: "0123456789abcdef0123456789abcdef",
             wait_timeout: Duration::from_secs(360),
             door_patience: Duration::from_secs(60),

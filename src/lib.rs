@@ -9,6 +9,7 @@ pub mod daemon; // who is wired to whom, and how do we stop?
 pub mod poller; // may we ask GitLab for a job now?
 pub mod capacity; // how much of the host is promised?
 pub mod job; // what happens to this one job?
+pub mod machine_spec; // what machine does it get?
 pub mod guest_config; // what is its guest told?
 pub mod supply; // where does its machine come from, who takes it down?
 pub mod image; // which disk does the VM start from?

@@ -323,13 +323,7 @@ impl Poller {
         if planted::on(Bug::JobTokenInLog) {
             tracing::info!(%key, token = payload.token.expose(), "the job's token");
         }
-        let taking = Taking {
-            parts: self.parts.clone(),
-            runner: self.runner.clone(),
-            jobs: self.jobs.clone(),
-            resources: self.resources,
-            key,
-        };
+        let taking = Taking { parts: self.parts.clone(), runner: self.runner.clone(), jobs: self.jobs.clone(), key };
         match self.jobs.give_again(&taking.key, &payload) {
             None => {
                 if let Some((id, token)) = taking.begin(payload, reservation).await {
@@ -383,7 +377,6 @@ struct Taking {
     parts: Parts,
     runner: Arc<Runner>,
     jobs: Jobs,
-    resources: Resources,
     key: JobKey,
 }
 
@@ -392,7 +385,7 @@ impl Taking {
     async fn begin(&self, payload: JobPayload, reservation: Reservation) -> Option<(JobId, Secret)> {
         let (parts, key) = (&self.parts, &self.key);
         let (id, token, read_at) = (payload.id, payload.token.clone(), payload.read_at);
-        match job::accept(parts, self.runner.clone(), payload, self.resources, reservation).await {
+        match job::accept(parts, self.runner.clone(), payload, reservation).await {
             Ok(handle) => {
                 let window = read_at.elapsed();
                 parts.metrics.job().journal.observe(window.as_secs_f64());

@@ -36,7 +36,8 @@ pub struct Adopted {
 /// Turns the journal into jobs that go on. The hypervisor need not be reachable.
 ///
 /// `runner_of` says who speaks for a record: its verdict belongs to the GitLab that it came from,
-/// also if its runner is no longer configured.
+/// also if its runner is no longer configured. What machine the job gets stands in the record; only where it does not
+/// the runner's class says so, which then is the one that the record names.
 pub async fn adopt_all(
     parts: &Parts,
     loaded: Loaded,
@@ -68,6 +69,7 @@ pub async fn adopt_all(
             }
         };
         let record = newest(record, payload.as_ref());
+        let record = job::resolve_late(parts, &runner, record, payload.as_ref()).await;
         tracing::info!(key = %record.key, state = record.state.word(), "a job of before goes on");
         let reservation = capacity.adopt(&record.key.runner, record.resources).into();
         adopted.jobs.push(job::adopt(parts, runner, record, payload, reservation));

@@ -212,7 +212,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     };
     let runners = runners(&config, &backends, &installation).await?;
     let (jobs, joined) = Jobs::new();
-    let adopted = recovery::adopt_all(&parts, loaded, &capacity, &|record: &Record| runner_of(record, &runners)).await;
+    let adopted =
+        recovery::adopt_all(&parts, loaded, &capacity, &|record: &Record| runner_of(record, &runners, &config.class))
+            .await;
     for handle in adopted.jobs {
         jobs.add(handle);
     }
@@ -411,7 +413,7 @@ impl Daemon {
         self.parts.metrics.job().panicked.inc();
         let again = !self.panicked.insert(key.clone());
         let record = self.parts.journal.load(&key).await;
-        let runner = record.as_ref().and_then(|record| runner_of(record, &self.runners));
+        let runner = record.as_ref().and_then(|record| runner_of(record, &self.runners, &self.wiring.config.class));
         match (record, runner) {
             (Some(record), Some(runner)) if !again => {
                 // In the list all the while, so that nothing of it looks like nobody's.

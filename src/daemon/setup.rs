@@ -120,8 +120,18 @@ pub fn endpoint(runner: &config::Runner) -> Endpoint {
 }
 
 /// The runner that speaks for a record: its own, if that is still of the same GitLab, else any that
-/// is. The connection serves, for job calls need the job's token only.
-pub(super) fn runner_of(record: &Record, runners: &BTreeMap<String, Arc<Runner>>) -> Option<Arc<Runner>> {
+/// is. The connection serves, for job calls need the job's token only; the machine is the record's. A record of before
+/// records had one gets the class that it names.
+pub(super) fn runner_of(
+    record: &Record,
+    runners: &BTreeMap<String, Arc<Runner>>,
+    classes: &[config::Class],
+) -> Option<Arc<Runner>> {
     let own = runners.get(&record.key.runner).filter(|runner| runner.config.url == record.gitlab);
-    own.or_else(|| runners.values().find(|runner| runner.config.url == record.gitlab)).cloned()
+    let runner = own.or_else(|| runners.values().find(|runner| runner.config.url == record.gitlab))?;
+    let named = classes.iter().find(|class| class.name == record.class);
+    match named.filter(|class| record.machine_spec.is_none() && **class != runner.class) {
+        Some(class) => Some(Arc::new(Runner { class: class.clone(), ..(**runner).clone() })),
+        None => Some(runner.clone()),
+    }
 }

@@ -11,6 +11,7 @@ use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
 use crate::guest_config::{GuestParts, guest_config, new_machine_id};
 use crate::image::store::Image;
 use crate::job::spool::Spool;
+use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
 use crate::metrics::Metrics;
 use crate::network::{self, Network};
 use crate::rng::Rng;
@@ -137,17 +138,27 @@ impl BootTest<'_> {
                 Err(_) => supply.forget(&record, true),
             }
         };
-        let gitlab = Url::parse("http://gitlab.invalid/").expect("a constant URL parses");
-        let guest_token = format!("glrt-boottest1{}", record.id);
+        let guest_token = Secret::new(format!("glrt-boottest1{}", record.id));
+        let spec = MachineSpec {
+            image: ImageRef { name: image.name.clone(), digest: image.digest() },
+            executor: image.manifest.executor.clone(),
+            cpus: CPUS,
+            memory_mib: MEMORY_MIB,
+            disk_gib: DISK_GIB,
+            run_as_root: false,
+            network: self.network.mode,
+            runner: GuestRunnerSpec {
+                name: "boot test".into(),
+                token: guest_token.clone(),
+                clone_url: Url::parse("http://gitlab.invalid/").expect("a constant URL parses"),
+                ca_pem: None,
+                direct_download: false,
+            },
+        };
         let parts = GuestParts {
             vm: &record.id,
             lease: &record.lease,
-            runner_name: "boot test",
-            guest_token: &guest_token,
-            executor: &image.manifest.executor,
-            clone_url: &gitlab,
-            ca_pem: None,
-            run_as_root: false,
+            spec: &spec,
             installation_machine_id: &new_machine_id(rng),
             wait_timeout: self.deadline,
             door_patience: Duration::from_secs(5),
@@ -164,13 +175,13 @@ impl BootTest<'_> {
             vm: record.id.clone(),
             listener,
             pass: Pass::from_text(&config.pass).expect("the pass was written by the same crate"),
-            guest_token: Secret::new(guest_token.clone()),
+            guest_token,
             job: JobId(u64::MAX),
             job_token: Secret::new(VmId::random(rng).to_string()),
             dependencies: Vec::new(),
             spool: spool.writer(),
             client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
-            direct_download: false,
+            direct_download: spec.runner.direct_download,
             events,
             view,
             limits: Limits::default(),
@@ -182,14 +193,7 @@ impl BootTest<'_> {
             machine: record,
             bound: ("boot test".into(), 0),
             config: config.to_line(),
-            make: Some(Blueprint {
-                cpus: CPUS,
-                memory_mib: MEMORY_MIB,
-                disk_gib: DISK_GIB,
-                base: image.disk.clone(),
-                boot: image.boot.clone(),
-                stamp: image.stamp.clone(),
-            }),
+            make: Some(Blueprint::new(&spec, image.clone())),
         });
         let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut asked, since, progress)).await;
         let console = machine.console_tail();

@@ -24,9 +24,6 @@ use std::path::{Path, PathBuf};
 /// Bytes of a manifest at most; a real one has 10 KiB, nearly all of it packages.
 const MANIFEST_BYTES_MAX: u64 = 1024 * 1024;
 
-/// Hex digits of the manifest's digest in the name of a version.
-const VERSION_DIGITS: usize = 8;
-
 /// Why an image cannot be used. Each message says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -81,6 +78,14 @@ pub enum ImageError {
         /// What is wrong: `has 5 bytes instead of 327155712`.
         problem: String,
     },
+    /// The version that is asked for has been replaced, and removed since.
+    #[error("the version {} of image `{name}` that this job was accepted for was replaced and is not here any more", .digest.get(..12).unwrap_or_default())]
+    Replaced {
+        /// The image.
+        name: String,
+        /// The version's digest.
+        digest: String,
+    },
     /// The image directory itself cannot be read or changed.
     #[error("{what} {}", .path.display())]
     Directory {
@@ -111,6 +116,15 @@ pub struct Image {
     pub manifest: Manifest,
     /// By what its files were known when they were checked.
     pub stamp: Stamp,
+}
+
+impl Image {
+    /// Tells this version of the image apart from all others: the digest of its manifest, which names those of its
+    /// files, but for what a boot test has learnt. SHA-256, hex.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        hex(&Sha256::digest(Manifest { info: None, ..self.manifest.clone() }.to_text()))
+    }
 }
 
 #[cfg(any(test, feature = "test-util"))]
@@ -193,6 +207,11 @@ impl ImageStore {
             fixed: Some(image),
             missing: std::sync::Arc::default(),
         }
+    }
+
+    #[cfg(any(test, feature = "test-util"))]
+    pub(super) fn is_fixed(&self) -> bool {
+        self.fixed.is_some()
     }
 
     /// Whether the image of [`ImageStore::fixed`] is there: somebody may take it away, and bring it back.
@@ -310,66 +329,6 @@ impl ImageStore {
         open(valid(name)?, dir)
     }
 
-    /// Makes the image in `staged` (a directory beside the images, with a manifest) the one of this
-    /// name. Atomic and durable: at each moment `get` finds the old one or the new one. The version
-    /// before stays, for VMs that are starting from it; older ones go. (A VM that runs keeps its
-    /// files open, whatever is unlinked.)
-    ///
-    /// # Errors
-    /// [`ImageError`]; the old image is then still in place.
-    pub fn promote(&self, staged: &Path, name: &str) -> Result<Image, ImageError> {
-        let link = self.directory.join(valid(name)?);
-        let failed = |what: &'static str, path: &Path| {
-            let path = path.to_owned();
-            move |source| ImageError::Directory { what, path, source }
-        };
-        let image = self.open_staged(staged, name)?;
-        for file in image.manifest.files().map(|file| file.file.as_str()).chain([MANIFEST_FILE]) {
-            let path = staged.join(file);
-            File::open(&path).and_then(|file| file.sync_all()).map_err(failed("write out", &path))?;
-        }
-
-        let digest = hex(&Sha256::digest(image.manifest.to_text()));
-        let version = format!("{name}@{}", &digest[..VERSION_DIGITS]);
-        let target = self.directory.join(&version);
-        let before = fs::read_link(&link).ok();
-        if target.exists() {
-            // The same bytes again, or a promotion that was interrupted: either may be in use.
-            fs::remove_dir_all(staged).map_err(failed("remove", staged))?;
-        } else {
-            fs::rename(staged, &target).map_err(failed("rename staged image to", &target))?;
-        }
-        let new_link = self.directory.join(format!(".{name}.new"));
-        match fs::remove_file(&new_link) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &new_link)(source)),
-            _ => {}
-        }
-        std::os::unix::fs::symlink(&version, &new_link).map_err(failed("make link", &new_link))?;
-        fs::rename(&new_link, &link).map_err(failed("replace image", &link))?;
-        self.sync()?;
-
-        let keep = [Some(version), before.and_then(|before| Some(before.to_str()?.to_owned()))];
-        self.remove_versions(name, &keep)?;
-        self.get(name)
-    }
-
-    /// Removes an image and all its versions; none is fine.
-    ///
-    /// # Errors
-    /// [`ImageError::Name`], [`ImageError::Directory`].
-    pub fn remove(&self, name: &str) -> Result<(), ImageError> {
-        let path = self.directory.join(valid(name)?);
-        let removed = match fs::symlink_metadata(&path) {
-            Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path),
-            Ok(_) => fs::remove_file(&path),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        };
-        removed.map_err(|source| ImageError::Directory { what: "remove image", path, source })?;
-        self.remove_versions(name, &[])?;
-        if self.directory.exists() { self.sync() } else { Ok(()) }
-    }
-
     /// Reads all files of an image and compares their digests: seconds, not for the way of a job.
     ///
     /// # Errors
@@ -385,21 +344,6 @@ impl ImageStore {
             if found != file.sha256 {
                 let problem = "is not the file that was built (its SHA-256 differs)".to_owned();
                 return Err(ImageError::Broken { name: image.name.clone(), path, problem });
-            }
-        }
-        Ok(())
-    }
-
-    fn remove_versions(&self, name: &str, keep: &[Option<String>]) -> Result<(), ImageError> {
-        let prefix = format!("{name}@");
-        for entry in self.entries()? {
-            if entry.starts_with(&prefix) && !keep.iter().flatten().any(|kept| *kept == entry) {
-                let path = self.directory.join(entry);
-                fs::remove_dir_all(&path).map_err(|source| ImageError::Directory {
-                    what: "remove image",
-                    path,
-                    source,
-                })?;
             }
         }
         Ok(())
@@ -422,15 +366,6 @@ impl ImageStore {
         }
         names.sort();
         Ok(names)
-    }
-
-    fn sync(&self) -> Result<(), ImageError> {
-        let sync = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        sync.map_err(|source| ImageError::Directory {
-            what: "write out image directory",
-            path: self.directory.clone(),
-            source,
-        })
     }
 }
 
@@ -501,3 +436,4 @@ fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests;
+mod versions;

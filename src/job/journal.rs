@@ -16,10 +16,11 @@ use super::state::State;
 use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
+use crate::machine_spec::MachineSpec;
 use crate::network::Lease;
 use crate::planted::{self, Bug};
 use crate::retry;
-use crate::secret::Secret;
+use crate::secret::{self, Secret};
 use crate::vm::{InstallationId, VmId};
 use bytes::Bytes;
 use format::{parse, seal};
@@ -40,7 +41,8 @@ use url::Url;
 /// | --- | --- |
 /// | 1 | all but what follows |
 /// | 2 | `installation`, `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
-pub const RECORD_VERSION: u32 = 2;
+/// | 3 | `machine_spec` |
+pub const RECORD_VERSION: u32 = 3;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
 const RECORD_BYTES_MAX: u64 = 256 * 1024;
@@ -95,7 +97,7 @@ pub struct Record {
     /// by then.
     pub gitlab: Url,
     /// The job token. Worthless once the job is over.
-    #[serde(with = "secret_text")]
+    #[serde(with = "secret::text")]
     pub job_token: Secret,
     /// When GitLab's 201 came.
     pub received: Timestamp,
@@ -117,6 +119,9 @@ pub struct Record {
     pub knows_interrupted: bool,
     /// The machine class's name when the job came.
     pub class: String,
+    /// What machine it gets. None: its image could not be used when it came, or a daemon without this wrote the record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_spec: Option<MachineSpec>,
     /// What is reserved for it.
     pub resources: crate::capacity::Resources,
     /// Its VM, once one is planned.
@@ -125,7 +130,7 @@ pub struct Record {
     pub guest_base: Option<u64>,
     /// The job token of GitLab's newest 201 for this job, if it came when the guest had its own
     /// already (safety.md G17): what GitLab is told with it once it refuses the first.
-    #[serde(default, with = "optional_secret_text", skip_serializing_if = "Option::is_none")]
+    #[serde(default, with = "secret::optional_text", skip_serializing_if = "Option::is_none")]
     pub newer_token: Option<Secret>,
     /// How the trace ends if we end the job: written down with the state that says so, and into the
     /// spool after that, so that it stands there exactly once, whatever crash comes between.
@@ -153,34 +158,6 @@ pub struct MachineRecord {
     pub id: VmId,
     /// Its door.
     pub lease: Lease,
-}
-
-mod secret_text {
-    //! A secret in a record: the one file that must hold the job token (safety.md, secrets at rest).
-    use crate::secret::Secret;
-    use serde::{Deserialize as _, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(secret.expose())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Secret, D::Error> {
-        String::deserialize(deserializer).map(Secret::new)
-    }
-}
-
-mod optional_secret_text {
-    //! The same where there may be none.
-    use crate::secret::Secret;
-    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(secret: &Option<Secret>, serializer: S) -> Result<S::Ok, S::Error> {
-        secret.as_ref().map(Secret::expose).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
-        Ok(Option::<String>::deserialize(deserializer)?.map(Secret::new))
-    }
 }
 
 /// Why the journal cannot be used.
@@ -397,6 +374,7 @@ impl Record {
             trace_sections: true,
             knows_interrupted: true,
             class: "small".into(),
+            machine_spec: Some(MachineSpec::example()),
             resources: crate::capacity::Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
             machine: None,
             guest_base: None,

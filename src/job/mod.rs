@@ -19,6 +19,7 @@ mod lines;
 mod machinery;
 mod oom;
 mod refuse;
+mod resolve;
 pub mod spool;
 pub mod state;
 mod task;
@@ -27,6 +28,7 @@ pub mod uploader;
 pub use forget::forget;
 pub use limits::Limits;
 pub use refuse::{Refusal, give_up, refuse};
+pub use resolve::resolve_late;
 pub use task::{accept, adopt, begin_anew};
 
 use crate::capacity::Held;

@@ -10,7 +10,9 @@ mod machine;
 pub use machine::{Machine, MachineEvent};
 
 use crate::image::stamp::Stamp;
+use crate::image::store::Image;
 use crate::latest::Latest;
+use crate::machine_spec::MachineSpec;
 use crate::metrics::Metrics;
 use crate::network::{Network, NoFreePort, PortRange};
 use crate::rng::Rng;
@@ -104,6 +106,21 @@ pub struct Blueprint {
     pub boot: Boot,
     /// By what the image's files were known when they were checked.
     pub stamp: Stamp,
+}
+
+impl Blueprint {
+    /// The machine of this spec, from its image.
+    #[must_use]
+    pub fn new(spec: &MachineSpec, image: Image) -> Self {
+        Self {
+            cpus: spec.cpus,
+            memory_mib: spec.memory_mib,
+            disk_gib: spec.disk_gib,
+            base: image.disk,
+            boot: image.boot,
+            stamp: image.stamp,
+        }
+    }
 }
 
 impl Supply {

@@ -30,6 +30,7 @@ mod host;
 mod hypervisor;
 mod identity;
 mod kill_points;
+mod machine_spec;
 mod machines;
 mod moods;
 mod panics;

@@ -67,6 +67,26 @@ fn a_vm_that_starts_from_the_old_version_still_finds_it() {
     store.remove("shell").unwrap();
 }
 
+/// U4: a job boots from the version that it was accepted for, also if another has taken its place; once that is gone
+/// it boots from none.
+#[test]
+fn a_version_is_found_by_what_is_in_it() {
+    let (_dir, store) = store();
+    let reference = |image: &Image| crate::machine_spec::ImageRef { name: "shell".into(), digest: image.digest() };
+    let first = promote(&store, b"one");
+    store.set_info(&first, r#"{"name":"gitlab-runner"}"#.into()).unwrap();
+    let tested = store.get("shell").unwrap();
+    assert_eq!(tested.digest(), first.digest(), "what a boot test learns makes no other image");
+    let second = promote(&store, b"two");
+    assert_eq!(store.get_version(&reference(&first)).unwrap().dir, first.dir);
+    assert_eq!(store.get_version(&reference(&second)).unwrap().dir, second.dir);
+    promote(&store, b"three");
+    let error = store.get_version(&reference(&first)).unwrap_err();
+    assert!(error.to_string().contains(&format!("the version {} of image `shell`", &first.digest()[..12])), "{error}");
+    store.remove("shell").unwrap();
+    assert!(matches!(store.get_version(&reference(&second)), Err(ImageError::Missing { .. })));
+}
+
 #[test]
 fn a_directory_that_the_operator_made_is_an_image_too() {
     let (_dir, store) = store();

@@ -6,12 +6,15 @@ use super::format::{Unreadable, unseal};
 use super::*;
 use crate::files::fake::MemoryFiles;
 
-const GOLDEN: [(&str, &str); 2] =
-    [("1", include_str!("golden/version-1.json")), ("2", include_str!("golden/version-2.json"))];
+const GOLDEN: [(&str, &str); 3] = [
+    ("1", include_str!("golden/version-1.json")),
+    ("2", include_str!("golden/version-2.json")),
+    ("3", include_str!("golden/version-3.json")),
+];
 
 /// The newest version's record of a running job.
 fn running() -> &'static str {
-    GOLDEN[1].1.lines().nth(2).unwrap()
+    GOLDEN[2].1.lines().nth(2).unwrap()
 }
 
 /// E12: records of this version and the one before are read, whatever state they are in.
@@ -31,8 +34,10 @@ fn records_of_this_version_and_the_one_before_are_read() {
             assert_eq!(record.machine.as_ref().unwrap().id.as_str(), "abcdefghijklmnop");
             assert_eq!(
                 (record.newer_token.is_some(), record.received_uptime_ms.is_some()),
-                (version == "2", version == "2")
+                (version >= "2", version >= "2")
             );
+            let spec = record.machine_spec.as_ref();
+            assert_eq!(spec.map(|spec| spec.image.name.as_str()), (version >= "3").then_some("debian-12-shell"));
             words.push(record.state.word());
             // What is read is written again as this version, and reads back the same.
             let again = parse(&seal(&serde_json::to_vec(&record).unwrap())).unwrap_or_else(|_| panic!("it reads back"));
@@ -48,8 +53,8 @@ fn records_of_this_version_and_the_one_before_are_read() {
 async fn a_record_of_the_next_version_is_left_as_it_is() {
     let next = format!("\"version\":{}", RECORD_VERSION + 1);
     let (object, _) = unseal(running().as_bytes());
-    let object = String::from_utf8(object).unwrap().replace("\"version\":2", &next);
-    let edited = running().replace("\"version\":2", &next);
+    let object = String::from_utf8(object).unwrap().replace("\"version\":3", &next);
+    let edited = running().replace("\"version\":3", &next);
     for bytes in [seal(object.as_bytes()), edited.into_bytes(), format!("{{{next},\"new\":[1]}}").into_bytes()] {
         let files = MemoryFiles::default();
         let journal = Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap();
@@ -59,7 +64,11 @@ async fn a_record_of_the_next_version_is_left_as_it_is() {
         let before = files.contents();
         let error = journal.load_all().await.unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("/s/jobs/0123456789ab-42/record.json") && text.contains("version 3"), "{text}");
+        assert!(
+            text.contains("/s/jobs/0123456789ab-42/record.json")
+                && text.contains(&format!("version {}", RECORD_VERSION + 1)),
+            "{text}"
+        );
         assert_eq!(files.contents(), before);
     }
 }
@@ -69,7 +78,7 @@ async fn a_record_of_the_next_version_is_left_as_it_is() {
 #[tokio::test]
 async fn a_bit_turned_anywhere_is_noticed() {
     let whole = running().as_bytes();
-    let version = running().find("\"version\":2").unwrap() + "\"version\":".len();
+    let version = running().find("\"version\":3").unwrap() + "\"version\":".len();
     let files = MemoryFiles::default();
     let journal = Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap();
     let key = JobKey { runner: "linux \"vm\"/1".into(), id: JobId(42) };
@@ -105,7 +114,9 @@ async fn a_bit_turned_anywhere_is_noticed() {
         bytes[version] = digit;
         put(&key, bytes).await;
         match journal.load_all().await {
-            Ok(loaded) => assert_eq!(loaded.aside.len(), usize::from(digit != b'2'), "{digit}"),
+            Ok(loaded) => {
+                assert_eq!(loaded.aside.len(), usize::from(u32::from(digit - b'0') != RECORD_VERSION), "{digit}")
+            }
             Err(JournalError::Newer { version, .. }) => assert!(version > RECORD_VERSION),
             Err(error) => panic!("{error}"),
         }

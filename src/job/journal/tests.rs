@@ -63,10 +63,10 @@ async fn a_newer_record_is_refused_untouched() {
     let journal = journal(&files).await;
     journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
     let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
-    files.replace(&path, br#"{"version":3,"something":"new"}"#.to_vec()).await.unwrap();
+    files.replace(&path, br#"{"version":4,"something":"new"}"#.to_vec()).await.unwrap();
     let before = files.contents();
     let error = journal.load_all().await.unwrap_err();
-    assert!(matches!(error, JournalError::Newer { version: 3, .. }), "{error}");
+    assert!(matches!(error, JournalError::Newer { version: 4, .. }), "{error}");
     assert_eq!(files.contents(), before);
 }
 

@@ -5,9 +5,9 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{self, Admission};
 use crate::guest_config::{GuestParts, guest_config};
-use crate::image::store::Image;
 use crate::job::journal::{MachineRecord, Record};
 use crate::job::state::Event;
+use crate::machine_spec::MachineSpec;
 use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::supply::{Blueprint, Machine, Order, Supply};
@@ -67,14 +67,16 @@ impl Machinery {
             tracing::warn!("the job's payload did not survive; was the host restarted?");
             return Err(Event::CannotGoOn);
         }
-        let class = &self.runner.class;
+        let spec = self.record.machine_spec.clone();
         // A guest that has its job needs nothing of the image any more.
-        let image = match resume {
-            true => None,
-            false => match self.parts.images.load(&class.image).await {
-                Ok(image) => Some(image),
+        let made_of = match spec.filter(|_| !resume) {
+            None if resume => None,
+            // Said when it was looked for.
+            None => return Err(Event::ImageUnusable),
+            Some(spec) => match self.parts.images.load_version(&spec.image).await {
+                Ok(image) => Some((spec, image)),
                 Err(error) => {
-                    tracing::error!(image = class.image, error = chain(&error), "the job's image cannot be used");
+                    tracing::error!(image = spec.image.name, error = chain(&error), "the job's image cannot be used");
                     if self.record.machine.is_none() {
                         return Err(Event::ImageUnusable);
                     }
@@ -84,9 +86,9 @@ impl Machinery {
             },
         };
         let known = self.record.machine.clone().filter(|_| resume || !planted::on(Bug::SecondMachine));
-        let (machine, config, listener) = match (known, &image) {
-            (Some(machine), image) => self.known_machine(machine, image.as_ref()).await?,
-            (None, Some(image)) => self.new_machine(image).await?,
+        let (machine, config, listener) = match (known, &made_of) {
+            (Some(machine), made_of) => self.known_machine(machine, made_of.as_ref().map(|(spec, _)| spec)).await?,
+            (None, Some((spec, _))) => self.new_machine(spec).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
         self.open_door(&machine, &config, listener)?;
@@ -94,20 +96,12 @@ impl Machinery {
             let silent = self.parts.limits.silence_deadline.get();
             self.last_spoke = self.started.checked_sub(silent).unwrap_or(self.started);
         }
-        let class = &self.runner.class;
         self.machine_task_lost = None;
         self.machine = Some(self.parts.supply.take(Order {
             machine,
             bound: (self.record.key.runner.clone(), self.record.key.id.0),
             config: config.to_line(),
-            make: image.map(|image| Blueprint {
-                cpus: class.cpus,
-                memory_mib: class.memory_mib,
-                disk_gib: class.disk_gib,
-                base: image.disk,
-                boot: image.boot,
-                stamp: image.stamp,
-            }),
+            make: made_of.map(|(spec, image)| Blueprint::new(&spec, image)),
         }));
         Ok(())
     }
@@ -130,7 +124,7 @@ impl Machinery {
             dependencies: self.payload.as_ref().map(|payload| payload.dependencies.clone()).unwrap_or_default(),
             spool: self.spool.writer(),
             client: self.client.clone(),
-            direct_download: self.runner.config.direct_download,
+            direct_download: self.record.machine_spec.as_ref().is_some_and(|spec| spec.runner.direct_download),
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),
             limits: self.parts.door_limits.clone(),
@@ -181,11 +175,11 @@ impl Machinery {
         self.put().await;
     }
 
-    /// A machine of the record, after a restart: its pass is in the runtime directory.
+    /// A machine of the record, after a restart: its pass is in the runtime directory. `made_of`: it may be made from this.
     async fn known_machine(
         &mut self,
         machine: MachineRecord,
-        image: Option<&Image>,
+        made_of: Option<&MachineSpec>,
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         let kept = match self.parts.journal.guest(&self.record.key).await {
             Ok(line) => Some(GuestConfig::from_line(&line).map_err(|error| {
@@ -200,9 +194,9 @@ impl Machinery {
         };
         // None, or that of the machine before: the crash came between record and guest config, and nothing of this
         // machine was made.
-        let config = match (kept.filter(|config| config.vm == machine.id.as_str()), image) {
+        let config = match (kept.filter(|config| config.vm == machine.id.as_str()), made_of) {
             (Some(config), _) => config,
-            (None, Some(image)) => self.write_config(&machine, &image.manifest.executor).await?,
+            (None, Some(spec)) => self.write_config(&machine, spec).await?,
             (None, None) if self.record.guest_base.is_none() => return Err(Event::ImageUnusable),
             (None, None) => {
                 tracing::error!("the guest config of a machine that has its job is not there any more");
@@ -232,7 +226,7 @@ impl Machinery {
     /// A new machine: names, record, guest config, door, in this order.
     async fn new_machine(
         &mut self,
-        image: &Image,
+        spec: &MachineSpec,
     ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
         if !self.let_go.machines.is_empty() && !self.put().await {
             return Err(Event::HostDiskFailed);
@@ -252,7 +246,7 @@ impl Machinery {
             match self.listen(&machine).await {
                 Ok(listener) => {
                     reached(Point::K7);
-                    return match self.write_config(&machine, &image.manifest.executor).await {
+                    return match self.write_config(&machine, spec).await {
                         Ok(config) => {
                             reached(Point::K6);
                             Ok((machine, config, listener))
@@ -291,20 +285,13 @@ impl Machinery {
         self.parts.supply.hypervisor().listen(machine.lease.listen_address()).await
     }
 
-    async fn write_config(&self, machine: &MachineRecord, executor: &str) -> Result<GuestConfig, Event> {
-        let runner = &self.runner;
-        let random: String = self.parts.rng.bytes::<12>().iter().map(|b| format!("{b:02x}")).collect();
+    async fn write_config(&self, machine: &MachineRecord, spec: &MachineSpec) -> Result<GuestConfig, Event> {
         let limits = &self.parts.limits;
         let config = guest_config(
             &GuestParts {
                 vm: &machine.id,
                 lease: &machine.lease,
-                runner_name: &runner.config.name,
-                guest_token: &runner.api.token().guest_token(&random),
-                executor,
-                clone_url: runner.config.clone_url.as_ref().unwrap_or(&runner.config.url),
-                ca_pem: runner.ca_pem.as_deref(),
-                run_as_root: runner.class.run_as_root,
+                spec,
                 installation_machine_id: &self.parts.machine_id,
                 wait_timeout: limits.boot_deadline.get() + WAIT_MARGIN,
                 door_patience: limits.door_patience.get(),

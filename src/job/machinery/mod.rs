@@ -211,9 +211,9 @@ impl Machinery {
         }
     }
 
-    /// Name of the base image of the job's machine class.
+    /// Name of the base image of the job's machine.
     pub(super) fn image(&self) -> &str {
-        &self.runner.class.image
+        self.record.machine_spec.as_ref().map_or(&self.runner.class.image, |spec| &spec.image.name)
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
@@ -280,10 +280,10 @@ impl Machinery {
         let sections = self.record.trace_sections;
         self.own_line(|now| lines::boot_section_start(now, sections)).await;
         self.section_open = true;
-        let class = &self.runner.class;
+        let Some(spec) = &self.record.machine_spec else { return };
         let text = format!(
             "  image {}, {} CPUs, {} MiB memory, {} GiB disk",
-            class.image, class.cpus, class.memory_mib, class.disk_gib
+            spec.image.name, spec.cpus, spec.memory_mib, spec.disk_gib
         );
         self.own_line(|now| lines::note(now, &text)).await;
     }

@@ -1,12 +1,14 @@
 //! How a job's task begins: for a new job, for one of a former daemon, for one whose task has panicked.
 
 use super::{Begun, run};
-use crate::capacity::{Held, Reservation, Resources};
+use crate::capacity::{Held, Reservation};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::job::journal::{JobKey, RECORD_VERSION, Record};
+use crate::job::resolve::{resolve, room};
 use crate::job::state::{Event, State};
 use crate::job::{INBOX_MAX, JobHandle, JobView, Parts, Runner};
+use crate::telemetry::chain;
 use std::io;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
@@ -21,9 +23,18 @@ pub async fn accept(
     parts: &Parts,
     runner: Arc<Runner>,
     payload: JobPayload,
-    resources: Resources,
-    reservation: Reservation,
+    mut reservation: Reservation,
 ) -> io::Result<JobHandle> {
+    let machine_spec = match resolve(parts, &runner, &payload).await {
+        Ok(spec) => {
+            reservation.shrink(room(reservation.resources(), &runner.class, &spec));
+            Some(spec)
+        }
+        Err(error) => {
+            tracing::error!(image = runner.class.image, error = chain(&error), "the job's image cannot be used");
+            None
+        }
+    };
     let record = Record {
         version: RECORD_VERSION,
         installation: Some(parts.supply.place().installation.clone()),
@@ -39,7 +50,8 @@ pub async fn accept(
         trace_sections: payload.trace_sections,
         knows_interrupted: payload.failure_reasons.iter().any(|r| r == "runner_interrupted"),
         class: runner.class.name.clone(),
-        resources,
+        machine_spec,
+        resources: reservation.resources(),
         machine: None,
         guest_base: None,
         newer_token: None,

@@ -9,8 +9,10 @@
 use crate::watched::FIRST_REQUEST;
 use dayfly::clock::Clock;
 use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::network::Lease;
+use dayfly::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
+use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
+use dayfly::secret::Secret;
 use dayfly::vm::{Accel, Boot, Hypervisor, VmId, VmSpec};
 use dayfly_guest_config::{Greeting, Pass};
 use std::path::{Path, PathBuf};
@@ -49,16 +51,27 @@ pub(crate) async fn boot(
     let lease = Lease { port: PORT };
     let listener = TcpListener::bind(lease.listen_address()).await.map_err(|error| format!("listen: {error}"))?;
     let url = url::Url::parse("https://gitlab.example").map_err(|error| error.to_string())?;
+    let machine = MachineSpec {
+        image: ImageRef { name: "image".into(), digest: String::new() },
+        executor: executor.to_owned(),
+        cpus: spec.cpus,
+        memory_mib: spec.memory_mib,
+        disk_gib: 1,
+        run_as_root: false,
+        network: Mode::User,
+        runner: GuestRunnerSpec {
+            name: "runner".into(),
+            token: Secret::new("glrt-123456789abcdefghijk"),
+            clone_url: url,
+            ca_pem: None,
+            direct_download: false,
+        },
+    };
     let minutes = Duration::from_secs(600);
     let parts = GuestParts {
         vm: &spec.id,
         lease: &lease,
-        runner_name: "runner",
-        guest_token: "glrt-123456789abcdefghijk",
-        executor,
-        clone_url: &url,
-        ca_pem: None,
-        run_as_root: false,
+        spec: &machine,
         installation_machine_id: &new_machine_id(&rng),
         wait_timeout: minutes,
         door_patience: minutes,

@@ -1,0 +1,149 @@
+//! Versions of an image: which one a job was accepted for, and how a new one takes the place of the one before.
+
+use super::{Image, ImageError, ImageStore, MANIFEST_FILE, hex, open, valid};
+use crate::machine_spec::ImageRef;
+use sha2::{Digest as _, Sha256};
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+
+/// Hex digits of the manifest's digest in the name of a version.
+const VERSION_DIGITS: usize = 8;
+
+impl ImageStore {
+    /// This very version of an image, on a blocking thread: the one in use, or the one before.
+    ///
+    /// # Errors
+    /// [`ImageError`]; [`ImageError::Replaced`] if it is not here any more.
+    ///
+    /// # Panics
+    /// Passes a panic of the thread on.
+    pub async fn load_version(&self, wanted: &ImageRef) -> Result<Image, ImageError> {
+        #[cfg(any(test, feature = "test-util"))]
+        if self.is_fixed() {
+            let image = self.load(&wanted.name).await?;
+            return if image.digest() == wanted.digest { Ok(image) } else { Err(replaced(wanted)) };
+        }
+        let (store, wanted) = (self.clone(), wanted.clone());
+        match tokio::task::spawn_blocking(move || store.get_version(&wanted)).await {
+            Ok(image) => image,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    /// [`ImageStore::load_version`], blocking.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn get_version(&self, wanted: &ImageRef) -> Result<Image, ImageError> {
+        let name = valid(&wanted.name)?;
+        let in_use = self.get(name);
+        if let Ok(image) = &in_use
+            && image.digest() == wanted.digest
+        {
+            return in_use;
+        }
+        let prefix = format!("{name}@");
+        for entry in self.entries()?.iter().filter(|entry| entry.starts_with(&prefix)) {
+            // One that is broken is not the one that is looked for.
+            let Some(image) = fs::canonicalize(self.directory.join(entry)).map_or(None, |dir| open(name, dir).ok())
+            else {
+                continue;
+            };
+            if image.digest() == wanted.digest {
+                self.is_as_before(&image)?;
+                return Ok(image);
+            }
+        }
+        // What is wrong with the one in use, if it is that.
+        in_use.and(Err(replaced(wanted)))
+    }
+
+    /// Makes the image in `staged` (a directory beside the images, with a manifest) the one of this
+    /// name. Atomic and durable: at each moment `get` finds the old one or the new one. The version
+    /// before stays, for VMs that are starting from it; older ones go. (A VM that runs keeps its
+    /// files open, whatever is unlinked.)
+    ///
+    /// # Errors
+    /// [`ImageError`]; the old image is then still in place.
+    pub fn promote(&self, staged: &Path, name: &str) -> Result<Image, ImageError> {
+        let link = self.directory.join(valid(name)?);
+        let failed = |what: &'static str, path: &Path| {
+            let path = path.to_owned();
+            move |source| ImageError::Directory { what, path, source }
+        };
+        let image = self.open_staged(staged, name)?;
+        for file in image.manifest.files().map(|file| file.file.as_str()).chain([MANIFEST_FILE]) {
+            let path = staged.join(file);
+            File::open(&path).and_then(|file| file.sync_all()).map_err(failed("write out", &path))?;
+        }
+
+        let digest = hex(&Sha256::digest(image.manifest.to_text()));
+        let version = format!("{name}@{}", &digest[..VERSION_DIGITS]);
+        let target = self.directory.join(&version);
+        let before = fs::read_link(&link).ok();
+        if target.exists() {
+            // The same bytes again, or a promotion that was interrupted: either may be in use.
+            fs::remove_dir_all(staged).map_err(failed("remove", staged))?;
+        } else {
+            fs::rename(staged, &target).map_err(failed("rename staged image to", &target))?;
+        }
+        let new_link = self.directory.join(format!(".{name}.new"));
+        match fs::remove_file(&new_link) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &new_link)(source)),
+            _ => {}
+        }
+        std::os::unix::fs::symlink(&version, &new_link).map_err(failed("make link", &new_link))?;
+        fs::rename(&new_link, &link).map_err(failed("replace image", &link))?;
+        self.sync()?;
+
+        let keep = [Some(version), before.and_then(|before| Some(before.to_str()?.to_owned()))];
+        self.remove_versions(name, &keep)?;
+        self.get(name)
+    }
+
+    /// Removes an image and all its versions; none is fine.
+    ///
+    /// # Errors
+    /// [`ImageError::Name`], [`ImageError::Directory`].
+    pub fn remove(&self, name: &str) -> Result<(), ImageError> {
+        let path = self.directory.join(valid(name)?);
+        let removed = match fs::symlink_metadata(&path) {
+            Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path),
+            Ok(_) => fs::remove_file(&path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        };
+        removed.map_err(|source| ImageError::Directory { what: "remove image", path, source })?;
+        self.remove_versions(name, &[])?;
+        if self.directory.exists() { self.sync() } else { Ok(()) }
+    }
+
+    fn remove_versions(&self, name: &str, keep: &[Option<String>]) -> Result<(), ImageError> {
+        let prefix = format!("{name}@");
+        for entry in self.entries()? {
+            if entry.starts_with(&prefix) && !keep.iter().flatten().any(|kept| *kept == entry) {
+                let path = self.directory.join(entry);
+                fs::remove_dir_all(&path).map_err(|source| ImageError::Directory {
+                    what: "remove image",
+                    path,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), ImageError> {
+        let sync = File::open(&self.directory).and_then(|directory| directory.sync_all());
+        sync.map_err(|source| ImageError::Directory {
+            what: "write out image directory",
+            path: self.directory.clone(),
+            source,
+        })
+    }
+}
+
+fn replaced(wanted: &ImageRef) -> ImageError {
+    ImageError::Replaced { name: wanted.name.clone(), digest: wanted.digest.clone() }
+}
