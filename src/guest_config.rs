@@ -9,7 +9,7 @@ use crate::network::Lease;
 use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use crate::vm::VmId;
-use dayfly_guest_config::{CA_FILE, GuestConfig, GuestRunner, PASS_BYTES, Pass, RELAY_URL, VERSION};
+use dayfly_guest_config::{CA_FILE, GuestConfig, GuestRunner, PASS_BYTES, Pass, RELAY_URL};
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ pub struct GuestParts<'a> {
 pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestConfig {
     let user = if parts.spec.run_as_root { "root" } else { "gitlab-runner" };
     GuestConfig {
-        version: VERSION,
+        version: parts.spec.contract,
         vm: parts.vm.to_string(),
         door: parts.lease.guest_door(),
         pass: Pass::new(if planted::on(Bug::PassReused) { [1; PASS_BYTES] } else { rng.bytes() }).to_text(),

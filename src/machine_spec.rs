@@ -15,6 +15,8 @@ use url::Url;
 pub struct MachineSpec {
     /// The base image.
     pub image: ImageRef,
+    /// The guest contract that the image's guest program speaks.
+    pub contract: u32,
     /// Executor that the guest runner's config.toml names, from the image: `shell`.
     pub executor: String,
     /// Virtual CPUs.
@@ -67,6 +69,7 @@ impl MachineSpec {
     pub fn example() -> Self {
         Self {
             image: ImageRef { name: "test".into(), digest: "ab".repeat(32) },
+            contract: dayfly_guest_config::CONTRACT,
             executor: "shell".into(),
             cpus: 1,
             memory_mib: 512,

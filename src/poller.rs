@@ -223,9 +223,12 @@ impl Poller {
                     "image `{}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
                     class.image, class.name
                 ),
-                Ok(image) => match image.manifest.runner_info() {
-                    Some(info) => return Some(info),
-                    None => format!("image `{0}` was never boot-tested; run `dayfly image test {0}`", class.image),
+                Ok(image) => match (image.manifest.unspoken(), image.manifest.runner_info()) {
+                    (Some(reason), _) => reason,
+                    (None, Some(info)) => return Some(info),
+                    (None, None) => {
+                        format!("image `{0}` was never boot-tested; run `dayfly image test {0}`", class.image)
+                    }
                 },
                 Err(error) => chain(&error),
             };

@@ -95,14 +95,14 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
             let booted = to_its_end(boot(&config, &image), interrupted)
                 .await?
                 .context("boot-test the new image; the old one, if any, stays in use")?;
-            staged.set_info(booted.info.0.get().to_owned())?;
+            staged.learn(booted.learnt())?;
             let image = tokio::task::spawn_blocking(move || staged.promote()).await??;
             say(&format!("image `{}` is ready: {}", image.name, describe(&image)));
         }
         Command::Test { name } => {
             let image = store.load(&name).await?;
             let booted = to_its_end(boot(&config, &image), std::pin::pin!(tokio::signal::ctrl_c())).await??;
-            store.set_info(&image, booted.info.0.get().to_owned())?;
+            store.learn(&image, booted.learnt())?;
             say(&format!("image `{name}` boots: {}", describe(&store.load(&name).await?)));
         }
         Command::List => {
@@ -156,7 +156,11 @@ pub(super) fn describe(image: &Image) -> String {
     let whose =
         if image.manifest.is_standin() { "dayfly's STAND-IN runner (not the official one)" } else { "gitlab-runner" };
     let tested = if image.manifest.info.is_some() { "boot-tested" } else { "never boot-tested" };
-    format!("{whose} {}, from {}, executor {}, {tested}", runner.version, runner.origin, image.manifest.executor)
+    let unspoken = image.manifest.unspoken().map_or(String::new(), |why| format!("; takes no job: {why}"));
+    format!(
+        "{whose} {}, from {}, executor {}, {tested}{unspoken}",
+        runner.version, runner.origin, image.manifest.executor
+    )
 }
 
 /// Boots an image once, with files of its own that are gone afterwards.

@@ -1,13 +1,13 @@
 //! What goes between host and guest besides HTTP: the guest config, reports, the console.
 
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
-use dayfly_guest_config::{GuestConfig, Report, VERSION};
+use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST, GuestConfig, Report};
 
 /// A guest config is one line, and reads as itself; a report is one line whatever is in it; a console's tail is text
 /// that a terminal can be shown.
 pub fn guest_config(input: &[u8]) {
     if let Ok(config) = GuestConfig::from_line(input) {
-        assert_eq!(config.version, VERSION);
+        assert!((CONTRACT_OLDEST..=CONTRACT).contains(&config.version));
         let line = config.to_line();
         assert_eq!(line.iter().position(|byte| *byte == b'\n'), Some(line.len() - 1), "a config of two lines");
         let again = GuestConfig::from_line(&line).expect("what was read can be written and read");

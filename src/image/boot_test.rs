@@ -9,6 +9,7 @@ use crate::gitlab::transport::{BodyError, Call};
 use crate::gitlab::{Body, JobClient, JobId, JobStatus, RunnerInfo, Transport, TransportError};
 use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
 use crate::guest_config::{GuestParts, guest_config, new_machine_id};
+use crate::image::manifest::Learnt;
 use crate::image::store::Image;
 use crate::job::spool::Spool;
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
@@ -59,8 +60,18 @@ pub struct BootTest<'a> {
 pub struct Booted {
     /// What its runner says of itself.
     pub info: RunnerInfo,
+    /// The guest contract that its guest program speaks.
+    pub contract: u32,
     /// From the order to the guest's first request.
     pub took: Duration,
+}
+
+impl Booted {
+    /// What goes into the image's manifest.
+    #[must_use]
+    pub fn learnt(&self) -> Learnt {
+        Learnt { info: self.info.0.get().to_owned(), contract: self.contract }
+    }
 }
 
 /// Why an image does not.
@@ -141,6 +152,7 @@ impl BootTest<'_> {
         let guest_token = Secret::new(format!("glrt-boottest1{}", record.id));
         let spec = MachineSpec {
             image: ImageRef { name: image.name.clone(), digest: image.digest() },
+            contract: image.manifest.contract,
             executor: image.manifest.executor.clone(),
             cpus: CPUS,
             memory_mib: MEMORY_MIB,
@@ -205,7 +217,7 @@ impl BootTest<'_> {
             machine.leave().await;
         }
         match booted {
-            Ok(Ok(info)) => Ok(Booted { info, took: since.elapsed() }),
+            Ok(Ok((info, contract))) => Ok(Booted { info, contract, took: since.elapsed() }),
             Ok(Err(Early::Failed(error))) => Err(BootTestError::Start(error)),
             Ok(Err(Early::Ended)) => Err(BootTestError::Ended(console)),
             Ok(Err(Early::NoInfo)) => Err(BootTestError::NoInfo),
@@ -225,7 +237,9 @@ async fn wait(
     asked: &mut mpsc::Receiver<GuestEvent>,
     since: Instant,
     progress: &mut (dyn FnMut(&str) + Send),
-) -> Result<RunnerInfo, Early> {
+) -> Result<(RunnerInfo, u32), Early> {
+    // What a guest speaks that does not say.
+    let mut contract = 1;
     loop {
         let phase = tokio::select! {
             biased;
@@ -234,7 +248,7 @@ async fn wait(
                 Some(GuestEvent::AsksForJob { info, reply }) => {
                     // The answer is 204; nobody minds if the guest is gone by then.
                     let _ = reply.send(None);
-                    return info.ok_or(Early::NoInfo);
+                    return info.map(|info| (info, contract)).ok_or(Early::NoInfo);
                 }
                 Some(GuestEvent::Greeted) => "guest has shown its pass",
                 _ => continue,
@@ -245,6 +259,10 @@ async fn wait(
                 Some(MachineEvent::Report(Report::Ready)) => "guest is up",
                 Some(MachineEvent::Report(Report::Applied)) => "guest has its identity",
                 Some(MachineEvent::Report(Report::RunnerStarted)) => "gitlab-runner started",
+                Some(MachineEvent::Report(Report::Contract(spoken))) => {
+                    contract = spoken;
+                    continue;
+                }
                 Some(MachineEvent::Report(Report::Failed(text))) => {
                     progress(&format!("guest: {text}"));
                     continue;

@@ -3,6 +3,7 @@
 //! Written by `image::build`, completed by the boot test (`info`), read by `image::store`. Unknown
 //! keys are errors: a newer format has a newer `format_version`, and is refused by that.
 
+use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST};
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,9 @@ pub struct Manifest {
     /// Kernel command line; boot kind `direct` only.
     #[serde(default)]
     pub cmdline: Option<String>,
+    /// The guest contract that its guest program speaks; images of before contracts were counted speak the first.
+    #[serde(default = "first_contract")]
+    pub contract: u32,
     /// Executor that the runner's config.toml names: `shell`.
     pub executor: String,
     /// What the image's runner sends as `info` when it asks for a job, raw JSON; learnt by the boot
@@ -50,6 +54,10 @@ pub struct Manifest {
     /// What it was built from.
     #[serde(default)]
     pub build: BuildInputs,
+}
+
+fn first_contract() -> u32 {
+    1
 }
 
 /// How an image boots.
@@ -102,6 +110,15 @@ impl fmt::Display for RunnerOrigin {
     }
 }
 
+/// What only a booted image can tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Learnt {
+    /// What its runner says of itself, raw JSON.
+    pub info: String,
+    /// The guest contract that its guest program speaks.
+    pub contract: u32,
+}
+
 /// One file of an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -131,6 +148,30 @@ impl Manifest {
     #[must_use]
     pub fn runner_info(&self) -> Option<crate::gitlab::RunnerInfo> {
         serde_json::from_str(self.info.as_deref()?).ok()
+    }
+
+    /// Takes in what a boot test has learnt.
+    pub fn learn(&mut self, learnt: Learnt) {
+        self.info = Some(learnt.info);
+        self.contract = learnt.contract;
+    }
+
+    /// Why no job can run in it, if that is so by the contract of its guest program.
+    #[must_use]
+    pub fn unspoken(&self) -> Option<String> {
+        if self.contract < CONTRACT_OLDEST {
+            Some(format!(
+                "image `{0}` was built for an older dayfly (guest contract {1}; this one speaks {CONTRACT_OLDEST} and {CONTRACT}): rebuild it with `dayfly image build {0}`",
+                self.name, self.contract
+            ))
+        } else if self.contract > CONTRACT {
+            Some(format!(
+                "image `{0}` was built by a newer dayfly (guest contract {1}; this one speaks {CONTRACT_OLDEST} and {CONTRACT}): install that one, or rebuild the image with `dayfly image build {0}`",
+                self.name, self.contract
+            ))
+        } else {
+            None
+        }
     }
 
     /// Whether the runner inside is not the official one.
@@ -215,6 +256,7 @@ impl Manifest {
             BootKind::Disk => "disk",
         });
         optional(&mut document, "cmdline", self.cmdline.as_deref());
+        document["contract"] = value(i64::from(self.contract));
         document["executor"] = value(&self.executor);
         optional(&mut document, "info", self.info.as_deref());
 
@@ -270,6 +312,7 @@ pub(super) mod tests {
             architecture: std::env::consts::ARCH.into(),
             boot: BootKind::Direct,
             cmdline: Some("root=/dev/vda \"quoted\"".into()),
+            contract: dayfly_guest_config::CONTRACT,
             executor: "shell".into(),
             info: Some(r#"{"name":"gitlab-runner","features":{"trace_reset":true}}"#.into()),
             runner: ImageRunner {

@@ -12,7 +12,7 @@
 //! name: each `get` checks the manifest, each file's length and the disk's header again, so that a
 //! broken image is one clear sentence and not a VM that never says a word.
 
-use super::manifest::{BootKind, ImageFile, MANIFEST_FILE, Manifest, ManifestError};
+use super::manifest::{BootKind, ImageFile, Learnt, MANIFEST_FILE, Manifest, ManifestError};
 use super::qcow2::{self, Qcow2Error};
 use super::stamp::{Known, Stamp, Stamps};
 use crate::vm::Boot;
@@ -123,7 +123,7 @@ impl Image {
     /// files, but for what a boot test has learnt. SHA-256, hex.
     #[must_use]
     pub fn digest(&self) -> String {
-        hex(&Sha256::digest(Manifest { info: None, ..self.manifest.clone() }.to_text()))
+        hex(&Sha256::digest(Manifest { info: None, contract: 0, ..self.manifest.clone() }.to_text()))
     }
 }
 
@@ -147,6 +147,7 @@ impl Image {
                 architecture: "x86_64".into(),
                 boot: BootKind::Disk,
                 cmdline: None,
+                contract: dayfly_guest_config::CONTRACT,
                 executor: "shell".into(),
                 info: Some(
                     r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into(),
@@ -291,14 +292,15 @@ impl ImageStore {
         Ok(())
     }
 
-    /// Records what a boot test has learnt of an image in use: its runner's `info`, raw JSON.
+    /// Records what a boot test has learnt of an image in use.
     ///
     /// # Errors
     /// [`ImageError::Directory`]; the manifest is then as it was.
-    pub fn set_info(&self, image: &Image, info: String) -> Result<(), ImageError> {
+    pub fn learn(&self, image: &Image, learnt: Learnt) -> Result<(), ImageError> {
         let path = image.dir.join(super::manifest::MANIFEST_FILE);
         let failed = |source| ImageError::Directory { what: "write", path: path.clone(), source };
-        let manifest = Manifest { info: Some(info), ..image.manifest.clone() };
+        let mut manifest = image.manifest.clone();
+        manifest.learn(learnt);
         let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(&image.dir).map_err(failed)?;
         io::Write::write_all(&mut file, manifest.to_text().as_bytes()).map_err(failed)?;
         fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).map_err(failed)?;

@@ -46,6 +46,7 @@ pub(super) fn room(ceiling: Resources, class: &config::Class, spec: &MachineSpec
 fn spec(class: &config::Class, image: &Image, runner: GuestRunnerSpec, _payload: &JobPayload) -> MachineSpec {
     MachineSpec {
         image: ImageRef { name: class.image.clone(), digest: image.digest() },
+        contract: image.manifest.contract,
         executor: image.manifest.executor.clone(),
         cpus: class.cpus,
         memory_mib: class.memory_mib,

@@ -1,11 +1,13 @@
 //! The host's own troubles: images, disks, what is stuck, and what a restart finds of that.
 
-use crate::support::world::World;
+use crate::support::world::{World, paused};
+use dayfly::files::Files as _;
 use dayfly::image::manifest::MANIFEST_FILE;
 use dayfly::image::store::{Image, ImageStore};
 use dayfly::standin::{Fault, JobState, Matcher, Route};
 use dayfly::status::RunnerState;
 use dayfly::vm::fake::{Fault as VmFault, Op, Timing};
+use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -65,6 +67,67 @@ async fn a_job_without_its_image_fails_naming_it_and_others_run() {
     std::fs::rename(&away, &image).unwrap();
     world.until(next, JobState::Success).await;
     world.assert_clean().await;
+}
+
+/// U5: an image whose guest program speaks a contract older than the one before costs no job: its class's polls stop,
+/// and say what to do, until it is rebuilt. An image of the contract before is as good as a new one.
+#[test]
+fn an_image_that_is_too_old_stops_polls_and_costs_no_job() {
+    for wrong in [CONTRACT_OLDEST - 1, CONTRACT + 1] {
+        paused(of_contract_first(wrong));
+    }
+}
+
+async fn of_contract_first(wrong: u32) {
+    let mut world = World::new(1);
+    world.expect_trouble(&["no job is asked for"]);
+    let dir = tempfile::tempdir().unwrap();
+    let image = image_on_disk(&mut world, dir.path(), "test");
+    let good = std::fs::read_to_string(image.join(MANIFEST_FILE)).unwrap();
+    let of_contract = |contract: u32| {
+        let line = format!("contract = {CONTRACT}\n");
+        assert!(good.contains(&line), "{good}");
+        std::fs::write(image.join(MANIFEST_FILE), good.replace(&line, &format!("contract = {contract}\n"))).unwrap();
+    };
+    of_contract(wrong);
+    let job = world.job(&["print begun"]);
+    world.start().await.unwrap();
+    let says = |status: &RunnerState| {
+        matches!(status, RunnerState::Blocked { reason } if reason.contains("`test`")
+            && reason.contains("rebuild") && reason.contains("dayfly image build test"))
+    };
+    world.until_status(|status| says(&status.runners[0].state)).await;
+    sleep(Duration::from_secs(600)).await;
+    assert_eq!((world.found(job).state, world.requests(Route::RequestJob).len()), (JobState::Pending, 0));
+    of_contract(CONTRACT_OLDEST);
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+}
+
+/// U5: the guest config of a job under way survives an upgrade: whatever members another version has added to it, or
+/// has not.
+#[test]
+fn a_job_under_way_keeps_its_guest_config_over_an_upgrade() {
+    paused(of_another_version(|config| config.replacen('{', "{\"of_another_version\":{\"more\":1},", 1)));
+    let (now, before) = (format!("\"version\":{CONTRACT}"), format!("\"version\":{CONTRACT_OLDEST}"));
+    paused(of_another_version(|config| config.replacen(&now, &before, 1)));
+}
+
+async fn of_another_version(edit: impl Fn(String) -> String) {
+    let mut world = World::new(1);
+    let job = world.job(&["print begun", "sleep 200", "print finished"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "begun").await;
+    world.kill();
+    let kept = world.files.contents().into_iter().find(|(path, _)| path.ends_with("guest"));
+    let (path, config) = kept.expect("the guest config is kept");
+    let edited = edit(String::from_utf8(config.clone()).unwrap()).into_bytes();
+    assert_ne!(edited, config);
+    world.files.replace(&path, edited).await.unwrap();
+    world.start().await.unwrap();
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+    assert_eq!(world.machines_started(), 1);
 }
 
 /// H11: a file that is replaced in place while the overlay is made; no job is run on it.

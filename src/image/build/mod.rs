@@ -20,7 +20,7 @@ mod sources;
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
 pub use recipe::RECIPES;
 
-use super::manifest::{BootKind, BuildInputs, FORMAT_VERSION, ImageFile, ImageRunner, MANIFEST_FILE, Manifest};
+use super::manifest::{BootKind, BuildInputs, FORMAT_VERSION, ImageFile, ImageRunner, Learnt, MANIFEST_FILE, Manifest};
 use super::store::{Image, ImageError, ImageStore, digest};
 use crate::process::ProcessError;
 use recipe::Recipe;
@@ -159,12 +159,12 @@ impl Staged {
         Ok(self.store.open_staged(self.directory.path(), &self.manifest.name)?)
     }
 
-    /// Records what the boot test has learnt: the runner's `info`, raw JSON.
+    /// Records what the boot test has learnt.
     ///
     /// # Errors
     /// [`BuildError::File`].
-    pub fn set_info(&mut self, info: String) -> Result<(), BuildError> {
-        self.manifest.info = Some(info);
+    pub fn learn(&mut self, learnt: Learnt) -> Result<(), BuildError> {
+        self.manifest.learn(learnt);
         self.write()
     }
 
@@ -283,6 +283,8 @@ async fn fill(
         architecture: inputs.architecture.clone(),
         boot: BootKind::Direct,
         cmdline: Some(inputs.cmdline.clone()),
+        // The guest program is of this installation, and the boot test asks it.
+        contract: dayfly_guest_config::CONTRACT,
         executor: inputs.executor.clone(),
         info: None,
         runner,

@@ -135,7 +135,9 @@ impl Job {
             Report::Ready => self.phase("guest is up").await,
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
-            Report::RunnerConnected | Report::RunnerExited(_) => tracing::debug!(?report, "guest reports"),
+            Report::Contract(_) | Report::RunnerConnected | Report::RunnerExited(_) => {
+                tracing::debug!(?report, "guest reports")
+            }
             Report::Failed(text) => tracing::warn!(text, "guest could not do its part"),
         }
     }

@@ -27,17 +27,28 @@ pub const RELAY_ADDRESS: &str = "192.0.2.1:80";
 /// The URL that the guest runner's config.toml names.
 pub const RELAY_URL: &str = "http://192.0.2.1";
 
-/// The version of this format that this crate writes and the only one it reads.
-pub const VERSION: u32 = 1;
+/// The guest contract: what the guest config and the reports may hold. It counts versions of dayfly that were released
+/// with a change of it, not changes.
+///
+/// | contract | since then |
+/// | --- | --- |
+/// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
+/// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up |
+///
+/// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
+/// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
+pub const CONTRACT: u32 = 2;
+
+/// The oldest contract that is spoken.
+pub const CONTRACT_OLDEST: u32 = CONTRACT - 1;
 
 /// Bytes of one guest config at most, its line break included.
 pub const CONFIG_BYTES_MAX: usize = 256 * 1024;
 
 /// Everything that a guest is told, once, at hand-out.
 #[derive(Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct GuestConfig {
-    /// [`VERSION`].
+    /// The [`CONTRACT`] that it is written in.
     pub version: u32,
     /// The VM's id, 16 characters of base32.
     pub vm: String,
@@ -70,7 +81,6 @@ pub struct GuestConfig {
 
 /// The guest's side of its network.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct GuestNetwork {
     /// MAC to set, `52:…`; none: the device's own is right.
     pub mac: Option<String>,
@@ -84,7 +94,6 @@ pub struct GuestNetwork {
 
 /// How the guest starts its runner.
 #[derive(Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct GuestRunner {
     /// Whole text of the runner's config.toml.
     pub config_toml: String,
@@ -110,8 +119,8 @@ pub enum ConfigError {
     /// Not the JSON of this format.
     #[error("parse guest config")]
     Json(#[source] serde_json::Error),
-    /// Another version of dayfly wrote it.
-    #[error("guest config has version {0}, this program reads {VERSION}")]
+    /// It is written in a contract that is not spoken here.
+    #[error("guest config has version {0}, this program reads {CONTRACT_OLDEST} to {CONTRACT}")]
     Version(u32),
 }
 
@@ -127,17 +136,18 @@ impl GuestConfig {
         line
     }
 
-    /// Reads what [`GuestConfig::to_line`] wrote.
+    /// Reads what [`GuestConfig::to_line`] wrote, of this contract or the one before, and what a later program of the
+    /// same contract may have added to it.
     ///
     /// # Errors
-    /// [`ConfigError::Json`] for anything else, [`ConfigError::Version`] for another version.
+    /// [`ConfigError::Json`] for anything else, [`ConfigError::Version`] for another contract.
     pub fn from_line(line: &[u8]) -> Result<Self, ConfigError> {
         #[derive(Deserialize)]
         struct Versioned {
             version: u32,
         }
         let versioned: Versioned = serde_json::from_slice(line).map_err(ConfigError::Json)?;
-        if versioned.version != VERSION {
+        if !(CONTRACT_OLDEST..=CONTRACT).contains(&versioned.version) {
             return Err(ConfigError::Version(versioned.version));
         }
         serde_json::from_slice(line).map_err(ConfigError::Json)
@@ -148,5 +158,67 @@ impl std::fmt::Debug for GuestConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Pass, seed and config.toml (guest token) stay out of logs.
         f.debug_struct("GuestConfig").field("vm", &self.vm).field("door", &self.door).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+    use std::collections::BTreeSet;
+
+    /// One config a contract, as its daemons write it: never edited, only added to.
+    const GOLDEN: [(u32, &str); 2] =
+        [(1, include_str!("../golden/contract-1.json")), (2, include_str!("../golden/contract-2.json"))];
+
+    fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
+        if let Value::Object(object) = value {
+            for (key, value) in object {
+                let path = format!("{path}/{key}");
+                members(value, &path, into);
+                into.insert(path);
+            }
+        }
+    }
+
+    fn members_of(line: &[u8]) -> BTreeSet<String> {
+        let mut into = BTreeSet::new();
+        members(&serde_json::from_slice(line).unwrap(), "", &mut into);
+        into
+    }
+
+    /// U5: what goes to a guest of the contract before has the members that it knows, and no others.
+    #[test]
+    fn each_contract_is_written_as_it_was() {
+        assert_eq!(GOLDEN.map(|(contract, _)| contract).last(), Some(&CONTRACT), "each contract has its line");
+        for (contract, line) in GOLDEN {
+            let config = GuestConfig::from_line(line.as_bytes()).unwrap();
+            assert_eq!((config.version, config.vm.as_str()), (contract, "abcdefghijklmnop"));
+            let again = config.to_line();
+            assert_eq!(members_of(&again), members_of(line.as_bytes()), "contract {contract}");
+        }
+    }
+
+    /// U5: a member that is new costs neither an image nor a job that is under way, wherever it stands.
+    #[test]
+    fn what_is_not_known_is_passed_over() {
+        let line = GOLDEN[1].1;
+        for place in ["{\"version\"", "{\"mac\"", "{\"config_toml\""] {
+            let newer = line.replacen(place, &place.replacen('{', "{\"new\":{\"in\":[3]},", 1), 1);
+            assert_ne!(newer, line);
+            assert_eq!(
+                GuestConfig::from_line(newer.as_bytes()).unwrap().to_line(),
+                GuestConfig::from_line(line.as_bytes()).unwrap().to_line()
+            );
+        }
+    }
+
+    #[test]
+    fn a_contract_that_is_not_spoken_is_named() {
+        for version in [0, CONTRACT + 1] {
+            let line = GOLDEN[0].1.replace("\"version\":1", &format!("\"version\":{version}"));
+            let error = GuestConfig::from_line(line.as_bytes()).unwrap_err();
+            assert_eq!(error.to_string(), format!("guest config has version {version}, this program reads 1 to 2"));
+        }
     }
 }

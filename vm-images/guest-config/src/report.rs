@@ -13,6 +13,8 @@ pub const REPORT_LINE_MAX: usize = 4096;
 pub enum Report {
     /// The guest program runs and waits for its config.
     Ready,
+    /// The contract that it speaks; one that says nothing speaks the first.
+    Contract(u32),
     /// Identity, network and files are in place.
     Applied,
     /// The guest runner has been started.
@@ -32,6 +34,7 @@ impl Report {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         Some(match word {
             "ready" => Self::Ready,
+            "contract" => Self::Contract(rest.parse().ok()?),
             "applied" => Self::Applied,
             "runner-started" => Self::RunnerStarted,
             "runner-connected" => Self::RunnerConnected,
@@ -46,6 +49,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ready => f.write_str("ready"),
+            Self::Contract(contract) => write!(f, "contract {contract}"),
             Self::Applied => f.write_str("applied"),
             Self::RunnerStarted => f.write_str("runner-started"),
             Self::RunnerConnected => f.write_str("runner-connected"),
@@ -66,6 +70,7 @@ mod tests {
     fn a_report_reads_back_as_it_was_written() {
         for report in [
             Report::Ready,
+            Report::Contract(2),
             Report::Applied,
             Report::RunnerStarted,
             Report::RunnerConnected,

@@ -9,7 +9,9 @@ use dayfly_guest::channel::{self, Line, Reporter};
 use dayfly_guest::console::{chain, say};
 use dayfly_guest::relay::{Limits, Relay, Target};
 use dayfly_guest::{machine, runner, users};
-use dayfly_guest_config::{CONFIG_BYTES_MAX, ConfigError, GuestConfig, PORT_NAME, Pass, RELAY_ADDRESS, Report};
+use dayfly_guest_config::{
+    CONFIG_BYTES_MAX, CONTRACT, ConfigError, GuestConfig, PORT_NAME, Pass, RELAY_ADDRESS, Report,
+};
 use std::ffi::OsString;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -192,6 +194,7 @@ fn read_config(reporter: &Reporter) -> Result<GuestConfig, GuestError> {
     match channel::read_lines(reporter, lines) {
         Ok(()) => {
             reporter.report(Report::Ready);
+            reporter.report(Report::Contract(CONTRACT));
             config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -251,9 +254,9 @@ mod tests {
     fn nothing_else_is_taken_for_a_config_and_the_reason_is_kept() {
         let (lines, inbox) = sync_channel(4);
         assert_eq!(config_of(&inbox, SHORT, SHORT).unwrap_err().to_string(), "no guest config within 30 min");
-        lines.send(Line::Whole(b"{\"version\":2}".into())).unwrap();
+        lines.send(Line::Whole(b"{\"version\":3}".into())).unwrap();
         let error = config_of(&inbox, SHORT, SHORT).unwrap_err();
-        assert_eq!(chain(&error), "read guest config: guest config has version 2, this program reads 1");
+        assert_eq!(chain(&error), "read guest config: guest config has version 3, this program reads 1 to 2");
         lines.send(Line::TooLong).unwrap();
         assert!(matches!(config_of(&inbox, SHORT, SHORT), Err(GuestError::TooLong)));
     }

@@ -1,13 +1,13 @@
 //! Tests of `apply`, below a root of their own.
 
 use super::*;
-use dayfly_guest_config::{GuestRunner, VERSION};
+use dayfly_guest_config::{CONTRACT, GuestRunner};
 
 const PEM: &str = "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n";
 
 fn config() -> GuestConfig {
     GuestConfig {
-        version: VERSION,
+        version: CONTRACT,
         vm: "abcdefghijklmnop".into(),
         door: "10.0.2.2:40000".into(),
         pass: "A".repeat(43),

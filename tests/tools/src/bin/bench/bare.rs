@@ -53,6 +53,7 @@ pub(crate) async fn boot(
     let url = url::Url::parse("https://gitlab.example").map_err(|error| error.to_string())?;
     let machine = MachineSpec {
         image: ImageRef { name: "image".into(), digest: String::new() },
+        contract: dayfly_guest_config::CONTRACT,
         executor: executor.to_owned(),
         cpus: spec.cpus,
         memory_mib: spec.memory_mib,
