@@ -18,10 +18,14 @@ use http_body::Body as HttpBody;
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 /// Largest body that is read whole. The official runner's pieces of trace are at most 1 MiB.
 const BODY_BYTES_MAX: usize = 64 << 20;
+
+/// Bodies of all connections that are being read whole: a client may open many.
+const READING_BYTES_MAX: usize = 256 << 20;
 
 /// The front proxy's limit for a poll, while long polling is on.
 const LONG_POLL_BODY_MAX: usize = 32 << 10;
@@ -37,6 +41,26 @@ struct Head {
     job: Option<JobId>,
     number: u64,
     request: http::request::Parts,
+}
+
+/// A body's share of [`READING_BYTES_MAX`]; dropping it gives the share back.
+struct Room<'a> {
+    reading: &'a AtomicUsize,
+    bytes: usize,
+}
+
+impl Room<'_> {
+    /// `false`: there is no room for so many bytes more.
+    fn take(&mut self, bytes: usize) -> bool {
+        self.bytes += bytes;
+        self.reading.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) <= READING_BYTES_MAX
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.reading.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl Standin {
@@ -126,11 +150,15 @@ impl Standin {
     /// A whole body; a broken one ends the exchange, for nobody waits for an answer.
     async fn collect(&self, number: u64, mut body: Body, bytes_max: usize) -> Result<Bytes, Answer> {
         let mut all = BytesMut::new();
+        let mut room = Room { reading: &self.reading, bytes: 0 };
         while let Some(frame) = body.frame().await {
             let Ok(frame) = frame else {
                 return Err(Answer::message(StatusCode::BAD_REQUEST, "400 Bad Request"));
             };
             let Ok(data) = frame.into_data() else { continue };
+            if !room.take(data.len()) {
+                return Err(Answer::message(StatusCode::SERVICE_UNAVAILABLE, "503 Service Unavailable"));
+            }
             all.extend_from_slice(&data);
             if all.len() > bytes_max {
                 return Err(Answer::message(StatusCode::PAYLOAD_TOO_LARGE, "413 Request Entity Too Large"));
@@ -140,8 +168,10 @@ impl Standin {
         self.edit(|model| {
             if let Some(entry) = model.history.get_mut(number) {
                 entry.body_bytes = u64::try_from(all.len()).unwrap_or(u64::MAX);
-                let is_kept = all.len() <= BODY_KEPT_BYTES && entry.route != Route::AppendTrace;
-                entry.body = is_kept.then(|| all.clone());
+                if all.len() <= BODY_KEPT_BYTES && entry.route != Route::AppendTrace {
+                    // A copy: the piece may be a part of a larger buffer of the connection.
+                    model.history.keep_body(number, &Bytes::copy_from_slice(&all));
+                }
             }
         });
         Ok(all)

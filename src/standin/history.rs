@@ -11,6 +11,10 @@ use std::fmt;
 /// More requests than any test makes on purpose; older ones are forgotten.
 const ENTRIES_MAX: usize = 20_000;
 
+/// What bodies and headers of the requests that are kept may take together: a client that is a stranger
+/// (`exec`'s guest) could fill the entries with the largest bodies.
+const KEPT_BYTES_MAX: usize = 64 << 20;
+
 /// Bodies up to this size are kept with the request: all of the API's JSON, no trace piece of a flood.
 pub(super) const BODY_KEPT_BYTES: usize = 64 << 10;
 
@@ -57,6 +61,8 @@ impl fmt::Debug for Recorded {
 pub struct History {
     entries: VecDeque<Recorded>,
     next: u64,
+    /// Bytes of all entries' heads and bodies.
+    kept_bytes: usize,
 }
 
 impl History {
@@ -80,15 +86,74 @@ impl History {
         let number = self.next;
         entry.number = number;
         self.next += 1;
-        if self.entries.len() == ENTRIES_MAX {
-            self.entries.pop_front();
-        }
+        self.kept_bytes += weight(&entry);
         self.entries.push_back(entry);
+        self.forget();
         number
+    }
+
+    /// Keeps the body of a request that is still known.
+    pub(super) fn keep_body(&mut self, number: u64, body: &Bytes) {
+        let Some(entry) = self.get_mut(number) else { return };
+        let before = weight(entry);
+        entry.body = Some(body.clone());
+        let after = weight(entry);
+        self.kept_bytes = (self.kept_bytes + after).saturating_sub(before);
+        self.forget();
+    }
+
+    /// The oldest requests go, until the rest fits.
+    fn forget(&mut self) {
+        while self.entries.len() > ENTRIES_MAX || self.kept_bytes > KEPT_BYTES_MAX {
+            let Some(oldest) = self.entries.pop_front() else { return };
+            self.kept_bytes = self.kept_bytes.saturating_sub(weight(&oldest));
+        }
     }
 
     pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut Recorded> {
         let first = self.entries.front()?.number;
         self.entries.get_mut(usize::try_from(number.checked_sub(first)?).ok()?)
+    }
+}
+
+/// Bytes that an entry holds beside itself.
+fn weight(entry: &Recorded) -> usize {
+    let headers: usize = entry.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let target = entry.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    headers + target + entry.body.as_ref().map_or(0, Bytes::len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// U31: what a client sends again and again does not add up in memory
+    #[test]
+    fn the_oldest_requests_go_when_the_rest_is_heavy() {
+        let mut history = History::default();
+        let entry = Recorded {
+            number: 0,
+            at: Timestamp::UNIX_EPOCH,
+            connection: 1,
+            method: Method::PUT,
+            uri: Uri::from_static("/api/v4/jobs/1"),
+            route: Route::UpdateJob,
+            job: None,
+            headers: HeaderMap::new(),
+            body: None,
+            body_bytes: 0,
+            status: None,
+            faulted: false,
+        };
+        let body = Bytes::from(vec![0; BODY_KEPT_BYTES]);
+        for _ in 0..ENTRIES_MAX {
+            let number = history.push(entry.clone());
+            history.keep_body(number, &body);
+        }
+        let kept: usize = history.iter().map(weight).sum();
+        assert_eq!(kept, history.kept_bytes);
+        assert!(kept <= KEPT_BYTES_MAX && kept > KEPT_BYTES_MAX / 2, "{kept}");
+        assert_eq!(history.total(), ENTRIES_MAX as u64);
+        assert_eq!(history.iter().last().map(|entry| entry.number), Some(ENTRIES_MAX as u64 - 1));
     }
 }

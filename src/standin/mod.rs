@@ -65,6 +65,7 @@ use crate::rng::Rng;
 use crate::secret::Secret;
 use jiff::Timestamp;
 use std::fmt;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
@@ -75,6 +76,8 @@ pub struct Standin {
     model: Arc<Mutex<Model>>,
     changes: Latest<()>,
     clock: Clock,
+    /// Bytes of bodies that are being read whole, of all connections together.
+    reading: Arc<AtomicUsize>,
 }
 
 /// What was waited for did not happen in time.
@@ -92,7 +95,7 @@ impl Standin {
     /// An empty GitLab: no project, no runner.
     #[must_use]
     pub fn new(clock: Clock, rng: Rng) -> Self {
-        Self { model: Arc::new(Mutex::new(Model::new(rng))), changes: Latest::new(()), clock }
+        Self { model: Arc::new(Mutex::new(Model::new(rng))), changes: Latest::new(()), clock, reading: Arc::default() }
     }
 
     /// One request, one response. A planned cut of the connection reads as a 502 here; use

@@ -54,6 +54,10 @@ impl Drop for Served {
     }
 }
 
+/// A connection's read buffer, heads included: the official runner's heads have less than 4 KiB, and a body comes in
+/// pieces of this size at most.
+const BUFFER_BYTES: usize = 64 << 10;
+
 /// Answers on `listener` until the result is dropped.
 ///
 /// # Errors
@@ -124,7 +128,7 @@ async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(standin: Stand
         }
     });
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).keep_alive(true);
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).keep_alive(true).max_buf_size(BUFFER_BYTES);
     if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
         tracing::debug!(%error, "stand-in: connection ended");
     }

@@ -4,6 +4,7 @@ mod content;
 mod dotenv;
 mod download;
 mod expiry;
+mod multipart;
 mod upload;
 
 pub use content::ArtifactContent;

@@ -9,11 +9,11 @@ use super::super::params::Params;
 use super::super::payload::artifact_format;
 use super::super::settings::ArtifactKeep;
 use super::content::ArtifactContent;
+use super::multipart::{self, Multipart, MultipartError, Part};
 use super::{dotenv, expiry};
 use crate::gitlab::{Body, JobId};
 use bytes::BytesMut;
 use http::{HeaderMap, StatusCode};
-use http_body_util::BodyDataStream;
 use jiff::Timestamp;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
@@ -137,42 +137,45 @@ async fn receive(
     keep: &ArtifactKeep,
 ) -> Result<Received, Answer> {
     let content_type = auth::header(headers, "content-type").unwrap_or_default();
-    let Ok(boundary) = multer::parse_boundary(&content_type) else {
+    let Some(boundary) = multipart::boundary(&content_type) else {
         return Err(Answer::bad_parameter("file is missing"));
     };
-    let broken = || Answer::message(StatusCode::INTERNAL_SERVER_ERROR, "500 Internal Server Error");
-    let mut multipart = multer::Multipart::new(BodyDataStream::new(body), boundary);
+    let mut multipart = Multipart::new(body, &boundary, bytes_max);
     let mut received = None;
     loop {
-        let field = match multipart.next_field().await {
-            Ok(Some(field)) => field,
+        // A plain field is GitLab's to ignore: it is read and forgotten.
+        let filename = match multipart.next_part().await {
+            Ok(Some(Part { filename: None, .. })) => continue,
             Ok(None) => break,
-            Err(_) => {
-                discard(received).await;
-                return Err(broken());
+            // The front proxy takes one file, and only under this name.
+            Ok(Some(Part { filename: Some(filename), name }))
+                if name.as_deref() == Some("file") && received.is_none() =>
+            {
+                Ok(filename)
             }
+            Ok(Some(_)) => Err(MultipartError::Broken),
+            Err(error) => Err(error),
         };
-        let Some(filename) = field.file_name().map(str::to_owned) else {
-            // A plain field is GitLab's to ignore; it is read and forgotten.
-            if drain(field).await.is_err() {
-                discard(received).await;
-                return Err(broken());
+        match filename {
+            Ok(filename) => {
+                received = Some(receive_file(standin, &mut multipart, filename, bytes_max, keep).await?);
             }
-            continue;
-        };
-        // The front proxy takes one file, and only under this name.
-        if field.name() != Some("file") || received.is_some() {
-            discard(received).await;
-            return Err(broken());
+            Err(error) => {
+                discard(received).await;
+                return Err(refusal(&error));
+            }
         }
-        received = Some(receive_file(standin, field, filename, bytes_max, keep).await?);
     }
     received.ok_or_else(|| Answer::bad_parameter("file is missing"))
 }
 
-async fn drain(mut field: multer::Field<'_>) -> multer::Result<()> {
-    while field.chunk().await?.is_some() {}
-    Ok(())
+fn refusal(error: &MultipartError) -> Answer {
+    match error {
+        MultipartError::TooLarge => too_large(),
+        MultipartError::Cut | MultipartError::Broken => {
+            Answer::message(StatusCode::INTERNAL_SERVER_ERROR, "500 Internal Server Error")
+        }
+    }
 }
 
 async fn discard(received: Option<Received>) {
@@ -184,7 +187,7 @@ async fn discard(received: Option<Received>) {
 /// Reads one file to where it is kept, counting and hashing.
 async fn receive_file(
     standin: &Standin,
-    mut field: multer::Field<'_>,
+    multipart: &mut Multipart,
     filename: String,
     bytes_max: u64,
     keep: &ArtifactKeep,
@@ -206,10 +209,10 @@ async fn receive_file(
     let mut small = Some(Vec::new());
     let (mut size, mut hash) = (0_u64, Sha256::new());
     let outcome = loop {
-        let chunk = match field.chunk().await {
+        let chunk = match multipart.chunk().await {
             Ok(Some(chunk)) => chunk,
             Ok(None) => break Ok(()),
-            Err(_) => break Err(Answer::message(StatusCode::INTERNAL_SERVER_ERROR, "500 Internal Server Error")),
+            Err(error) => break Err(refusal(&error)),
         };
         size = size.saturating_add(u64::try_from(chunk.len()).unwrap_or(u64::MAX));
         if size > memory_max {

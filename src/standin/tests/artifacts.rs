@@ -99,3 +99,16 @@ async fn limits_and_foreign_parts_are_refused() {
     assert_eq!(upload(&lab, id, &token, "", part("x")).await.status, 405);
     assert!(lab.gitlab.job(id).unwrap().artifacts.is_empty());
 }
+
+/// U31: through the API, a part's head without an end is an error, not a reason to wait
+#[tokio::test(start_paused = true)]
+async fn a_head_without_an_end_is_refused_and_leaves_nothing() {
+    let lab = Lab::new();
+    let (id, token) = lab.running_job(JobSpec::default()).await;
+    let endless = format!("--cut\r\nContent-Disposition: form-data; name=\"{}", "a".repeat(8 << 20));
+    assert_eq!(upload(&lab, id, &token, "", endless).await.status, 500);
+    let twice = part("abc").replace("--cut--\r\n", "") + &part("def");
+    assert_eq!(upload(&lab, id, &token, "", twice).await.status, 500);
+    assert!(lab.gitlab.job(id).unwrap().artifacts.is_empty());
+    assert_eq!(upload(&lab, id, &token, "", part("abc")).await.status, 201);
+}
