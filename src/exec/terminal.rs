@@ -1,7 +1,9 @@
 //! A job's trace as a developer's terminal may see it.
 //!
 //! Each line of the trace begins with a header of 32 bytes (time, stream, whether it goes on with the
-//! line before); headers and section marks go, colours stay. The job is a stranger to this terminal
+//! line before); headers and section marks go, colours stay. A runner may cut a line anywhere and go on behind the
+//! next header: gitlab-runner 17.5 does so after every return, in the middle of its section marks; 19.3 after the
+//! mark. So marks and returns are read in the line that the pieces make together. The job is a stranger to this terminal
 //! (safety.md T21): of all control sequences only colours (SGR) and "erase to the end of the line"
 //! pass, so nothing can move the cursor up, set a title, paste, or hide what stands there.
 //! Where stdout is no terminal, no control sequence passes at all.
@@ -29,6 +31,8 @@ pub(super) struct Terminal {
     open: bool,
     /// The line being read began in an earlier piece, its header is gone.
     in_line: bool,
+    /// The end of what came of this line: a return, or what may become a section mark.
+    held: Vec<u8>,
     /// A colour may be on.
     coloured: bool,
     state: State,
@@ -55,6 +59,7 @@ impl Terminal {
             has_headers: None,
             open: false,
             in_line: false,
+            held: Vec::new(),
             coloured: false,
             state: State::Ground,
             pending: Vec::new(),
@@ -107,13 +112,22 @@ impl Terminal {
                 }
             }
         };
-        self.open = true;
-        let text = without_marks(text);
-        // A return at the very end is a line break of another system.
-        self.render(text.strip_suffix(b"\r").unwrap_or(&text), out);
+        let mut held = std::mem::take(&mut self.held);
+        held.extend_from_slice(text);
+        let Unmarked { shown, held, marks } = without_marks(&held);
+        // A line of marks alone is none.
+        self.open |= !shown.is_empty() || marks == 0 && held.is_empty();
+        self.render(&shown, out);
+        self.held = held.to_vec();
     }
 
     fn end_line(&mut self, out: &mut String) {
+        let held = std::mem::take(&mut self.held);
+        if !held.is_empty() {
+            // A return at the very end is a line break of another system; a mark that never came is text.
+            self.open = true;
+            self.render(held.strip_suffix(b"\r").unwrap_or(&held), out);
+        }
         self.finish_character(out);
         self.state = State::Ground;
         self.pending.clear();
@@ -222,44 +236,101 @@ fn header(line: &[u8]) -> Option<bool> {
     fits.then(|| header.last() == Some(&b'+'))
 }
 
-/// Takes out `section_start:TIME:NAME[OPTIONS]` and `section_end:TIME:NAME`, each with the return
-/// and the erasing that follow.
-fn without_marks(text: &[u8]) -> Cow<'_, [u8]> {
-    const END: &[u8] = b"\r\x1b[0K";
-    let mut rest = text;
-    let mut kept: Option<Vec<u8>> = None;
-    let mut from = 0;
-    while let Some(at) = find(rest.get(from..).unwrap_or_default(), b"section_").map(|at| at + from) {
-        let mark = rest.get(at..).unwrap_or_default();
-        let end = find(mark.get(..MARK_BYTES_MAX).unwrap_or(mark), END)
-            .filter(|end| is_mark(mark.get(..*end).unwrap_or_default()));
-        match end {
-            Some(end) => {
-                kept.get_or_insert_default().extend_from_slice(rest.get(..at).unwrap_or_default());
-                rest = mark.get(end + END.len()..).unwrap_or_default();
-                from = 0;
-            }
-            None => from = at + 1,
-        }
-    }
-    match kept {
-        Some(mut kept) => {
-            kept.extend_from_slice(rest);
-            Cow::Owned(kept)
-        }
-        None => Cow::Borrowed(text),
-    }
+/// A piece of a line without its section marks.
+struct Unmarked<'a> {
+    /// What is shown.
+    shown: Cow<'a, [u8]>,
+    /// The end of it, which only what comes next can decide.
+    held: &'a [u8],
+    /// Marks taken out.
+    marks: usize,
 }
 
-fn is_mark(mark: &[u8]) -> bool {
-    let Some(rest) = mark.strip_prefix(b"section_start:").or_else(|| mark.strip_prefix(b"section_end:")) else {
-        return false;
+/// What follows a mark: a return, and the erasing of what stood there.
+const MARK_END: &[u8] = b"\r\x1b[0K";
+
+/// Takes out `section_start:TIME:NAME[OPTIONS]` and `section_end:TIME:NAME`, each with the return
+/// and the erasing that follow.
+fn without_marks(text: &[u8]) -> Unmarked<'_> {
+    const BEGIN: &[u8] = b"section_";
+    let mut kept: Option<Vec<u8>> = None;
+    let (mut rest, mut from, mut marks) = (text, 0, 0);
+    let held = loop {
+        let Some(at) = find(rest.get(from..).unwrap_or_default(), BEGIN).map(|at| at + from) else {
+            // The beginning of a mark's first word, or a return.
+            let tail = (1..BEGIN.len()).rev().find(|n| rest.ends_with(BEGIN.get(..*n).unwrap_or_default()));
+            break tail.unwrap_or(usize::from(rest.ends_with(b"\r")));
+        };
+        let mark = rest.get(at..).unwrap_or_default();
+        match read_mark(mark.get(..MARK_BYTES_MAX).unwrap_or(mark)) {
+            Mark::Whole(length) => {
+                kept.get_or_insert_default().extend_from_slice(rest.get(..at).unwrap_or_default());
+                rest = mark.get(length..).unwrap_or_default();
+                (from, marks) = (0, marks + 1);
+            }
+            Mark::Begun if mark.len() < MARK_BYTES_MAX => break mark.len(),
+            Mark::Begun | Mark::None => from = at + 1,
+        }
     };
-    let digits = rest.iter().take_while(|b| b.is_ascii_digit()).count();
-    let Some(name) = rest.get(digits..).and_then(|r| r.strip_prefix(b":")).filter(|_| digits > 0) else { return false };
-    let length = name.iter().take_while(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.')).count();
-    let options = name.get(length..).unwrap_or_default();
-    length > 0 && (options.is_empty() || options.starts_with(b"[") && options.ends_with(b"]"))
+    let (last, held) = rest.split_at(rest.len().saturating_sub(held));
+    let shown = match kept {
+        Some(mut kept) => {
+            kept.extend_from_slice(last);
+            Cow::Owned(kept)
+        }
+        None => Cow::Borrowed(last),
+    };
+    Unmarked { shown, held, marks }
+}
+
+/// What a text begins with.
+#[derive(Debug, PartialEq, Eq)]
+enum Mark {
+    /// A mark of so many bytes, its end included.
+    Whole(usize),
+    /// The beginning of one.
+    Begun,
+    None,
+}
+
+fn read_mark(text: &[u8]) -> Mark {
+    /// `rest` after `wanted`; or `Begun` if it ends within, `None` if it is something else.
+    fn after<'a>(rest: &'a [u8], wanted: &[u8]) -> Result<&'a [u8], Mark> {
+        match rest.strip_prefix(wanted) {
+            Some(rest) => Ok(rest),
+            None if wanted.starts_with(rest) => Err(Mark::Begun),
+            None => Err(Mark::None),
+        }
+    }
+    /// `rest` after one byte or more for which `fits` holds.
+    fn some(rest: &[u8], fits: impl Fn(&u8) -> bool) -> Result<&[u8], Mark> {
+        let count = rest.iter().take_while(|b| fits(b)).count();
+        let rest = rest.get(count..).unwrap_or_default();
+        match (count, rest) {
+            (_, []) => Err(Mark::Begun),
+            (0, _) => Err(Mark::None),
+            _ => Ok(rest),
+        }
+    }
+    let read = || -> Result<usize, Mark> {
+        let rest = match after(text, b"section_start:") {
+            Err(Mark::None) => after(text, b"section_end:")?,
+            other => other?,
+        };
+        let rest = some(rest, u8::is_ascii_digit)?;
+        let rest = after(rest, b":")?;
+        let rest = some(rest, |b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))?;
+        let rest = if rest.starts_with(b"[") {
+            match find(rest, b"]\r\x1b[0K") {
+                Some(at) => rest.get(at + 1..).unwrap_or_default(),
+                None => return Err(Mark::Begun),
+            }
+        } else {
+            rest
+        };
+        after(rest, MARK_END).map(|rest| text.len() - rest.len())
+    };
+    read().map_or_else(|none| none, Mark::Whole)
 }
 
 fn find(text: &[u8], wanted: &[u8]) -> Option<usize> {
@@ -308,6 +379,66 @@ mod tests {
         assert_eq!(terminal.feed(format!("{TIME} 01O+ done\n").as_bytes()), " done");
         assert_eq!(terminal.finish(), "\n");
         assert_eq!(terminal.finish(), "");
+    }
+
+    /// U46: marks go wherever a runner has cut the line, with the pieces of 17.5 and of 19.3 as they were recorded
+    #[test]
+    fn marks_are_read_across_the_headers_of_both_generations() {
+        // gitlab-runner 17.5 (recording i8_timestamps_on): cut after the return, before the erasing.
+        check(
+            false,
+            &format!(
+                "{TIME} 00O \u{1b}[0KRunning with gitlab-runner 17.5.0 (HEAD)\u{1b}[0;m\n\
+                 {TIME} 00O section_start:1795253220:prepare_executor\r\n\
+                 {TIME} 00O+\u{1b}[0K\u{1b}[0K\u{1b}[36;1mPreparing the \"shell\" executor\u{1b}[0;m\u{1b}[0;m\n\
+                 {TIME} 00O \u{1b}[0KUsing Shell (bash) executor...\u{1b}[0;m\n\
+                 {TIME} 00O section_end:1795253220:prepare_executor\r\n\
+                 {TIME} 00O+\u{1b}[0Ksection_start:1795253220:prepare_script\r\n\
+                 {TIME} 00O+\u{1b}[0K\u{1b}[0K\u{1b}[36;1mPreparing environment\u{1b}[0;m\u{1b}[0;m\n\
+                 {TIME} 01O Running on vm...\n\
+                 {TIME} 00O section_end:1795253226:step_script\r\n\
+                 {TIME} 00O+\u{1b}[0K\n\
+                 {TIME} 00O \u{1b}[32;1mJob succeeded\u{1b}[0;m\n"
+            ),
+            "Running with gitlab-runner 17.5.0 (HEAD)\nPreparing the \"shell\" executor\nUsing Shell (bash) executor...\n\
+             Preparing environment\nRunning on vm...\nJob succeeded\n",
+        );
+        // 19.3: cut after the erasing.
+        check(
+            false,
+            &format!(
+                "{TIME} 00O section_start:1795253221:prepare_executor\r\u{1b}[0K\n\
+                 {TIME} 00O+\u{1b}[0K\u{1b}[36;1mPreparing the \"shell\" executor\u{1b}[0;m\u{1b}[0;m\n\
+                 {TIME} 00O section_end:1795253221:prepare_executor\r\u{1b}[0K\n\
+                 {TIME} 00O+section_start:1795253221:prepare_script\r\u{1b}[0K\n\
+                 {TIME} 00O+\u{1b}[0K\u{1b}[36;1mPreparing environment\u{1b}[0;m\u{1b}[0;m\n\
+                 {TIME} 00O section_end:1795253226:cleanup_file_variables\r\u{1b}[0K\n\
+                 {TIME} 00O \u{1b}[32;1mJob succeeded\u{1b}[0;m\n"
+            ),
+            "Preparing the \"shell\" executor\nPreparing environment\nJob succeeded\n",
+        );
+        // A long line is cut after 8 KiB, wherever that is.
+        let mark = "section_start:17:my-part.1[collapsed=true,hide_duration=true]\r\u{1b}[0K";
+        for at in 1..mark.len() {
+            let (one, two) = mark.split_at(at);
+            check(false, &format!("{TIME} 01O a{one}\n{TIME} 01O+{two}b\n{TIME} 01O c\n"), "ab\nc\n");
+        }
+        // Whatever only looks like one stays, and waits for no more than its own line.
+        check(
+            false,
+            &format!("{TIME} 01O section_start:1:a\r\n{TIME} 01O b section_\n{TIME} 01O+end\n{TIME} 01O sec"),
+            "section_start:1:a\nb section_end\nsec\n",
+        );
+        let long = format!("section_start:1:a[{}", "x".repeat(2 * MARK_BYTES_MAX));
+        check(false, &long, &format!("{long}\n"));
+    }
+
+    /// U46: a progress bar's returns are kept where a runner cuts the line after each
+    #[test]
+    fn returns_are_read_across_headers_too() {
+        let bar = format!("{TIME} 01O 10%\r\n{TIME} 01O+20%\r\n{TIME} 01O+30%\r\n{TIME} 01O done\r\n");
+        check(true, &bar, "10%\r20%\r30%\ndone\n");
+        check(false, &bar, "10%\n20%\n30%\ndone\n");
     }
 
     #[test]
