@@ -21,6 +21,7 @@ mod archive;
 pub mod instance;
 mod payload;
 pub mod pipeline;
+mod reports;
 pub mod repository;
 mod screen;
 mod session;

@@ -9,6 +9,7 @@
 
 use super::payload::{self, Common};
 use super::pipeline::{AllowFailure, Job, Plan};
+use super::reports::{self, Report};
 use super::repository::Repository;
 use super::screen::Screen;
 use super::unpack::Folder;
@@ -321,8 +322,10 @@ fn keep(folder: &Folder, job: &str, artifacts: Vec<Artifact>) -> (Vec<String>, b
                 Err(error) => lines.push(fail(&error)),
             }
         } else if artifact.kind != "metadata" {
-            match folder.store_report(job, &artifact.kind, &artifact.filename, file) {
-                Ok(path) => lines.push(format!("report of job `{job}`: {}", path.display())),
+            let gzip = artifact.format == "gzip";
+            let report = Report { kind: &artifact.kind, filename: &artifact.filename, gzip, content: file };
+            match folder.store_report(job, report) {
+                Ok(paths) => lines.push(format!("report of job `{job}`: {}", reports::shown(&paths))),
                 Err(error) => lines.push(fail(&error)),
             }
         }

@@ -171,15 +171,12 @@ fn names_that_collide_are_refused() {
         archive(&[("a", "1"), ("a/b", "2")]),
         "the archive is refused: `a/b` is in a directory that is a file",
     );
-    scene.refuses(
-        archive(&[("a/b", "2"), ("a", "1")]),
-        "the archive is refused: `a/b` is in a directory that is a file",
-    );
+    scene.refuses(archive(&[("a/b", "2"), ("a", "1")]), "the archive is refused: `a` is a file and a directory");
 }
 
 #[test]
 fn bombs_are_stopped_at_the_limits() {
-    let small = Limits { entries: 3, bytes: 1000, ratio: 200, ratio_free_bytes: 100 };
+    let small = Limits { entries: 3, directories: 3, bytes: 1000, ratio: 200, ratio_free_bytes: 100 };
     let text: String = (0..600).map(|n| char::from(b' ' + u8::try_from(n * 7 % 90).unwrap())).collect();
     let scene = Scene::with(small);
     scene.refuses(archive(&[("a", "1"), ("b", "1"), ("c", "1"), ("d", "1")]), "the archive has 4 entries, more than 3");
@@ -202,9 +199,48 @@ fn bombs_are_stopped_at_the_limits() {
     );
 }
 
+/// U30: directories that paths only imply are counted before one of them is made
+#[test]
+fn directories_that_paths_imply_are_counted_before_they_are_made() {
+    let deep = |entry: usize| format!("{}f", format!("{entry}/").repeat(126));
+    let paths: Vec<String> = (0..3000).map(deep).collect();
+    let many: Vec<(&str, &str)> = paths.iter().map(|path| (path.as_str(), "")).collect();
+    let bytes = archive(&many);
+    assert!(bytes.len() < 4 << 20, "{} bytes", bytes.len());
+    let scene = Scene::new();
+    let error = scene.unpack(bytes).unwrap_err().to_string();
+    assert!(error.ends_with("and those before it make more than 50000 directories"), "{error}");
+    assert!(error.starts_with("the archive is refused: `396/396/"), "{error}");
+    assert_eq!(fs::read_dir(scene.dir.path().join("out")).unwrap().count(), 2, "marker and .gitignore");
+
+    // Directories that many files share are made once, and count once.
+    let few = Scene::with(Limits { directories: 3, ..Limits::default() });
+    let shared = archive(&[("a/b/1", "x"), ("a/b/2", "x"), ("a/c/3", "x"), ("a/", ""), ("4", "x")]);
+    assert_eq!(few.unpack(shared).unwrap().files, 4);
+    few.folder.clear("job").unwrap();
+    few.refuses(
+        archive(&[("a/b/1", "x"), ("c/d/2", "x")]),
+        "the archive is refused: `c/d/2` and those before it make more than 3 directories",
+    );
+    few.refuses(
+        archive(&[("a/", ""), ("b/", ""), ("c/", ""), ("d/", "")]),
+        "the archive is refused: `d/` and those before it make more than 3 directories",
+    );
+}
+
+/// U30: what an archive says that it unpacks to is refused before it is written
+#[test]
+fn an_archive_that_says_too_much_is_refused_before_it_is_unpacked() {
+    let mut saying = archive(&[("a", "1"), ("b", "2")]);
+    for at in entry_offsets(&saying) {
+        saying[at + 24..at + 28].copy_from_slice(&(3_u32 << 30).to_le_bytes());
+    }
+    Scene::new().refuses(saying, "the archive is refused: `b` and those before it make more than 4294967296 bytes");
+}
+
 #[test]
 fn sizes_are_counted_not_believed() {
-    let scene = Scene::with(Limits { entries: 10, bytes: 1000, ratio: 200, ratio_free_bytes: 1000 });
+    let scene = Scene::with(Limits { entries: 10, directories: 10, bytes: 1000, ratio: 200, ratio_free_bytes: 1000 });
     // The directory says 1 byte; 5000 come out.
     let mut lying = archive(&[("a", &"abc".repeat(2000))]);
     let at = entry_offsets(&lying)[0];
@@ -324,13 +360,7 @@ fn only_a_folder_of_our_own_is_written_to() {
 }
 
 #[test]
-fn reports_are_stored_as_they_came_under_harmless_names() {
-    let scene = Scene::with(Limits { entries: 1, bytes: 10, ratio: 1, ratio_free_bytes: 0 });
-    let path = scene.folder.store_report("a/b", "junit", "../../junit.xml.gz", io::Cursor::new("gz bytes")).unwrap();
-    assert_eq!(path, scene.folder.path.join("a_b.reports/junit/_.._.._junit.xml.gz"));
-    let error = scene.folder.store_report("a/b", "sast", "big", io::Cursor::new("x".repeat(11))).unwrap_err();
-    assert_eq!(error.to_string(), "the archive is refused: `big` and those before it make more than 10 bytes");
-    assert_eq!(scene.listing(), ["out/a_b.reports/junit/_.._.._junit.xml.gz=gz bytes", "precious=untouched"]);
+fn names_of_jobs_become_harmless() {
     assert_eq!(file_name(".."), "_..");
     assert_eq!(file_name(""), "_");
 }
