@@ -309,6 +309,15 @@ async fn find_repository(file: &Path, screen: &mut Screen) -> Result<Option<Repo
             screen.say(&format!("{count} changed or new files are not committed: the job gets HEAD without them"));
         }
     }
+    if let Some(Repository { relative_submodules, .. }) = &found
+        && !relative_submodules.is_empty()
+    {
+        screen.say(&format!(
+            "submodules with a relative URL are not served, and a job that fetches them fails: {}; only this repository is; \
+             give them an absolute URL in .gitmodules, or set GIT_SUBMODULE_STRATEGY=none",
+            relative_submodules.join(", ")
+        ));
+    }
     Ok(found)
 }
 

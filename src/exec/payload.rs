@@ -145,6 +145,7 @@ mod tests {
             message: "Title\n\nBody $HOME".into(),
             author: "A <a@b>".into(),
             timestamp: "2026-01-31T12:00:00+01:00".into(),
+            relative_submodules: Vec::new(),
             changes: Some(0),
         }
     }

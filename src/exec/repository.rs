@@ -5,8 +5,11 @@
 //! is copied: no other branch, no stash, nothing uncommitted. Without a repository the job starts
 //! in an empty directory.
 //!
-//! git runs with the developer's own configuration, less what a repository could use to start
-//! programs of its own (hooks, fsmonitor).
+//! git runs with the developer's own configuration, and nothing of the repository's is started: it may be a stranger's,
+//! unpacked from an archive with its `.git/config`. Hooks, fsmonitor and signature checks are switched off by name;
+//! the filters that its configuration defines (`status` runs them on changed files) are found first and overridden;
+//! no object is fetched that is not there (a partial clone names a program for that), and no transport but that of a
+//! local path is allowed. Pagers, editors, external diffs and credential helpers have no part in what is asked here.
 
 use crate::process::{ProcessError, Program};
 use std::io;
@@ -19,6 +22,9 @@ pub const REPOSITORY_BYTES_MAX: u64 = 1 << 30;
 const QUESTION_DEADLINE: Duration = Duration::from_secs(60);
 /// For the copy: 1 GiB is packed at 10 MiB/s or more.
 const COPY_DEADLINE: Duration = Duration::from_secs(300);
+
+/// Submodules that are named: enough to see what is meant.
+const SUBMODULES_SHOWN_MAX: usize = 10;
 
 /// Why HEAD cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -90,11 +96,33 @@ pub struct Repository {
     pub author: String,
     /// Its time, RFC 3339.
     pub timestamp: String,
+    /// Submodules of HEAD whose URL is relative: `path (url)`. Their repositories are not served.
+    pub relative_submodules: Vec<String>,
     /// How many files differ from HEAD or are unknown to git; `None`: too many to count.
     pub changes: Option<usize>,
 }
 
-/// What git may need to know of its user.
+/// What a repository's own configuration may name programs with; where a key takes a program, `false` is one that
+/// does nothing.
+const HARMLESS: &[&str] = &[
+    "core.fsmonitor=false",
+    "core.hooksPath=/dev/null",
+    "core.sshCommand=false",
+    "core.askPass=false",
+    "core.editor=false",
+    "core.pager=cat",
+    "credential.helper=",
+    "log.showSignature=false",
+    "gpg.program=false",
+    "gpg.openpgp.program=false",
+    "gpg.x509.program=false",
+    "gpg.ssh.program=false",
+    "status.submoduleSummary=false",
+    "submodule.recurse=false",
+    "fetch.recurseSubmodules=false",
+];
+
+/// git as it may run in `directory`; what it needs to know of its user is there.
 fn git(directory: &Path, deadline: Duration) -> Program {
     let mut program = Program::new("git", deadline);
     for name in ["HOME", "XDG_CONFIG_HOME"] {
@@ -102,12 +130,41 @@ fn git(directory: &Path, deadline: Duration) -> Program {
             program = program.env(name, value);
         }
     }
-    program.env("GIT_TERMINAL_PROMPT", "0").env("GIT_OPTIONAL_LOCKS", "0").arg("-C").arg(directory).args([
-        "-c",
-        "core.fsmonitor=false",
-        "-c",
-        "core.hooksPath=/dev/null",
-    ])
+    program = program
+        .env("GIT_TERMINAL_PROMPT", "0")
+        .env("GIT_OPTIONAL_LOCKS", "0")
+        // An object that is not there is missing: fetching it starts a program of the remote's configuration.
+        .env("GIT_NO_LAZY_FETCH", "1")
+        .env("GIT_ALLOW_PROTOCOL", "")
+        .arg("-C")
+        .arg(directory);
+    for setting in HARMLESS {
+        program = program.args(["-c", setting]);
+    }
+    program
+}
+
+/// Settings that make the filters of this repository's own configuration do nothing. The developer's own filters
+/// (git-lfs) stay: they are not the repository's to choose.
+async fn without_filters(top: &Path) -> Result<Vec<String>, ProcessError> {
+    let listed =
+        git(top, QUESTION_DEADLINE).args(["config", "--show-scope", "--name-only", "-z", "--list"]).run().await?;
+    let mut parts = listed.stdout.split(|byte| *byte == 0);
+    let mut settings = Vec::new();
+    while let (Some(scope), Some(key)) = (parts.next(), parts.next()) {
+        let key = String::from_utf8_lossy(key);
+        let own = !matches!(scope, b"system" | b"global" | b"command");
+        // The name may hold dots, and stands between the first and the last.
+        let name = key.strip_prefix("filter.").and_then(|rest| rest.rsplit_once('.')).map(|(name, _)| name);
+        if let Some(name) = name.filter(|_| own) {
+            for (key, value) in [("clean", ""), ("smudge", ""), ("process", ""), ("required", "false")] {
+                settings.push(format!("filter.{name}.{key}={value}"));
+            }
+        }
+    }
+    settings.sort();
+    settings.dedup();
+    Ok(settings)
 }
 
 async fn ask(directory: &Path, arguments: &[&str]) -> Result<String, ProcessError> {
@@ -160,12 +217,17 @@ impl Repository {
         let default_branch = ask(&["symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD"]).await?;
         let commit = ask(&["log", "-1", "--format=%an <%ae>%n%cI%n%B", "HEAD"]).await?.unwrap_or_default();
         let mut lines = commit.splitn(3, '\n');
-        let changes =
-            match git(&top, QUESTION_DEADLINE).args(["status", "--porcelain", "--ignore-submodules"]).run().await {
-                Ok(output) => Some(output.text().lines().count()),
-                Err(ProcessError::TooMuchOutput { .. }) => None,
-                Err(error) => return Err(failed(error)),
-            };
+        let submodules = ["config", "--blob", "HEAD:.gitmodules", "--get-regexp", r"^submodule\..*\.url$"];
+        let submodules = ask_maybe(&top, &submodules).await.map_err(failed)?.unwrap_or_default();
+        let mut status = git(&top, QUESTION_DEADLINE);
+        for setting in without_filters(&top).await.map_err(failed)? {
+            status = status.args(["-c", &setting]);
+        }
+        let changes = match status.args(["status", "--porcelain", "--ignore-submodules"]).run().await {
+            Ok(output) => Some(output.text().lines().count()),
+            Err(ProcessError::TooMuchOutput { .. }) => None,
+            Err(error) => return Err(failed(error)),
+        };
         Ok(Some(Self {
             project_path: project_path(origin.as_deref(), &top),
             before_sha: before.unwrap_or_else(|| "0".repeat(40)),
@@ -175,6 +237,7 @@ impl Repository {
             author: lines.next().unwrap_or_default().to_owned(),
             timestamp: lines.next().unwrap_or_default().to_owned(),
             message: lines.next().unwrap_or_default().to_owned(),
+            relative_submodules: relative_submodules(&submodules),
             sha,
             changes,
             top,
@@ -193,11 +256,13 @@ impl Repository {
     /// [`RepositoryError`]; `target` may exist half-made then.
     pub async fn serve_from(&self, target: &Path, bytes_max: u64) -> Result<(), RepositoryError> {
         let failed = |source| RepositoryError::Git { directory: self.top.clone(), source };
-        let init = git(&self.top, QUESTION_DEADLINE).args(["init", "--quiet", "--bare", "--template="]).arg(target);
+        let place = target.parent().unwrap_or(Path::new("/"));
+        let init = git(place, QUESTION_DEADLINE).args(["init", "--quiet", "--bare", "--template="]).arg(target);
         init.run().await.map_err(failed)?;
         // A fetch copies what HEAD reaches, and tags on the way; one pack, for each file is a
         // request of the guest's. No automatic gc: it would go on behind our back.
         let fetch = git(target, COPY_DEADLINE)
+            .env("GIT_ALLOW_PROTOCOL", "file")
             .args(["-c", "fetch.unpackLimit=1", "-c", "gc.auto=0", "-c", "maintenance.auto=false"])
             .args(["fetch", "--quiet", "--no-write-fetch-head"])
             .arg(&self.top)
@@ -215,6 +280,13 @@ impl Repository {
         }
         Ok(())
     }
+}
+
+/// `path (url)` out of lines `submodule.PATH.url URL`, those whose URL leads from this repository's.
+fn relative_submodules(lines: &str) -> Vec<String> {
+    let parsed = lines.lines().filter_map(|line| line.strip_prefix("submodule.")?.split_once(".url "));
+    let relative = parsed.filter(|(_, url)| url.starts_with("./") || url.starts_with("../"));
+    relative.map(|(name, url)| format!("{name} ({url})")).take(SUBMODULES_SHOWN_MAX).collect()
 }
 
 fn directory_bytes(path: &Path) -> io::Result<u64> {
@@ -258,6 +330,7 @@ mod tests {
     async fn run(directory: &Path, arguments: &[&str]) -> String {
         git(directory, QUESTION_DEADLINE)
             .env("HOME", "/nonexistent")
+            .env("GIT_ALLOW_PROTOCOL", "file")
             .args([
                 "-c",
                 "user.name=A",
@@ -362,15 +435,103 @@ mod tests {
         assert!(matches!(Repository::find(&dir.path().join("shallow")).await, Err(RepositoryError::Shallow(_))));
     }
 
+    /// U35: a repository brings its configuration, attributes and hooks along, and none of its programs runs
     #[tokio::test]
     async fn a_repository_cannot_start_programs_of_its_own() {
         let dir = repository().await;
         let trap = dir.path().join("trap.sh");
-        fs::write(&trap, format!("#!/bin/sh\ntouch {}/sprung\n", dir.path().display())).unwrap();
+        let sprung = dir.path().join("sprung");
+        fs::write(&trap, format!("#!/bin/sh\necho \"$0 $*\" >> {}\ncat\n", sprung.display())).unwrap();
         fs::set_permissions(&trap, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        run(dir.path(), &["config", "core.fsmonitor", trap.to_str().unwrap()]).await;
-        Repository::find(dir.path()).await.unwrap().unwrap();
-        assert!(!dir.path().join("sprung").exists());
+        let trap = trap.to_str().unwrap();
+        let config = |key: &'static str, value: String| {
+            let top = dir.path().to_owned();
+            async move { run(&top, &["config", key, &value]).await }
+        };
+        // A commit that says that it is signed, so that its signature would be looked at.
+        let commit = run(dir.path(), &["cat-file", "commit", "HEAD"]).await;
+        let (head, message) = commit.split_once("\n\n").unwrap();
+        let signature = "gpgsig -----BEGIN PGP SIGNATURE-----\n \n x\n -----END PGP SIGNATURE-----";
+        fs::write(dir.path().join("commit"), format!("{head}\n{signature}\n\n{message}\n")).unwrap();
+        let signed = run(dir.path(), &["hash-object", "-t", "commit", "-w", "commit"]).await;
+        run(dir.path(), &["reset", "--quiet", "--hard", &signed]).await;
+        fs::write(dir.path().join(".git/info/attributes"), "* filter=trap.with.dots diff=trap\nb filter=two\n")
+            .unwrap();
+        for key in ["filter.trap.with.dots.clean", "filter.trap.with.dots.smudge", "filter.two.process"] {
+            config(key, trap.into()).await;
+        }
+        config("filter.trap.with.dots.required", "true".into()).await;
+        for key in [
+            "core.fsmonitor",
+            "core.pager",
+            "core.editor",
+            "core.sshCommand",
+            "core.askPass",
+            "core.gitProxy",
+            "core.alternateRefsCommand",
+            "diff.external",
+            "diff.trap.textconv",
+            "diff.trap.command",
+            "gpg.program",
+            "gpg.ssh.program",
+            "credential.helper",
+            "uploadpack.packObjectsHook",
+            "remote.origin.uploadpack",
+            "tar.tar.command",
+        ] {
+            config(key, trap.into()).await;
+        }
+        config("log.showSignature", "true".into()).await;
+        for command in ["status", "log", "rev-parse", "fetch", "config", "describe"] {
+            run(dir.path(), &["config", &format!("alias.{command}"), &format!("!{trap}")]).await;
+        }
+        for (key, value) in [
+            ("remote.origin.url", "/nowhere"),
+            ("remote.origin.promisor", "true"),
+            ("extensions.partialClone", "origin"),
+            ("core.repositoryFormatVersion", "1"),
+            ("core.hooksPath", ".git/hooks"),
+        ] {
+            config(key, value.into()).await;
+        }
+        fs::create_dir_all(dir.path().join(".git/hooks")).unwrap();
+        for hook in ["post-index-change", "reference-transaction", "pre-auto-gc", "post-checkout", "fsmonitor-watchman"]
+        {
+            fs::copy(dir.path().join("trap.sh"), dir.path().join(".git/hooks").join(hook)).unwrap();
+        }
+        let _ = fs::remove_file(&sprung);
+        // Same content, other time: `status` must look into the file, through its filter.
+        fs::write(dir.path().join("a"), "2").unwrap();
+
+        let found = Repository::find(dir.path()).await.unwrap().unwrap();
+        let work = tempfile::tempdir().unwrap();
+        found.serve_from(&work.path().join("r.git"), REPOSITORY_BYTES_MAX).await.unwrap();
+        assert_eq!(fs::read_to_string(&sprung).ok(), None);
+        assert_eq!(found.sha, signed);
+
+        // Neither does an object that is missing start anything: it is missing.
+        for pack in ["rev-parse", "log"] {
+            let answer = ask_maybe(dir.path(), &[pack, "0123456789012345678901234567890123456789^{commit}"]).await;
+            assert_eq!(answer.unwrap(), None);
+        }
+        assert_eq!(fs::read_to_string(&sprung).ok(), None);
+        // The trap works: without our care it is sprung.
+        let careless = Program::new("git", QUESTION_DEADLINE).arg("-C").arg(dir.path()).args(["status", "--porcelain"]);
+        let _ = careless.run().await;
+        assert!(sprung.exists());
+    }
+
+    /// U35: submodules beside the repository are not served, and that is said before a job fails
+    #[tokio::test]
+    async fn submodules_with_relative_urls_are_named() {
+        let dir = repository().await;
+        assert_eq!(Repository::find(dir.path()).await.unwrap().unwrap().relative_submodules, Vec::<String>::new());
+        let text = "[submodule \"lib/a.b\"]\n\tpath = lib\n\turl = ../lib.git\n[submodule \"other\"]\n\tpath = other\n\turl = https://x/y.git\n[submodule \"own\"]\n\tpath = own\n\turl = ./sub\n";
+        fs::write(dir.path().join(".gitmodules"), text).unwrap();
+        run(dir.path(), &["add", ".gitmodules"]).await;
+        run(dir.path(), &["commit", "--quiet", "-m", "Modules"]).await;
+        let found = Repository::find(dir.path()).await.unwrap().unwrap();
+        assert_eq!(found.relative_submodules, ["lib/a.b (../lib.git)", "own (./sub)"]);
     }
 
     #[test]
