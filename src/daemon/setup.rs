@@ -4,10 +4,11 @@ use super::{Backends, DaemonError, Installation};
 use crate::config::{self, Config};
 use crate::gitlab::transport::OpenError;
 use crate::gitlab::{Endpoint, RunnerApi, RunnerToken};
+use crate::image::store::Image;
 use crate::job::Runner;
 use crate::job::journal::Record;
 use crate::telemetry::chain;
-use crate::vm::proof::Places;
+use crate::vm::proof::{Places, Subject, memory, prove_kvm};
 use crate::vm::{Accel, InstallationId};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,14 +20,19 @@ pub(super) fn own_memory_mib() -> u64 {
     (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) >> 20
 }
 
-/// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was. A
-/// restart with jobs believes the proof of before: their guests wait for us, and run already.
+/// Bytes of what a proof of before rests on, at most.
+const GROUND_BYTES_MAX: u64 = 4096;
+
+/// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was. A proof of before holds
+/// while nothing that it rests on has changed; if it does not and there are jobs, they go on: their guests run already.
+/// `version`: of the hypervisor, if it answers.
 pub(super) async fn accel(
     config: &Config,
     backends: &Backends,
     places: Places<'_>,
     installation: &InstallationId,
     restart: bool,
+    version: Option<&str>,
 ) -> Result<Accel, DaemonError> {
     use crate::vm::libvirt::AccelChoice;
     match config.hypervisor.accel {
@@ -39,17 +45,37 @@ pub(super) async fn accel(
         }
         AccelChoice::Auto => {}
     }
+    // The kernel of an image that jobs will run in, if there is one.
+    let mut image = None;
+    for class in &config.class {
+        image = backends.images.load(&class.image).await.ok();
+        if image.is_some() {
+            break;
+        }
+    }
+    let digest = image.as_ref().map(Image::digest).unwrap_or_default();
+    let subject = image.as_ref().map_or(Subject::Sector, |i| Subject::of(&i.boot, i.manifest.contract, &digest));
     let proven = config.state_directory.join("kvm-proven");
-    if restart && matches!(backends.files.length(&proven).await, Ok(Some(_))) {
+    let ground = memory::ground(subject, version.unwrap_or_default());
+    let before = backends.files.read(&proven, GROUND_BYTES_MAX).await.ok();
+    if before.as_deref() == Some(ground.as_bytes()) {
+        tracing::info!("KVM runs guests here, as was proven before");
         return Ok(Accel::Kvm);
     }
-    match crate::vm::proof::prove_kvm(&*backends.hypervisor, places, installation, &backends.rng).await {
+    match prove_kvm(&*backends.hypervisor, subject, places, installation, &backends.rng).await {
         Ok(proof) => {
             tracing::info!(took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX), "KVM runs guests here");
             // Without the mark the next start proves it again.
-            if let Err(error) = backends.files.replace(&proven, Vec::new()).await {
+            if let Err(error) = backends.files.replace(&proven, ground.into_bytes()).await {
                 tracing::warn!(error = chain(&error), "note that KVM is proven");
             }
+            Ok(Accel::Kvm)
+        }
+        Err(error) if restart && before.is_some() => {
+            tracing::error!(
+                error = chain(&error),
+                "KVM was proven before, and is not now; the jobs of before go on, and new machines may be lost"
+            );
             Ok(Accel::Kvm)
         }
         Err(error) => Err(DaemonError::NoKvm(chain(&error))),

@@ -333,6 +333,11 @@ pub trait Hypervisor: Send + Sync + 'static {
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>>;
     /// State of one VM. Deadline 10 s.
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>>;
+    /// The first lines that the hypervisor itself has written of a VM, if it keeps such a log and lets us read it: for
+    /// an operator's eyes. At most 300 bytes. Deadline 10 s.
+    fn last_words<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Option<String>> {
+        Box::pin(std::future::ready(None))
+    }
     /// Ends a VM at once; one that is gone counts as ended. Deadline 30 s.
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>>;
     /// All VMs whose metadata carries this installation id, sorted by name. Deadline 10 s.

@@ -3,7 +3,7 @@
 use dayfly::rng::Rng;
 use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
 use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
-use dayfly::vm::proof::{LINE, disk_image};
+use dayfly::vm::proof::sector::{LINE, disk_image};
 use dayfly::vm::{Accel, Attachment, Boot, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;

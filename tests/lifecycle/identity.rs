@@ -121,7 +121,7 @@ async fn two_hundred_jobs_leave_their_base_image_as_it_was() {
     use std::os::unix::fs::MetadataExt as _;
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base.qcow2");
-    std::fs::write(&base, proof::disk_image()).unwrap();
+    std::fs::write(&base, proof::sector::disk_image()).unwrap();
     let facts = || {
         let file = std::fs::metadata(&base).unwrap();
         (std::fs::read(&base).unwrap(), file.ino(), file.mode(), file.mtime(), file.mtime_nsec())

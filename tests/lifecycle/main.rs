@@ -34,6 +34,7 @@ mod machine_spec;
 mod machines;
 mod moods;
 mod panics;
+mod proof;
 mod reload;
 mod room;
 mod storage;

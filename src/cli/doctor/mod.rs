@@ -10,11 +10,11 @@ use crate::config::{Config, Loaded, Runner};
 use crate::daemon::{self, Backends, Installation};
 use crate::gitlab::{RunnerApi, RunnerToken};
 use crate::image::manifest::RunnerOrigin;
-use crate::image::store::ImageStore;
+use crate::image::store::{Image, ImageStore};
 use crate::rng::Rng;
 use crate::telemetry::{chain, printable};
 use crate::vm::libvirt::AccelChoice;
-use crate::vm::proof::{Places, prove};
+use crate::vm::proof::{Places, Subject, prove};
 use crate::vm::{Accel, Hypervisor, VmId};
 use host::Host;
 use std::fmt;
@@ -266,10 +266,15 @@ async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> an
     let dir = scratch::passable(&[&config.runtime_directory, &std::env::temp_dir()])?;
     let places = Places { disks: dir.path(), sockets: dir.path() };
     // An installation id of its own: a daemon that runs must not take this VM for a leftover of its own.
-    findings.push(match prove(hypervisor, accel, places, &VmId::random(rng), rng).await {
+    // What jobs will run in, where there is one already.
+    let store = ImageStore::new(&config.image_directory);
+    let image = config.class.iter().find_map(|class| store.get(&class.image).ok());
+    let digest = image.as_ref().map(Image::digest).unwrap_or_default();
+    let subject = image.as_ref().map_or(Subject::Sector, |i| Subject::of(&i.boot, i.manifest.contract, &digest));
+    findings.push(match prove(hypervisor, accel, subject, places, &VmId::random(rng), rng).await {
         Ok(proof) => Finding::ok(format!("{name} runs guests: one spoke after {} ms", proof.took.as_millis())),
         Err(error) => {
-            let remedy = "see libvirt's log of the VM (below /var/log/libvirt/qemu or ~/.cache/libvirt/qemu/log); nested KVM may be broken although it seems to work";
+            let remedy = "KVM must be the hardware's own (kvm_intel or kvm_amd; nested, if the cloud offers it); see libvirt's log of the VM below /var/log/libvirt/qemu. For a trial: hypervisor.accel = \"tcg\", slow and without isolation";
             Finding::bad(format!("{name} is not proven: {}", chain(&error)), remedy)
         }
     });

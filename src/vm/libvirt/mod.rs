@@ -20,6 +20,7 @@
 mod calls;
 mod disk;
 mod workers;
+mod log;
 
 use super::{
     DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
@@ -122,6 +123,9 @@ impl Libvirt {
         self
     }
 }
+
+/// Where the system's libvirtd keeps them. They are root's.
+const SYSTEM_LOGS: &str = "/var/log/libvirt/qemu";
 
 /// Where a libvirtd of our own session keeps one log per domain, for ever: as libvirt's
 /// `virGetUserCacheDirectory` and `qemuStateInitialize` have it. The system's are root's, and rotated.
@@ -226,6 +230,15 @@ impl Hypervisor for Libvirt {
         Box::pin(
             self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, move |link| link.state(&wanted)),
         )
+    }
+
+    fn last_words<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Option<String>> {
+        let logs = self.session_logs.clone().unwrap_or_else(|| SYSTEM_LOGS.into());
+        let path = logs.join(format!("{name}.log"));
+        Box::pin(async move {
+            let read = tokio::task::spawn_blocking(move || log::head(&path));
+            timeout(LOOK_DEADLINE, read).await.ok()?.ok()?
+        })
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {

@@ -20,6 +20,12 @@ use std::net::IpAddr;
 /// Name of the virtio-serial port, as in `/sys/class/virtio-ports/*/name`.
 pub const PORT_NAME: &str = "org.dayfly.guest.0";
 
+/// A word of the kernel command line: the init of the initrd says [`PROOF_LINE`] and powers off. Part of contract 2.
+pub const PROOF_WORD: &str = "dayfly.proof";
+
+/// What it says on the console.
+pub const PROOF_LINE: &str = "dayfly-init: a guest runs here\r\n";
+
 /// Where the relay listens inside the guest: an address on `lo`, reachable from containers too.
 /// From TEST-NET-1 (RFC 5737), so it collides with no real network.
 pub const RELAY_ADDRESS: &str = "192.0.2.1:80";
@@ -33,7 +39,7 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | contract | since then |
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
-/// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up |
+/// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`] |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.

@@ -1,7 +1,7 @@
 //! Overlays by the real `qemu-img` where it counts, and by shell scripts where it must misbehave.
 
 use super::*;
-use crate::vm::proof::disk_image;
+use crate::vm::proof::sector::disk_image;
 use std::error::Error as _;
 use std::os::unix::fs::MetadataExt as _;
 use tempfile::TempDir;
