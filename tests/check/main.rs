@@ -9,6 +9,7 @@
 )]
 
 mod advisories;
+mod scripts;
 
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,0 +1,143 @@
+//! The scripts that users run: what they call, and what they say of what they did. Their functions run here beside
+//! programs that are not what they look like.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Runs these lines of bash after `scripts/lib.sh`, in a trial that is a directory of the test's.
+#[expect(clippy::disallowed_methods, reason = "a script is what is tested")]
+fn bash(trial: &Path, lines: &str, environment: &[(&str, &str)]) -> Output {
+    let lib = root().join("scripts/lib.sh");
+    let script = format!(
+        "set -euo pipefail\n. {}\ntrial={}\nas_test_user() {{ \"$@\"; }}\n{lines}",
+        lib.display(),
+        trial.display()
+    );
+    Command::new("bash").arg("-c").arg(script).envs(environment.iter().copied()).output().expect("bash runs")
+}
+
+/// A trial whose dayfly is this script.
+fn trial(dayfly: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("bin")).unwrap();
+    let program = dir.path().join("bin/dayfly");
+    fs::write(&program, format!("#!/bin/sh\n{dayfly}\n")).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// U2: an installed dayfly changes nothing: neither its configuration nor an operator's variables reach a trial.
+#[test]
+fn a_trial_names_its_own_configuration_and_takes_no_other() {
+    let trial = trial("echo \"args: $*\"; env | grep ^DAYFLY_ | sort");
+    let operators = [
+        ("DAYFLY_CONFIG", "/etc/dayfly/config.toml"),
+        ("DAYFLY_CONCURRENT", "9"),
+        ("DAYFLY_HYPERVISOR__URI", "qemu:///system"),
+        ("DAYFLY_IMAGE_DIRECTORY", "/elsewhere"),
+        ("DAYFLY_GITLAB_RUNNER", "/opt/runner"),
+    ];
+    let output = bash(trial.path(), "accel=tcg; trial_dayfly image list; make_image", &operators);
+    let config = format!("--config {}/config.toml", trial.path().display());
+    assert_eq!(
+        out(&output).lines().collect::<Vec<_>>(),
+        [format!("args: {config} image list").as_str(), "DAYFLY_GITLAB_RUNNER=/opt/runner"]
+    );
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let built = format!("args: {config} image --libvirt qemu:///session --accel tcg build debian-12-shell");
+    assert!(told.contains(&built), "{told}");
+}
+
+/// U2: the kind: no script calls a dayfly of its own making without its configuration.
+#[test]
+fn every_call_of_dayfly_in_a_script_names_its_configuration() {
+    let mut calls = 0;
+    for entry in fs::read_dir(root().join("scripts")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        for (at, line) in text.lines().enumerate().filter(|(_, line)| line.contains("bin/dayfly\"")) {
+            let copied = line.contains("install -m") || line.contains("DAYFLY_E2E_DAYFLY=") || line.contains("[ ! -x");
+            calls += usize::from(!copied);
+            assert!(
+                copied || line.contains("--config \"$trial/config.toml\""),
+                "{}:{}: {line}",
+                path.display(),
+                at + 1
+            );
+        }
+    }
+    assert!(calls >= 2, "trial_dayfly and the example job");
+}
+
+/// U1: the scripts believe what doctor has proven, and say what it has found if that is nothing.
+#[test]
+fn scripts_fall_back_to_tcg_by_the_proof_of_doctor() {
+    for (doctor, accel) in [
+        ("ok    KVM runs guests: one spoke after 210 ms", "auto"),
+        ("BAD   KVM is not proven: a VM of one boot sector was stopped by QEMU; the VM is paused", "tcg"),
+        ("BAD   libvirt offers no KVM here", "tcg"),
+        ("BAD   connect to hypervisor", "tcg"),
+    ] {
+        let trial = trial(&format!("echo '{doctor}'; exit 1"));
+        let output = bash(trial.path(), "choose_accel", &[]);
+        assert_eq!(out(&output).trim(), accel, "{doctor}");
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(told.contains("isolates NOTHING"), accel == "tcg", "{told}");
+        assert!(!doctor.contains("not proven") || told.contains("stopped by QEMU"), "{told}");
+    }
+}
+
+/// U1: the image's own kernel has the last word; any other failure of a build is one.
+#[test]
+fn an_image_whose_kernel_refutes_kvm_is_made_under_tcg() {
+    let refuted = "case \"$*\" in *'--accel auto'*) echo 'error: prove KVM by a boot: a VM of the kernel ended' >&2; exit 1;; esac; echo built >&2";
+    let trial_of = trial(refuted);
+    let output = bash(trial_of.path(), "accel=auto; make_image; echo $accel", &[]);
+    assert_eq!((out(&output).trim(), output.status.success()), ("tcg", true));
+    let broken = trial("echo 'error: no space' >&2; exit 1");
+    let output = bash(broken.path(), "accel=auto; make_image; echo $accel", &[]);
+    assert_eq!((out(&output).trim(), output.status.success()), ("", false));
+}
+
+#[expect(clippy::disallowed_methods, reason = "a script is what is tested")]
+fn rings(definitions: &str) -> (String, Option<i32>) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rings.sh");
+    fs::write(&file, definitions).unwrap();
+    let output = Command::new("bash")
+        .arg(root().join("scripts/test"))
+        .env("DAYFLY_TEST_RINGS", &file)
+        .output()
+        .expect("it runs");
+    let told = format!("{}{}", out(&output), String::from_utf8_lossy(&output.stderr));
+    (told, output.status.code())
+}
+
+/// U53: a ring that did not run has not passed; the last lines say what ran, and the run fails for what was left out.
+#[test]
+fn a_ring_that_did_not_run_has_not_passed() {
+    let all = "known=(one two three); rings=(one two three); ring_one() { true; }; ring_three() { true; }\n";
+    let (told, code) = rings(&format!("{all}ring_two() {{ true; }}"));
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("rings that ran: one two three") && !told.contains("LEFT OUT"), "{told}");
+    assert!(told.contains("figure ci.seconds.two ") && told.contains("figure ci.seconds "), "{told}");
+    let (told, code) = rings(&format!("{all}ring_two() {{ return 69; }}"));
+    assert_eq!(code, Some(69), "{told}");
+    assert!(told.contains("rings that ran: one three") && told.contains("rings LEFT OUT: two"), "{told}");
+    assert!(!told.contains("ring two passed") && !told.contains("figure ci.seconds.two"), "{told}");
+    // A command in the middle of a ring that fails is the ring's end.
+    let (told, code) = rings(&format!("{all}ring_two() {{ false; echo went on; }}"));
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("ring two FAILED") && told.contains("rings that ran: one"), "{told}");
+    assert!(!told.contains("went on") && !told.contains("ring three"), "{told}");
+}
