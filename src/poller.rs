@@ -35,11 +35,7 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(300);
 /// Pause while something on this host is missing: an image, disk.
 const BLOCKED_PAUSE: Duration = Duration::from_secs(10);
 
-/// Machines in a row that were lost before they were ready, after which jobs are asked for only
-/// every [`RETRY_PAUSE`] (safety.md V1). A job may lose two.
-const LOST_IN_A_ROW: u32 = 3;
-
-/// See [`LOST_IN_A_ROW`].
+/// How often a host that loses one machine after the other is tried with a job (safety.md V1).
 const RETRY_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long a job that GitLab gave out anew waits for its forerunner's machine to go (at most the
@@ -268,7 +264,7 @@ impl Poller {
     }
 
     /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that come
-    /// up. A host that loses every machine must not empty the project's queue; one job every
+    /// up and live. A host that loses every machine must not empty the project's queue; one job every
     /// [`RETRY_PAUSE`] since one was `tried` last finds out whether it is well again.
     async fn host_is_unfit(&self, tried: &mut Option<Instant>) -> Option<String> {
         if let Some(reason) = self.disk_is_short().await {
@@ -284,15 +280,11 @@ impl Poller {
         if let Err(error) = supply.hypervisor().list(&supply.place().installation).await {
             return Some(chain(&error));
         }
-        let lost = supply.lost_in_a_row();
-        if lost < LOST_IN_A_ROW {
+        let Some(reason) = supply.unfit() else {
             *tried = None;
             return None;
-        }
-        if tried.get_or_insert_with(Instant::now).elapsed() >= RETRY_PAUSE {
-            return None;
-        }
-        Some(format!("the last {lost} machines were lost before they were ready; see the log, and `dayfly doctor`"))
+        };
+        (tried.get_or_insert_with(Instant::now).elapsed() < RETRY_PAUSE).then_some(reason)
     }
 
     /// One poll. `None`: stopped, and the poll was closed.

@@ -18,7 +18,7 @@ use crate::network::{self, Network};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::supply::{Blueprint, Machine, MachineEvent, Order, Place, Supply};
-use crate::vm::{Accel, Hypervisor, VmError, VmId};
+use crate::vm::{Accel, Hypervisor, Pause, VmError, VmId};
 use dayfly_guest_config::{Pass, Report};
 use std::path::Path;
 use std::sync::Arc;
@@ -267,9 +267,11 @@ async fn wait(
                     progress(&format!("guest: {text}"));
                     continue;
                 }
-                Some(MachineEvent::Report(_)) => continue,
+                Some(MachineEvent::Report(_) | MachineEvent::Resumed | MachineEvent::Paused(Pause::Operator)) => continue,
                 Some(MachineEvent::Failed(error)) => return Err(Early::Failed(error)),
-                Some(MachineEvent::Stopped | MachineEvent::Paused | MachineEvent::Released) | None => return Err(Early::Ended),
+                Some(MachineEvent::Stopped(_) | MachineEvent::Paused(_) | MachineEvent::Released) | None => {
+                    return Err(Early::Ended);
+                }
             },
         };
         progress(&format!("{:>6.2} s  {phase}", since.elapsed().as_secs_f64()));

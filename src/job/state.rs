@@ -13,6 +13,7 @@
 
 use crate::gitlab::{JobStatus, Verdict};
 use crate::planted::{self, Bug};
+use crate::vm::{Ending, Pause};
 use serde::{Deserialize, Serialize};
 
 /// The life of a job. Plain data: it stands in the record.
@@ -57,10 +58,10 @@ pub enum Event {
     MachineFailed,
     /// The machine has no door yet: none is free, or this daemon leaves before it is open.
     NoDoor,
-    /// The machine ended by itself.
-    MachineStopped,
-    /// The hypervisor paused the machine: its disk has an error.
-    MachinePaused,
+    /// The machine ended by itself, like this.
+    MachineStopped(Ending),
+    /// The machine's CPUs were stopped. An operator may let it go on: the job's deadlines run meanwhile.
+    MachinePaused(Pause),
     /// Machine, disk and door are gone.
     MachineReleased,
     /// GitLab's word on the job has changed.
@@ -92,17 +93,22 @@ pub enum Event {
 pub enum Failure {
     /// No machine could be made, twice.
     NoMachine,
-    /// The machine died before its first request, twice.
-    DiedBooting,
+    /// The machine died before its first request, twice; the second time like this.
+    DiedBooting(Ending),
     /// The boot deadline passed.
     BootDeadline,
-    /// The machine ended in mid-job.
-    Died,
+    /// The machine ended in mid-job, like this.
+    Died(Ending),
     /// The machine ended by itself, and the host's kernel ended processes for want of memory meanwhile: what the job
-    /// task makes of [`Failure::Died`] and [`Failure::DiedBooting`] then.
+    /// task makes of [`Failure::Died`] and [`Failure::DiedBooting`] then, unless its guest was seen to end it.
     HostMemory,
     /// The machine was paused by a disk error of the host, or the journal fails.
     HostDisk,
+    /// QEMU stopped the machine's CPUs of its own accord, as at an internal error of KVM.
+    HostStopped,
+    /// Somebody at the host paused the machine, and a deadline passed before it was let go on: what the job task makes
+    /// of that deadline's failure.
+    HostPaused,
     /// The guest went silent.
     Silent,
     /// Timeout and grace are over.
@@ -237,15 +243,16 @@ impl State {
         match event {
             Event::Started => (Self::Booting { replaced }, vec![Command::TakeMachine]),
             Event::GuestAsked => (Self::Running { canceling: false }, vec![Command::HandOut]),
-            Event::MachineFailed | Event::MachineStopped if !replaced => {
+            Event::MachineFailed | Event::MachineStopped(_) | Event::MachinePaused(Pause::Itself) if !replaced => {
                 (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
             }
             Event::MachineFailed => Self::fail(Failure::NoMachine),
             // Another job may end meanwhile: it is tried again until the boot deadline.
             Event::NoDoor => (Self::Booting { replaced }, vec![Command::Arm(Grace::Door)]),
             Event::GraceOver => (Self::Booting { replaced }, vec![Command::TakeMachine]),
-            Event::MachineStopped => Self::fail(Failure::DiedBooting),
-            Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
+            Event::MachineStopped(ending) => Self::fail(Failure::DiedBooting(ending)),
+            Event::MachinePaused(Pause::Itself) => Self::fail(Failure::HostStopped),
+            Event::MachinePaused(Pause::Disk) | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
@@ -260,6 +267,7 @@ impl State {
             Event::Panicked => Self::fail(Failure::Bug),
             Event::GuestVerdict(_)
             | Event::MachineReleased
+            | Event::MachinePaused(Pause::Operator)
             | Event::Gitlab(JobStatus::Running)
             | Event::Delivered
             | Event::SilenceDeadline => (Self::Booting { replaced }, vec![]),
@@ -275,11 +283,13 @@ impl State {
                 Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
                 vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
             ),
-            Event::MachineStopped if planted::on(Bug::RunTwice) => {
+            Event::MachineStopped(_) if planted::on(Bug::RunTwice) => {
                 (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
             }
-            Event::MachineFailed | Event::MachineStopped => Self::fail(Failure::Died),
-            Event::MachinePaused | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
+            Event::MachineStopped(ending) => Self::fail(Failure::Died(ending)),
+            Event::MachineFailed => Self::fail(Failure::Died(Ending::Unseen)),
+            Event::MachinePaused(Pause::Itself) => Self::fail(Failure::HostStopped),
+            Event::MachinePaused(Pause::Disk) | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::SilenceDeadline => Self::fail(Failure::Silent),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) if !canceling => {
@@ -305,6 +315,7 @@ impl State {
                 (Self::Running { canceling }, commands)
             }
             Event::MachineReleased
+            | Event::MachinePaused(Pause::Operator)
             | Event::Gitlab(_)
             | Event::Delivered
             | Event::BootDeadline
@@ -322,9 +333,9 @@ impl State {
                 commands.push(Command::HandNothing);
                 commands.extend((!machine_gone).then_some(Command::ReleaseMachine));
             }
-            Event::MachineStopped
+            Event::MachineStopped(_)
             | Event::MachineFailed
-            | Event::MachinePaused
+            | Event::MachinePaused(_)
             | Event::HostDiskFailed
             | Event::GraceOver
             | Event::Killed

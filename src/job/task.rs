@@ -23,6 +23,7 @@ use crate::gitlab::{JobPayload, JobStatus};
 use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::telemetry::chain;
+use crate::vm::{Ending, Pause};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -74,6 +75,8 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         write_again: None,
         verdict_waits: None,
         oom_kills,
+        paused: None,
+        runner_exited: None,
     };
     job.feed(first).await;
     while job.m.record.state != State::Ended {
@@ -184,6 +187,10 @@ struct Job {
     verdict_waits: Option<Instant>,
     /// What the host's kernel had ended for want of memory when this task began.
     oom_kills: Option<u64>,
+    /// Since when somebody at the host has kept the machine from going on.
+    paused: Option<Instant>,
+    /// What the guest has said of its runner's end: a hint.
+    runner_exited: Option<i32>,
 }
 
 impl Job {
@@ -228,17 +235,19 @@ impl Job {
         while let Some(event) = events.pop() {
             let before = self.m.record.state.clone();
             let (state, commands) = before.clone().on(event.clone());
-            let lost = matches!(event, Event::MachineFailed | Event::MachineStopped | Event::BootDeadline);
-            if lost && matches!(before, State::Booting { .. }) {
-                self.m.parts.supply.machine_was_lost();
-            }
+            self.count_loss(&before, &event);
             if state != before {
                 tracing::info!(state = state.word(), ?event, "job goes on");
             }
             self.m.record.state = state;
             if let Some(Command::Fail(failure)) = commands.iter().find(|c| matches!(c, Command::Fail(_))) {
-                self.word_reason(*failure);
-                self.explain(*failure).await;
+                let failure = self.measured(*failure).await;
+                let unseen = matches!(event, Event::MachineStopped(Ending::Unseen));
+                if failure == Failure::HostMemory && unseen && matches!(before, State::Running { .. }) {
+                    self.m.parts.supply.machine_was_stopped("the host's kernel ended processes for want of memory");
+                }
+                self.word_reason(failure);
+                self.explain(failure).await;
             }
             // Record first, act second. What makes a machine refuses to without a record of its own.
             // The end as well: its files go one by one, and without its trace a job looks as if it began.
@@ -279,13 +288,50 @@ impl Job {
         }
     }
 
-    /// `runner_interrupted` only where GitLab lists it, else the reason that all know.
+    /// Machines that the host loses count; what a guest can bring about at will, once it has a job, does not.
+    fn count_loss(&self, before: &State, event: &Event) {
+        let supply = &self.m.parts.supply;
+        let pause = |why: Pause| (why != Pause::Operator).then(|| why.words());
+        match (before, event) {
+            (State::Booting { .. }, Event::MachineFailed) => supply.machine_was_lost("it could not be made"),
+            (State::Booting { .. }, Event::MachineStopped(ending)) => supply.machine_was_lost(ending.words()),
+            (State::Booting { .. }, Event::BootDeadline) if self.paused.is_none() => {
+                supply.machine_was_lost("its guest did not ask for its job in time");
+            }
+            (State::Booting { .. }, Event::MachinePaused(why)) => {
+                pause(*why).into_iter().for_each(|why| supply.machine_was_lost(why));
+            }
+            (State::Running { .. }, Event::MachineStopped(ending)) if ending.is_the_hosts() => {
+                supply.machine_was_stopped(ending.words());
+            }
+            (State::Running { .. }, Event::MachinePaused(why)) => {
+                pause(*why).into_iter().for_each(|why| supply.machine_was_stopped(why));
+            }
+            _ => {}
+        }
+    }
+
+    /// The failure in the light of what was measured: whose doing it was that a deadline passed, or a machine ended.
+    async fn measured(&self, failure: Failure) -> Failure {
+        match failure {
+            Failure::Silent | Failure::Timeout | Failure::BootDeadline if self.paused.is_some() => Failure::HostPaused,
+            // Both are true, and this is the one that its author knows: the timeout was over, and its end was not heard of.
+            Failure::Silent if self.m.elapsed() >= self.m.timeout() => Failure::Timeout,
+            Failure::Died(Ending::Unseen | Ending::Died) | Failure::DiedBooting(Ending::Unseen | Ending::Died)
+                if self.host_ran_out_of_memory().await =>
+            {
+                Failure::HostMemory
+            }
+            failure => failure,
+        }
+    }
+
+    /// GitLab's name for the failure; `runner_interrupted` only where GitLab lists it, else the reason that all know.
     fn word_reason(&mut self, failure: Failure) {
-        if failure == Failure::Killed
-            && !self.m.record.knows_interrupted
-            && let State::Releasing { verdict: Some(verdict), .. } = &mut self.m.record.state
-        {
-            verdict.failure_reason = Some("runner_system_failure".to_owned());
+        let interrupted = failure == Failure::Killed && !self.m.record.knows_interrupted;
+        if let State::Releasing { verdict: Some(verdict), .. } = &mut self.m.record.state {
+            let reason = if interrupted { "runner_system_failure" } else { failure.reason() };
+            verdict.failure_reason = Some(reason.to_owned());
         }
     }
 
@@ -348,24 +394,29 @@ impl Job {
             Failure::BootDeadline => limits.boot_deadline.get(),
             Failure::Silent => limits.silence_deadline.get(),
             Failure::Timeout => self.m.timeout(),
+            Failure::HostPaused => self.paused.map_or(Duration::ZERO, |since| since.elapsed()),
             _ => self.graced,
         };
-        let ended_by_itself = matches!(failure, Failure::Died | Failure::DiedBooting);
-        let failure =
-            if ended_by_itself && self.host_ran_out_of_memory().await { Failure::HostMemory } else { failure };
         let (job, image) = (self.m.record.key.id.0, self.m.image().to_owned());
         tracing::warn!(?failure, "the job ends without a verdict of its guest");
         let booting = self.m.record.guest_base.is_none();
-        let tail = (ended_by_itself || failure == Failure::BootDeadline)
-            .then(|| self.m.console_tail())
-            .flatten()
-            .filter(|_| booting);
+        let lost =
+            matches!(failure, Failure::Died(_) | Failure::DiedBooting(_) | Failure::HostMemory | Failure::BootDeadline);
+        let console = self.m.console_tail();
+        let hints = lines::Hints {
+            runner_exited: self.runner_exited,
+            console: console.as_deref().and_then(lines::kernel_words),
+        };
+        let tail = console.filter(|_| lost && booting);
         if let Some(tail) = &tail {
             tracing::warn!(console = tail, "the console of the machine that never asked for its job");
         }
         self.m
             .plan_last_lines(|now| {
                 let mut text = lines::failure(now, failure, job, limit, &image);
+                if matches!(failure, Failure::Died(_) | Failure::Silent) {
+                    text.push_str(&hints.lines(now));
+                }
                 if planted::on(Bug::FailureUnexplained) {
                     text.clear();
                 }

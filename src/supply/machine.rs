@@ -15,7 +15,7 @@ use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
-use crate::vm::{Stream, VmError, VmName, VmSpec, VmState};
+use crate::vm::{Ending, Pause, Stream, VmError, VmName, VmSpec, VmState};
 use dayfly_guest_config::{REPORT_LINE_MAX, Report};
 use prometheus_client::metrics::gauge::Gauge;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,10 +46,12 @@ pub enum MachineEvent {
     Report(Report),
     /// It could not be made. It must still be released.
     Failed(VmError),
-    /// It ended by itself.
-    Stopped,
-    /// The hypervisor paused it: a disk error.
-    Paused,
+    /// It ended by itself, like this.
+    Stopped(Ending),
+    /// Its CPUs were stopped, and why.
+    Paused(Pause),
+    /// It goes on after a pause.
+    Resumed,
     /// All of it is gone: VM, overlay, sockets. The last event. Its door and lease are the job's.
     Released,
 }
@@ -190,9 +192,9 @@ impl Driver {
             started = self.start(&order) => started,
         };
         match started {
-            Ok(true) => self.watch(&order.config).await,
-            Ok(false) => {
-                self.tell(MachineEvent::Stopped).await;
+            Ok(None) => self.watch(&order.config).await,
+            Ok(Some(ending)) => {
+                self.tell(MachineEvent::Stopped(ending)).await;
                 self.wait_for_wish().await;
             }
             // Its guest has shown the pass: it runs, whatever became of the call's answer.
@@ -213,19 +215,27 @@ impl Driver {
         }
     }
 
-    /// Makes overlay and VM, unless the VM runs already. `false`: it should have, and is gone.
-    async fn start(&mut self, order: &Order) -> Result<bool, VmError> {
+    /// Makes overlay and VM, unless the VM runs already. `Some`: it should have, and has ended.
+    async fn start(&mut self, order: &Order) -> Result<Option<Ending>, VmError> {
         let hypervisor = self.supply.hypervisor().clone();
-        let state = self.look(order.make.is_none()).await?;
-        if state != VmState::Gone && order.make.is_some() && !self.is_ours().await? {
-            return Err(VmError::Refused {
-                what: "start VM",
-                name: self.name.to_string(),
-                source: "a VM of this name is somebody else's".into(),
-            });
+        let mut state = self.look(order.make.is_none()).await?;
+        if state != VmState::Gone && order.make.is_some() {
+            match (self.is_ours().await?, state) {
+                // What is left of it is in the way of another of this name.
+                (true, VmState::Ended(ending)) => return Ok(Some(ending)),
+                (true, _) => {}
+                (false, VmState::Ended(_)) => state = VmState::Gone,
+                (false, _) => {
+                    return Err(VmError::Refused {
+                        what: "start VM",
+                        name: self.name.to_string(),
+                        source: "a VM of this name is somebody else's".into(),
+                    });
+                }
+            }
         }
-        if state == VmState::Gone {
-            let Some(make) = &order.make else { return Ok(false) };
+        if let Some(ending) = state.ending() {
+            let Some(make) = &order.make else { return Ok(Some(ending)) };
             let place = self.supply.place();
             let overlay = self.supply.overlay(&self.record.id);
             hypervisor.remove_sockets(&place.socket_dir, &self.record.id).await.map_err(|source| VmError::Refused {
@@ -237,7 +247,7 @@ impl Driver {
             reached(Point::K5);
             self.tell(MachineEvent::DiskReady).await;
             if self.wish() != Wish::Keep {
-                return Ok(true);
+                return Ok(None);
             }
             let spec = VmSpec {
                 id: self.record.id.clone(),
@@ -268,7 +278,7 @@ impl Driver {
         }
         self.tell(MachineEvent::Started).await;
         reached(Point::K9);
-        Ok(true)
+        Ok(None)
     }
 
     /// The VM's state. For a guest that has its job "I could not look" is not "it is gone": it is
@@ -311,9 +321,9 @@ impl Driver {
         self.serve_channel(&mut wires, config.to_vec(), ended_out);
         let started = Instant::now();
         let mut listing = self.supply.0.listing.clone();
-        let mut told = false;
+        let mut told = VmState::Running;
         while self.wish() == Wish::Keep {
-            let seen = tokio::select! {
+            let mut seen = tokio::select! {
                 biased;
                 // All cancel safe. The wish first: a release needs no further news.
                 wished = self.wish.changed() => {
@@ -332,15 +342,26 @@ impl Driver {
                     newer.then(|| list.vms.get(&self.name).copied().unwrap_or(VmState::Gone))
                 }),
             };
-            let event = match seen {
-                Some(VmState::Gone) => MachineEvent::Stopped,
-                Some(VmState::Paused) => MachineEvent::Paused,
-                Some(VmState::Running) | None => continue,
-            };
-            if !told {
-                told = true;
-                self.tell(event).await;
+            if seen == Some(VmState::Gone) && told.ending().is_none() {
+                // A list does not tell how. Without an answer it has ended all the same.
+                let how = self.supply.hypervisor().state(&self.name).await.ok().and_then(VmState::ending);
+                seen = how.map(VmState::Ended).or(seen);
             }
+            // The end is told once, and a pause once until it is over.
+            let Some(seen) = seen.filter(|seen| *seen != told && told.ending().is_none()) else { continue };
+            told = seen;
+            if let VmState::Paused(why @ (Pause::Disk | Pause::Itself)) = seen {
+                let qemu = self.supply.hypervisor().last_words(&self.name).await;
+                let (why, qemu) = (why.words(), qemu.unwrap_or_default());
+                tracing::warn!(vm = %self.record.id, why, qemu, "a machine was stopped");
+            }
+            self.tell(match seen {
+                VmState::Gone => MachineEvent::Stopped(Ending::Unseen),
+                VmState::Ended(ending) => MachineEvent::Stopped(ending),
+                VmState::Paused(why) => MachineEvent::Paused(why),
+                VmState::Running => MachineEvent::Resumed,
+            })
+            .await;
         }
     }
 

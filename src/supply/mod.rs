@@ -5,6 +5,7 @@
 //! ([`machine`]), which alone calls the hypervisor for it, so a call that hangs holds up that one
 //! machine and nobody else. What exists is asked of the hypervisor in one list for all machines.
 
+mod losses;
 mod machine;
 
 pub use machine::{Machine, MachineEvent};
@@ -19,13 +20,13 @@ use crate::rng::Rng;
 use crate::vm::{Accel, Boot, Hypervisor, InstallationId, VmId, VmName, VmState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::losses::Losses;
 use crate::job::journal::MachineRecord;
 
 /// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
@@ -45,8 +46,7 @@ struct Shared {
     listing: Latest<Listing>,
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
     driven: Mutex<BTreeMap<VmId, Driven>>,
-    /// Machines in a row that never showed their pass.
-    failures: AtomicU32,
+    losses: Losses,
 }
 
 /// The tasks of one VM in this daemon, of which one is at work: a second one waits for the call under way of a first
@@ -143,7 +143,7 @@ impl Supply {
             metrics,
             listing,
             driven: Mutex::default(),
-            failures: AtomicU32::new(0),
+            losses: Losses::default(),
         });
         let supply = Self(shared);
         let lister = supply.clone();
@@ -204,20 +204,30 @@ impl Supply {
         &self.0.hypervisor
     }
 
-    /// A machine was lost before its guest showed the pass.
-    pub fn machine_was_lost(&self) {
-        self.0.failures.fetch_add(1, Ordering::Relaxed);
+    /// A machine was lost before its guest showed the pass; why, in words for operators.
+    pub fn machine_was_lost(&self, why: &'static str) {
+        self.0.losses.lost_booting(why);
+    }
+
+    /// A machine was stopped in mid-job, by nothing that its guest can bring about at will; why, likewise.
+    pub fn machine_was_stopped(&self, why: &'static str) {
+        self.0.losses.stopped(why);
     }
 
     /// A guest has shown its pass: machines can be made here.
     pub fn machine_came_up(&self) {
-        self.0.failures.store(0, Ordering::Relaxed);
+        self.0.losses.came_up();
     }
 
-    /// Machines in a row that were lost before their guest showed the pass.
+    /// A job came to its own end: machines live here.
+    pub fn machine_did_well(&self) {
+        self.0.losses.did_well();
+    }
+
+    /// Why jobs had better run elsewhere: this host loses one machine after the other. In words for operators.
     #[must_use]
-    pub fn lost_in_a_row(&self) -> u32 {
-        self.0.failures.load(Ordering::Relaxed)
+    pub fn unfit(&self) -> Option<String> {
+        self.0.losses.unfit()
     }
 
     /// The VMs that have a task in this daemon.

@@ -200,10 +200,15 @@ fn domain(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership
         empty(w, "cpu", &[("mode", "host-passthrough")])?;
     }
     empty(w, "clock", &[("offset", "utc")])?;
-    // A reboot ends the machine: the job that it ran is over either way (safety.md V5, V6).
-    for event in ["on_poweroff", "on_reboot", "on_crash"] {
-        text(w, event, "destroy")?;
+    // A reboot ends the machine: the job that it ran is over either way (safety.md V5, V6). A guest whose kernel panics
+    // is kept until we have seen it: libvirt forgets how a transient domain ended (field.md U47).
+    for (event, action) in [("on_poweroff", "destroy"), ("on_reboot", "destroy"), ("on_crash", "preserve")] {
+        text(w, event, action)?;
     }
+    // S3 and S4: a guest that sleeps is waited for in vain (field.md U8).
+    w.create_element("pm").write_inner_content(|w| {
+        ["suspend-to-mem", "suspend-to-disk"].iter().try_for_each(|state| empty(w, state, &[("enabled", "no")]))
+    })?;
     w.create_element("devices").write_inner_content(|w| devices(w, spec, texts, ownership))?;
     Ok(())
 }
@@ -253,6 +258,8 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
         let backend = w.create_element("backend").with_attribute(("model", "random"));
         backend.write_text_content(BytesText::new("/dev/urandom")).map(drop)
     })?;
+    // Tells a panic from a restart. The guest's driver for it is `pvpanic-mmio`, which the initrd loads.
+    empty(w, "panic", &[("model", "isa")])?;
     empty(w, "memballoon", &[("model", "none")])
 }
 

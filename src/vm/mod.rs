@@ -13,6 +13,9 @@ pub mod libvirt;
 #[cfg(feature = "test-util")]
 pub mod processes;
 pub mod proof;
+mod state;
+
+pub use state::{Ending, Pause, VmState};
 
 use crate::BoxFuture;
 use crate::rng::Rng;
@@ -219,17 +222,6 @@ impl VmSpec {
     }
 }
 
-/// State of a VM as the hypervisor tells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum VmState {
-    /// It runs.
-    Running,
-    /// The hypervisor stopped its CPUs; only a disk error does that to ours.
-    Paused,
-    /// It is no more.
-    Gone,
-}
-
 /// One VM of ours that exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmSummary {
@@ -331,16 +323,17 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Starts a transient VM. Deadline 60 s. One of this name and installation that runs already
     /// counts as started.
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>>;
-    /// State of one VM. Deadline 10 s.
+    /// State of one VM; of one that has ended also how, where that was seen. Deadline 10 s.
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>>;
     /// The first lines that the hypervisor itself has written of a VM, if it keeps such a log and lets us read it: for
     /// an operator's eyes. At most 300 bytes. Deadline 10 s.
     fn last_words<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Option<String>> {
         Box::pin(std::future::ready(None))
     }
-    /// Ends a VM at once; one that is gone counts as ended. Deadline 30 s.
+    /// Ends a VM at once, and removes what is left of one that has ended; one that is gone counts as ended. Deadline 30 s.
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>>;
-    /// All VMs whose metadata carries this installation id, sorted by name. Deadline 10 s.
+    /// All VMs whose metadata carries this installation id, those included of which something is left, sorted by name.
+    /// Deadline 10 s.
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>>;
 
     /// Connects to the guest channel of a VM. End of stream means that the VM is gone.

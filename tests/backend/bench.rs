@@ -1,10 +1,11 @@
 //! The benches that the contract runs on: a hypervisor, directories, and what may be expected.
 
+use crate::sector;
 use dayfly::rng::Rng;
-use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly::vm::fake::{FakeHypervisor, Timing};
 use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
-use dayfly::vm::proof::sector::{LINE, disk_image};
-use dayfly::vm::{Accel, Attachment, Boot, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState};
+use dayfly::vm::proof::sector::LINE;
+use dayfly::vm::{Accel, Attachment, Boot, Ending, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncReadExt as _;
 use tokio::time::{sleep, timeout};
 
 /// For anything that a guest or libvirtd is waited for: minutes of a busy host under TCG.
@@ -39,7 +40,7 @@ impl Bench {
             std::fs::create_dir(dir.path().join(name)).unwrap();
             mode(&dir.path().join(name), bits);
         }
-        std::fs::write(dir.path().join("base.qcow2"), disk_image()).unwrap();
+        std::fs::write(dir.path().join("base.qcow2"), sector::disk()).unwrap();
         mode(&dir.path().join("base.qcow2"), 0o644);
         let rng = Rng::system();
         Self { hypervisor, installation: VmId::random(&rng), rng, dir }
@@ -49,7 +50,7 @@ impl Bench {
     pub(crate) fn fake() -> Self {
         let fake = FakeHypervisor::new();
         fake.set_timing(Timing { boot: Duration::from_secs(1), ..Timing::default() });
-        fake.set_guest(boot_sector);
+        fake.set_guest(sector::script);
         Self::new(Arc::new(fake))
     }
 
@@ -153,6 +154,19 @@ impl Bench {
         timeout(LIMIT, reached).await.unwrap_or_else(|_| panic!("{name} did not become {wanted:?}"));
     }
 
+    /// Waits for the end of a VM, and says how it was.
+    pub(crate) async fn await_ending(&self, name: &VmName) -> Ending {
+        let ended = async {
+            loop {
+                if let Some(ending) = self.first_state(name).await.ending() {
+                    return ending;
+                }
+                sleep(GLANCE).await;
+            }
+        };
+        timeout(LIMIT, ended).await.unwrap_or_else(|_| panic!("{name} did not end"))
+    }
+
     /// All is given back: no VM of this bench, no file.
     pub(crate) async fn assert_clean(&self) {
         assert_eq!(self.listed().await, []);
@@ -192,17 +206,4 @@ pub(crate) fn skipped(test: &str, why: &str) {
     // In one piece, for the harness writes at the same time.
     let line = format!("backend: skipped {test}: {why} ({n} skipped so far)\n");
     let _ = std::io::stderr().write_all(line.as_bytes());
-}
-
-/// What `dayfly::vm::proof`'s boot sector does.
-async fn boot_sector(mut machine: GuestMachine) {
-    loop {
-        machine.console.write_all(LINE.as_bytes()).await.unwrap();
-        if let Ok(byte) = timeout(Duration::from_millis(495), machine.console.read_u8()).await {
-            match byte.unwrap() {
-                b'q' => return,
-                byte => machine.console.write_u8(byte).await.unwrap(),
-            }
-        }
-    }
 }

@@ -1,7 +1,7 @@
 //! What every hypervisor promises. `contract!` makes one test per promise and bench.
 
 use crate::bench::{Bench, await_bytes, await_end, await_line};
-use dayfly::vm::{VmError, VmId, VmName, VmState, VmSummary};
+use dayfly::vm::{Ending, VmError, VmId, VmName, VmState, VmSummary};
 use std::io::ErrorKind;
 use tokio::io::AsyncWriteExt as _;
 
@@ -53,6 +53,8 @@ contract! {
         a_guest_is_talked_to_until_its_end
         two_guests_at_once_do_not_touch_each_other
         a_guest_that_powers_off_is_gone
+        a_guest_that_restarts_has_ended
+        a_guest_that_panics_or_sleeps_has_ended_and_is_kept_until_it_is_destroyed
         a_new_daemon_finds_channel_and_console_again
         a_vm_without_a_disk_is_refused_by_name
 }
@@ -65,7 +67,7 @@ async fn a_vm_is_made_found_and_ended(bench: &Bench) {
     assert_eq!(bench.hypervisor.list(&bench.installation).await.unwrap(), both);
     assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Running);
     bench.end(&a).await;
-    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Gone);
+    assert!(bench.hypervisor.state(&name).await.unwrap().ending().is_some());
     assert_eq!(bench.listed().await, [b.id.clone().into()]);
     bench.end(&b).await;
     bench.assert_clean().await;
@@ -111,6 +113,7 @@ async fn two_guests_at_once_do_not_touch_each_other(bench: &Bench) {
     bench.assert_clean().await;
 }
 
+/// U47: and it is told from one that restarts, by QEMU's own event.
 async fn a_guest_that_powers_off_is_gone(bench: &Bench) {
     let (spec, name) = bench.started().await;
     let mut channel = bench.channel(&spec).await;
@@ -118,10 +121,38 @@ async fn a_guest_that_powers_off_is_gone(bench: &Bench) {
     await_line(&mut console).await;
     console.write_all(b"q").await.unwrap();
     await_end(&mut channel).await;
-    bench.await_state(&name, VmState::Gone).await;
+    assert_eq!(bench.await_ending(&name).await, Ending::PoweredOff);
     assert_eq!(bench.listed().await, []);
     bench.end(&spec).await;
     bench.assert_clean().await;
+}
+
+/// U47, U8: a reset is the machine's end, and no second boot.
+async fn a_guest_that_restarts_has_ended(bench: &Bench) {
+    let (spec, name) = bench.started().await;
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    console.write_all(b"r").await.unwrap();
+    assert_eq!(bench.await_ending(&name).await, Ending::Restarted);
+    assert_eq!(bench.listed().await, []);
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+/// U8, U47: both are the guest's own doing, told as such, and never a pause. The suspend is by the register of a machine
+/// that offers none.
+async fn a_guest_that_panics_or_sleeps_has_ended_and_is_kept_until_it_is_destroyed(bench: &Bench) {
+    for (letter, ending) in [(b"p", Ending::Panicked), (b"s", Ending::Slept)] {
+        let (spec, name) = bench.started().await;
+        let mut console = bench.console(&spec).await;
+        await_line(&mut console).await;
+        console.write_all(letter).await.unwrap();
+        assert_eq!(bench.await_ending(&name).await, ending);
+        let left = [VmSummary { name: name.clone(), state: VmState::Ended(ending) }];
+        assert_eq!(bench.hypervisor.list(&bench.installation).await.unwrap(), left);
+        bench.end(&spec).await;
+        bench.assert_clean().await;
+    }
 }
 
 async fn the_vms_of_another_installation_are_left_alone(bench: &Bench) {

@@ -14,3 +14,4 @@
 mod bench;
 mod contract;
 mod real;
+mod sector;

@@ -3,7 +3,7 @@
 use crate::bench::{Bench, LIMIT, await_line, skipped};
 use dayfly::process::Program;
 use dayfly::vm::proof::{Places, Subject, prove, prove_kvm};
-use dayfly::vm::{Accel, VmError, VmId, VmName, VmState, VmSummary};
+use dayfly::vm::{Accel, Ending, Pause, VmError, VmId, VmName, VmState, VmSummary};
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -69,21 +69,59 @@ async fn h16_domains_that_only_look_like_ours_are_left_alone() {
     bench.assert_clean().await;
 }
 
-/// V11: as QEMU pauses it when the disk fails.
+/// V11, U50: as QEMU pauses it when the disk fails, but somebody at the host did it, and that is told.
 #[tokio::test]
 async fn v11_a_vm_that_was_paused_is_seen_and_can_be_destroyed() {
     let _shared = shared().await;
     let Some(bench) = Bench::real("v11_a_vm_that_was_paused_is_seen_and_can_be_destroyed") else { return };
     let (spec, name) = bench.started().await;
     virsh(&["suspend", &name.to_string()], "").await;
-    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Paused);
+    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Paused(Pause::Operator));
     let listed = bench.hypervisor.list(&bench.installation).await.unwrap();
-    assert_eq!(listed, [VmSummary { name: name.clone(), state: VmState::Paused }]);
+    assert_eq!(listed, [VmSummary { name: name.clone(), state: VmState::Paused(Pause::Operator) }]);
     virsh(&["resume", &name.to_string()], "").await;
     assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Running);
     virsh(&["suspend", &name.to_string()], "").await;
     bench.end(&spec).await;
-    assert_eq!(bench.hypervisor.state(&name).await.unwrap(), VmState::Gone);
+    assert!(bench.hypervisor.state(&name).await.unwrap().ending().is_some());
+    bench.assert_clean().await;
+}
+
+/// U47: whoever ended the machine at the host is told from its guest, and a QEMU that was killed from both.
+#[tokio::test]
+async fn u47_a_machine_that_the_host_ended_is_told_from_one_that_ended_itself() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("u47_a_machine_that_the_host_ended_is_told_from_one_that_ended_itself") else {
+        return;
+    };
+    let (spec, name) = bench.started().await;
+    await_line(&mut bench.console(&spec).await).await;
+    virsh(&["destroy", &name.to_string()], "").await;
+    assert_eq!(bench.await_ending(&name).await, Ending::Destroyed);
+    bench.end(&spec).await;
+    // Where QEMU runs as ourselves it is ours to kill.
+    let pid = std::env::var_os("XDG_RUNTIME_DIR").map(|dir| Path::new(&dir).join("libvirt/qemu/run"));
+    let (spec, name) = bench.started().await;
+    await_line(&mut bench.console(&spec).await).await;
+    if let Some(pid) = pid.and_then(|dir| std::fs::read_to_string(dir.join(format!("{name}.pid"))).ok()) {
+        signal("-KILL", pid.trim()).await;
+        assert_eq!(bench.await_ending(&name).await, Ending::Died);
+    }
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+/// U50: QEMU stops the CPUs of its own accord, as at an internal error of KVM, and no disk is blamed.
+#[tokio::test]
+async fn u50_a_vm_that_qemu_stopped_is_told_apart_from_a_disk_and_an_operator() {
+    let _shared = shared().await;
+    let Some(bench) = Bench::real("u50_a_vm_that_qemu_stopped_is_told_apart_from_a_disk_and_an_operator") else {
+        return;
+    };
+    let (spec, name) = bench.started().await;
+    virsh(&["qemu-monitor-command", &name.to_string(), r#"{"execute":"stop"}"#], "").await;
+    bench.await_state(&name, VmState::Paused(Pause::Itself)).await;
+    bench.end(&spec).await;
     bench.assert_clean().await;
 }
 

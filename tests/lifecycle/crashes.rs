@@ -96,7 +96,7 @@ fn a_failure_is_explained_once_whatever_write_the_daemon_was_killed_at() {
                 if !lost || assigned {
                     let lines = trace.matches("dayfly: for your operators: job").count();
                     assert_eq!(lines, 1, "killed {when:?} call {call}: {trace}\n{}", world.histories());
-                    assert!(trace.contains("the virtual machine ended in the middle of the job"), "{trace}");
+                    assert!(trace.contains("its process crashed or was killed in the middle of the job"), "{trace}");
                 }
                 world.assert_clean().await;
             });

@@ -187,7 +187,13 @@ async fn a_machine_that_died_while_nobody_watched_fails_its_job() {
     world.hand_over().await;
     world.hypervisor.crash(&world.hypervisor.vms()[0].0.id);
     world.start().await.unwrap();
-    world.until_failed(job, "runner_system_failure", "the virtual machine ended in the middle of the job").await;
+    world
+        .until_failed(
+            job,
+            "runner_system_failure",
+            "the virtual machine ended because its process crashed or was killed in the middle of the job",
+        )
+        .await;
     world.assert_clean().await;
 }
 

@@ -141,7 +141,7 @@ async fn a_machine_that_reboots_in_mid_job_has_ended() {
     });
     let job = world.job(&["print never"]);
     world.start().await.unwrap();
-    world.until_failed(job, "runner_system_failure", "the virtual machine ended in the middle of the job").await;
+    world.until_failed(job, "runner_system_failure", "was restarted from inside, which ends it,").await;
     assert!(ran_for(&world, job) < Duration::from_secs(12), "{:?}", ran_for(&world, job));
     world.assert_clean().await;
     assert_eq!(world.machines_started(), 1);
@@ -169,7 +169,7 @@ async fn a_guest_with_a_wrong_pass_fails_its_job_at_the_boot_deadline() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_killed_for_its_memory_fails_its_job_and_names_memory() {
     for (kills, words) in
-        [("5", "If it used up the machine's memory"), ("6", "this runner's host had too little memory")]
+        [("5", "its process crashed or was killed"), ("6", "this runner's host had too little memory")]
     {
         let mut world = World::new(1);
         world.expect_trouble(&["failure=Died", "failure=HostMemory"]);
@@ -329,7 +329,7 @@ async fn a_machine_that_dies_while_libvirtd_is_away_is_noticed_and_its_neighbour
     world.hypervisor.crash(&dying.parse().unwrap());
     sleep(Duration::from_secs(20)).await;
     world.hypervisor.set_reachable(true);
-    world.until_failed(dies, "runner_system_failure", "the virtual machine ended in the middle of the job").await;
+    world.until_failed(dies, "runner_system_failure", "its process crashed or was killed").await;
     world.until(lives, JobState::Success).await;
     world.assert_clean().await;
 }

@@ -19,6 +19,7 @@ mod cancels;
 mod clocks;
 mod crashes;
 mod determinism;
+mod endings;
 mod ends;
 mod exactness;
 mod exec;

@@ -43,7 +43,7 @@ fn world() -> (tempfile::TempDir, World, Kvm) {
             machine.console.write_all(sector::BEGINS.as_bytes()).await.unwrap();
             kvm.tried.fetch_add(1, Ordering::Relaxed);
             if kvm.broken.load(Ordering::Relaxed) {
-                machine.power.pause();
+                machine.power.pause(dayfly::vm::Pause::Itself);
             } else {
                 machine.console.write_all(sector::LINE.as_bytes()).await.unwrap();
             }

@@ -12,7 +12,7 @@ use std::time::Duration;
 #[tokio::test(start_paused = true)]
 async fn a_disk_that_fills_under_one_machine_costs_its_neighbour_nothing() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=HostDisk"]);
+    world.expect_trouble(&["failure=HostDisk", "a machine was stopped"]);
     let (full, other) = (world.job(&["print begun", "sleep 20", "pause"]), world.job(&["print begun", "sleep 200"]));
     world.start().await.unwrap();
     world.until_failed(full, "runner_system_failure", "the host's disk failed or is full").await;

@@ -7,13 +7,15 @@
 //! | `print TEXT` | writes a line into the trace |
 //! | `sleep SECONDS` | works on, sending its trace as the runner does |
 //! | `exit CODE` | ends with this exit code |
-//! | `crash`, `off`, `pause` | the VM dies, powers off without a verdict, is paused by its host |
+//! | `crash`, `off`, `restart`, `panic`, `suspend` | the VM dies, or ends by its guest's doing, without a verdict |
+//! | `pause`, `stop` | the VM is paused by a disk error of its host, or by QEMU of its own accord |
+//! | `report LINE`, `console LINE` | says so to its host, on its console |
 //! | `hang` | says nothing more, for ever |
 //! | `upload BYTES` | uploads an artifact of this size |
 //! | `deaf` | neither timeout nor cancel ends this script |
 
-use dayfly::vm::Stream;
 use dayfly::vm::fake::GuestMachine;
+use dayfly::vm::{Pause, Stream};
 use dayfly_guest_config::{Greeting, GuestConfig, Pass, Report};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -368,13 +370,23 @@ impl JobRun {
                 "exit" => return End::Exit(rest.parse().unwrap_or(1)),
                 "crash" => guest.machine.power.crash(),
                 "off" => guest.machine.power.off(),
-                "pause" => guest.machine.power.pause(),
+                "restart" => guest.machine.power.reboot(),
+                "panic" => guest.machine.power.panic(),
+                "suspend" => guest.machine.power.sleep(),
+                "pause" => guest.machine.power.pause(Pause::Disk),
+                "stop" => guest.machine.power.pause(Pause::Itself),
                 "deaf" => {}
                 "hang" => std::future::pending::<()>().await,
+                "report" => {
+                    let _ = guest.machine.channel.write_all(format!("{rest}\n").as_bytes()).await;
+                }
+                "console" => {
+                    let _ = guest.machine.console.write_all(format!("{rest}\n").as_bytes()).await;
+                }
                 "upload" => self.upload(guest, rest.parse().unwrap_or(1)).await,
                 _ => self.print(line),
             }
-            if matches!(word, "crash" | "off" | "pause") {
+            if matches!(word, "crash" | "off" | "restart" | "panic" | "suspend" | "pause" | "stop") {
                 std::future::pending::<()>().await;
             }
         }

@@ -74,7 +74,7 @@ mod tests {
                 "{name}"
             );
             assert!(recipe.customize.starts_with("#!/bin/sh"), "{name}");
-            for module in ["virtio_blk", "virtio_net", "virtio_console", "virtio-rng"] {
+            for module in ["virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "pvpanic-mmio"] {
                 assert!(recipe.inputs.modules.iter().any(|listed| listed == module), "{name}: a guest needs {module}");
             }
         }

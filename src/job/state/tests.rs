@@ -22,19 +22,36 @@ fn a_job_that_goes_well_takes_five_steps() {
         Event::GuestVerdict(success()),
         &[Command::CloseGuest, Command::Deliver(success()), Command::Arm(Grace::PowerOff)],
     );
-    let state = check(state, Event::MachineStopped, &[Command::ReleaseMachine]);
+    let state = check(state, Event::MachineStopped(Ending::Died), &[Command::ReleaseMachine]);
     let state = check(state, Event::MachineReleased, &[]);
     assert_eq!(check(state, Event::Delivered, &[Command::Finish]), State::Ended);
 }
 
 #[test]
 fn a_machine_that_dies_booting_is_replaced_once() {
-    let state = check(State::Booting { replaced: false }, Event::MachineStopped, &[Command::ReplaceMachine]);
+    let state =
+        check(State::Booting { replaced: false }, Event::MachineStopped(Ending::Died), &[Command::ReplaceMachine]);
     check(
         state,
-        Event::MachineStopped,
-        &[Command::CloseGuest, Command::Fail(Failure::DiedBooting), Command::ReleaseMachine],
+        Event::MachineStopped(Ending::Died),
+        &[Command::CloseGuest, Command::Fail(Failure::DiedBooting(Ending::Died)), Command::ReleaseMachine],
     );
+}
+
+/// U50: only an I/O error is a disk; what somebody at the host has paused is waited for.
+#[test]
+fn each_reason_of_a_pause_ends_a_job_in_its_own_way() {
+    let fail = |failure| vec![Command::CloseGuest, Command::Fail(failure), Command::ReleaseMachine];
+    let (boots, again, runs) =
+        (State::Booting { replaced: false }, State::Booting { replaced: true }, State::Running { canceling: false });
+    check(boots.clone(), Event::MachinePaused(Pause::Disk), &fail(Failure::HostDisk));
+    check(boots.clone(), Event::MachinePaused(Pause::Itself), &[Command::ReplaceMachine]);
+    check(again, Event::MachinePaused(Pause::Itself), &fail(Failure::HostStopped));
+    check(runs.clone(), Event::MachinePaused(Pause::Disk), &fail(Failure::HostDisk));
+    check(runs.clone(), Event::MachinePaused(Pause::Itself), &fail(Failure::HostStopped));
+    for state in [boots, runs] {
+        assert_eq!(check(state.clone(), Event::MachinePaused(Pause::Operator), &[]), state);
+    }
 }
 
 #[test]
@@ -54,7 +71,7 @@ fn a_deadline_after_the_hand_out_changes_nothing() {
 #[test]
 fn a_verdict_outlives_the_machine() {
     let (state, _) = State::Running { canceling: false }.on(Event::GuestVerdict(success()));
-    let (state, _) = state.on(Event::MachineStopped);
+    let (state, _) = state.on(Event::MachineStopped(Ending::Died));
     assert!(matches!(state, State::Releasing { verdict: Some(Verdict { success: true, .. }), .. }));
 }
 
@@ -69,8 +86,10 @@ fn any_event() -> impl Strategy<Value = Event> {
             exit_code: Some(3)
         })),
         Just(Event::MachineFailed),
-        Just(Event::MachineStopped),
-        Just(Event::MachinePaused),
+        Just(Event::MachineStopped(Ending::Died)),
+        Just(Event::MachinePaused(Pause::Disk)),
+        Just(Event::MachinePaused(Pause::Itself)),
+        Just(Event::MachinePaused(Pause::Operator)),
         Just(Event::Gitlab(JobStatus::Running)),
         Just(Event::Gitlab(JobStatus::Canceling)),
         Just(Event::Gitlab(JobStatus::Over)),
@@ -124,7 +143,7 @@ proptest! {
             prop_assert!(verdicts <= 1 && hand_outs <= 1);
         }
         // What always happens at last: the hard cap, then a grace, the machine's end, delivery.
-        for event in [Event::TimeoutDeadline, Event::GraceOver, Event::MachineStopped] {
+        for event in [Event::TimeoutDeadline, Event::GraceOver, Event::MachineStopped(Ending::Died)] {
             let (next, commands) = state.on(event);
             state = next;
             for command in commands {

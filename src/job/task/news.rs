@@ -8,6 +8,7 @@ use crate::job::state::{Event, State};
 use crate::planted::{self, Bug};
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
+use crate::vm::Pause;
 use dayfly_guest_config::Report;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -99,6 +100,7 @@ impl Job {
         }
         self.unkept = false;
         reached(Point::K14);
+        self.m.parts.supply.machine_did_well();
         self.feed(Event::GuestVerdict(verdict)).await;
         VerdictAnswer::Taken
     }
@@ -113,9 +115,22 @@ impl Job {
                 self.feed(Event::MachineFailed).await;
             }
             // It gave up to ask us to write its verdict down.
-            MachineEvent::Stopped if self.unkept => self.feed(Event::HostDiskFailed).await,
-            MachineEvent::Stopped => self.feed(Event::MachineStopped).await,
-            MachineEvent::Paused => self.feed(Event::MachinePaused).await,
+            MachineEvent::Stopped(_) if self.unkept => self.feed(Event::HostDiskFailed).await,
+            MachineEvent::Stopped(ending) => self.feed(Event::MachineStopped(ending)).await,
+            MachineEvent::Paused(why) => {
+                if why == Pause::Operator {
+                    tracing::warn!("somebody at the host paused the machine; the job's deadlines run on");
+                    self.paused = Some(Instant::now());
+                    self.say_phase("paused by somebody at the host");
+                }
+                self.feed(Event::MachinePaused(why)).await;
+            }
+            MachineEvent::Resumed => {
+                tracing::info!("the machine goes on after a pause");
+                self.paused = None;
+                self.m.last_spoke = Instant::now();
+                self.say_phase("goes on after a pause");
+            }
             MachineEvent::Released => {
                 let another = self.m.machine_released().await;
                 if another && matches!(self.m.record.state, State::Booting { .. }) {
@@ -135,19 +150,22 @@ impl Job {
             Report::Ready => self.phase("guest is up").await,
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
-            Report::Contract(_) | Report::RunnerConnected | Report::RunnerExited(_) => {
-                tracing::debug!(?report, "guest reports")
+            Report::Contract(_) | Report::RunnerConnected => tracing::debug!(?report, "guest reports"),
+            Report::RunnerExited(code) => {
+                tracing::debug!(code, "guest reports the end of its runner");
+                self.runner_exited = Some(code);
             }
             Report::Failed(text) => tracing::warn!(text, "guest could not do its part"),
         }
     }
 
+    fn say_phase(&self, what: &str) {
+        self.view.send_modify(|view| view.phase = what.to_owned());
+    }
+
     /// Writes a phase into the boot section; after the hand-out the trace is the guest's.
     async fn phase(&mut self, what: &'static str) {
-        self.view.send_if_modified(|view| {
-            view.phase = what.to_owned();
-            true
-        });
+        self.say_phase(what);
         if self.m.record.guest_base.is_none() && matches!(self.m.record.state, State::Booting { .. }) {
             let since = self.m.elapsed();
             self.m.metrics().job().phase(what, since);

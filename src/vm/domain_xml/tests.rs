@@ -137,6 +137,9 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
         "domain/on_poweroff",
         "domain/on_reboot",
         "domain/on_crash",
+        "domain/pm",
+        "domain/pm/suspend-to-mem",
+        "domain/pm/suspend-to-disk",
         "domain/devices",
         "domain/devices/controller",
         "domain/devices/disk",
@@ -171,6 +174,7 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
         "domain/devices/channel/target",
         "domain/devices/rng",
         "domain/devices/rng/backend",
+        "domain/devices/panic",
         "domain/devices/memballoon",
     ];
     let mut seen = BTreeSet::new();

@@ -7,7 +7,8 @@ use super::{DOOR_BACKLOG, FakeHypervisor, Machine, Overlay, World};
 use crate::BoxFuture;
 use crate::planted::{self, Bug};
 use crate::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    DoorListener, Ending, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState,
+    VmSummary,
 };
 use std::io;
 use std::net::SocketAddr;
@@ -133,6 +134,7 @@ impl FakeHypervisor {
             power: Power { hypervisor: self.clone(), id: spec.id.clone() },
         };
         world.sockets.insert((spec.socket_dir.clone(), spec.id.clone()));
+        world.endings.remove(&name);
         world.vms.insert(
             name.clone(),
             Machine { spec, state: VmState::Running, channel, console, control: control.clone() },
@@ -147,7 +149,7 @@ impl FakeHypervisor {
             let rest = timing.lifetime.map_or(Duration::MAX, |lifetime| lifetime.saturating_sub(timing.boot));
             // Returned or out of time: either way the guest powers off.
             let _ = timeout(rest, script.run(machine)).await;
-            fake.end(&name, "powered off");
+            fake.end(&name, Ending::PoweredOff, "powered off");
         };
         let script = Controlled { control, script: Box::pin(life) };
         #[expect(clippy::disallowed_methods, reason = "a guest is nobody's task: it ends with its VM")]
@@ -226,14 +228,15 @@ impl Hypervisor for FakeHypervisor {
 
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
         Box::pin(self.look(Op::State, name.to_string(), move |world| {
-            world.vms.get(name).map_or(VmState::Gone, |machine| machine.state)
+            let ended = || world.endings.get(name).map_or(VmState::Gone, |ending| VmState::Ended(*ending));
+            world.vms.get(name).map_or_else(ended, |machine| machine.state)
         }))
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
         let gone = name.clone();
         Box::pin(self.change(Op::Destroy, name.to_string(), move |fake| {
-            fake.end(&gone, "destroyed");
+            fake.end(&gone, Ending::Destroyed, "destroyed");
             Ok(())
         }))
     }

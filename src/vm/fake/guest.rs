@@ -3,7 +3,7 @@
 use super::FakeHypervisor;
 use super::wire::GuestEnd;
 use crate::BoxFuture;
-use crate::vm::{Stream, VmId, VmName, VmSpec};
+use crate::vm::{Ending, Pause, Stream, VmId, VmName, VmSpec};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -68,26 +68,36 @@ pub struct Power {
 impl Power {
     /// The guest powers off.
     pub fn off(&self) {
-        self.end("powered off");
+        self.end(Ending::PoweredOff, "powered off");
     }
 
     /// QEMU dies.
     pub fn crash(&self) {
-        self.end("crashed");
+        self.end(Ending::Died, "crashed");
     }
 
     /// The guest reboots, which ends the machine (`on_reboot=destroy`).
     pub fn reboot(&self) {
-        self.end("rebooted");
+        self.end(Ending::Restarted, "rebooted");
     }
 
-    /// QEMU pauses the VM, as it does when the host's disk fails.
-    pub fn pause(&self) {
-        self.hypervisor.pause(&self.id);
+    /// The guest's kernel panics.
+    pub fn panic(&self) {
+        self.hypervisor.halt(&self.id, Ending::Panicked);
     }
 
-    fn end(&self, how: &str) {
-        self.hypervisor.end(&VmName::from(self.id.clone()), how);
+    /// The guest goes to sleep (S3), on a machine that can.
+    pub fn sleep(&self) {
+        self.hypervisor.halt(&self.id, Ending::Slept);
+    }
+
+    /// The VM's CPUs are stopped.
+    pub fn pause(&self, why: Pause) {
+        self.hypervisor.pause(&self.id, why);
+    }
+
+    fn end(&self, ending: Ending, how: &str) {
+        self.hypervisor.end(&VmName::from(self.id.clone()), ending, how);
     }
 }
 

@@ -16,7 +16,7 @@ pub use faults::{Fault, Op};
 pub use guest::{Doors, GuestMachine, GuestScript, Power};
 pub use wire::GuestEnd;
 
-use super::{HostInfo, Stream, VmId, VmName, VmSpec, VmState};
+use super::{Ending, HostInfo, Pause, Stream, VmId, VmName, VmSpec, VmState};
 use faults::Faults;
 use guest::Control;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -140,6 +140,9 @@ struct World {
     steps: Option<Arc<Semaphore>>,
     faults: Faults,
     vms: BTreeMap<VmName, Machine>,
+    /// How VMs have ended that are no more, while that is seen.
+    endings: BTreeMap<VmName, Ending>,
+    endings_seen: bool,
     overlays: BTreeMap<PathBuf, Overlay>,
     sockets: BTreeSet<(PathBuf, VmId)>,
     doors: BTreeMap<SocketAddr, mpsc::Sender<DuplexStream>>,
@@ -214,6 +217,8 @@ impl FakeHypervisor {
             steps: None,
             faults: Faults::default(),
             vms: BTreeMap::new(),
+            endings: BTreeMap::new(),
+            endings_seen: true,
             overlays: BTreeMap::new(),
             sockets: BTreeSet::new(),
             doors: BTreeMap::new(),
@@ -273,7 +278,7 @@ impl FakeHypervisor {
     }
 
     /// Tells `witness` at once what the history keeps of VMs: `started`, `booted`, `powered off`, `crashed`, `paused`,
-    /// `destroyed`…; and of overlays, by path: `overlay made`, `overlay removed`. It is the truth, whether or not the
+    /// `panicked`, `destroyed`…; and of overlays, by path: `overlay made`, `overlay removed`. It is the truth, whether or not the
     /// caller still waits for its answer. It must not call the fake, which is locked meanwhile.
     pub fn set_witness(&self, witness: impl Fn(&str, &str) + Send + Sync + 'static) {
         self.world().witness = Some(Arc::new(witness));
@@ -304,9 +309,24 @@ impl FakeHypervisor {
         }
     }
 
-    /// QEMU pauses a VM, as it does when the host's disk fails.
-    pub fn pause(&self, id: &VmId) {
-        self.set_state(id, VmState::Paused, "paused");
+    /// Whether it is told how a VM that is no more has ended. It is, unless set otherwise.
+    pub fn set_endings_seen(&self, seen: bool) {
+        self.world().endings_seen = seen;
+    }
+
+    /// A VM's CPUs are stopped.
+    pub fn pause(&self, id: &VmId, why: Pause) {
+        let word = match why {
+            Pause::Disk => "paused",
+            Pause::Operator => "paused by somebody",
+            Pause::Itself => "stopped",
+        };
+        self.set_state(id, VmState::Paused(why), word);
+    }
+
+    /// The kernel of a VM's guest panics, or the guest goes to sleep: it has ended, and stays until it is destroyed.
+    pub fn halt(&self, id: &VmId, how: Ending) {
+        self.set_state(id, VmState::Ended(how), if how == Ending::Slept { "slept" } else { "panicked" });
     }
 
     /// Ends [`FakeHypervisor::pause`].
@@ -319,20 +339,20 @@ impl FakeHypervisor {
         let mut world = self.world();
         let Some(machine) = world.vms.get_mut(&name) else { return };
         machine.state = state;
-        machine.control.set(state == VmState::Paused, false);
+        machine.control.set(state != VmState::Running, false);
         world.note(None, &name.to_string(), how);
     }
 
     /// A VM's QEMU dies (killed for want of memory, say).
     pub fn crash(&self, id: &VmId) {
-        self.end(&VmName::from(id.clone()), "crashed");
+        self.end(&VmName::from(id.clone()), Ending::Died, "crashed");
     }
 
     /// The host reboots: VMs and the sockets in `/run` are gone, disks stay.
     pub fn reboot_host(&self) {
         let names: Vec<VmName> = self.world().vms.keys().cloned().collect();
         for name in names {
-            self.end(&name, "gone with the host");
+            self.end(&name, Ending::Unseen, "gone with the host");
         }
         self.world().sockets.clear();
     }
@@ -349,9 +369,12 @@ impl FakeHypervisor {
         Ok(Box::new(guest))
     }
 
-    fn end(&self, name: &VmName, how: &str) -> bool {
+    fn end(&self, name: &VmName, ending: Ending, how: &str) -> bool {
         let mut world = self.world();
         let Some(machine) = world.vms.remove(name) else { return false };
+        if world.endings_seen && ending != Ending::Unseen {
+            world.endings.insert(name.clone(), ending);
+        }
         machine.control.set(false, true);
         machine.channel.close();
         machine.console.close();

@@ -1,6 +1,7 @@
 //! The fake's own promises. What it shares with libvirt is in `tests/backend`.
 
 use super::*;
+use crate::rng::Rng;
 use crate::vm::{Accel, Attachment, Boot, Hypervisor as _, VmError, VmSummary};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
@@ -127,8 +128,13 @@ async fn a_vm_can_stop_crash_pause_and_time_out_by_itself() {
     fake.set_guest(|machine: GuestMachine| async move { machine.power.crash() });
     let (_, name) = started(&fake, A).await;
     sleep(Duration::from_secs(6)).await;
-    assert_eq!((fake.state(&name).await.unwrap(), end(fake.clone()).await), (VmState::Gone, "ok".into()));
+    assert_eq!(
+        (fake.state(&name).await.unwrap(), end(fake.clone()).await),
+        (VmState::Ended(Ending::Died), "ok".into())
+    );
     assert!(fake.history().iter().any(|entry| entry.outcome == "crashed"));
+    fake.set_endings_seen(false);
+    assert_eq!(fake.state(&VmId::random(&Rng::seeded(9)).into()).await.unwrap(), VmState::Gone);
 
     fake.set_guest(|_| std::future::pending());
     fake.set_timing(Timing { lifetime: Some(Duration::from_secs(60)), ..Timing::default() });
@@ -139,7 +145,7 @@ async fn a_vm_can_stop_crash_pause_and_time_out_by_itself() {
     fake.set_timing(Timing::default());
     fake.set_guest(|mut machine: GuestMachine| async move {
         machine.console.write_all(b"1").await.unwrap();
-        machine.power.pause();
+        machine.power.pause(Pause::Disk);
         machine.console.write_all(b"2").await.unwrap();
         std::future::pending().await
     });
@@ -147,7 +153,7 @@ async fn a_vm_can_stop_crash_pause_and_time_out_by_itself() {
     let mut console = fake.open_console(&spec.socket_dir, &spec.id).await.unwrap();
     assert_eq!(console.read_u8().await.unwrap(), b'1');
     assert_eq!(console.read_u8().await.unwrap(), b'2', "this poll goes on; the next waits");
-    assert_eq!(fake.state(&name).await.unwrap(), VmState::Paused);
+    assert_eq!(fake.state(&name).await.unwrap(), VmState::Paused(Pause::Disk));
     fake.resume(&spec.id);
     fake.reboot_host();
     assert_eq!(fake.counts(), Counts { overlays: 2, ..Counts::default() });
@@ -165,7 +171,7 @@ async fn a_paused_guest_stands_still() {
     let (spec, _) = started(&fake, A).await;
     let mut console = fake.open_console(&spec.socket_dir, &spec.id).await.unwrap();
     console.read_u8().await.unwrap();
-    fake.pause(&spec.id);
+    fake.pause(&spec.id, Pause::Operator);
     assert!(timeout(Duration::from_secs(60), console.read_u8()).await.is_err());
     fake.resume(&spec.id);
     console.read_u8().await.unwrap();

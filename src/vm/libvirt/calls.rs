@@ -6,11 +6,11 @@
 
 use crate::planted::{self, Bug};
 use crate::vm::domain_xml::{self, METADATA_NAMESPACE, Metadata, Ownership};
-use crate::vm::{HostInfo, InstallationId, VmName, VmSpec, VmState, VmSummary};
+use crate::vm::{Ending, HostInfo, InstallationId, Pause, VmName, VmSpec, VmState, VmSummary};
 use rustix::process::getegid;
 use std::error::Error;
 use virt::connect::Connect;
-use virt::domain::{Domain, DomainPausedReason, DomainState, DomainStateReason};
+use virt::domain::{Domain, DomainCrashedReason, DomainPausedReason, DomainState, DomainStateReason};
 use virt::enumutil::Enum;
 use virt::sys;
 
@@ -99,7 +99,7 @@ impl Link {
         let name = VmName::from(spec.id.clone());
         if let Some(domain) = self.lookup(&name)? {
             let ours = metadata(&domain)?.is_some_and(|m| m.installation == spec.installation && m.vm == spec.id);
-            let running = ours && state(&domain)? != VmState::Gone;
+            let running = ours && matches!(state(&domain)?, VmState::Running | VmState::Paused(_));
             return if running {
                 Ok(())
             } else {
@@ -170,17 +170,103 @@ fn metadata(domain: &Domain) -> Result<Option<Metadata>, CallError> {
     }
 }
 
-/// The state of a domain. `info` tells a vanished one, which `state` does not; `state` tells the
-/// reason of a pause, which `info` does not: libvirt shows a domain that it is starting as paused.
+/// The state of a domain. `info` tells a vanished one, which `state` does not; `state` tells the reason, which `info`
+/// does not.
 fn state(domain: &Domain) -> Result<VmState, CallError> {
-    let Some(info) = unless_gone(domain.info())? else { return Ok(VmState::Gone) };
-    Ok(match info.state {
-        Enum::Known(DomainState::Shutoff | DomainState::Crashed) => VmState::Gone,
-        Enum::Known(DomainState::Paused) => match domain.state()?.1 {
-            Enum::Known(DomainStateReason::Paused(Enum::Known(DomainPausedReason::StartingUp))) => VmState::Running,
-            _ => VmState::Paused,
-        },
-        Enum::Known(DomainState::PMSuspended) => VmState::Paused,
+    if unless_gone(domain.info())?.is_none() {
+        return Ok(VmState::Gone);
+    }
+    let (state, reason) = domain.state()?;
+    Ok(match (state, reason) {
+        (Enum::Known(state), Enum::Known(reason)) => translate(state, reason),
+        // What the binding says of a domain that has gone since, too.
+        _ if unless_gone(domain.info())?.is_none() => VmState::Gone,
         _ => VmState::Running,
     })
+}
+
+/// libvirt's state and reason in our words.
+fn translate(state: DomainState, reason: DomainStateReason) -> VmState {
+    use DomainPausedReason as P;
+    match (state, reason) {
+        (DomainState::Paused, DomainStateReason::Paused(Enum::Known(paused))) => match paused {
+            // libvirt shows a domain that it is starting, or ending, as paused.
+            P::StartingUp | P::ShuttingDown => VmState::Running,
+            P::IOError => VmState::Paused(Pause::Disk),
+            P::User | P::Migration | P::Save | P::Dump | P::FromSnapshot | P::Snapshot => {
+                VmState::Paused(Pause::Operator)
+            }
+            P::Watchdog => VmState::Ended(Ending::Hung),
+            P::Crashed => VmState::Ended(Ending::Panicked),
+            // An internal error of QEMU's or KVM's has no reason of its own there.
+            P::Unknown | P::PostCopy | P::PostCopyFailed | P::APIError => VmState::Paused(Pause::Itself),
+        },
+        (DomainState::Paused, _) => VmState::Paused(Pause::Itself),
+        (DomainState::Crashed, DomainStateReason::Crashed(Enum::Known(DomainCrashedReason::Panicked))) => {
+            VmState::Ended(Ending::Panicked)
+        }
+        (DomainState::Crashed, _) => VmState::Ended(Ending::Died),
+        (DomainState::PMSuspended, _) => VmState::Ended(Ending::Slept),
+        (DomainState::Shutoff, _) => VmState::Gone,
+        // Its guest has shut it down; libvirt has yet to end QEMU, and how it was is told by then.
+        _ => VmState::Running,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virt::domain::{DomainPMSuspendedReason, DomainRunningReason, DomainShutdownReason, DomainShutoffReason};
+
+    fn paused(reason: DomainPausedReason) -> VmState {
+        translate(DomainState::Paused, DomainStateReason::Paused(Enum::Known(reason)))
+    }
+
+    /// U50: each reason for which QEMU or libvirt stops a VM has its own name, and only an I/O error is a disk.
+    #[test]
+    fn each_reason_of_a_pause_has_its_own_name_and_only_an_io_error_is_a_disk() {
+        use DomainPausedReason as P;
+        let all = [
+            (P::Unknown, VmState::Paused(Pause::Itself)),
+            (P::User, VmState::Paused(Pause::Operator)),
+            (P::Migration, VmState::Paused(Pause::Operator)),
+            (P::Save, VmState::Paused(Pause::Operator)),
+            (P::Dump, VmState::Paused(Pause::Operator)),
+            (P::IOError, VmState::Paused(Pause::Disk)),
+            (P::Watchdog, VmState::Ended(Ending::Hung)),
+            (P::FromSnapshot, VmState::Paused(Pause::Operator)),
+            (P::ShuttingDown, VmState::Running),
+            (P::Snapshot, VmState::Paused(Pause::Operator)),
+            (P::Crashed, VmState::Ended(Ending::Panicked)),
+            (P::StartingUp, VmState::Running),
+            (P::PostCopy, VmState::Paused(Pause::Itself)),
+            (P::PostCopyFailed, VmState::Paused(Pause::Itself)),
+            (P::APIError, VmState::Paused(Pause::Itself)),
+        ];
+        for (reason, expected) in all {
+            assert_eq!(paused(reason), expected, "{reason:?}");
+            assert_eq!(paused(reason) == VmState::Paused(Pause::Disk), reason == P::IOError, "{reason:?}");
+        }
+        let newer = DomainStateReason::Paused(Enum::Unknown(99));
+        assert_eq!(translate(DomainState::Paused, newer), VmState::Paused(Pause::Itself), "a reason of tomorrow");
+    }
+
+    /// U8: what a guest does to itself is its end, never a pause.
+    #[test]
+    fn a_guest_that_sleeps_or_panics_has_ended() {
+        let slept = DomainStateReason::PMSuspended(Enum::Known(DomainPMSuspendedReason::Unknown));
+        assert_eq!(translate(DomainState::PMSuspended, slept), VmState::Ended(Ending::Slept));
+        for (reason, ending) in
+            [(DomainCrashedReason::Panicked, Ending::Panicked), (DomainCrashedReason::Unknown, Ending::Died)]
+        {
+            let reason = DomainStateReason::Crashed(Enum::Known(reason));
+            assert_eq!(translate(DomainState::Crashed, reason), VmState::Ended(ending));
+        }
+        let off = DomainStateReason::Shutoff(Enum::Known(DomainShutoffReason::Shutdown));
+        assert_eq!(translate(DomainState::Shutoff, off), VmState::Gone);
+        let going = DomainStateReason::Shutdown(Enum::Known(DomainShutdownReason::User));
+        assert_eq!(translate(DomainState::Shutdown, going), VmState::Running);
+        let runs = DomainStateReason::Running(Enum::Known(DomainRunningReason::Booted));
+        assert_eq!(translate(DomainState::Running, runs), VmState::Running);
+    }
 }

@@ -19,6 +19,7 @@
 
 mod calls;
 mod disk;
+mod endings;
 mod workers;
 mod log;
 
@@ -27,6 +28,7 @@ use super::{
 };
 use crate::BoxFuture;
 use disk::Disks;
+use endings::Endings;
 use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -90,6 +92,7 @@ pub enum AccelChoice {
 pub struct Libvirt {
     workers: Workers,
     disks: Disks,
+    endings: Endings,
     domain_type: Option<String>,
     /// See [`session_logs`].
     session_logs: Option<PathBuf>,
@@ -110,6 +113,7 @@ impl Libvirt {
         Self {
             workers: Workers::new(&config.uri),
             disks: Disks { qemu_img: "qemu-img".into() },
+            endings: Endings::new(&config.uri),
             domain_type: None,
             session_logs: session_logs(&config.uri, |name| std::env::var_os(name)),
         }
@@ -219,6 +223,7 @@ impl Hypervisor for Libvirt {
                     source: error.into(),
                 })?;
             }
+            self.endings.watch();
             let (spec, domain_type) = (spec.clone(), self.domain_type.clone());
             let start = move |link: &mut calls::Link| link.start(&spec, domain_type.as_deref());
             self.workers.call("start VM", name, START_DEADLINE, start).await
@@ -227,9 +232,15 @@ impl Hypervisor for Libvirt {
 
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
         let wanted = name.clone();
-        Box::pin(
-            self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, move |link| link.state(&wanted)),
-        )
+        let look = move |link: &mut calls::Link| link.state(&wanted);
+        Box::pin(async move {
+            self.endings.watch();
+            let state = self.workers.call("read state of VM", name.to_string(), LOOK_DEADLINE, look).await?;
+            Ok(match state {
+                VmState::Gone => self.endings.of(name).await.map_or(VmState::Gone, VmState::Ended),
+                state => state,
+            })
+        })
     }
 
     fn last_words<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Option<String>> {
@@ -248,6 +259,7 @@ impl Hypervisor for Libvirt {
 
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         let wanted = installation.clone();
+        self.endings.watch();
         Box::pin(
             self.workers.call("list VMs of", installation.to_string(), LOOK_DEADLINE, move |link| link.list(&wanted)),
         )

@@ -11,7 +11,7 @@ mod evidence;
 pub mod memory;
 pub mod sector;
 
-use super::{Accel, Attachment, Boot, Hypervisor, InstallationId, VmError, VmId, VmSpec, VmState};
+use super::{Accel, Attachment, Boot, Ending, Hypervisor, InstallationId, Pause, VmError, VmId, VmSpec, VmState};
 use crate::rng::Rng;
 pub use dayfly_guest_config::{PROOF_LINE, PROOF_WORD};
 pub use evidence::Evidence;
@@ -264,8 +264,15 @@ async fn watch(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: Subject<'_>,
             // Both are cancel safe. What was said goes first.
             read = console.read(&mut chunk) => read?,
             () = tokio::time::sleep(LOOK) => match hypervisor.state(&name).await {
-                Ok(VmState::Paused) => return Ok(End::Stopped("paused".to_owned())),
-                Ok(VmState::Running | VmState::Gone) | Err(_) => continue,
+                Ok(VmState::Paused(why)) => return Ok(End::Stopped(match why {
+                    Pause::Itself => "paused".to_owned(),
+                    Pause::Disk | Pause::Operator => format!("paused: {}", why.words()),
+                })),
+                Ok(VmState::Ended(how @ (Ending::Panicked | Ending::Slept | Ending::Hung))) => {
+                    return Ok(End::Stopped(format!("no more: {}", how.words())));
+                }
+                // What it has said before its end is still to be read.
+                Ok(VmState::Running | VmState::Ended(_) | VmState::Gone) | Err(_) => continue,
             },
         };
         if read == 0 {

@@ -63,7 +63,7 @@ async fn a_guest_that_qemu_stops_refutes_kvm_at_once() {
     let fake = FakeHypervisor::new();
     fake.set_guest(|mut machine: GuestMachine| async move {
         machine.console.write_all(sector::BEGINS.as_bytes()).await.unwrap();
-        machine.power.pause();
+        machine.power.pause(crate::vm::Pause::Itself);
         std::future::pending().await
     });
     let since = Instant::now();

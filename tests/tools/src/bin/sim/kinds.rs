@@ -92,6 +92,10 @@ kinds! {
     CrashesAfterFinal "V9" "QEMU dies after the verdict";
     Hangs "V10" "the guest goes silent";
     DiskPaused "V11 H7" "QEMU pauses the VM";
+    QemuStops "V11" "QEMU stops the VM of its own accord";
+    OperatorPauses "V11" "somebody pauses the VM for good";
+    KernelPanics "V6" "the guest's kernel panics in mid-job";
+    Sleeps "V10" "the guest suspends itself in mid-job";
     OomKilled "V12" "QEMU is killed from outside";
     IgnoresShutdown "V13" "the guest never powers off";
     DestroyFails "V14" "destroy is refused";

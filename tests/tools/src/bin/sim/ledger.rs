@@ -263,20 +263,25 @@ impl Ledger {
             }
             "destroyed" | "powered off" | "crashed" | "rebooted" | "gone with the host" => {
                 vm.ended_at = Some((now, word.to_owned()));
-                if word == "destroyed" {
-                    return;
+                match word {
+                    "destroyed" => return,
+                    "powered off" => "powered off",
+                    "crashed" => "crashed",
+                    "rebooted" => "rebooted",
+                    _ => "gone with the host",
                 }
-                "ended by itself"
             }
-            "paused" => {
-                vm.paused_at = Some(now);
-                "paused"
-            }
+            "paused" => "paused",
+            "paused by somebody" => "paused by somebody",
+            "stopped" => "stopped",
+            "panicked" => "panicked",
+            "slept" => "slept",
             _ => return,
         };
         if let Some(note) = vm.job.and_then(|job| self.jobs.get_mut(&job)) {
             note.mishap = Some((mishap, now));
-            if note.handed.last().is_some_and(|(vm, _)| vm == name) {
+            // Who was paused by somebody may go on, until its silence deadline.
+            if mishap != "paused by somebody" && note.handed.last().is_some_and(|(vm, _)| vm == name) {
                 note.lost_running.get_or_insert(now);
             }
         }

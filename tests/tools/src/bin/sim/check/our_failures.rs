@@ -33,13 +33,22 @@ impl OurFailures {
         let since = now.saturating_sub(note.assigned_at.unwrap_or_default());
         let replaced = note.vms.len() > 1;
         let ended = note.mishap.is_some();
+        let was = |word: &str| note.mishap.is_some_and(|(what, _)| what == word);
         let libvirt = note.vm_call_failed || note.files_failed.is_some();
         let holds = match label {
             "no machine" => ledger.image_was_missing || libvirt || replaced || note.vms.is_empty() || ended,
             "machine died booting" => ended || libvirt || ledger.image_was_missing,
             "boot deadline" => since + Duration::from_secs(1) >= self.boot,
-            "machine died" => ended || libvirt,
-            "host disk" => note.mishap.is_some_and(|(what, _)| what == "paused") || note.files_failed.is_some(),
+            // Nobody saw how.
+            "machine ended" => ended || libvirt,
+            "machine powered off" => was("powered off"),
+            "machine restarted" => was("rebooted"),
+            "guest kernel panicked" => was("panicked"),
+            "machine went to sleep" => was("slept"),
+            "machine's process ended" => was("crashed"),
+            "host disk" => was("paused") || note.files_failed.is_some(),
+            "machine stopped by QEMU" => was("stopped"),
+            "machine paused at the host" => was("paused by somebody"),
             "silence deadline" => {
                 let spoke = note.guest_spoke_at.or(note.handed.last().map(|(_, at)| *at)).unwrap_or_default();
                 now.saturating_sub(spoke) + Duration::from_secs(1) >= self.silence

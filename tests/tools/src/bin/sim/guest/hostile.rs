@@ -5,7 +5,7 @@ use super::wire::{Line, head};
 use super::{Guest, transfer};
 use crate::event::GuestDoes;
 use crate::kinds::Kind;
-use dayfly::vm::Stream;
+use dayfly::vm::{Pause, Stream};
 use serde_json::{Value, json};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -24,7 +24,11 @@ pub(crate) async fn act(runner: &mut Runner, guest: &mut Guest, kind: Kind) {
         Kind::CrashesRunning => guest.machine.power.crash(),
         Kind::PowersOff => guest.machine.power.off(),
         Kind::RebootsRunning => guest.machine.power.reboot(),
-        Kind::DiskPaused => guest.machine.power.pause(),
+        Kind::DiskPaused => guest.machine.power.pause(Pause::Disk),
+        Kind::QemuStops => guest.machine.power.pause(Pause::Itself),
+        Kind::OperatorPauses => guest.machine.power.pause(Pause::Operator),
+        Kind::KernelPanics => guest.machine.power.panic(),
+        Kind::Sleeps => guest.machine.power.sleep(),
         Kind::UploadVmDies => transfer::dies(runner, guest).await,
         _ => {}
     }
@@ -34,6 +38,10 @@ pub(crate) async fn act(runner: &mut Runner, guest: &mut Guest, kind: Kind) {
             | Kind::PowersOff
             | Kind::RebootsRunning
             | Kind::DiskPaused
+            | Kind::QemuStops
+            | Kind::OperatorPauses
+            | Kind::KernelPanics
+            | Kind::Sleeps
             | Kind::Hangs
             | Kind::UploadVmDies
     ) {

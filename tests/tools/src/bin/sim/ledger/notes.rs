@@ -99,7 +99,6 @@ pub(crate) struct VmNote {
     pub(crate) overlay_gone_at: Option<At>,
     pub(crate) pass: Option<String>,
     pub(crate) greeted: bool,
-    pub(crate) paused_at: Option<At>,
     /// Faults were met by a call about it.
     pub(crate) call_failed_at: Option<At>,
     pub(crate) port: u16,
