@@ -18,6 +18,9 @@
 //! filtered (`terminal`). A run is an installation of its own ([`instance`]).
 
 mod archive;
+#[cfg(test)]
+mod corpus;
+mod given;
 pub mod instance;
 mod payload;
 pub mod pipeline;
@@ -39,7 +42,9 @@ use crate::network::PortRange;
 use crate::standin::{self, ArtifactKeep, ProjectId, Standin};
 use crate::telemetry::{self, chain};
 use crate::vm::libvirt::AccelChoice;
+use given::{Given, GivenError};
 use instance::{Directories, Instance, InstanceError};
+use pipeline::sources::Directory;
 use pipeline::{Job, PipelineError};
 use repository::{REPOSITORY_BYTES_MAX, Repository, RepositoryError};
 use std::io;
@@ -58,6 +63,9 @@ const RUNNER_NAME: &str = "dayfly-exec";
 const GUEST_PORTS: PortRange = PortRange { first: 22_000, last: 22_999 };
 /// How the guest reaches the host's loopback (SLIRP).
 const HOST_FROM_GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// Host of the container registry, which there is none of: `.invalid` resolves nowhere (RFC 2606), so that
+/// `CI_REGISTRY*` have their usual form and a login fails by name. `-e CI_REGISTRY=…` names another.
+const REGISTRY: &str = "registry.invalid";
 /// Largest artifact, as much as may be unpacked of one.
 const ARTIFACT_MIB_MAX: u64 = 4096;
 
@@ -67,9 +75,12 @@ const ARTIFACT_MIB_MAX: u64 = 4096;
 /// out of time; 125 if it could not be run; 130 if interrupted.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// Jobs to run; they run in the order of stages and `needs`
-    #[arg(required = true, value_name = "JOB")]
+    /// Jobs to run, in the order of stages and `needs`; one of several of a key by its name: 'test: [linux, 3.11]', 'test 1/4'
+    #[arg(required_unless_present = "list", value_name = "JOB")]
     jobs: Vec<String>,
+    /// List the file's jobs with their stages, and why one cannot run here; run none
+    #[arg(long, conflicts_with = "jobs")]
+    list: bool,
     /// Pipeline file
     #[arg(short, long, value_name = "FILE", default_value = ".gitlab-ci.yml")]
     file: PathBuf,
@@ -97,9 +108,9 @@ pub struct Args {
     /// Timeout of jobs that name none
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = parse_timeout)]
     timeout: Duration,
-    /// A variable for the jobs; wins over the file's
-    #[arg(short = 'e', long = "variable", value_name = "KEY=VALUE", value_parser = parse_variable)]
-    variables: Vec<(String, String)>,
+    /// A variable for the jobs, wins over the file's; FILE:KEY=PATH: a file-type variable with the content of PATH
+    #[arg(short = 'e', long = "variable", value_name = "[FILE:]KEY=VALUE", value_parser = given::parse)]
+    variables: Vec<Given>,
     /// Directory with the images
     #[arg(long, value_name = "DIR", env = "DAYFLY_IMAGE_DIRECTORY")]
     image_directory: Option<PathBuf>,
@@ -127,12 +138,6 @@ fn parse_timeout(text: &str) -> Result<Duration, String> {
     pipeline::parse_timeout(text).ok_or_else(|| "write it like `1h 30m`, at most a month".into())
 }
 
-fn parse_variable(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("write it like KEY=VALUE")?;
-    let fits = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-    if fits { Ok((key.to_owned(), value.to_owned())) } else { Err("a name has letters, digits and _ only".into()) }
-}
-
 /// Why no job could be run. Exit code 125.
 #[derive(Debug, thiserror::Error)]
 enum ExecError {
@@ -152,6 +157,8 @@ enum ExecError {
     NoKvm(String),
     #[error(transparent)]
     Daemon(DaemonError),
+    #[error(transparent)]
+    Variable(#[from] GivenError),
     #[error("{what}")]
     System {
         what: &'static str,
@@ -210,13 +217,41 @@ pub fn main(args: &Args) -> ExitCode {
     ExitCode::from(code)
 }
 
-async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
-    let mut interrupts = interrupts().map_err(system("listen to signals"))?;
-    let plan = pipeline::read(&args.file, &args.jobs)?;
-    for note in &plan.notes {
-        screen.say(&format!("{}:{note}", args.file.display()));
+/// Prints the jobs: stage, name, and why one cannot run. The exit code is 0 whatever they are.
+async fn list(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
+    let variables = given::read_all(&args.variables)?;
+    let directory = args.file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // A repository that cannot be served has jobs all the same.
+    let repository = Repository::find(directory).await.ok().flatten();
+    let sources = Directory::around(&args.file, payload::known(repository.as_ref(), &variables));
+    let (jobs, more) = pipeline::list(&args.file, &sources)?;
+    let width = jobs.iter().filter_map(|job| job.stage.as_ref()).map(|stage| stage.chars().count()).max().unwrap_or(0);
+    for job in &jobs {
+        let stage = job.stage.as_deref().unwrap_or("-");
+        screen.show(&format!("{stage:width$}  {}", job.name));
+        if let Some(refused) = &job.refused {
+            screen.show(&format!("{:width$}    cannot run: {refused}", ""));
+        }
     }
+    if more > 0 {
+        screen.say(&format!("{more} more keys are not listed"));
+    }
+    Ok(0)
+}
+
+async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
+    if args.list {
+        return list(args, screen).await;
+    }
+    let mut interrupts = interrupts().map_err(system("listen to signals"))?;
+    let variables = given::read_all(&args.variables)?;
     let repository = find_repository(&args.file, screen).await?;
+    let sources = Directory::around(&args.file, payload::known(repository.as_ref(), &variables));
+    let plan = pipeline::read(&args.file, &args.jobs, &sources)?;
+    for note in &plan.notes {
+        let file = plan.files.get(note.line.file).unwrap_or(&args.file);
+        screen.say(&format!("{}:{note}", file.display()));
+    }
     let folder = match plan.jobs.iter().any(Job::uploads) {
         true => Some(Folder::open(&args.artifacts, unpack::Limits::default())?),
         false => None,
@@ -249,7 +284,7 @@ async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
                 repository: repository.as_ref(),
                 file: &args.file,
                 timeout: args.timeout,
-                variables: &args.variables,
+                variables: &variables,
                 folder,
                 standin,
                 project,
@@ -385,6 +420,7 @@ async fn prepare(
         // The trace is watched: a second is as live as a terminal needs.
         model.settings.trace_update_interval = Some(Duration::from_secs(1));
         model.settings.max_artifacts_size_mib = ARTIFACT_MIB_MAX;
+        model.settings.registry = Some(REGISTRY.into());
         model.settings.artifact_keep = ArtifactKeep::Directory(uploads);
         if let Some(runner) = model.runners.get_mut(&runner) {
             RUNNER_NAME.clone_into(&mut runner.description);

@@ -23,7 +23,32 @@ pub(super) struct Common<'a> {
     /// Timeout of jobs that name none.
     pub(super) timeout: Duration,
     /// `--variable`: they win over the file's.
-    pub(super) variables: &'a [(String, String)],
+    pub(super) variables: &'a [Variable],
+}
+
+/// Variables that are known before a job is: they may stand in names of includes and in inputs.
+pub(super) fn known(repository: Option<&Repository>, given: &[Variable]) -> BTreeMap<String, String> {
+    let mut known = BTreeMap::new();
+    let mut put = |key: &str, value: &str| known.insert(key.to_owned(), value.to_owned());
+    put("CI", "true");
+    put("GITLAB_CI", "true");
+    if let Some(repository) = repository {
+        let (namespace, name) = repository.project_path.rsplit_once('/').unwrap_or(("", &repository.project_path));
+        put("CI_COMMIT_SHA", &repository.sha);
+        put("CI_COMMIT_SHORT_SHA", repository.sha.get(..8).unwrap_or_default());
+        put("CI_COMMIT_REF_NAME", &repository.ref_name);
+        put(if repository.is_tag { "CI_COMMIT_TAG" } else { "CI_COMMIT_BRANCH" }, &repository.ref_name);
+        put("CI_DEFAULT_BRANCH", repository.default_branch.as_ref().unwrap_or(&repository.ref_name));
+        put("CI_PROJECT_PATH", &repository.project_path);
+        put("CI_PROJECT_NAMESPACE", namespace);
+        put("CI_PROJECT_NAME", name);
+        put("CI_PROJECT_ROOT_NAMESPACE", namespace.split('/').next().unwrap_or_default());
+    }
+    // GitLab does not expand file-type variables there either.
+    for variable in given.iter().filter(|v| !v.file) {
+        put(&variable.key, &variable.value);
+    }
+    known
 }
 
 /// The job, and a remark if something of it cannot be as it says.
@@ -31,7 +56,11 @@ pub(super) fn spec(job: &Job, common: &Common<'_>, ids: &BTreeMap<String, JobId>
     let mut variables = predefined(common);
     variables
         .extend(job.variables.iter().map(|v| Variable { raw: v.raw, ..Variable::new(v.key.clone(), v.value.clone()) }));
-    variables.extend(common.variables.iter().map(|(key, value)| Variable::new(key.clone(), value.clone())));
+    if let Some((index, total)) = job.node {
+        variables
+            .extend([("CI_NODE_INDEX", index), ("CI_NODE_TOTAL", total)].map(|(k, n)| Variable::new(k, n.to_string())));
+    }
+    variables.extend(common.variables.iter().cloned());
     let mut remark = None;
     if common.repository.is_none() {
         variables.push(Variable::new("GIT_STRATEGY", "none"));
@@ -155,11 +184,7 @@ mod tests {
     }
 
     /// The payload that a runner gets for this pipeline's `job`.
-    async fn payload(
-        text: &str,
-        repository: Option<&Repository>,
-        variables: &[(String, String)],
-    ) -> (Value, Option<String>) {
+    async fn payload(text: &str, repository: Option<&Repository>, variables: &[Variable]) -> (Value, Option<String>) {
         let common = Common {
             pipeline: 7,
             repository,
@@ -200,7 +225,7 @@ job:
   artifacts: {paths: [out], name: n, reports: {junit: j.xml}, expire_in: 1 day}
 ";
         let repository = repository();
-        let (payload, remark) = payload(text, Some(&repository), &[("B".into(), "mine".into())]).await;
+        let (payload, remark) = payload(text, Some(&repository), &[Variable::new("B", "mine")]).await;
         assert_eq!(remark, None);
         assert_eq!(payload["steps"][0]["script"], json!(["one", "two"]));
         assert_eq!(payload["steps"][1]["script"], json!(["three"]));

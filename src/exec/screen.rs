@@ -43,6 +43,12 @@ impl Screen {
         self.print(&text);
     }
 
+    /// One line that was asked for, on stdout; it may hold words of others.
+    pub(super) fn show(&mut self, line: &str) {
+        self.end_line();
+        self.print(&format!("{}\n", printable(line)));
+    }
+
     /// One line of our own, which may hold words of others.
     pub(super) fn say(&mut self, line: &str) {
         self.end_line();

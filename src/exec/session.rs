@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::control::ControlHandler;
 use crate::daemon::{self, Backends, DaemonError, Shutdown};
 use crate::gitlab::JobId;
-use crate::standin::{Artifact, ArtifactContent, JobState, ProjectId, Standin};
+use crate::standin::{Artifact, ArtifactContent, JobState, ProjectId, Standin, Variable};
 use crate::status::RunnerState;
 use crate::telemetry::chain;
 use std::collections::BTreeMap;
@@ -56,7 +56,7 @@ pub struct Session<'a> {
     /// Timeout of jobs that name none.
     pub timeout: Duration,
     /// Variables that win over the file's.
-    pub variables: &'a [(String, String)],
+    pub variables: &'a [Variable],
     /// Where artifacts go; none: no job has any.
     pub folder: Option<Folder>,
     /// GitLab.

@@ -5,13 +5,14 @@
 //! | `script`, `before_script`, `after_script`, `variables`, `stage`, `artifacts`, `needs`, `dependencies`, `timeout`, `allow_failure`, `extends`, `inherit`, `hooks` | obeyed |
 //! | `image` | passed to the guest runner; the VM's image is the class's |
 //! | `when`, `start_in`, `manual_confirmation`, `rules`, `only`, `except` | ignored: who names a job wants it to run now |
-//! | `parallel: N` | runs once; `parallel: matrix` is an error, for its jobs have other names |
+//! | `parallel` | one of its jobs runs, the one named (`test 1/4`, `test: [linux, 3.11]`); `test` alone runs `parallel: N` once |
 //! | `id_tokens`, `identity`, `secrets` | ignored: only GitLab can issue them, the variables stay unset |
 //! | `trigger`, `run`, `inputs`, unknown keys | errors |
 
 use super::artifacts;
 use super::duration;
-use super::error::Fault;
+use super::error::{Fault, Line};
+use super::matrix::{self, Variant};
 use super::model::{AllowFailure, Artifacts, Image, Job, Note, Variable};
 use super::node::{Entry, Kind, Node, Pairs};
 use std::rc::Rc;
@@ -71,6 +72,8 @@ pub(super) struct Context<'a> {
     pub(super) variables: Option<&'a Entry>,
     /// All stages, in order.
     pub(super) stages: &'a [String],
+    /// What is added where something is missing that an include which is not read may have.
+    pub(super) hint: &'a str,
 }
 
 /// `needs` and `dependencies`, before it is known which of those jobs run here.
@@ -79,13 +82,15 @@ pub(super) struct Links {
     /// `needs`: job, whether its artifacts are wanted, whether it may be missing; with the line.
     pub(super) needs: Option<Vec<Need>>,
     /// `dependencies`, with the line.
-    pub(super) dependencies: Option<(usize, Vec<String>)>,
+    pub(super) dependencies: Option<(Line, Vec<String>)>,
 }
 
 #[derive(Debug)]
 pub(super) struct Need {
-    pub(super) line: usize,
+    pub(super) line: Line,
     pub(super) job: String,
+    /// Which jobs of that key, if not all.
+    pub(super) of_matrix: Option<Vec<String>>,
     pub(super) artifacts: bool,
     pub(super) optional: bool,
 }
@@ -97,8 +102,8 @@ pub(super) struct Read {
     pub(super) notes: Vec<Note>,
 }
 
-/// Reads a resolved job.
-pub(super) fn read(entry: &Entry, context: &Context<'_>) -> Result<Read, Fault> {
+/// Reads a resolved job; of several of its key, `variant`.
+pub(super) fn read(entry: &Entry, variant: Option<&Variant>, context: &Context<'_>) -> Result<Read, Fault> {
     let node = &entry.value;
     node.mapping()
         .map_err(|_| Fault::at(entry.line, format!("is {}, must be a mapping with at least `script`", node.noun())))?;
@@ -108,8 +113,10 @@ pub(super) fn read(entry: &Entry, context: &Context<'_>) -> Result<Read, Fault> 
     let mut script = None;
     let mut before_script = Vec::new();
     let mut job = Job {
-        name: entry.key.clone(),
+        name: variant.map_or_else(|| entry.key.clone(), |v| v.name.clone()),
         line: entry.line,
+        key: entry.key.clone(),
+        node: variant.map(|v| (v.index, v.total)),
         stage: "test".into(),
         script: Vec::new(),
         after_script: Vec::new(),
@@ -124,6 +131,10 @@ pub(super) fn read(entry: &Entry, context: &Context<'_>) -> Result<Read, Fault> 
     };
     // A key that exec cannot do is the news, whatever else is missing or wrong.
     if let Some(fault) = keys.iter().find_map(|(e, _)| impossible(e)) {
+        return Err(fault);
+    }
+    let needed = keys.iter().filter(|(e, _)| IGNORED.iter().all(|(name, _)| *name != e.key));
+    if let Some(fault) = needed.clone().find_map(|(e, _)| e.value.broken().map(|f| f.under(&e.key))) {
         return Err(fault);
     }
     for (entry, own) in &keys {
@@ -151,18 +162,24 @@ pub(super) fn read(entry: &Entry, context: &Context<'_>) -> Result<Read, Fault> 
             "timeout" => timeout(value).map(|t| job.timeout = Some(t)),
             "allow_failure" => allow_failure(value).map(|a| job.allow_failure = a),
             "hooks" => hooks(value).map(|h| job.pre_get_sources_script = h),
-            "needs" => needs(value).map(|n| links.needs = Some(n)),
+            "needs" => needs(value, *own, &mut notes).map(|n| links.needs = Some(n)),
             "dependencies" => value.texts().map(|t| links.dependencies = Some((entry.line, t))),
             "when" => when(value).map(|w| {
                 if w != "on_success" {
                     notes.add(entry, *own, format!("`{w}` is ignored: a job that is named runs"));
                 }
             }),
-            "parallel" => value
-                .integer()
-                .map(|n| notes.add(entry, *own, format!("{n} is ignored: the job runs once, with CI_NODE_TOTAL=1"))),
+            "parallel" if variant.is_none() => matrix::variants(&job.key, value).map(|variants| {
+                if let Some(first) = variants.iter().flatten().next() {
+                    let what = format!(
+                        "{} is ignored: the job runs once, with CI_NODE_TOTAL=1; one of them is `{}`",
+                        first.total, first.name
+                    );
+                    notes.add(entry, *own, what);
+                }
+            }),
             // Read elsewhere: resolve, variables below, effective.
-            "extends" | "variables" | "inherit" => Ok(()),
+            "extends" | "variables" | "inherit" | "parallel" => Ok(()),
             key => {
                 if let Some((_, what)) = IGNORED.iter().find(|(name, _)| *name == key) {
                     notes.add(entry, *own, (*what).to_owned());
@@ -173,17 +190,26 @@ pub(super) fn read(entry: &Entry, context: &Context<'_>) -> Result<Read, Fault> 
         read.map_err(|f| f.under(&entry.key))?;
     }
     job.variables = variables(node, context, &mut notes)?;
+    for variable in variant.iter().flat_map(|v| &v.variables) {
+        job.variables.retain(|v| v.key != variable.key);
+        job.variables.push(variable.clone());
+    }
     match script {
         Some(script) if !script.is_empty() => job.script = before_script.into_iter().chain(script).collect(),
-        _ => return Err(Fault::at(entry.line, "is missing; a job must say what to run").under("script")),
+        _ => {
+            let what = format!("is missing; a job must say what to run{}", context.hint);
+            return Err(Fault::at(entry.line, what).under("script"));
+        }
     }
     if !context.stages.contains(&job.stage) {
         let line = node.get("stage").map_or(entry.line, |e| e.line);
-        return Err(Fault::at(
-            line,
-            format!("there is no stage `{}`; stages: {}", job.stage, context.stages.join(", ")),
-        )
-        .under("stage"));
+        let what = format!("there is no stage `{}`; stages: {}", job.stage, context.stages.join(", "));
+        if context.hint.is_empty() {
+            return Err(Fault::at(line, what).under("stage"));
+        }
+        // `stages` may stand in what is not read, and a job that is named needs none.
+        let what = format!("{what}{}", context.hint);
+        notes.list.push(Note { line, job: Some(notes.job.to_owned()), key: "stage".into(), what });
     }
     Ok(Read { job, links, notes: notes.list })
 }
@@ -271,9 +297,6 @@ fn impossible(entry: &Entry) -> Option<Fault> {
         "trigger" => "starts another pipeline, which only GitLab can; name a job with a script",
         "run" => "steps are not supported; write the job with `script`",
         "inputs" => "are filled in by GitLab only; write the values into the job",
-        "parallel" if entry.value.mapping().is_ok() => {
-            "`matrix` makes many jobs of one, which exec cannot; write one of them as a job of its own"
-        }
         key if OBEYED.contains(&key) || IGNORED.iter().any(|(name, _)| *name == key) => return None,
         _ => "is no key of a job that exec knows; correct or remove it",
     };
@@ -364,19 +387,29 @@ fn when(node: &Node) -> Result<String, Fault> {
     }
 }
 
-fn needs(node: &Node) -> Result<Vec<Need>, Fault> {
+fn needs(node: &Node, own: bool, notes: &mut Notes<'_>) -> Result<Vec<Need>, Fault> {
     let mut needs = Vec::new();
     for item in flat(node)? {
         if let Ok(job) = item.text() {
-            needs.push(Need { line: item.line, job: job.to_owned(), artifacts: true, optional: false });
+            needs.push(Need {
+                line: item.line,
+                job: job.to_owned(),
+                of_matrix: None,
+                artifacts: true,
+                optional: false,
+            });
             continue;
         }
         let entries = item.mapping()?;
+        if let Some(other) = entries.iter().find(|e| matches!(e.key.as_str(), "project" | "pipeline")) {
+            let name = other.value.scalar().map_err(|f| f.under(&other.key))?;
+            let what = format!("`{name}` has artifacts that only GitLab has: they are missing");
+            notes.add(&Entry { key: format!("needs:{}", other.key), ..other.clone() }, own, what);
+            continue;
+        }
         for entry in entries {
             let what = match entry.key.as_str() {
-                "job" | "artifacts" | "optional" => continue,
-                "project" | "pipeline" | "ref" => "names another pipeline, whose artifacts only GitLab has; remove it",
-                "parallel" => "names a job of a matrix, which exec cannot run; remove it",
+                "job" | "artifacts" | "optional" | "parallel" => continue,
                 _ => "is no key of `needs`; correct or remove it",
             };
             return Err(Fault::at(entry.line, what).under(&entry.key));
@@ -384,9 +417,12 @@ fn needs(node: &Node) -> Result<Vec<Need>, Fault> {
         let Some(job) = item.get("job") else { return Err(Fault::at(item.line, "has an entry without `job`")) };
         let flag =
             |key: &str, otherwise| item.get(key).map_or(Ok(otherwise), |e| e.value.boolean().map_err(|f| f.under(key)));
+        let name = job.value.text().map_err(|f| f.under("job"))?;
+        let of_matrix = item.get("parallel").map(|e| matrix::names(name, &e.value).map_err(|f| f.under("parallel")));
         needs.push(Need {
             line: job.line,
-            job: job.value.text().map_err(|f| f.under("job"))?.to_owned(),
+            job: name.to_owned(),
+            of_matrix: of_matrix.transpose()?,
             artifacts: flag("artifacts", true)?,
             optional: flag("optional", false)?,
         });

@@ -5,30 +5,41 @@
 //! reference, GitLab 18); where a key has no effect here, a [`Note`] says so.
 //!
 //! ```text
-//! text ─ parse ─► Node ─ resolve (extends, !reference) ─► job ─► Job ─ order ─► Plan
+//! text ─ parse, inputs, include ─► Node ─ resolve (extends, !reference) ─► job, matrix ─► Job ─ order ─► Plan
 //! ```
 //!
-//! Pure but for reading the file. Used by `exec` alone.
+//! Pure but for reading files ([`Sources`]). Used by `exec` alone.
 
 mod artifacts;
 mod duration;
 mod error;
+mod include;
+mod inputs;
 mod job;
+mod list;
+mod matrix;
 mod model;
 mod node;
 mod order;
 mod parse;
 mod resolve;
+pub mod sources;
+#[cfg(test)]
+mod include_tests;
 #[cfg(test)]
 mod tests;
 
-pub use error::{Fault, PipelineError};
+pub use error::{Fault, Line, PipelineError};
+pub use list::{Listed, list};
 pub use model::{AllowFailure, Artifacts, Image, Job, Note, Plan, Variable, When};
 
+use include::Loader;
+use matrix::Variant;
 use node::Entry;
 use resolve::Resolver;
+use sources::{Memory, Sources};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A timeout as GitLab reads it: `1h 30m`, `90 minutes`; at least a second, at most a month.
@@ -53,41 +64,142 @@ const GLOBAL_KEYS: &[&str] = &[
     "workflow",
 ];
 
-/// Reads `path` and plans the jobs `names`, in any order; doubled names count once.
+/// Reads `path` and what it includes, and plans the jobs `names`, in any order; doubled names count once.
 ///
 /// # Errors
 /// [`PipelineError`]: the file, a fault in what the jobs need, or a name that is no job.
-pub fn read(path: &Path, names: &[String]) -> Result<Plan, PipelineError> {
-    use std::io::Read as _;
-    let unreadable = |source| PipelineError::Read { path: path.to_owned(), source };
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)
-        .and_then(|f| f.take(parse::FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
-        .map_err(unreadable)?;
-    if bytes.len() as u64 > parse::FILE_BYTES_MAX {
-        return Err(unreadable(io::Error::new(io::ErrorKind::FileTooLarge, "longer than 1 MiB")));
-    }
-    let text = String::from_utf8(bytes).map_err(|e| unreadable(io::Error::new(io::ErrorKind::InvalidData, e)))?;
-    plan(path, &text, names)
+pub fn read(path: &Path, names: &[String], sources: &dyn Sources) -> Result<Plan, PipelineError> {
+    plan_with(path, &text(path)?, names, sources)
 }
 
-/// Plans the jobs `names` of the pipeline `text`; `path` is for messages.
+/// The text of a pipeline file.
+fn text(path: &Path) -> Result<String, PipelineError> {
+    let unreadable = |source| PipelineError::Read { path: path.to_owned(), source };
+    let file = std::fs::File::open(path).map_err(unreadable)?;
+    match file.metadata() {
+        Ok(metadata) if metadata.is_dir() => Err(unreadable(io::ErrorKind::IsADirectory.into())),
+        _ => sources::read_text(file).map_err(unreadable),
+    }
+}
+
+/// Plans the jobs `names` of the pipeline `text`, which includes nothing; `path` is for messages.
 ///
 /// # Errors
 /// As [`read`].
 pub fn plan(path: &Path, text: &str, names: &[String]) -> Result<Plan, PipelineError> {
-    let content = |fault| PipelineError::Content { path: path.to_owned(), fault };
-    let resolver = Resolver::new(parse::parse(text).map_err(content)?);
-    for name in names {
-        if GLOBAL_KEYS.contains(&name.as_str()) || resolver.root().entry(name).is_none() {
-            let known = resolver.root().mapping().map(job_names).unwrap_or_default();
-            return Err(PipelineError::NoSuchJob { path: path.to_owned(), name: name.clone(), known });
-        }
-        if name.starts_with('.') {
-            return Err(PipelineError::Hidden { path: path.to_owned(), name: name.clone() });
+    plan_with(path, text, names, &Memory::default())
+}
+
+/// Plans the jobs `names` of the pipeline `text`, which includes what `sources` has; `path` is for messages.
+///
+/// # Errors
+/// As [`read`].
+pub fn plan_with(path: &Path, text: &str, names: &[String], sources: &dyn Sources) -> Result<Plan, PipelineError> {
+    let pipeline = Pipeline::load(path, text, sources)?;
+    pipeline.plan(names)
+}
+
+/// A pipeline's files, merged; no job has been looked at.
+struct Pipeline {
+    path: PathBuf,
+    files: Vec<PathBuf>,
+    notes: Vec<Note>,
+    resolver: Resolver,
+    globals: Globals,
+}
+
+/// What the file says for all jobs.
+struct Globals {
+    stages: Vec<String>,
+    variables: Option<Entry>,
+    default: Vec<Entry>,
+}
+
+/// A job that was asked for: its key, and which of its jobs if it is several.
+struct Chosen {
+    key: String,
+    variant: Option<Variant>,
+}
+
+impl Pipeline {
+    fn load(path: &Path, text: &str, sources: &dyn Sources) -> Result<Self, PipelineError> {
+        let mut loader = Loader::new(sources);
+        let root = loader.load(path.to_owned(), text);
+        let hint = loader.hint();
+        let Loader { files, notes, .. } = loader;
+        let read = root.and_then(|root| {
+            let resolver = Resolver::new(root, hint);
+            let globals = globals(&resolver)?;
+            Ok((resolver, globals))
+        });
+        match read {
+            Ok((resolver, globals)) => Ok(Self { path: path.to_owned(), files, notes, resolver, globals }),
+            Err(fault) => Err(content(path, &files, fault)),
         }
     }
-    plan_jobs(&resolver, names).map_err(content)
+
+    fn plan(&self, names: &[String]) -> Result<Plan, PipelineError> {
+        let mut chosen: Vec<Chosen> = Vec::new();
+        for name in names {
+            let one = self.choose(name)?;
+            if !chosen.iter().any(|c| c.key == one.key && c.variant == one.variant) {
+                chosen.push(one);
+            }
+        }
+        let notes = self.notes.clone();
+        self.resolver.refill();
+        let jobs = plan_jobs(&self.resolver, &self.globals, &chosen, notes)
+            .map_err(|fault| content(&self.path, &self.files, fault))?;
+        Ok(Plan { files: self.files.clone(), ..jobs })
+    }
+
+    /// The job of this name.
+    fn choose(&self, name: &str) -> Result<Chosen, PipelineError> {
+        let root = self.resolver.root();
+        let is_key = |key: &str| !GLOBAL_KEYS.contains(&key) && root.entry(key).is_some();
+        if name.starts_with('.') && is_key(name) {
+            return Err(PipelineError::Hidden { path: self.path.clone(), name: name.to_owned() });
+        }
+        if is_key(name) {
+            // A fault of the job is told where it is read.
+            let Ok(Some(several)) = self.variants(name) else { return Ok(Chosen { key: name.into(), variant: None }) };
+            if several.iter().all(|variant| variant.variables.is_empty()) {
+                return Ok(Chosen { key: name.into(), variant: None });
+            }
+            let some = several.iter().take(matrix::SHOWN_MAX).map(|v| v.name.clone()).collect();
+            return Err(PipelineError::Several {
+                path: self.path.clone(),
+                name: name.into(),
+                count: several.len(),
+                some,
+            });
+        }
+        // `key 1/4` or `key: [a, b]`, of a key that may hold blanks and colons itself.
+        let ends = name.match_indices([' ', ':']).map(|(at, _)| at);
+        let keys = ends.filter_map(|at| name.get(..at)).filter(|key| is_key(key) && !key.starts_with('.'));
+        for key in keys {
+            self.resolver.refill();
+            let several = self.variants(key).ok().flatten().into_iter().flatten();
+            if let Some(variant) = several.into_iter().find(|variant| variant.name == name) {
+                return Ok(Chosen { key: key.to_owned(), variant: Some(variant) });
+            }
+        }
+        let known = root.mapping().map(job_names).unwrap_or_default();
+        let hint = self.resolver.hint().to_owned();
+        Err(PipelineError::NoSuchJob { path: self.path.clone(), name: name.to_owned(), known, hint })
+    }
+
+    /// The jobs of a key, if it is several.
+    fn variants(&self, key: &str) -> Result<Option<Vec<Variant>>, Fault> {
+        let Some(entry) = self.resolver.top(key)? else { return Ok(None) };
+        entry.value.get("parallel").map_or(Ok(None), |e| matrix::variants(key, &e.value))
+    }
+}
+
+/// A fault, in the file that it is in.
+fn content(path: &Path, files: &[PathBuf], fault: Fault) -> PipelineError {
+    let path = files.get(fault.line.file).map_or(path, PathBuf::as_path).to_owned();
+    PipelineError::Content { path, fault }
 }
 
 fn job_names(entries: &[Entry]) -> Vec<String> {
@@ -95,34 +207,38 @@ fn job_names(entries: &[Entry]) -> Vec<String> {
     names.filter(|k| !k.starts_with('.') && !GLOBAL_KEYS.contains(&k.as_str())).cloned().collect()
 }
 
-fn plan_jobs(resolver: &Resolver, names: &[String]) -> Result<Plan, Fault> {
-    let mut notes = Vec::new();
-    if let Some(include) = resolver.root().get("include") {
-        return Err(
-            Fault::at(include.line, "other files are not read; copy what the job needs into this one").under("include")
-        );
-    }
+fn globals(resolver: &Resolver) -> Result<Globals, Fault> {
     if let Some(types) = resolver.root().get("types") {
         return Err(Fault::at(types.line, "is no longer known to GitLab; write `stages`").under("types"));
     }
+    Ok(Globals { stages: stages(resolver)?, variables: top(resolver, "variables")?, default: defaults(resolver)? })
+}
+
+fn plan_jobs(resolver: &Resolver, globals: &Globals, chosen: &[Chosen], mut notes: Vec<Note>) -> Result<Plan, Fault> {
     if let Some(workflow) = resolver.root().get("workflow") {
         let what = "is ignored: a job that is named runs, and variables of its rules are not set".into();
         notes.push(Note { line: workflow.line, job: None, key: "workflow".into(), what });
     }
-    let stages = stages(resolver)?;
-    let variables = top(resolver, "variables")?;
-    let default = defaults(resolver)?;
-    let context = job::Context { default: &default, variables: variables.as_ref(), stages: &stages };
+    let Globals { stages, variables, default } = globals;
+    let context = job::Context { default, variables: variables.as_ref(), stages, hint: resolver.hint() };
     let mut reads = Vec::new();
     // In the order of the file, so that a plan does not depend on how it was asked for.
-    for name in resolver.root().mapping()?.iter().map(|e| &e.key).filter(|k| names.contains(k)) {
-        let empty = || Fault::at(resolver.root().entry(name).map_or(1, |e| e.line), "is empty").of_job(name);
-        let entry = resolver.top(name).map_err(|f| f.of_job(name))?.ok_or_else(empty)?;
-        let mut read = job::read(&entry, &context).map_err(|f| f.of_job(name))?;
-        notes.append(&mut read.notes);
-        reads.push(read);
+    for key in resolver.root().mapping()?.iter().map(|e| &e.key) {
+        let mut variants: Vec<&Chosen> = chosen.iter().filter(|c| c.key == *key).collect();
+        if variants.is_empty() {
+            continue;
+        }
+        variants.sort_by_key(|c| c.variant.as_ref().map(|v| v.index));
+        let line = resolver.root().entry(key).map_or(Line::from(1), |e| e.line);
+        let empty = || Fault::at(line, "is empty").of_job(key);
+        let entry = resolver.top(key).map_err(|f| f.of_job(key))?.ok_or_else(empty)?;
+        for Chosen { variant, .. } in variants {
+            let mut read = job::read(&entry, variant.as_ref(), &context).map_err(|f| f.of_job(key))?;
+            notes.append(&mut read.notes);
+            reads.push(read);
+        }
     }
-    let jobs = order::order(reads, &stages, resolver.root(), &mut notes)?;
+    let jobs = order::order(reads, stages, resolver, &mut notes)?;
     let mut seen: Vec<Note> = Vec::new();
     for note in notes {
         // Several jobs may inherit the same line.
@@ -131,7 +247,7 @@ fn plan_jobs(resolver: &Resolver, names: &[String]) -> Result<Plan, Fault> {
         }
     }
     seen.sort_by_key(|n| n.line);
-    Ok(Plan { jobs, notes: seen })
+    Ok(Plan { jobs, notes: seen, files: Vec::new() })
 }
 
 fn top(resolver: &Resolver, key: &str) -> Result<Option<Entry>, Fault> {

@@ -1,6 +1,8 @@
 //! What a pipeline file comes to: jobs ready to run, in order, and remarks for the developer.
 
+use super::error::Line;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// The jobs asked for, in the order in which they run.
@@ -10,6 +12,8 @@ pub struct Plan {
     pub jobs: Vec<Job>,
     /// What was read and is not obeyed, one line each.
     pub notes: Vec<Note>,
+    /// The files that it was read from: the pipeline file, then what it includes, in the order of reading.
+    pub files: Vec<PathBuf>,
 }
 
 /// One job.
@@ -18,7 +22,11 @@ pub struct Job {
     /// Its name.
     pub name: String,
     /// Line of its name.
-    pub line: usize,
+    pub line: Line,
+    /// Its key in the file, where it is one of several jobs of that key.
+    pub(super) key: String,
+    /// Which of how many jobs of its key it is: `CI_NODE_INDEX` and `CI_NODE_TOTAL`.
+    pub node: Option<(usize, usize)>,
     /// Its stage.
     pub stage: String,
     /// `before_script`, then `script`.
@@ -140,8 +148,8 @@ impl When {
 /// A remark: something in the file that has no effect here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// Line in the file.
-    pub line: usize,
+    /// Where.
+    pub line: Line,
     /// The job; `default` and the global keys have none.
     pub job: Option<String>,
     /// The key.

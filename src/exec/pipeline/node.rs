@@ -3,17 +3,19 @@
 //! Aliases share their target, so a document of a mebibyte cannot grow in memory; `weight` counts
 //! what it would be written out, and [`super::parse`] bounds that.
 
-use super::error::Fault;
+use super::error::{Fault, Line};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// One value and where it begins.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Node {
-    /// Line, from 1.
-    pub(super) line: usize,
+    /// Where it begins.
+    pub(super) line: Line,
     /// Nodes below it and itself, aliases written out.
     pub(super) weight: usize,
+    /// Levels of lists and mappings, itself included.
+    pub(super) depth: usize,
     /// What it is.
     pub(super) value: Value,
 }
@@ -31,13 +33,15 @@ pub(super) enum Value {
     Reference(Vec<String>),
     /// Any other tag: an error where it is read.
     Tagged(String),
+    /// What an input could not be filled in for: an error, in these words, where it is read.
+    Broken(String),
 }
 
 /// One pair of a mapping.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Entry {
     /// Line of the key.
-    pub(super) line: usize,
+    pub(super) line: Line,
     pub(super) key: String,
     pub(super) value: Rc<Node>,
 }
@@ -82,13 +86,34 @@ pub(super) enum Kind {
 
 impl Node {
     /// A node of our own making at `line`.
-    pub(super) fn new(line: usize, value: Value) -> Self {
-        let weight = match &value {
-            Value::Sequence(items) => items.iter().map(|n| n.weight).fold(1, usize::saturating_add),
-            Value::Mapping(entries) => entries.iter().map(|e| e.value.weight).fold(1, usize::saturating_add),
-            Value::Scalar { .. } | Value::Reference(_) | Value::Tagged(_) => 1,
+    pub(super) fn new(line: Line, value: Value) -> Self {
+        let sum = |children: &mut dyn Iterator<Item = &Rc<Node>>| {
+            children.fold((1_usize, 1), |(weight, depth), n| (weight.saturating_add(n.weight), depth.max(n.depth + 1)))
         };
-        Self { line, weight, value }
+        let (weight, depth) = match &value {
+            Value::Sequence(items) => sum(&mut items.iter()),
+            Value::Mapping(entries) => sum(&mut entries.iter().map(|e| &e.value)),
+            Value::Scalar { .. } | Value::Reference(_) | Value::Tagged(_) | Value::Broken(_) => (1, 0),
+        };
+        Self { line, weight, depth, value }
+    }
+
+    /// The first value at or below this one that could not be filled in.
+    pub(super) fn broken(&self) -> Option<Fault> {
+        match &self.value {
+            Value::Broken(what) => Some(Fault::at(self.line, what)),
+            Value::Sequence(items) => items.iter().find_map(|n| n.broken()),
+            Value::Mapping(entries) => entries.iter().find_map(|e| e.value.broken().map(|f| f.under(&e.key))),
+            Value::Scalar { .. } | Value::Reference(_) | Value::Tagged(_) => None,
+        }
+    }
+
+    /// That this is something else than what it `must` be.
+    fn wrong(&self, must: &str) -> Fault {
+        match &self.value {
+            Value::Broken(what) => Fault::at(self.line, what),
+            _ => Fault::at(self.line, format!("is {}, must be {must}", self.noun())),
+        }
     }
 
     /// The entry of `key`, if this is a mapping that has it with a value other than null: in
@@ -125,6 +150,7 @@ impl Node {
             (Value::Mapping(_), _) => "a mapping".into(),
             (Value::Reference(_), _) => "a !reference".into(),
             (Value::Tagged(tag), _) => format!("tagged {tag}, a tag that GitLab does not know"),
+            (Value::Broken(what), _) => what.clone(),
             (Value::Scalar { .. }, Some(Kind::Null)) => "empty".into(),
             (Value::Scalar { text, .. }, Some(Kind::Boolean(_))) => format!("the boolean {text}"),
             (Value::Scalar { text, .. }, Some(Kind::Integer(_) | Kind::Float)) => format!("the number {text}"),
@@ -136,10 +162,8 @@ impl Node {
     pub(super) fn text(&self) -> Result<&str, Fault> {
         match &self.value {
             Value::Scalar { text, .. } if self.kind() == Some(Kind::Text) => Ok(text),
-            Value::Scalar { .. } => {
-                Err(Fault::at(self.line, format!("is {}, must be a text; put it in quotes", self.noun())))
-            }
-            _ => Err(Fault::at(self.line, format!("is {}, must be a text", self.noun()))),
+            Value::Scalar { .. } => Err(self.wrong("a text; put it in quotes")),
+            _ => Err(self.wrong("a text")),
         }
     }
 
@@ -147,35 +171,35 @@ impl Node {
     pub(super) fn scalar(&self) -> Result<&str, Fault> {
         match &self.value {
             Value::Scalar { text, .. } => Ok(text),
-            _ => Err(Fault::at(self.line, format!("is {}, must be a text or a number", self.noun()))),
+            _ => Err(self.wrong("a text or a number")),
         }
     }
 
     pub(super) fn boolean(&self) -> Result<bool, Fault> {
         match self.kind() {
             Some(Kind::Boolean(value)) => Ok(value),
-            _ => Err(Fault::at(self.line, format!("is {}, must be true or false", self.noun()))),
+            _ => Err(self.wrong("true or false")),
         }
     }
 
     pub(super) fn integer(&self) -> Result<i128, Fault> {
         match self.kind() {
             Some(Kind::Integer(value)) => Ok(value),
-            _ => Err(Fault::at(self.line, format!("is {}, must be a whole number", self.noun()))),
+            _ => Err(self.wrong("a whole number")),
         }
     }
 
     pub(super) fn sequence(&self) -> Result<&[Rc<Node>], Fault> {
         match &self.value {
             Value::Sequence(items) => Ok(items),
-            _ => Err(Fault::at(self.line, format!("is {}, must be a list", self.noun()))),
+            _ => Err(self.wrong("a list")),
         }
     }
 
     pub(super) fn mapping(&self) -> Result<&[Entry], Fault> {
         match &self.value {
             Value::Mapping(entries) => Ok(entries),
-            _ => Err(Fault::at(self.line, format!("is {}, must be a mapping", self.noun()))),
+            _ => Err(self.wrong("a mapping")),
         }
     }
 

@@ -4,7 +4,7 @@
 //! Only what is asked for is resolved, so a job that cannot be read harms no other.
 //! GitLab's limits: 11 levels of `extends`, 10 references inside each other.
 
-use super::error::Fault;
+use super::error::{Fault, Line};
 use super::node::{Entry, Node, Pairs, Value};
 use super::parse::NODES_MAX;
 use std::cell::RefCell;
@@ -23,11 +23,24 @@ pub(super) struct Resolver {
     merged: RefCell<BTreeMap<String, Rc<Node>>>,
     /// Nodes that resolving may still make: references can grow like aliases.
     budget: RefCell<usize>,
+    /// What is added where something is missing that an include which is not read may have.
+    hint: String,
 }
 
 impl Resolver {
-    pub(super) fn new(root: Rc<Node>) -> Self {
-        Self { root, merged: RefCell::default(), budget: RefCell::new(NODES_MAX) }
+    /// `hint` goes on with the message of what is missing; it may be empty.
+    pub(super) fn new(root: Rc<Node>, hint: String) -> Self {
+        Self { root, merged: RefCell::default(), budget: RefCell::new(NODES_MAX), hint }
+    }
+
+    /// What is added where something is missing.
+    pub(super) fn hint(&self) -> &str {
+        &self.hint
+    }
+
+    /// As much room as at first: for one more job that has nothing to do with the others.
+    pub(super) fn refill(&self) {
+        *self.budget.borrow_mut() = NODES_MAX;
     }
 
     pub(super) fn root(&self) -> &Node {
@@ -62,7 +75,7 @@ impl Resolver {
         let mut merged: Option<Rc<Node>> = None;
         for base in &bases {
             let Some(next) = self.extended(base, chain)? else {
-                return fault(format!("there is no `{base}` in this file"));
+                return fault(format!("there is no `{base}` in this file{}", self.hint));
             };
             if next.mapping().is_err() {
                 return fault(format!("`{base}` is {}, no job", next.noun()));
@@ -81,32 +94,15 @@ impl Resolver {
         Ok(Some(merged))
     }
 
-    /// Mappings are merged key by key; anything else of `over` replaces what `base` has.
     fn deep_merge(&self, base: &Rc<Node>, over: &Rc<Node>) -> Result<Rc<Node>, Fault> {
-        let (Value::Mapping(base_entries), Value::Mapping(over_entries)) = (&base.value, &over.value) else {
-            return Ok(Rc::clone(over));
-        };
-        let mut pairs = Pairs::default();
-        for entry in base_entries {
-            self.spend(entry.line)?;
-            pairs.put(entry.clone());
-        }
-        for entry in over_entries {
-            self.spend(entry.line)?;
-            let value = match pairs.get(&entry.key) {
-                Some(old) => self.deep_merge(&Rc::clone(&old.value), &entry.value)?,
-                None => Rc::clone(&entry.value),
-            };
-            pairs.put(Entry { line: entry.line, key: entry.key.clone(), value });
-        }
-        Ok(Rc::new(Node::new(over.line, Value::Mapping(pairs.into_entries()))))
+        deep_merge(base, over, &mut |line| self.spend(line))
     }
 
     /// `node` with each reference below it replaced. `chain` holds the references being filled in.
     fn references(&self, node: &Rc<Node>, chain: &mut Vec<Vec<String>>) -> Result<Rc<Node>, Fault> {
         self.spend(node.line)?;
         let value = match &node.value {
-            Value::Scalar { .. } | Value::Tagged(_) => return Ok(Rc::clone(node)),
+            Value::Scalar { .. } | Value::Tagged(_) | Value::Broken(_) => return Ok(Rc::clone(node)),
             Value::Sequence(items) => {
                 Value::Sequence(items.iter().map(|n| self.references(n, chain)).collect::<Result<_, _>>()?)
             }
@@ -123,7 +119,7 @@ impl Resolver {
         Ok(Rc::new(Node::new(node.line, value)))
     }
 
-    fn reference(&self, line: usize, path: &[String], chain: &mut Vec<Vec<String>>) -> Result<Rc<Node>, Fault> {
+    fn reference(&self, line: Line, path: &[String], chain: &mut Vec<Vec<String>>) -> Result<Rc<Node>, Fault> {
         let fault = |what: &str| Err(Fault::at(line, format!("!reference [{}] {what}", path.join(", "))));
         if chain.iter().any(|p| p == path) {
             return fault("leads back to itself");
@@ -139,14 +135,16 @@ impl Resolver {
         for name in names {
             target = target.and_then(|node| node.entry(name).map(|e| Rc::clone(&e.value)));
         }
-        let Some(target) = target else { return fault("is not in this file") };
+        let Some(target) = target else {
+            return fault(&format!("is not in this file{}", self.hint));
+        };
         chain.push(path.to_vec());
         let filled = self.references(&target, chain)?;
         chain.pop();
         Ok(filled)
     }
 
-    fn spend(&self, line: usize) -> Result<(), Fault> {
+    fn spend(&self, line: Line) -> Result<(), Fault> {
         let mut budget = self.budget.borrow_mut();
         *budget = budget.checked_sub(1).ok_or_else(|| {
             Fault::at(line, format!("more than {NODES_MAX} values, with extends and references written out"))
@@ -155,13 +153,42 @@ impl Resolver {
     }
 }
 
+/// Mappings are merged key by key; anything else of `over` replaces what `base` has. `spend` is asked for each entry.
+pub(super) fn deep_merge(
+    base: &Rc<Node>,
+    over: &Rc<Node>,
+    spend: &mut dyn FnMut(Line) -> Result<(), Fault>,
+) -> Result<Rc<Node>, Fault> {
+    let (Value::Mapping(base_entries), Value::Mapping(over_entries)) = (&base.value, &over.value) else {
+        return Ok(Rc::clone(over));
+    };
+    let mut pairs = Pairs::default();
+    for entry in base_entries {
+        spend(entry.line)?;
+        pairs.put(entry.clone());
+    }
+    for entry in over_entries {
+        spend(entry.line)?;
+        let value = match pairs.get(&entry.key) {
+            Some(old) => deep_merge(&Rc::clone(&old.value), &entry.value, spend)?,
+            None => Rc::clone(&entry.value),
+        };
+        pairs.put(Entry { line: entry.line, key: entry.key.clone(), value });
+    }
+    Ok(Rc::new(Node::new(over.line, Value::Mapping(pairs.into_entries()))))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::parse::parse;
     use super::*;
 
+    fn of(text: &str) -> Resolver {
+        Resolver::new(parse(text, 0).unwrap().content, String::new())
+    }
+
     fn check(text: &str, name: &str, expected: &str) {
-        let resolver = Resolver::new(parse(text).unwrap());
+        let resolver = Resolver::new(parse(text, 0).unwrap().content, String::new());
         let shown = match resolver.top(name) {
             Ok(entry) => entry.map_or("none".into(), |e| show(&e.value)),
             Err(fault) => format!("error {fault}"),
@@ -177,7 +204,7 @@ mod tests {
                 let pairs = entries.iter().filter(|e| e.key != "extends");
                 format!("{{{}}}", pairs.map(|e| format!("{}={}", e.key, show(&e.value))).collect::<Vec<_>>().join(" "))
             }
-            Value::Reference(_) | Value::Tagged(_) => "unresolved".into(),
+            Value::Reference(_) | Value::Tagged(_) | Value::Broken(_) => "unresolved".into(),
         }
     }
 
@@ -240,7 +267,7 @@ job:
     fn depth_and_growth_have_an_end() {
         let chain = |levels: usize| {
             let jobs: String = (0..levels).map(|n| format!("j{n}: {{extends: j{}}}\n", n + 1)).collect();
-            Resolver::new(parse(&format!("{jobs}j{levels}: {{script: [x]}}\n")).unwrap()).top("j0")
+            of(&format!("{jobs}j{levels}: {{script: [x]}}\n")).top("j0")
         };
         assert!(chain(11).is_ok());
         assert_eq!(chain(12).unwrap_err().what, "more than 11 levels");
@@ -248,7 +275,7 @@ job:
         let nested = |levels: usize| {
             let jobs: String =
                 (0..levels).map(|n| format!("j{n}: {{script: [!reference [j{}, script]]}}\n", n + 1)).collect();
-            Resolver::new(parse(&format!("{jobs}j{levels}: {{script: [x]}}\n")).unwrap()).top("j0")
+            of(&format!("{jobs}j{levels}: {{script: [x]}}\n")).top("j0")
         };
         assert!(nested(10).is_ok());
         assert!(nested(11).unwrap_err().what.ends_with("is nested deeper than 10 references"));
@@ -256,7 +283,7 @@ job:
         let wide: String = (0..9)
             .map(|n| format!("j{n}: {{s: [{}]}}\n", vec![format!("!reference [j{}, s]", n + 1); 10].join(", ")))
             .collect();
-        let grown = Resolver::new(parse(&format!("{wide}j9: {{s: [x]}}\n")).unwrap()).top("j0");
+        let grown = of(&format!("{wide}j9: {{s: [x]}}\n")).top("j0");
         assert_eq!(grown.unwrap_err().what, "more than 100000 values, with extends and references written out");
     }
 }

@@ -86,7 +86,7 @@ impl Parts<'_> {
         }
         if let Some(registry) = &self.model.settings.registry {
             list.push(Variable::new("CI_REGISTRY", registry.clone()));
-            list.push(Variable::new("CI_REGISTRY_IMAGE", format!("{registry}/{}", project.path)));
+            list.push(Variable::new("CI_REGISTRY_IMAGE", format!("{registry}/{}", project.path.to_lowercase())));
         }
         list
     }
