@@ -102,6 +102,48 @@ async fn a_job_that_overruns_times_out() {
     lab.assert_clean().await;
 }
 
+/// U3: a process of the job that the guest's kernel ends for want of memory costs that process, and its machine nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_eats_all_memory_is_killed_and_no_more() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.enqueue(lab.spec(&["echo begun", "tail /dev/zero"]).with_after_script(["echo cleaned up"]));
+    let found = lab.until(job, JobState::Failed).await;
+    assert_eq!(
+        (found.failure_reason.as_deref(), found.exit_code),
+        (Some("script_failure"), Some(137)),
+        "{}",
+        lab.story(job)
+    );
+    let trace = lab.trace(job);
+    assert!(trace.contains("Killed") && trace.contains("cleaned up"), "{trace}");
+    lab.assert_clean().await;
+}
+
+/// U45: a job that fills its disk has its verdict and its log, for the runner has room of its own; the job does not know
+/// of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_fills_its_disk_gets_its_verdict_and_its_log() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.enqueue(
+        lab.spec(&[
+            "echo \"temporary files: ${TMPDIR-nowhere special}\"",
+            // Taken without being written, which takes minutes; the rest until there is none.
+            "fallocate -l \"$(df --output=avail -B1 /tmp | tail -n 1)\" /tmp/all || true",
+            "dd if=/dev/zero of=/tmp/rest bs=64k 2>/dev/null || echo the disk is full",
+            "i=0; while [ $i -lt 200 ]; do echo \"line $i of a log that is read on a full disk\"; i=$((i+1)); done",
+            "echo more > /tmp/more",
+        ])
+        .with_after_script(["echo after it"]),
+    );
+    let found = lab.until(job, JobState::Failed).await;
+    assert_eq!(found.failure_reason.as_deref(), Some("script_failure"), "{}", lab.story(job));
+    let trace = lab.trace(job);
+    for text in ["temporary files: nowhere special", "the disk is full", "line 199 of a log", "after it"] {
+        assert!(trace.contains(text), "no {text:?}\n{trace}");
+    }
+    lab.assert_clean().await;
+}
+
 /// V2: a real machine that says a word and waits.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_never_asks_fails_the_job_with_our_fault() {

@@ -320,8 +320,8 @@ fn lay_out(request: &BuildRequest, recipe: &Recipe, files: &Path) -> Result<(), 
         fs::copy(source, &path).map_err(file_error("copy", source))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).map_err(file_error("open up", &path))?;
     }
-    for (unit, text) in recipe.units {
-        let path = place(&format!("etc/systemd/system/{unit}"))?;
+    for (path, text) in recipe.files {
+        let path = place(path)?;
         fs::write(&path, text).map_err(file_error("write", &path))?;
     }
     Ok(())

@@ -13,8 +13,8 @@ pub(super) struct Recipe {
     pub(super) inputs: Inputs,
     /// The script that turns a minimal system into the guest.
     pub(super) customize: &'static str,
-    /// Unit files: name and text.
-    pub(super) units: &'static [(&'static str, &'static str)],
+    /// Files of its own: path below the root, and text.
+    pub(super) files: &'static [(&'static str, &'static str)],
 }
 
 /// `recipe.toml`, as its comments explain it.
@@ -41,9 +41,19 @@ impl Recipe {
             "debian-12-shell" => Ok(Self {
                 inputs: Inputs::parse(include_str!("../../../vm-images/debian-12-shell/recipe.toml"))?,
                 customize: include_str!("../../../vm-images/debian-12-shell/customize.sh"),
-                units: &[
-                    ("dayfly-guest.service", include_str!("../../../vm-images/debian-12-shell/dayfly-guest.service")),
-                    ("dayfly.target", include_str!("../../../vm-images/debian-12-shell/dayfly.target")),
+                files: &[
+                    (
+                        "etc/systemd/system/dayfly-guest.service",
+                        include_str!("../../../vm-images/debian-12-shell/dayfly-guest.service"),
+                    ),
+                    (
+                        "etc/systemd/system/dayfly.target",
+                        include_str!("../../../vm-images/debian-12-shell/dayfly.target"),
+                    ),
+                    (
+                        "etc/systemd/system.conf.d/dayfly.conf",
+                        include_str!("../../../vm-images/debian-12-shell/limits.conf"),
+                    ),
                 ],
             }),
             _ => Err(BuildError::Recipe(name.to_owned())),
@@ -68,9 +78,9 @@ mod tests {
             assert!(recipe.inputs.cmdline.contains("systemd.unit=dayfly.target"), "{name}");
             assert!(
                 recipe
-                    .units
+                    .files
                     .iter()
-                    .any(|(unit, text)| *unit == "dayfly-guest.service" && text.contains("Environment=HOME=")),
+                    .any(|(path, text)| path.ends_with("dayfly-guest.service") && text.contains("Environment=HOME=")),
                 "{name}"
             );
             assert!(recipe.customize.starts_with("#!/bin/sh"), "{name}");

@@ -59,6 +59,29 @@ fn what_we_add_lies_where_units_and_docs_say() {
     assert!(files.join("etc/systemd/system/dayfly.target").exists());
 }
 
+/// U3: the kernel's end of a process for want of memory is the end of no unit, and no limit is a share of a small
+/// machine's memory: of the guest's unit, of all others, and, by the same file, of users' units.
+#[test]
+fn no_unit_ends_with_one_of_its_processes() {
+    let recipe = Recipe::find("debian-12-shell").unwrap();
+    let text = |end: &str| recipe.files.iter().find(|(path, _)| path.ends_with(end)).unwrap().1;
+    let unit = text("dayfly-guest.service");
+    for line in ["OOMPolicy=continue", "TasksMax=infinity", "MemoryMax=infinity", "LimitNPROC=infinity"] {
+        assert!(unit.lines().any(|l| l == line), "{line}");
+    }
+    let all = text("system.conf.d/dayfly.conf");
+    assert!(all.contains("DefaultOOMPolicy=continue") && all.contains("DefaultTasksMax=infinity"), "{all}");
+    assert!(recipe.customize.contains("user.conf.d/dayfly.conf"), "users' units have the same");
+}
+
+/// U45: the runner's room for temporary files is not what its job calls its own.
+#[test]
+fn a_jobs_shell_does_not_have_its_runners_tmpdir() {
+    let profile = Recipe::find("debian-12-shell").unwrap().customize;
+    let line = profile.lines().find(|line| line.contains("unset TMPDIR")).unwrap();
+    assert!(line.contains("= /run/dayfly/runner ]") && line.ends_with("> \"$root/etc/profile\""), "{line}");
+}
+
 #[test]
 fn a_staged_image_that_is_dropped_is_gone() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,9 +1,13 @@
-//! The job's log in memory: what GitLab gets, with its size and CRC-32.
+//! The job's log: what GitLab gets, with its size and CRC-32. It is kept in a file among the temporary ones, as the
+//! official runner keeps it; a write that fails there is the end of it: nothing more of the log is sent, and no verdict,
+//! try after try (19.3 on a full disk).
 
 use crate::lines::{Lines, Source};
 use crate::masking::Mask;
 use crate::utf8::Utf8;
 use jiff::Timestamp;
+use std::fs::File;
+use std::io::Write as _;
 use std::sync::{Arc, Mutex};
 
 /// Bytes of a log at most where config.toml does not say.
@@ -27,6 +31,9 @@ pub(crate) struct Trace {
 
 struct Inner {
     bytes: Vec<u8>,
+    file: Option<File>,
+    /// The file could not take all of it.
+    lost: bool,
     crc: crc32fast::Hasher,
     limit: usize,
     full: bool,
@@ -37,7 +44,9 @@ impl Trace {
     pub(crate) fn new(limit_kib: u64) -> Self {
         let limit_kib = if limit_kib == 0 { DEFAULT_LIMIT_KIB } else { limit_kib };
         let limit = usize::try_from(limit_kib.saturating_mul(1024)).unwrap_or(usize::MAX);
-        let inner = Inner { bytes: Vec::new(), crc: crc32fast::Hasher::new(), limit, full: false };
+        // Without one to begin with it is as if there were no limit to the disk.
+        let file = tempfile::tempfile().ok();
+        let inner = Inner { bytes: Vec::new(), file, lost: false, crc: crc32fast::Hasher::new(), limit, full: false };
         Self { inner: Mutex::new(inner) }
     }
 
@@ -52,9 +61,12 @@ impl Trace {
         (format!("crc32:{:08x}", inner.crc.clone().finalize()), inner.bytes.len())
     }
 
-    /// At most `max` bytes from `offset` on; `None` if the log is shorter than `offset`.
+    /// At most `max` bytes from `offset` on; `None` if the log is shorter than `offset`, or cannot be read back.
     pub(crate) fn slice(&self, offset: usize, max: usize) -> Option<Vec<u8>> {
         let inner = crate::locked(&self.inner);
+        if inner.lost {
+            return None;
+        }
         let rest = inner.bytes.get(offset..)?;
         Some(rest[..rest.len().min(max)].to_vec())
     }
@@ -85,6 +97,12 @@ impl Trace {
 
 impl Inner {
     fn write(&mut self, bytes: &[u8]) {
+        if let Some(file) = &mut self.file
+            && let Err(error) = file.write_all(bytes)
+        {
+            crate::log(&format!("ERROR: the log cannot be kept: {error}"));
+            (self.file, self.lost) = (None, true);
+        }
         self.crc.update(bytes);
         self.bytes.extend_from_slice(bytes);
     }

@@ -71,6 +71,10 @@ enum Event {
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if arguments.first().is_some_and(|word| word == "last-words") {
+        last_words();
+        return ExitCode::SUCCESS;
+    }
     if let [word, rest @ ..] = arguments.as_slice() {
         let result = if word == "run-as" { runner::run_as(rest) } else { Err(io::Error::other("unknown argument")) };
         let Err(error) = result;
@@ -96,6 +100,18 @@ fn main() -> ExitCode {
     ExitCode::FAILURE // the unit's FailureAction powers off
 }
 
+/// Called by systemd when this program has ended: if a signal has ended it (`kill -9 -1` of somebody who is root), that
+/// is the last that the host hears before the machine powers off.
+fn last_words() {
+    // 0 where it ended by itself, and was going to power off.
+    let Ok(status) = std::env::var("EXIT_STATUS") else { return };
+    if status.parse::<i32>().is_ok() {
+        return;
+    }
+    open_reporter().report(Report::Failed(format!("the guest program was ended by SIG{status}")));
+    thread::sleep(LAST_WORDS);
+}
+
 /// The port's reporter, or a silent one where there is no port.
 fn open_reporter() -> Reporter {
     let patience = if Path::new(CREDENTIAL).exists() { PORT_DEADLINE_CREDENTIAL } else { PORT_DEADLINE };
@@ -113,6 +129,9 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     apply::network(&config.network)?;
     apply::files(Path::new("/"), &config, &user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
+    if let Err(error) = runner::make_room(&user) {
+        say(&format!("make room for the runner's temporary files: {error}"));
+    }
     reporter.report(Report::Applied);
 
     let (events, inbox) = sync_channel(4);

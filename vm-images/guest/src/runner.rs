@@ -8,6 +8,7 @@
 use crate::console;
 use crate::users::{self, User};
 use dayfly_guest_config::{CONFIG_FILE, GuestRunner};
+use rustix::mount::{MountFlags, mount};
 use rustix::process::{Gid, Uid, setsid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use std::convert::Infallible;
@@ -19,6 +20,30 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 /// Where an image has the official runner.
 pub const PROGRAM: &str = "/usr/bin/gitlab-runner";
+
+/// Where the runner has its temporary files: a file system of its own, in memory. The official runner keeps the trace
+/// there, and stops sending it, and its verdict, when the disk is full: a job may fill the disk, and its author is to
+/// read that. The job's shells unset `TMPDIR` where it names this (the image's `/etc/profile`).
+pub const ROOM: &str = "/run/dayfly/runner";
+
+/// Bytes of it at most; the official runner keeps 4 MiB of trace unless told otherwise. Memory is taken as it is used.
+const ROOM_MIB: u32 = 256;
+
+/// Makes [`ROOM`] for this user.
+///
+/// # Errors
+/// The system's: the runner then does without.
+pub fn make_room(user: &User) -> io::Result<()> {
+    std::fs::create_dir_all(ROOM)?;
+    let options = format!("size={ROOM_MIB}m,mode=0700,uid={},gid={}", user.uid, user.gid);
+    let options = std::ffi::CString::new(options).map_err(io::Error::other)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    mount("dayfly-runner", ROOM, "tmpfs", flags, options.as_c_str()).inspect_err(|_| {
+        // By its directory the runner's start knows whether it is there.
+        let _ = std::fs::remove_dir(ROOM);
+    })?;
+    Ok(())
+}
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -67,9 +92,11 @@ pub fn run_as(arguments: &[OsString]) -> io::Result<Infallible> {
     std::fs::write("/proc/self/oom_score_adj", "0")?;
     setsid()?;
     become_user(&user)?;
+    let room = Path::new(ROOM).is_dir().then_some(("TMPDIR", ROOM));
     let error = Command::new(program)
         .args(arguments)
         .env_clear()
+        .envs(room)
         .env("PATH", PATH)
         .env("HOME", &user.home) // 17.5 dies without it
         .env("USER", &user.name)
