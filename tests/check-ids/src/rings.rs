@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const ROOTS: &[(&str, &str)] = &[
     ("src/lib.rs", "--lib --bins -p dayfly"),
     ("src/main.rs", "--lib --bins -p dayfly"),
-    ("tests/check.rs", "--test check"),
+    ("tests/check/main.rs", "--test check"),
     ("tests/lifecycle/main.rs", "--test lifecycle"),
     ("tests/wire/main.rs", "--test wire"),
     ("tests/backend/main.rs", "test_binary backend"),
