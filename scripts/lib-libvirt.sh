@@ -17,6 +17,7 @@ LIBVIRT_TEST_USER=${LIBVIRT_TEST_USER:-dayfly-test}
 LIBVIRT_TEST_RUNTIME=/run/$LIBVIRT_TEST_USER
 LIBVIRT_SERVICE_USER=${LIBVIRT_SERVICE_USER:-dayfly}
 
+_libvirt_used=""         # whether the test user was ours to use
 _libvirt_started=""      # pids of daemons that we started
 _libvirt_kvm_was=""      # owner, group and mode of /dev/kvm before us
 _libvirt_scratch=""      # our configuration file's directory
@@ -27,6 +28,7 @@ _libvirt_say() { echo "libvirt: $*" >&2; }
 # A user with a home, sub-ids (for mmdebstrap without root) and /dev/kvm. There is no logind to make
 # its runtime directory, so that is made here.
 make_test_user() {
+    _libvirt_used=yes
     if ! id "$LIBVIRT_TEST_USER" >/dev/null 2>&1; then
         useradd --create-home --shell /bin/sh "$LIBVIRT_TEST_USER"
     fi
@@ -139,7 +141,8 @@ stop_session_libvirt() {
 }
 
 undo_libvirt() {
-    stop_session_libvirt
+    # What the test user runs is another run's, if this one has not used it.
+    if [ -n "$_libvirt_used" ]; then stop_session_libvirt; fi
     for _libvirt_pid in $_libvirt_started; do
         _libvirt_end "$_libvirt_pid" libvirtd
         _libvirt_end "$_libvirt_pid" virtlogd

@@ -9,6 +9,12 @@ guest_target=x86_64-unknown-linux-gnu
 # What the workspace needs (`rust-version` in Cargo.toml).
 rust_needed=1.90
 
+# Variables by which an operator configures a dayfly, or names its libvirt, end here: what the scripts build and start
+# is told what it needs by name. Those that the scripts take themselves stay.
+for _name in $(compgen -e | grep '^DAYFLY_' || true) LIBVIRT_DEFAULT_URI; do
+    case $_name in DAYFLY_PROFILE | DAYFLY_ACCEL | DAYFLY_GITLAB_RUNNER | DAYFLY_TEST_* | DAYFLY_E2E_*) ;; *) unset "$_name" ;; esac
+done
+
 say() { printf '== %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
@@ -115,13 +121,9 @@ own_trial() {
     chmod 755 "$trial" "$trial/images"
 }
 
-# as_trial PROGRAM ARGS...: as the user of the trial, in its folder, without the variables by which an operator
-# configures a dayfly: the scripts say what they mean. Those of tests, and the runner for the image, stay.
+# as_trial PROGRAM ARGS...: as the user of the trial, in its folder, without the variables that are for the scripts.
 as_trial() {
-    local name clean=(env -u LIBVIRT_DEFAULT_URI)
-    while IFS= read -r name; do
-        case $name in DAYFLY_TEST_* | DAYFLY_E2E_* | DAYFLY_GITLAB_RUNNER) ;; *) clean+=(-u "$name") ;; esac
-    done < <(compgen -e DAYFLY_ || true)
+    local clean=(env -u DAYFLY_PROFILE -u DAYFLY_ACCEL)
     if [ "$(id -u)" = 0 ]; then (cd "$trial" && as_test_user "${clean[@]}" "$@"); else (cd "$trial" && "${clean[@]}" "$@"); fi
 }
 

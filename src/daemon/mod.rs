@@ -153,8 +153,8 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let journal = journal.of(installation.id.clone());
     let loaded = journal.load_all().await?;
     let restart = !loaded.records.is_empty();
-    let (memory_mib, version) = match backends.hypervisor.probe().await {
-        Ok(host) => (host.memory_mib, Some(host.version)),
+    let (memory_mib, host) = match backends.hypervisor.probe().await {
+        Ok(host) => (host.memory_mib, Some(host)),
         // Guests wait for their doors, and those need no libvirt. No job is asked for before it answers.
         Err(error) if restart => {
             tracing::warn!(error = chain(&error), "the hypervisor does not answer; the jobs of before go on");
@@ -163,7 +163,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         Err(error) => return Err(error.into()),
     };
     let places = Places { disks: &overlay_dir, sockets: &socket_dir };
-    let accel = accel(&config, &backends, places, &installation.id, restart, version.as_deref()).await?;
+    let accel = accel(&config, &backends, places, &installation.id, restart, host.as_ref()).await?;
     let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
     let disk = Disk {
         files: files.clone(),

@@ -9,7 +9,7 @@ use crate::job::Runner;
 use crate::job::journal::Record;
 use crate::telemetry::chain;
 use crate::vm::proof::{Places, Subject, memory, prove_kvm};
-use crate::vm::{Accel, InstallationId};
+use crate::vm::{Accel, HostInfo, InstallationId};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -25,14 +25,14 @@ const GROUND_BYTES_MAX: u64 = 4096;
 
 /// Which virtualisation runs guests: what was asked for, KVM proven by a boot where nothing was. A proof of before holds
 /// while nothing that it rests on has changed; if it does not and there are jobs, they go on: their guests run already.
-/// `version`: of the hypervisor, if it answers.
+/// `host`: as the hypervisor has told it, if it answers; while it does not, a proof of before is all there is to go by.
 pub(super) async fn accel(
     config: &Config,
     backends: &Backends,
     places: Places<'_>,
     installation: &InstallationId,
     restart: bool,
-    version: Option<&str>,
+    host: Option<&HostInfo>,
 ) -> Result<Accel, DaemonError> {
     use crate::vm::libvirt::AccelChoice;
     match config.hypervisor.accel {
@@ -56,17 +56,22 @@ pub(super) async fn accel(
     let digest = image.as_ref().map(Image::digest).unwrap_or_default();
     let subject = image.as_ref().map_or(Subject::Sector, |i| Subject::of(&i.boot, i.manifest.contract, &digest));
     let proven = config.state_directory.join("kvm-proven");
-    let ground = memory::ground(subject, version.unwrap_or_default());
     let before = backends.files.read(&proven, GROUND_BYTES_MAX).await.ok();
-    if before.as_deref() == Some(ground.as_bytes()) {
+    let ground = host.map(|host| memory::ground(subject, host));
+    let holds = match &ground {
+        Some(ground) => before.as_deref() == Some(ground.as_bytes()),
+        None => before.is_some(),
+    };
+    if holds {
         tracing::info!("KVM runs guests here, as was proven before");
         return Ok(Accel::Kvm);
     }
     match prove_kvm(&*backends.hypervisor, subject, places, installation, &backends.rng).await {
         Ok(proof) => {
-            tracing::info!(took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX), "KVM runs guests here");
+            let took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX);
+            tracing::info!(took_ms, proven_by = proof.what, "KVM runs guests here");
             // Without the mark the next start proves it again.
-            if let Err(error) = backends.files.replace(&proven, ground.into_bytes()).await {
+            if let Err(error) = backends.files.replace(&proven, ground.unwrap_or_default().into_bytes()).await {
                 tracing::warn!(error = chain(&error), "note that KVM is proven");
             }
             Ok(Accel::Kvm)

@@ -167,6 +167,14 @@ impl Lab {
         self.daemon = Some(child.expect("dayfly starts"));
     }
 
+    /// What `dayfly doctor` says with this lab's configuration.
+    pub fn doctor(&self) -> String {
+        let mut command = Command::new(dayfly());
+        command.arg("--config").arg(self.dir.path().join("config.toml")).arg("doctor");
+        let output = command.stdin(Stdio::null()).output().expect("dayfly starts");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
     fn log_path(&self) -> PathBuf {
         self.dir.path().join("log")
     }

@@ -42,6 +42,15 @@ async fn a_job_clones_uploads_an_artifact_and_succeeds() {
     lab.assert_clean().await;
 }
 
+/// U1: the proof is the image's own kernel and initrd, in a real machine; `doctor` says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_boots_the_images_own_kernel() {
+    let mut lab = Lab::start(Options::default()).await;
+    let found = lab.doctor();
+    assert!(found.contains(" runs guests: a VM of the image's kernel spoke after "), "{found}");
+    lab.assert_clean().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_script_reports_its_exit_code() {
     let mut lab = Lab::start(Options::default()).await;

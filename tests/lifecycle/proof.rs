@@ -7,7 +7,7 @@ use dayfly::standin::JobState;
 use dayfly::vm::fake::GuestMachine;
 use dayfly::vm::libvirt::AccelChoice;
 use dayfly::vm::proof::sector;
-use dayfly::vm::{Accel, HostInfo};
+use dayfly::vm::{Accel, HostInfo, Hypervisor as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -84,6 +84,39 @@ async fn a_proof_is_remembered_until_what_it_rests_on_changes() {
     world.until_idle().await;
     world.hand_over().await;
     assert!(world.hypervisor.counts().is_clean(), "{}", world.histories());
+}
+
+/// U1: a hypervisor that offers no KVM any more is not believed for what was proven of it.
+#[tokio::test(start_paused = true)]
+async fn a_host_that_offers_no_kvm_any_more_is_tried_again() {
+    let (_dir, mut world, kvm) = world();
+    world.start().await.unwrap();
+    world.hand_over().await;
+    kvm.broken.store(true, Ordering::Relaxed);
+    let before = world.hypervisor.probe().await.unwrap();
+    world.hypervisor.set_host(HostInfo { kvm_offered: false, ..before });
+    let error = world.start().await.unwrap_err();
+    assert!(matches!(error, DaemonError::NoKvm(_)), "{error}");
+    assert_eq!(kvm.tried.load(Ordering::Relaxed), 2);
+}
+
+/// U1: while libvirt does not answer nothing is proven and nothing refuted: a restart with jobs goes on, without a word
+/// about KVM.
+#[tokio::test(start_paused = true)]
+async fn a_hypervisor_that_does_not_answer_refutes_no_proof() {
+    let (_dir, mut world, kvm) = world();
+    world.expect_trouble(&["the hypervisor does not answer"]);
+    let job = world.job(&["print begun", "sleep 200", "print ended"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "begun").await;
+    world.kill();
+    world.hypervisor.set_reachable(false);
+    world.start().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    world.hypervisor.set_reachable(true);
+    world.until(job, JobState::Success).await;
+    world.hand_over().await;
+    assert_eq!(kvm.tried.load(Ordering::Relaxed), 1);
 }
 
 /// U1: jobs under way go on, even if their host's KVM is not what it was; the operator is told.

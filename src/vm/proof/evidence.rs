@@ -9,6 +9,9 @@ use std::path::Path;
 /// virtualisation in the hardware.
 const MODULES: [&str; 3] = ["kvm_intel", "kvm_amd", "kvm_pvm"];
 
+/// Where the kernel lists its modules, loaded and built in.
+pub(super) const MODULE_DIRECTORY: &str = "/sys/module";
+
 /// Facts for the sentence that says what failed; shows as `; fact; fact`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evidence {
@@ -26,13 +29,13 @@ impl Evidence {
         Self {
             stopped: stopped.map(str::to_owned),
             log: hypervisor.last_words(&spec.id.clone().into()).await.map(|text| printable(&text)),
-            modules: modules(Path::new("/sys/module")),
+            modules: modules(Path::new(MODULE_DIRECTORY)),
         }
     }
 }
 
 /// Which of [`MODULES`] are loaded.
-fn modules(directory: &Path) -> Option<Vec<&'static str>> {
+pub(super) fn modules(directory: &Path) -> Option<Vec<&'static str>> {
     directory.is_dir().then(|| MODULES.into_iter().filter(|name| directory.join(name).exists()).collect())
 }
 

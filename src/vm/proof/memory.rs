@@ -1,23 +1,30 @@
-//! A proof holds as long as nothing that it rests on has changed: image, hypervisor and QEMU, kernel, processor.
+//! A proof holds as long as nothing that it rests on has changed: image, hypervisor and QEMU, whether they offer KVM,
+//! kernel and its KVM modules, processor.
 //!
 //! One small text file, a fact a line; any difference, and the proof is made again.
 
-use super::Subject;
+use super::{Subject, evidence};
+use crate::vm::HostInfo;
 use std::path::Path;
 
 /// All that a proof rests on, as the text that is kept.
 #[must_use]
-pub fn ground(subject: Subject<'_>, hypervisor_version: &str) -> String {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    of(subject, hypervisor_version, &release, &processor(Path::new("/proc/cpuinfo")))
+pub fn ground(subject: Subject<'_>, host: &HostInfo) -> String {
+    let mut kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    for module in evidence::modules(Path::new(evidence::MODULE_DIRECTORY)).unwrap_or_default() {
+        kernel.push(' ');
+        kernel.push_str(module);
+    }
+    of(subject, host, &kernel, &processor(Path::new("/proc/cpuinfo")))
 }
 
-fn of(subject: Subject<'_>, hypervisor_version: &str, kernel: &str, processor: &str) -> String {
+fn of(subject: Subject<'_>, host: &HostInfo, kernel: &str, processor: &str) -> String {
     let image = match subject {
         Subject::Sector => "none",
         Subject::Image(_, digest) => digest,
     };
-    format!("image {image}\nhypervisor {hypervisor_version}\nkernel {kernel}\n{processor}")
+    let HostInfo { version, kvm_offered, .. } = host;
+    format!("image {image}\nhypervisor {version}\noffers KVM {kvm_offered}\nkernel {kernel}\n{processor}")
 }
 
 /// What tells one kind of processor from another, and whether it has the hardware's help for VMs.
@@ -63,13 +70,18 @@ mod tests {
         assert_eq!(one, same, "its speed is no other processor");
         let without = processor("vendor_id\t: A\nmodel name\t: M 1\nflags\t: fpu\n");
         let boot = Boot::Disk;
-        let base = of(Subject::Image(&boot, "d1"), "QEMU 7.2", "6.1.0", &one);
+        let host =
+            |version: &str, kvm_offered| HostInfo { version: version.into(), cpus: 1, memory_mib: 1, kvm_offered };
+        let qemu = host("QEMU 7.2", true);
+        let base = of(Subject::Image(&boot, "d1"), &qemu, "6.1.0 kvm_intel", &one);
         for other in [
-            of(Subject::Sector, "QEMU 7.2", "6.1.0", &one),
-            of(Subject::Image(&boot, "d2"), "QEMU 7.2", "6.1.0", &one),
-            of(Subject::Image(&boot, "d1"), "QEMU 7.3", "6.1.0", &one),
-            of(Subject::Image(&boot, "d1"), "QEMU 7.2", "6.1.1", &one),
-            of(Subject::Image(&boot, "d1"), "QEMU 7.2", "6.1.0", &without),
+            of(Subject::Sector, &qemu, "6.1.0 kvm_intel", &one),
+            of(Subject::Image(&boot, "d2"), &qemu, "6.1.0 kvm_intel", &one),
+            of(Subject::Image(&boot, "d1"), &host("QEMU 7.3", true), "6.1.0 kvm_intel", &one),
+            of(Subject::Image(&boot, "d1"), &host("QEMU 7.2", false), "6.1.0 kvm_intel", &one),
+            of(Subject::Image(&boot, "d1"), &qemu, "6.1.1 kvm_intel", &one),
+            of(Subject::Image(&boot, "d1"), &qemu, "6.1.0 kvm_pvm", &one),
+            of(Subject::Image(&boot, "d1"), &qemu, "6.1.0 kvm_intel", &without),
         ] {
             assert_ne!(base, other);
         }

@@ -57,6 +57,18 @@ async fn only_a_guest_that_works_in_time_proves_kvm() {
     assert!(fake.counts().is_clean(), "{:#?}", fake.history());
 }
 
+/// U1: an emulator is not believed because nobody listened while it worked: what was said while libvirt was asked, and
+/// took its time, tells nothing of how long it took.
+#[tokio::test(start_paused = true)]
+async fn a_round_that_nobody_listened_to_is_no_round() {
+    let fake = FakeHypervisor::new();
+    // The first look at the VM's state, half a second after its start, takes ten seconds.
+    fake.fail_nth(Op::State, 1, Fault::Hangs);
+    says(&fake, &[(1000, sector::BEGINS), (2000, sector::LINE), (3000, sector::BEGINS), (2000, sector::LINE)]);
+    let error = check(&fake, Subject::Sector).await.unwrap_err();
+    assert!(error.to_string().contains("needed 2000 ms"), "{error}");
+}
+
 /// U1: a guest that QEMU stops in the middle of its work is named as that, long before the deadline.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_qemu_stops_refutes_kvm_at_once() {
