@@ -113,7 +113,7 @@ async fn two_guests_at_once_do_not_touch_each_other(bench: &Bench) {
     bench.assert_clean().await;
 }
 
-/// U47: and it is told from one that restarts, by QEMU's own event.
+/// It is told from one that restarts, by QEMU's own event.
 async fn a_guest_that_powers_off_is_gone(bench: &Bench) {
     let (spec, name) = bench.started().await;
     let mut channel = bench.channel(&spec).await;
@@ -127,7 +127,7 @@ async fn a_guest_that_powers_off_is_gone(bench: &Bench) {
     bench.assert_clean().await;
 }
 
-/// U47, U8: a reset is the machine's end, and no second boot.
+/// A reset is the machine's end, and no second boot.
 async fn a_guest_that_restarts_has_ended(bench: &Bench) {
     let (spec, name) = bench.started().await;
     let mut console = bench.console(&spec).await;
@@ -139,7 +139,7 @@ async fn a_guest_that_restarts_has_ended(bench: &Bench) {
     bench.assert_clean().await;
 }
 
-/// U8, U47: both are the guest's own doing, told as such, and never a pause. The suspend is by the register of a machine
+/// Both are the guest's own doing, told as such, and never a pause. The suspend is by the register of a machine
 /// that offers none.
 async fn a_guest_that_panics_or_sleeps_has_ended_and_is_kept_until_it_is_destroyed(bench: &Bench) {
     for (letter, ending) in [(b"p", Ending::Panicked), (b"s", Ending::Slept)] {
