@@ -23,8 +23,8 @@ pub const PORT_NAME: &str = "org.dayfly.guest.0";
 /// A word of the kernel command line: the init of the initrd says [`PROOF_LINE`] and powers off. Part of contract 2.
 pub const PROOF_WORD: &str = "dayfly.proof";
 
-/// What it says on the console.
-pub const PROOF_LINE: &str = "dayfly-init: a guest runs here\r\n";
+/// What it says on the console. Without the end of its line, which a terminal may write in another way.
+pub const PROOF_LINE: &str = "dayfly-init: a guest runs here";
 
 /// Where the relay listens inside the guest: an address on `lo`, reachable from containers too.
 /// From TEST-NET-1 (RFC 5737), so it collides with no real network.
