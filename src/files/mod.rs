@@ -240,3 +240,5 @@ pub fn child(dir: &Path, name: &str) -> PathBuf {
 
 #[cfg(any(test, feature = "test-util"))]
 pub mod fake;
+#[cfg(any(test, feature = "test-util"))]
+pub mod frozen;

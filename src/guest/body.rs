@@ -57,7 +57,9 @@ impl RequestBody {
         if self.body.size_hint().lower() > bytes_max as u64 {
             return Err(BodyFault::TooLarge);
         }
-        let mut read = BytesMut::new();
+        // As long as it says it is, so that no growing buffer takes twice as much.
+        let told = usize::try_from(self.body.size_hint().lower()).unwrap_or(bytes_max).min(bytes_max);
+        let mut read = BytesMut::with_capacity(told);
         loop {
             let frame = match timeout(stall, self.body.frame()).await {
                 Err(_) => return Err(BodyFault::Slow),

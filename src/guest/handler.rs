@@ -28,8 +28,9 @@ use hyper::body::Incoming;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
@@ -38,8 +39,12 @@ use tokio_util::task::TaskTracker;
 const RATE_DELAY_MAX: Duration = Duration::from_secs(1);
 /// `POST /jobs/request` and `verify`: Workhorse takes 32 KiB; the official runner sends 1.
 const RUNNER_BODY_BYTES_MAX: usize = 32 * 1024;
-/// PATCH bodies in memory at once; the official runner sends one after the other.
-const TRACE_BODIES: usize = 4;
+/// PATCH bodies in memory at once, those being written included, however long the disk takes: so 2 MiB a VM. The
+/// official runner sends one after the other.
+const TRACE_BODIES: usize = 1;
+/// PATCHes that have their turn or wait for it, unread; each costs its connection's buffers. One more is told to come
+/// again.
+const TRACE_TURNS: usize = 4;
 /// Artifact transfers at once, as many as connections to GitLab are granted to one job.
 const TRANSFERS: usize = 20;
 /// `Spoke` goes out no more often than this.
@@ -64,8 +69,9 @@ pub(super) struct Handler {
     metrics: Metrics,
     requests: Bucket,
     pub(super) trace_rate: Bucket,
-    pub(super) trace_bodies: Semaphore,
-    pub(super) transfers: std::sync::Arc<Semaphore>,
+    pub(super) trace_turns: Semaphore,
+    pub(super) trace_bodies: Arc<Semaphore>,
+    pub(super) transfers: Arc<Semaphore>,
     pub(super) debug_trace_told: AtomicBool,
     pub(super) running_answered: AtomicBool,
     /// When `Spoke` last went out. Held for a few lines, never across an await.
@@ -103,8 +109,9 @@ impl Handler {
             metrics: admission.metrics,
             requests: Bucket::new(limits.requests_per_second.into(), limits.requests_burst.into()),
             trace_rate: Bucket::new(limits.trace_bytes_per_second, limits.trace_bytes_burst),
-            trace_bodies: Semaphore::new(TRACE_BODIES),
-            transfers: std::sync::Arc::new(Semaphore::new(TRANSFERS)),
+            trace_turns: Semaphore::new(TRACE_TURNS),
+            trace_bodies: Arc::new(Semaphore::new(TRACE_BODIES)),
+            transfers: Arc::new(Semaphore::new(TRANSFERS)),
             debug_trace_told: AtomicBool::new(false),
             running_answered: AtomicBool::new(false),
             spoke: Mutex::new(None),
@@ -232,11 +239,11 @@ impl Handler {
         match route {
             JobRoute::Update => self.locally(self.update(proven, body)).await,
             JobRoute::Trace => {
-                self.spoke().await;
+                self.spoke();
                 self.locally(self.trace(parts, &query, body)).await
             }
             JobRoute::Upload | JobRoute::Download | JobRoute::EnvironmentKey => {
-                self.spoke().await;
+                self.spoke();
                 self.artifacts(id, route, dependency, parts, query, body).await
             }
         }
@@ -307,17 +314,15 @@ impl Handler {
         answer
     }
 
-    /// Tells the job that its guest spoke, at most once a second.
-    pub(super) async fn spoke(&self) {
+    /// Tells the job that its guest spoke, at most once a second. Does not wait: a job that has not got round to what
+    /// it was told before hears it with a later request.
+    pub(super) fn spoke(&self) {
         let now = Instant::now();
-        {
-            let mut spoke = self.spoke.lock().unwrap_or_else(PoisonError::into_inner);
-            if spoke.is_some_and(|last| now < last + SPOKE_INTERVAL) {
-                return;
-            }
+        let mut spoke = self.spoke.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = spoke.is_none_or(|last| now >= last + SPOKE_INTERVAL);
+        if due && !matches!(self.events.try_send(GuestEvent::Spoke), Err(TrySendError::Full(_))) {
             *spoke = Some(now);
         }
-        self.tell(GuestEvent::Spoke).await;
     }
 }
 

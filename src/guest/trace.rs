@@ -14,6 +14,7 @@ use crate::job::spool::Appended;
 use http::StatusCode;
 use http::header::{CONTENT_RANGE, HeaderMap};
 use http::request::Parts;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -23,8 +24,14 @@ const TRACE_BODY_BYTES_MAX: usize = 2 * 1024 * 1024;
 impl Handler {
     /// Takes a piece of trace.
     pub(super) async fn trace(&self, parts: &Parts, query: &Query, mut body: RequestBody) -> Result<Answer, Answer> {
-        // A permit bounds what is in memory; it is held until the bytes are in the spool.
-        let _permit = self.trace_bodies.acquire().await.expect("never closed");
+        // Waiting ones cost buffers, so they are few; a runner has one.
+        let Ok(_turn) = self.trace_turns.try_acquire() else {
+            self.metrics().refused.inc("trace_turns");
+            return Err(answer::come_again(StatusCode::SERVICE_UNAVAILABLE));
+        };
+        // A permit bounds what is in memory, and lives as long as the bytes do: the write outlives a guest that hangs
+        // up, and with it the next body would be read, and the next, as long as a disk hangs.
+        let permit = Arc::clone(&self.trace_bodies).acquire_owned().await.expect("never closed");
         let body = self.read(&mut body, TRACE_BODY_BYTES_MAX).await?;
         if is_over(&self.view()) {
             return Err(self.refuse_over());
@@ -43,7 +50,11 @@ impl Handler {
         reached(Point::K12);
         let (spool, bytes) = (self.spool.clone(), body.len() as u64);
         // In a task of its own: if the guest hangs up, the write still comes to its end.
-        let write = self.writes.spawn(async move { spool.append(offset, body).await });
+        let write = self.writes.spawn(async move {
+            let appended = spool.append(offset, body).await;
+            drop(permit);
+            appended
+        });
         match write.await {
             Ok(Ok(Appended::Taken(next))) => {
                 reached(Point::K12);

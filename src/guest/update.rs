@@ -84,7 +84,7 @@ impl Handler {
         if !right {
             return Err(self.refuse(StatusCode::UNAUTHORIZED, "token"));
         }
-        self.spoke().await;
+        self.spoke();
         match update.said() {
             Some(Said::Running) => Ok(self.running()),
             Some(Said::Verdict(verdict)) => self.verdict(verdict).await,

@@ -7,6 +7,7 @@
 
 mod connections;
 mod flood;
+mod frozen;
 mod scales;
 mod server;
 mod transfers;

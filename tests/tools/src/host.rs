@@ -3,7 +3,7 @@
 use dayfly::clock::Clock;
 use dayfly::config::{Class, Config, Runner, Span};
 use dayfly::daemon::{self, Backends, DaemonError, Jobs, Shutdown};
-use dayfly::files::RealFiles;
+use dayfly::files::Files;
 use dayfly::gitlab::OpenTransport;
 use dayfly::guest::Limits;
 use dayfly::image::store::{Image, ImageStore};
@@ -17,7 +17,7 @@ use dayfly_guest_config::{GuestConfig, Report};
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
@@ -73,6 +73,10 @@ pub struct Choice {
     pub concurrent: u32,
     /// Ports of the doors.
     pub ports: PortRange,
+    /// The way to the disk.
+    pub files: Arc<dyn Files>,
+    /// Below which the state directory is made; `None`: beside all else.
+    pub state_below: Option<PathBuf>,
 }
 
 impl Host {
@@ -88,7 +92,7 @@ impl Host {
         let backends = Backends {
             hypervisor: choice.hypervisor,
             transport: choice.transport,
-            files: Arc::new(RealFiles),
+            files: choice.files,
             clock: Clock::system(),
             rng: Rng::system(),
             images: choice.images.0,
@@ -120,7 +124,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
     let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&token_file)?;
     file.write_all(choice.token.expose().as_bytes())?;
     let mut config = Config {
-        state_directory: dir.join("state"),
+        state_directory: choice.state_below.as_deref().unwrap_or(dir).join("state"),
         runtime_directory: dir.join("run"),
         image_directory: dir.join("images"),
         concurrent: choice.concurrent,

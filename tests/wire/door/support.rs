@@ -4,7 +4,7 @@ pub(crate) use super::client::{Guest, Reply, patch, poll, put, request};
 use bytes::Bytes;
 use dayfly::BoxFuture;
 use dayfly::clock::Clock;
-use dayfly::files::{Files as _, fake::MemoryFiles};
+use dayfly::files::{Files as _, fake::MemoryFiles, frozen::FreezableFiles};
 use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
 use dayfly::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
 use dayfly::guest::{Admission, GuestEvent, GuestPass, GuestView, HandOut, Limits, VerdictAnswer, admit};
@@ -45,6 +45,8 @@ pub(crate) struct Door {
     pub(crate) gitlab: Arc<FakeGitlab>,
     pub(crate) spool: Spool,
     pub(crate) files: Arc<MemoryFiles>,
+    /// The spool's way to `files`.
+    pub(crate) disk: FreezableFiles,
     pub(crate) metrics: Metrics,
 }
 
@@ -262,7 +264,9 @@ impl Setup {
         let rng = Rng::seeded(self.seed);
         let files = Arc::new(MemoryFiles::default());
         files.create_dir(Path::new("/spool")).await.unwrap();
-        let spool = Spool::open(files.clone(), Path::new("/spool/trace"), 8 * 1024 * 1024, None).await.unwrap();
+        let disk = FreezableFiles::new(files.clone());
+        let spool =
+            Spool::open(Arc::new(disk.clone()), Path::new("/spool/trace"), 8 * 1024 * 1024, None).await.unwrap();
         spool.append_own("ours\n").await.unwrap();
         spool.begin_guest().await;
         let view = GuestView { status: JobStatus::Running, verdict: None, update_interval: Duration::from_secs(2) };
@@ -311,7 +315,7 @@ impl Setup {
             clock: Clock::system(),
             metrics: metrics.clone(),
         });
-        Door { entrance, pass, guest_pass: Some(guest_pass), job, view, gitlab, spool, files, metrics }
+        Door { entrance, pass, guest_pass: Some(guest_pass), job, view, gitlab, spool, files, disk, metrics }
     }
 }
 

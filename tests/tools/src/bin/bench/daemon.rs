@@ -17,6 +17,8 @@
 use crate::figures::{figure, say};
 use crate::guest;
 use dayfly::clock::Clock;
+use dayfly::files::RealFiles;
+use dayfly::files::frozen::FreezableFiles;
 use dayfly::gitlab::transport::OpenError;
 use dayfly::gitlab::{Endpoint, OpenTransport, RealOpenTransport, Transport};
 use dayfly::network::PortRange;
@@ -34,7 +36,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpListener;
 use tokio::process::{Child, ChildStdout};
 use tokio::sync::mpsc;
@@ -42,7 +44,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 /// How long all jobs may take to start: 100 in some seconds, on a busy machine in a minute.
-const START_LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const START_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long the daemon may take to end all jobs.
 const END_LIMIT: Duration = Duration::from_secs(60);
@@ -71,7 +73,7 @@ pub(crate) async fn measure(vms: u16) -> Result<(), String> {
     std::fs::write(&token_file, token.expose()).map_err(|error| format!("write the token: {error}"))?;
 
     let url = format!("http://{}", served.address());
-    let (child, stdout) = spawn(&url, &token_file, vms, None)?;
+    let (child, stdout) = spawn(&url, &token_file, vms, &Ways::default())?;
     let weighed = weigh(&standin, (project, runner), &child, stdout, vms).await;
     // However the weighing went: its files go with it.
     let ended = end(child).await;
@@ -81,17 +83,31 @@ pub(crate) async fn measure(vms: u16) -> Result<(), String> {
     figure("daemon.per_vm_mib", (busy.rss_mib - idle.rss_mib) / f64::from(vms), "MiB")
 }
 
+/// How that process differs from an ordinary one.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ways {
+    /// One more CA to trust.
+    pub(crate) ca_file: Option<PathBuf>,
+    /// Below which the state directory is.
+    pub(crate) state_below: Option<PathBuf>,
+}
+
+/// A line to the process: what changes files waits from now on.
+pub(crate) const FREEZE: &str = "freeze";
+/// A line to the process: it goes on.
+pub(crate) const THAW: &str = "thaw";
+
 /// Starts the process that is weighed. It prints a line for each guest, its config.
-pub(crate) fn spawn(
-    url: &str,
-    token_file: &Path,
-    vms: u16,
-    ca_file: Option<&Path>,
-) -> Result<(Child, ChildStdout), String> {
+pub(crate) fn spawn(url: &str, token_file: &Path, vms: u16, ways: &Ways) -> Result<(Child, ChildStdout), String> {
     let program = std::env::current_exe().map_err(|error| format!("find this program: {error}"))?;
     #[expect(clippy::disallowed_methods, reason = "the process that is weighed; ended by `end`, or with us")]
     let mut command = tokio::process::Command::new(program);
-    command.args(["daemon-process", url]).arg(token_file).arg(vms.to_string()).args(ca_file);
+    command.args(["daemon-process", url]).arg(token_file).arg(vms.to_string());
+    for (name, path) in [("--ca", &ways.ca_file), ("--state", &ways.state_below)] {
+        if let Some(path) = path {
+            command.arg(name).arg(path);
+        }
+    }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().map_err(|error| format!("start the daemon: {error}"))?;
     let stdout = child.stdout.take().ok_or("the daemon has no output")?;
@@ -221,7 +237,7 @@ impl OpenTransport for Trusting {
 }
 
 /// The process that is weighed: a daemon, until its input ends.
-pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ca_file: Option<&str>) -> Result<(), String> {
+pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ways: Ways) -> Result<(), String> {
     let hypervisor = FakeHypervisor::new();
     hypervisor.set_timing(AT_ONCE);
     let (configs, mut taken) = mpsc::channel(usize::from(vms));
@@ -235,27 +251,34 @@ pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ca_file: Opti
         }
     });
     let token = std::fs::read_to_string(token_file).map_err(|error| format!("read the token: {error}"))?;
+    let files = FreezableFiles::new(Arc::new(RealFiles));
     let choice = Choice {
         hypervisor: Arc::new(TcpDoors(hypervisor)),
         accel: AccelChoice::Tcg,
         images: no_image(),
-        transport: Arc::new(Trusting(ca_file.map(PathBuf::from))),
+        transport: Arc::new(Trusting(ways.ca_file)),
         url: url.parse().map_err(|error| format!("the URL: {error}"))?,
         token: Secret::new(token),
         concurrent: vms.into(),
         ports: PortRange { first: PORT, last: PORT.saturating_add(vms).saturating_add(100) },
+        files: Arc::new(files.clone()),
+        state_below: ways.state_below,
     };
     let host = Host::start(choice).await.map_err(|error| chain(&error))?;
     let mut out = tokio::io::stdout();
-    let mut input = tokio::io::stdin();
-    let mut nothing = Vec::new();
-    let end = input.read_to_end(&mut nothing);
-    tokio::pin!(end);
+    let mut input = BufReader::new(tokio::io::stdin()).lines();
     loop {
         tokio::select! {
             biased;
-            // Nothing is ever written there: this is the end of the pipe.
-            _ = &mut end => break,
+            // Cancel safe. The end of the pipe is the sign to end.
+            line = input.next_line() => match line {
+                Ok(Some(line)) => match line.as_str() {
+                    FREEZE => files.freeze(true),
+                    THAW => files.freeze(false),
+                    _ => return Err("a line that means nothing".into()),
+                },
+                Ok(None) | Err(_) => break,
+            },
             // Cancel safe; the write is no branch, so a line goes out whole.
             Some(line) = taken.recv() => {
                 let written = async { out.write_all(&line).await?; out.flush().await };
@@ -263,5 +286,6 @@ pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ca_file: Opti
             }
         }
     }
+    files.freeze(false);
     if host.end().await { Ok(()) } else { Err("the daemon did not end".into()) }
 }

@@ -22,19 +22,8 @@ const ARTIFACT_BYTES: usize = 1 << 20;
 /// # Errors
 /// The guest's first trouble; a job that is disturbed is not one to measure with.
 pub(crate) async fn run(config: &GuestConfig, rng: &Rng) -> io::Result<()> {
-    let token = guest_token(config).ok_or_else(|| bad("no guest token"))?;
-    let mut runner = connect(config, rng).await?;
-    let info = json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
-    let ask = json!({"info": info, "token": token, "system_id": "s_0123456789ab"}).to_string();
-    let headers = [("Content-Type", "application/json"), ("Runner-Token", token.as_str())];
-    let answer = call(&mut runner, "POST", "/api/v4/jobs/request", &headers, ask.as_bytes(), 201).await?;
-    let payload: Value = serde_json::from_slice(&answer.body)?;
-    let job = payload["id"].as_u64().ok_or_else(|| bad("no job id"))?;
-    let job_token = payload["token"].as_str().ok_or_else(|| bad("no job token"))?;
-
-    let running = json!({"token": job_token, "state": "running", "output": {}}).to_string();
-    let headers = [("Content-Type", "application/json"), ("Job-Token", job_token)];
-    call(&mut runner, "PUT", &format!("/api/v4/jobs/{job}"), &headers, running.as_bytes(), 200).await?;
+    let Begun { mut runner, job, token: job_token } = begin(config, rng).await?;
+    let job_token = job_token.as_str();
     upload(config, rng, job, job_token).await?;
 
     let piece = [b'.'; PIECE_BYTES - 1].into_iter().chain([b'\n']).collect::<Vec<u8>>();
@@ -49,6 +38,32 @@ pub(crate) async fn run(config: &GuestConfig, rng: &Rng) -> io::Result<()> {
     }
 }
 
+/// A guest runner that has told GitLab that its job runs.
+pub(crate) struct Begun {
+    pub(crate) runner: Connection,
+    pub(crate) job: u64,
+    /// The job token.
+    pub(crate) token: String,
+}
+
+/// Asks for its job, and says that it runs.
+pub(crate) async fn begin(config: &GuestConfig, rng: &Rng) -> io::Result<Begun> {
+    let token = guest_token(config).ok_or_else(|| bad("no guest token"))?;
+    let mut runner = connect(config, rng).await?;
+    let info = json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
+    let ask = json!({"info": info, "token": token, "system_id": "s_0123456789ab"}).to_string();
+    let headers = [("Content-Type", "application/json"), ("Runner-Token", token.as_str())];
+    let answer = call(&mut runner, "POST", "/api/v4/jobs/request", &headers, ask.as_bytes(), 201).await?;
+    let payload: Value = serde_json::from_slice(&answer.body)?;
+    let job = payload["id"].as_u64().ok_or_else(|| bad("no job id"))?;
+    let job_token = payload["token"].as_str().ok_or_else(|| bad("no job token"))?.to_owned();
+
+    let running = json!({"token": job_token, "state": "running", "output": {}}).to_string();
+    let headers = [("Content-Type", "application/json"), ("Job-Token", job_token.as_str())];
+    call(&mut runner, "PUT", &format!("/api/v4/jobs/{job}"), &headers, running.as_bytes(), 200).await?;
+    Ok(Begun { runner, job, token: job_token })
+}
+
 /// On a connection of its own, as the runner's helper does.
 async fn upload(config: &GuestConfig, rng: &Rng, job: u64, job_token: &str) -> io::Result<()> {
     let mut body = b"--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"artifacts.zip\"\r\nContent-Type: application/octet-stream\r\n\r\n".to_vec();
@@ -60,7 +75,7 @@ async fn upload(config: &GuestConfig, rng: &Rng, job: u64, job_token: &str) -> i
     call(&mut helper, "POST", &path, &headers, &body, 201).await.map(drop)
 }
 
-async fn call(
+pub(crate) async fn call(
     connection: &mut Connection,
     method: &str,
     path: &str,
@@ -68,14 +83,7 @@ async fn call(
     body: &[u8],
     wanted: u16,
 ) -> io::Result<Answer> {
-    let mut message = format!("{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {}\r\n", body.len());
-    for (name, value) in headers {
-        message.push_str(&format!("{name}: {value}\r\n"));
-    }
-    message.push_str("\r\n");
-    let mut message = message.into_bytes();
-    message.extend_from_slice(body);
-    let answer = connection.exchange(&message).await?;
+    let answer = connection.exchange(&request(method, path, headers, body)).await?;
     if answer.status == wanted {
         Ok(answer)
     } else {
@@ -83,7 +91,19 @@ async fn call(
     }
 }
 
-async fn connect(config: &GuestConfig, rng: &Rng) -> io::Result<Connection> {
+/// A request as bytes.
+pub(crate) fn request(method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+    let mut message = format!("{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {}\r\n", body.len());
+    for (name, value) in headers {
+        message.push_str(&format!("{name}: {value}\r\n"));
+    }
+    message.push_str("\r\n");
+    let mut message = message.into_bytes();
+    message.extend_from_slice(body);
+    message
+}
+
+pub(crate) async fn connect(config: &GuestConfig, rng: &Rng) -> io::Result<Connection> {
     Connection::new(greeted(config, rng).await?)
 }
 

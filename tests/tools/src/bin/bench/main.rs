@@ -1,11 +1,12 @@
-//! `bench daemon`, `bench proxy` and `bench start`: what a daemon weighs, what it costs to go through it,
-//! and what a cold start costs.
+//! `bench daemon`, `bench frozen`, `bench proxy` and `bench start`: what a daemon weighs, what it weighs while its
+//! disk hangs, what it costs to go through it, and what a cold start costs.
 //!
 //! The last lines are figures, `figure NAME NUMBER UNIT`; it fails if something could not be measured.
 
 mod bare;
 mod daemon;
 mod figures;
+mod frozen;
 mod guest;
 mod proxy;
 mod start;
@@ -14,6 +15,7 @@ mod watched;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: bench daemon [--vms N]
+       bench frozen [--seconds N] [--mount DIRECTORY]
        bench proxy [--mib N] [--pairs N]
        bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
 
@@ -26,11 +28,26 @@ async fn main() -> ExitCode {
             Some(vms) => daemon::measure(vms).await,
             None => return usage(),
         },
-        // The process that `bench daemon` and `bench proxy` weigh.
-        ["daemon-process", url, token_file, vms, ca_file @ ..] if ca_file.len() <= 1 => match vms.parse() {
-            Ok(vms) => daemon::process(url, token_file, vms, ca_file.first().copied()).await,
-            Err(_) => return usage(),
-        },
+        ["frozen", rest @ ..] => {
+            let read = options(rest, &["--seconds", "--mount"]);
+            match read
+                .and_then(|o| number(&o, "--seconds", 60).map(|seconds| (seconds, text(&o, "--mount").map(Into::into))))
+            {
+                Some((seconds, mount)) => frozen::measure(seconds, mount).await,
+                None => return usage(),
+            }
+        }
+        // The process that is weighed.
+        ["daemon-process", url, token_file, vms, rest @ ..] => {
+            match vms.parse().ok().zip(options(rest, &["--ca", "--state"])) {
+                Some((vms, o)) => {
+                    let path = |name| text(&o, name).map(Into::into);
+                    let ways = daemon::Ways { ca_file: path("--ca"), state_below: path("--state") };
+                    daemon::process(url, token_file, vms, ways).await
+                }
+                None => return usage(),
+            }
+        }
         ["proxy", rest @ ..] => {
             let read = options(rest, &["--mib", "--pairs"]);
             let numbers = read.and_then(|o| number(&o, "--mib", 1024).zip(number(&o, "--pairs", 5)));

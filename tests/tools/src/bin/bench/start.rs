@@ -11,6 +11,7 @@ use crate::figures::{Spread, figure, ms, say};
 use crate::watched::{Mark, StopWatch, WatchedGitlab, WatchedHypervisor};
 use crate::{number, text};
 use dayfly::clock::Clock;
+use dayfly::files::RealFiles;
 use dayfly::image::store::ImageStore;
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
@@ -89,6 +90,8 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         token: standin.runner_token(runner).ok_or("the runner has no token")?,
         concurrent: 1,
         ports: PortRange { first: 25_000, last: 25_099 },
+        files: Arc::new(RealFiles),
+        state_below: None,
     };
     let host = Host::start(choice).await.map_err(|error| chain(&error))?;
     let measured =

@@ -12,6 +12,7 @@ use crate::compare;
 use crate::gitlab::Gitlab;
 use crate::message::message;
 use crate::recording::{Class, Recording, Request};
+use dayfly::files::RealFiles;
 use dayfly::network::PortRange;
 use dayfly::telemetry::chain;
 use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
@@ -69,6 +70,8 @@ impl Scene {
             token: gitlab.runner_token.clone(),
             concurrent: 1,
             ports: PORTS,
+            files: Arc::new(RealFiles),
+            state_below: None,
         };
         let host = Host::start(choice).await.map_err(|error| chain(&error))?;
         Ok(Self { host, hypervisor, configs, power })

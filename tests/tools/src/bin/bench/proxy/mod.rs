@@ -21,7 +21,7 @@ mod content;
 mod gitlab;
 mod link;
 mod runner;
-mod weigh;
+pub(crate) mod weigh;
 
 use crate::daemon;
 use crate::figures::{Spread, figure, say};
@@ -68,7 +68,8 @@ pub(crate) async fn measure(mib: u16, pairs: u16) -> Result<(), String> {
     let direct = Queue::new(&gitlab, "group/direct")?;
     let written = std::fs::write(&token_file, &ours.token).and_then(|()| std::fs::write(&ca_file, &gitlab.ca));
     written.map_err(|error| format!("write the daemon's files: {error}"))?;
-    let (child, stdout) = daemon::spawn(&gitlab.url(), &token_file, VMS, Some(&ca_file))?;
+    let ways = daemon::Ways { ca_file: Some(ca_file), ..daemon::Ways::default() };
+    let (child, stdout) = daemon::spawn(&gitlab.url(), &token_file, VMS, &ways)?;
     let pid = child.id().ok_or("the daemon has ended")?;
     let tls = gitlab.client_config().map_err(|error| format!("set up TLS: {error}"))?;
     let mut bench = Bench {
