@@ -62,18 +62,12 @@ async fn payload(plan: &pipeline::Plan) -> Value {
     standin.configure(|settings| settings.registry = Some(super::REGISTRY.into()));
     let project = standin.add_project(&repository.project_path);
     let runner = standin.add_runner(project);
-    let token = standin.runner_token(runner).unwrap();
     let _ = standin.enqueue(project, spec);
     let features = json!({
         "artifacts": true, "artifacts_exclude": true, "return_exit_code": true, "variables": true,
         "upload_multiple_artifacts": true, "upload_raw_artifacts": true, "multi_build_steps": true,
     });
-    let body = json!({ "token": token.expose(), "info": { "features": features } }).to_string();
-    let request = http::Request::post("/api/v4/jobs/request").header("content-type", "application/json");
-    let answer = standin.call(request.body(crate::gitlab::transport::full(body)).unwrap()).await;
-    assert_eq!(answer.status(), 201);
-    let bytes = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes();
-    serde_json::from_slice(&bytes).unwrap()
+    standin.handed_out(runner, &features).await
 }
 
 /// What a reader wants to know of a payload: nothing that all have.

@@ -196,14 +196,9 @@ mod tests {
         let standin = Standin::new(Clock::system(), Rng::seeded(1));
         let project = standin.add_project("group/p");
         let runner = standin.add_runner(project);
-        let token = standin.runner_token(runner).unwrap();
         let _ = standin.enqueue(project, spec);
-        let body = json!({"token": token.expose(), "info": {"features": {"artifacts": true, "variables": true, "upload_multiple_artifacts": true, "upload_raw_artifacts": true}}}).to_string();
-        let request = http::Request::post("/api/v4/jobs/request").header("content-type", "application/json");
-        let answer = standin.call(request.body(crate::gitlab::transport::full(body)).unwrap()).await;
-        assert_eq!(answer.status(), 201);
-        let bytes = http_body_util::BodyExt::collect(answer.into_body()).await.unwrap().to_bytes();
-        (serde_json::from_slice(&bytes).unwrap(), remark)
+        let features = json!({"artifacts": true, "variables": true, "upload_multiple_artifacts": true, "upload_raw_artifacts": true});
+        (standin.handed_out(runner, &features).await, remark)
     }
 
     /// The value that a job sees: the last one of this name.

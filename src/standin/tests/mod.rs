@@ -104,6 +104,19 @@ impl Lab {
     }
 }
 
+impl Standin {
+    /// The job that is handed out to this runner, which has these features: its payload.
+    pub(crate) async fn handed_out(&self, runner: RunnerId, features: &Value) -> Value {
+        let token = self.runner_token(runner).unwrap();
+        let body = json!({"token": token.expose(), "info": {"features": features}}).to_string();
+        let request = http::Request::post("/api/v4/jobs/request").header("content-type", "application/json");
+        let answer = self.call(request.body(full(body)).unwrap()).await;
+        assert_eq!(answer.status(), 201);
+        let bytes = answer.into_body().collect().await.unwrap().to_bytes();
+        serde_json::from_slice(&bytes).unwrap()
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_unknown_path_is_404_with_json() {
     let reply = Lab::new().send("GET", "/api/v4/user", &[], "").await;
