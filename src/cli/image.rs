@@ -176,9 +176,7 @@ async fn boot(config: &Config, image: &Image) -> anyhow::Result<Booted> {
         AccelChoice::Auto => {
             let rng = Rng::system();
             let places = proof::Places { disks: &config.image_directory, sockets: sockets.path() };
-            let digest = image.digest();
-            let subject = proof::Subject::of(&image.boot, image.manifest.contract, &digest);
-            let proven = proof::prove_kvm(&*hypervisor, subject, places, &VmId::random(&rng), &rng).await;
+            let proven = proof::prove_kvm(&*hypervisor, &image.proof(), places, &VmId::random(&rng), &rng).await;
             proven.context("prove KVM by a boot (`--accel tcg` does without, for a trial)")?;
             Accel::Kvm
         }

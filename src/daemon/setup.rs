@@ -53,11 +53,10 @@ pub(super) async fn accel(
             break;
         }
     }
-    let digest = image.as_ref().map(Image::digest).unwrap_or_default();
-    let subject = image.as_ref().map_or(Subject::Sector, |i| Subject::of(&i.boot, i.manifest.contract, &digest));
+    let subject = image.as_ref().map_or(Subject::Sector, Image::proof);
     let proven = config.state_directory.join("kvm-proven");
     let before = backends.files.read(&proven, GROUND_BYTES_MAX).await.ok();
-    let ground = host.map(|host| memory::ground(subject, host));
+    let ground = host.map(|host| memory::ground(&subject, host));
     let holds = match &ground {
         Some(ground) => before.as_deref() == Some(ground.as_bytes()),
         None => before.is_some(),
@@ -66,7 +65,7 @@ pub(super) async fn accel(
         tracing::info!("KVM runs guests here, as was proven before");
         return Ok(Accel::Kvm);
     }
-    match prove_kvm(&*backends.hypervisor, subject, places, installation, &backends.rng).await {
+    match prove_kvm(&*backends.hypervisor, &subject, places, installation, &backends.rng).await {
         Ok(proof) => {
             let took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX);
             tracing::info!(took_ms, proven_by = proof.what, "KVM runs guests here");

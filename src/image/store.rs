@@ -16,6 +16,7 @@ use super::manifest::{BootKind, ImageFile, Learnt, MANIFEST_FILE, Manifest, Mani
 use super::qcow2::{self, Qcow2Error};
 use super::stamp::{Known, Stamp, Stamps};
 use crate::vm::Boot;
+use crate::vm::proof::Subject;
 use sha2::{Digest as _, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Read as _};
@@ -124,6 +125,12 @@ impl Image {
     #[must_use]
     pub fn digest(&self) -> String {
         hex(&Sha256::digest(Manifest { info: None, contract: 0, ..self.manifest.clone() }.to_text()))
+    }
+
+    /// What proves that guests run: its own kernel, where that can.
+    #[must_use]
+    pub fn proof(&self) -> Subject {
+        Subject::of(&self.boot, self.manifest.contract, self.digest())
     }
 }
 
@@ -237,8 +244,17 @@ impl ImageStore {
                 Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() })
             };
         }
-        let (store, name) = (self.clone(), name.to_owned());
-        match tokio::task::spawn_blocking(move || store.get(&name)).await {
+        let name = name.to_owned();
+        self.on_a_thread(move |store| store.get(&name)).await
+    }
+
+    /// Looks on a blocking thread, and passes a panic of it on.
+    async fn on_a_thread(
+        &self,
+        look: impl FnOnce(&Self) -> Result<Image, ImageError> + Send + 'static,
+    ) -> Result<Image, ImageError> {
+        let store = self.clone();
+        match tokio::task::spawn_blocking(move || look(&store)).await {
             Ok(image) => image,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }

@@ -182,7 +182,7 @@ async fn a_guest_under_tcg_proves_itself() {
     let Some(bench) = Bench::real("a_guest_under_tcg_proves_itself") else { return };
     let (disks, sockets) = (bench.disks(), bench.sockets());
     let places = Places { disks: &disks, sockets: &sockets };
-    prove(&*bench.hypervisor, Accel::Tcg, Subject::Sector, places, &bench.installation, &bench.rng).await.unwrap();
+    prove(&*bench.hypervisor, Accel::Tcg, &Subject::Sector, places, &bench.installation, &bench.rng).await.unwrap();
     bench.assert_clean().await;
 }
 
@@ -194,7 +194,7 @@ async fn kvm_is_proven_or_refuted_in_time_and_leaves_nothing() {
     let places = Places { disks: &disks, sockets: &sockets };
     let offered = bench.hypervisor.probe().await.unwrap().kvm_offered;
     let since = Instant::now();
-    let proof = prove_kvm(&*bench.hypervisor, Subject::Sector, places, &bench.installation, &bench.rng).await;
+    let proof = prove_kvm(&*bench.hypervisor, &Subject::Sector, places, &bench.installation, &bench.rng).await;
     let verdict = match &proof {
         Ok(proof) => format!("a guest spoke after {:?}", proof.took),
         Err(error) => chain(error),

@@ -269,9 +269,8 @@ async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> an
     // What jobs will run in, where there is one already.
     let store = ImageStore::new(&config.image_directory);
     let image = config.class.iter().find_map(|class| store.get(&class.image).ok());
-    let digest = image.as_ref().map(Image::digest).unwrap_or_default();
-    let subject = image.as_ref().map_or(Subject::Sector, |i| Subject::of(&i.boot, i.manifest.contract, &digest));
-    findings.push(match prove(hypervisor, accel, subject, places, &VmId::random(rng), rng).await {
+    let subject = image.as_ref().map_or(Subject::Sector, Image::proof);
+    findings.push(match prove(hypervisor, accel, &subject, places, &VmId::random(rng), rng).await {
         Ok(proof) => Finding::ok(format!("{name} runs guests: {} spoke after {} ms", proof.what, proof.took.as_millis())),
         Err(error) => {
             let remedy = "KVM must be the hardware's own (kvm_intel or kvm_amd; nested, if the cloud offers it); see libvirt's log of the VM below /var/log/libvirt/qemu. For a trial: hypervisor.accel = \"tcg\", slow and without isolation";

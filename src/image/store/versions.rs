@@ -24,11 +24,8 @@ impl ImageStore {
             let image = self.load(&wanted.name).await?;
             return if image.digest() == wanted.digest { Ok(image) } else { Err(replaced(wanted)) };
         }
-        let (store, wanted) = (self.clone(), wanted.clone());
-        match tokio::task::spawn_blocking(move || store.get_version(&wanted)).await {
-            Ok(image) => image,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
+        let wanted = wanted.clone();
+        self.on_a_thread(move |store| store.get_version(&wanted)).await
     }
 
     /// [`ImageStore::load_version`], blocking.

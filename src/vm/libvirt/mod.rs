@@ -20,8 +20,8 @@
 mod calls;
 mod disk;
 mod endings;
-mod workers;
 mod log;
+mod workers;
 
 use super::{
     DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
@@ -128,9 +128,6 @@ impl Libvirt {
     }
 }
 
-/// Where the system's libvirtd keeps them. They are root's.
-const SYSTEM_LOGS: &str = "/var/log/libvirt/qemu";
-
 /// Where a libvirtd of our own session keeps one log per domain, for ever: as libvirt's
 /// `virGetUserCacheDirectory` and `qemuStateInitialize` have it. The system's are root's, and rotated.
 fn session_logs(uri: &str, variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
@@ -138,6 +135,9 @@ fn session_logs(uri: &str, variable: impl Fn(&str) -> Option<OsString>) -> Optio
     let cache = of("XDG_CACHE_HOME").or_else(|| of("HOME").map(|home| home.join(".cache")))?;
     uri.starts_with("qemu:///session").then(|| cache.join("libvirt/qemu/log"))
 }
+
+/// Where the system's libvirtd keeps such logs. They are root's.
+const SYSTEM_LOGS: &str = "/var/log/libvirt/qemu";
 
 /// The socket path is too long for the kernel.
 #[derive(Debug, thiserror::Error)]

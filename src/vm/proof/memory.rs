@@ -9,7 +9,7 @@ use std::path::Path;
 
 /// All that a proof rests on, as the text that is kept.
 #[must_use]
-pub fn ground(subject: Subject<'_>, host: &HostInfo) -> String {
+pub fn ground(subject: &Subject, host: &HostInfo) -> String {
     let mut kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     for module in evidence::modules(Path::new(evidence::MODULE_DIRECTORY)).unwrap_or_default() {
         kernel.push(' ');
@@ -18,10 +18,10 @@ pub fn ground(subject: Subject<'_>, host: &HostInfo) -> String {
     of(subject, host, &kernel, &processor(Path::new("/proc/cpuinfo")))
 }
 
-fn of(subject: Subject<'_>, host: &HostInfo, kernel: &str, processor: &str) -> String {
+fn of(subject: &Subject, host: &HostInfo, kernel: &str, processor: &str) -> String {
     let image = match subject {
         Subject::Sector => "none",
-        Subject::Image(_, digest) => digest,
+        Subject::Image { digest, .. } => digest,
     };
     let HostInfo { version, kvm_offered, .. } = host;
     format!("image {image}\nhypervisor {version}\noffers KVM {kvm_offered}\nkernel {kernel}\n{processor}")
@@ -69,19 +69,19 @@ mod tests {
         );
         assert_eq!(one, same, "its speed is no other processor");
         let without = processor("vendor_id\t: A\nmodel name\t: M 1\nflags\t: fpu\n");
-        let boot = Boot::Disk;
+        let image = |digest: &str| Subject::Image { boot: Boot::Disk, digest: digest.into() };
         let host =
             |version: &str, kvm_offered| HostInfo { version: version.into(), cpus: 1, memory_mib: 1, kvm_offered };
         let qemu = host("QEMU 7.2", true);
-        let base = of(Subject::Image(&boot, "d1"), &qemu, "6.1.0 kvm_intel", &one);
+        let base = of(&image("d1"), &qemu, "6.1.0 kvm_intel", &one);
         for other in [
-            of(Subject::Sector, &qemu, "6.1.0 kvm_intel", &one),
-            of(Subject::Image(&boot, "d2"), &qemu, "6.1.0 kvm_intel", &one),
-            of(Subject::Image(&boot, "d1"), &host("QEMU 7.3", true), "6.1.0 kvm_intel", &one),
-            of(Subject::Image(&boot, "d1"), &host("QEMU 7.2", false), "6.1.0 kvm_intel", &one),
-            of(Subject::Image(&boot, "d1"), &qemu, "6.1.1 kvm_intel", &one),
-            of(Subject::Image(&boot, "d1"), &qemu, "6.1.0 kvm_pvm", &one),
-            of(Subject::Image(&boot, "d1"), &qemu, "6.1.0 kvm_intel", &without),
+            of(&Subject::Sector, &qemu, "6.1.0 kvm_intel", &one),
+            of(&image("d2"), &qemu, "6.1.0 kvm_intel", &one),
+            of(&image("d1"), &host("QEMU 7.3", true), "6.1.0 kvm_intel", &one),
+            of(&image("d1"), &host("QEMU 7.2", false), "6.1.0 kvm_intel", &one),
+            of(&image("d1"), &qemu, "6.1.1 kvm_intel", &one),
+            of(&image("d1"), &qemu, "6.1.0 kvm_pvm", &one),
+            of(&image("d1"), &qemu, "6.1.0 kvm_intel", &without),
         ] {
             assert_ne!(base, other);
         }

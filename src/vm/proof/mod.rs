@@ -13,6 +13,7 @@ pub mod sector;
 
 use super::{Accel, Attachment, Boot, Ending, Hypervisor, InstallationId, Pause, VmError, VmId, VmSpec, VmState};
 use crate::rng::Rng;
+use dayfly_guest_config::PROOF_CONTRACT;
 pub use dayfly_guest_config::{PROOF_LINE, PROOF_WORD};
 pub use evidence::Evidence;
 use std::io;
@@ -46,28 +47,35 @@ const SECTOR_MEMORY_MIB: u64 = 64;
 const KERNEL_MEMORY_MIB: u64 = 256;
 
 /// What is booted.
-#[derive(Clone, Copy, Debug)]
-pub enum Subject<'a> {
+#[derive(Clone, Debug)]
+pub enum Subject {
     /// The boot sector.
     Sector,
-    /// Kernel and initrd of an image whose init knows [`PROOF_WORD`], and what tells that image from others.
-    Image(&'a Boot, &'a str),
+    /// Kernel and initrd of an image whose init knows [`PROOF_WORD`].
+    Image {
+        /// How it boots.
+        boot: Boot,
+        /// What tells it from other images.
+        digest: String,
+    },
 }
 
-impl<'a> Subject<'a> {
-    /// The image's own kernel, if it has one that knows how to be a proof.
+impl Subject {
+    /// An image's own kernel, if it has one that knows how to be a proof.
     #[must_use]
-    pub fn of(boot: &'a Boot, contract: u32, digest: &'a str) -> Self {
+    pub fn of(boot: &Boot, contract: u32, digest: impl Into<String>) -> Self {
         match boot {
-            Boot::Direct { .. } if contract >= 2 => Self::Image(boot, digest),
+            Boot::Direct { .. } if contract >= PROOF_CONTRACT => {
+                Self::Image { boot: boot.clone(), digest: digest.into() }
+            }
             Boot::Direct { .. } | Boot::Disk => Self::Sector,
         }
     }
 
-    fn words(self) -> &'static str {
+    fn words(&self) -> &'static str {
         match self {
             Self::Sector => "a VM of one boot sector",
-            Self::Image(..) => "a VM of the image's kernel",
+            Self::Image { .. } => "a VM of the image's kernel",
         }
     }
 }
@@ -162,7 +170,7 @@ pub struct Places<'a> {
 /// [`ProofError`]; within 15 s of a start that worked, under TCG within 60 s.
 pub async fn prove_kvm(
     hypervisor: &dyn Hypervisor,
-    subject: Subject<'_>,
+    subject: &Subject,
     places: Places<'_>,
     installation: &InstallationId,
     rng: &Rng,
@@ -177,7 +185,7 @@ pub async fn prove_kvm(
 pub async fn prove(
     hypervisor: &dyn Hypervisor,
     accel: Accel,
-    subject: Subject<'_>,
+    subject: &Subject,
     places: Places<'_>,
     installation: &InstallationId,
     rng: &Rng,
@@ -185,7 +193,7 @@ pub async fn prove(
     let id = VmId::random(rng);
     let (boot, memory_mib) = match subject {
         Subject::Sector => (Boot::Disk, SECTOR_MEMORY_MIB),
-        Subject::Image(boot, _) => (with_word(boot), KERNEL_MEMORY_MIB),
+        Subject::Image { boot, .. } => (with_word(boot), KERNEL_MEMORY_MIB),
     };
     let spec = VmSpec {
         installation: installation.clone(),
@@ -218,7 +226,7 @@ fn with_word(boot: &Boot) -> Boot {
     }
 }
 
-async fn boot_once(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: Subject<'_>) -> Result<Proof, ProofError> {
+async fn boot_once(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: &Subject) -> Result<Proof, ProofError> {
     write_disk(&spec.base).await.map_err(|source| ProofError::Disk { path: spec.base.clone(), source })?;
     let start = |evidence| move |error| ProofError::Start(evidence, error);
     hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.map_err(start(Evidence::default()))?;
@@ -265,7 +273,7 @@ struct Heard {
 }
 
 /// Reads the console until it is clear, and looks at the VM meanwhile: one that QEMU has stopped says nothing more.
-async fn watch(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: Subject<'_>, heard: &mut Heard) -> io::Result<End> {
+async fn watch(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: &Subject, heard: &mut Heard) -> io::Result<End> {
     let mut console = hypervisor.open_console(&spec.socket_dir, &spec.id).await?;
     let name = spec.id.clone().into();
     let (mut seen, mut chunk) = (Vec::new(), [0; 256]);
@@ -292,14 +300,14 @@ async fn watch(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: Subject<'_>,
         }
         seen.extend_from_slice(&chunk[..read]);
         // While libvirt was asked, nobody read: what waits here since then says nothing of when it was said.
-        let late = polled.elapsed() < PROMPT;
+        let waited_here = polled.elapsed() < PROMPT;
         let began_before = heard.began.is_some();
         while let Some((at, word)) = first_of(&seen) {
             seen.drain(..at);
             match (word, subject) {
                 (Word::Begins, _) => heard.began = Some(Instant::now()),
                 (Word::Wrong, _) => return Ok(End::Wrong),
-                (Word::Line, Subject::Sector) if late && !began_before && spec.accel == Accel::Kvm => {
+                (Word::Line, Subject::Sector) if waited_here && !began_before && spec.accel == Accel::Kvm => {
                     heard.began = None
                 }
                 (Word::Line, Subject::Sector) => {
@@ -310,7 +318,7 @@ async fn watch(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: Subject<'_>,
                         return Ok(End::Proven);
                     }
                 }
-                (Word::Proof, Subject::Image(..)) => return Ok(End::Proven),
+                (Word::Proof, Subject::Image { .. }) => return Ok(End::Proven),
                 (Word::Line | Word::Proof, _) => {}
             }
         }

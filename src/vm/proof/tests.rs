@@ -5,7 +5,7 @@ use crate::vm::fake::{FakeHypervisor, Fault, GuestMachine, Op};
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::sleep;
 
-async fn check(fake: &FakeHypervisor, subject: Subject<'_>) -> Result<Proof, ProofError> {
+async fn check(fake: &FakeHypervisor, subject: &Subject) -> Result<Proof, ProofError> {
     let dir = tempfile::tempdir().unwrap();
     let places = Places { disks: dir.path(), sockets: Path::new("/s") };
     let rng = Rng::seeded(1);
@@ -31,29 +31,29 @@ fn says(fake: &FakeHypervisor, script: &'static [(u64, &'static str)]) {
 async fn only_a_guest_that_works_in_time_proves_kvm() {
     let fake = FakeHypervisor::new();
     says(&fake, &[(0, "SeaBIOS\r\nday"), (0, sector::BEGINS), (10, sector::LINE)]);
-    assert!(check(&fake, Subject::Sector).await.unwrap().took >= Duration::from_secs(5));
+    assert!(check(&fake, &Subject::Sector).await.unwrap().took >= Duration::from_secs(5));
     // The first round meets a busy host, the second does not.
     says(&fake, &[(0, sector::BEGINS), (900, sector::LINE), (900, sector::BEGINS), (20, sector::LINE)]);
-    check(&fake, Subject::Sector).await.unwrap();
+    check(&fake, &Subject::Sector).await.unwrap();
 
     says(&fake, &[(0, sector::BEGINS), (5000, sector::LINE), (1000, sector::BEGINS), (2500, sector::LINE)]);
-    let error = check(&fake, Subject::Sector).await.unwrap_err();
+    let error = check(&fake, &Subject::Sector).await.unwrap_err();
     assert!(error.to_string().contains("needed 2500 ms for ten million turns"), "{error}");
     // What the sector of before said.
     says(&fake, &[(0, "dayfly: boot sector begins\r\n")]);
-    let error = check(&fake, Subject::Sector).await.unwrap_err();
+    let error = check(&fake, &Subject::Sector).await.unwrap_err();
     assert!(matches!(error, ProofError::Silent { .. }), "{error}");
     says(&fake, &[(0, sector::BEGINS), (1, sector::WRONG)]);
-    let error = check(&fake, Subject::Sector).await.unwrap_err();
+    let error = check(&fake, &Subject::Sector).await.unwrap_err();
     assert!(matches!(error, ProofError::Wrong { .. }), "{error}");
     fake.set_guest(|_| std::future::pending());
-    assert!(matches!(check(&fake, Subject::Sector).await, Err(ProofError::Silent { .. })));
+    assert!(matches!(check(&fake, &Subject::Sector).await, Err(ProofError::Silent { .. })));
     fake.set_guest(|mut machine: GuestMachine| async move { machine.console.write_all(b"almost").await.unwrap() });
-    assert!(matches!(check(&fake, Subject::Sector).await, Err(ProofError::Ended { .. })));
+    assert!(matches!(check(&fake, &Subject::Sector).await, Err(ProofError::Ended { .. })));
     fake.fail_nth(Op::Start, 1, Fault::Refused("no /dev/kvm"));
-    assert!(matches!(check(&fake, Subject::Sector).await, Err(ProofError::Start(..))));
+    assert!(matches!(check(&fake, &Subject::Sector).await, Err(ProofError::Start(..))));
     fake.fail_nth(Op::OpenConsole, 1, Fault::Refused("no"));
-    assert!(matches!(check(&fake, Subject::Sector).await, Err(ProofError::Console(_))));
+    assert!(matches!(check(&fake, &Subject::Sector).await, Err(ProofError::Console(_))));
     assert!(fake.counts().is_clean(), "{:#?}", fake.history());
 }
 
@@ -65,7 +65,7 @@ async fn a_round_that_nobody_listened_to_is_no_round() {
     // The first look at the VM's state, half a second after its start, takes ten seconds.
     fake.fail_nth(Op::State, 1, Fault::Hangs);
     says(&fake, &[(1000, sector::BEGINS), (2000, sector::LINE), (3000, sector::BEGINS), (2000, sector::LINE)]);
-    let error = check(&fake, Subject::Sector).await.unwrap_err();
+    let error = check(&fake, &Subject::Sector).await.unwrap_err();
     assert!(error.to_string().contains("needed 2000 ms"), "{error}");
 }
 
@@ -79,7 +79,7 @@ async fn a_guest_that_qemu_stops_refutes_kvm_at_once() {
         std::future::pending().await
     });
     let since = Instant::now();
-    let error = check(&fake, Subject::Sector).await.unwrap_err();
+    let error = check(&fake, &Subject::Sector).await.unwrap_err();
     assert!(matches!(error, ProofError::Stopped { .. }) && since.elapsed() < DEADLINE, "{error}");
     assert!(error.to_string().starts_with("a VM of one boot sector was stopped by QEMU; the VM is paused"), "{error}");
 }
@@ -98,10 +98,10 @@ async fn an_images_own_kernel_is_the_better_proof() {
             machine.console.write_all(format!("[    0.000000] Linux\r\n{PROOF_LINE}").as_bytes()).await.unwrap();
         }
     });
-    check(&fake, Subject::of(&boot, 2, "digest")).await.unwrap();
+    check(&fake, &Subject::of(&boot, 2, "digest")).await.unwrap();
     // A sector's line is not what a kernel says.
     says(&fake, &[(0, sector::BEGINS), (1, sector::LINE)]);
-    assert!(matches!(check(&fake, Subject::of(&boot, 2, "digest")).await, Err(ProofError::Silent { .. })));
+    assert!(matches!(check(&fake, &Subject::of(&boot, 2, "digest")).await, Err(ProofError::Silent { .. })));
     assert!(matches!(Subject::of(&boot, 1, "digest"), Subject::Sector));
     assert!(matches!(Subject::of(&Boot::Disk, 2, "digest"), Subject::Sector));
 }

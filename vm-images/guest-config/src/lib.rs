@@ -20,8 +20,11 @@ use std::net::IpAddr;
 /// Name of the virtio-serial port, as in `/sys/class/virtio-ports/*/name`.
 pub const PORT_NAME: &str = "org.dayfly.guest.0";
 
-/// A word of the kernel command line: the init of the initrd says [`PROOF_LINE`] and powers off. Part of contract 2.
+/// A word of the kernel command line: the init of the initrd says [`PROOF_LINE`] and powers off.
 pub const PROOF_WORD: &str = "dayfly.proof";
+
+/// The contract since which it knows that word.
+pub const PROOF_CONTRACT: u32 = 2;
 
 /// What it says on the console. Without the end of its line, which a terminal may write in another way.
 pub const PROOF_LINE: &str = "dayfly-init: a guest runs here";
