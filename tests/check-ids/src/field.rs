@@ -5,6 +5,7 @@
 
 use crate::Wrongs;
 use crate::claim::Id;
+use crate::rows::Rows;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -42,49 +43,33 @@ pub(crate) fn owns(id: Id) -> bool {
 
 /// The rows, and what is wrong with the table itself.
 pub(crate) fn read(root: &Path) -> (BTreeMap<Id, Row>, Wrongs) {
-    let (mut rows, mut wrong) = (BTreeMap::<Id, Row>::new(), Wrongs::new());
-    let text = match std::fs::read_to_string(root.join(FILE)) {
-        Ok(text) => text,
-        Err(error) => {
-            wrong.insert((FILE.into(), 1, error.to_string()));
-            return (rows, wrong);
-        }
-    };
-    let mut last = None;
+    let (mut rows, text) = Rows::of(root, FILE);
+    let Some(text) = text else { return rows.done() };
     for (line, text) in text.lines().enumerate().map(|(at, text)| (at + 1, text)) {
         let Some(cells) = text.strip_prefix("| U") else { continue };
-        let mut complain = |what: String| {
-            wrong.insert((FILE.into(), line, what));
-        };
         // A bar of a cell's own is written `\|`.
         let cells: Vec<&str> = cells.strip_suffix(" |").unwrap_or(cells).split(" | ").collect();
         let [number, happened, right, owners] = cells[..] else {
-            complain("not of the form `| U1 | what happened | what is right | owner |`".to_owned());
+            rows.complain(line, "not of the form `| U1 | what happened | what is right | owner |`".to_owned());
             continue;
         };
         let Some(id) = Id::parse(&format!("U{number}")) else {
-            complain(format!("\"U{number}\" is no id"));
+            rows.complain(line, format!("\"U{number}\" is no id"));
             continue;
         };
         if [happened, right].iter().any(|cell| cell.trim().is_empty()) {
-            complain(format!("{id} has an empty cell"));
+            rows.complain(line, format!("{id} has an empty cell"));
         }
         let owners: Vec<String> = owners.split(", ").map(str::to_owned).collect();
         if let Some(owner) = owners.iter().find(|owner| !OWNERS.contains(&owner.as_str())) {
-            complain(format!("{id} is of nobody known: {owner:?}"));
+            rows.complain(line, format!("{id} is of nobody known: {owner:?}"));
         }
-        if rows.contains_key(&id) {
-            complain(format!("{id} is there twice"));
-        } else if last.is_some_and(|last| last > id) {
-            complain(format!("{id} is out of order"));
-        }
-        last = Some(id);
-        rows.entry(id).or_insert_with(|| Row { right: right.trim().to_owned(), owners, line });
+        rows.put(id, line, Row { right: right.trim().to_owned(), owners, line }, "is there");
     }
     for id in RANGES.iter().flat_map(|(first, last)| *first..=*last).map(|number| Id('U', number)) {
-        if !rows.contains_key(&id) {
-            wrong.insert((FILE.into(), 1, format!("{id} is not in the table")));
+        if !rows.has(id) {
+            rows.complain(1, format!("{id} is not in the table"));
         }
     }
-    (rows, wrong)
+    rows.done()
 }

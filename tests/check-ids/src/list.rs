@@ -2,6 +2,7 @@
 
 use crate::Wrongs;
 use crate::claim::Id;
+use crate::rows::Rows;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -50,54 +51,38 @@ fn owner(id: Id) -> Option<&'static str> {
 
 /// The rows, and what is wrong with the list itself.
 pub(crate) fn read(root: &Path) -> (BTreeMap<Id, Row>, Wrongs) {
-    let (mut rows, mut wrong) = (BTreeMap::new(), Wrongs::new());
-    let text = match std::fs::read_to_string(root.join(FILE)) {
-        Ok(text) => text,
-        Err(error) => {
-            wrong.insert((FILE.into(), 1, error.to_string()));
-            return (rows, wrong);
-        }
-    };
-    let mut last = None;
+    let (mut rows, text) = Rows::of(root, FILE);
+    let Some(text) = text else { return rows.done() };
     for (line, text) in text.lines().enumerate().map(|(at, text)| (at + 1, text)) {
         if text.is_empty() || text.starts_with('#') {
             continue;
         }
-        let mut complain = |what: String| {
-            wrong.insert((FILE.into(), line, what));
-        };
         let parts: Vec<&str> = text.split(" | ").collect();
         let [id, outcome, issue] = parts[..] else {
-            complain(format!("not of the form `ID | outcome | issue`: {text:?}"));
+            rows.complain(line, format!("not of the form `ID | outcome | issue`: {text:?}"));
             continue;
         };
         let Some(id) = Id::parse(id) else {
-            complain(format!("{id:?} is no id"));
+            rows.complain(line, format!("{id:?} is no id"));
             continue;
         };
         if outcome.split_whitespace().count() < 2 {
-            complain(format!("{id} has no outcome"));
+            rows.complain(line, format!("{id} has no outcome"));
         }
         if !OWNERS.contains(&issue) || owner(id).is_some_and(|owner| owner != issue) {
-            complain(format!("{id} is not of issue {issue:?}"));
+            rows.complain(line, format!("{id} is not of issue {issue:?}"));
         }
-        if rows.contains_key(&id) {
-            complain(format!("{id} is listed twice"));
-        } else if last.is_some_and(|last| last > id) {
-            complain(format!("{id} is out of order"));
-        }
-        last = Some(id);
-        rows.entry(id).or_insert_with(|| Row { outcome: outcome.to_owned(), line });
+        rows.put(id, line, Row { outcome: outcome.to_owned(), line }, "is listed");
     }
     for (issue, families) in OWNED {
         for (letter, ranges) in *families {
             for number in ranges.iter().flat_map(|(first, last)| *first..=*last) {
                 let id = Id(*letter, number);
-                if !rows.contains_key(&id) {
-                    wrong.insert((FILE.into(), 1, format!("{id} of issue {issue} is not listed")));
+                if !rows.has(id) {
+                    rows.complain(1, format!("{id} of issue {issue} is not listed"));
                 }
             }
         }
     }
-    (rows, wrong)
+    rows.done()
 }

@@ -17,6 +17,7 @@ mod claim;
 mod field;
 mod list;
 mod rings;
+mod rows;
 #[cfg(test)]
 mod trees;
 mod walk;
