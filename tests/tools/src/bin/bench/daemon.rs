@@ -24,7 +24,7 @@ use dayfly::gitlab::{Endpoint, OpenTransport, RealOpenTransport, Transport};
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::standin::{JobSpec, Model, ProjectId, RunnerId, Standin, serve};
+use dayfly::standin::{JobSpec, Model, ProjectId, RunnerId, Served, Standin, serve};
 use dayfly::telemetry::chain;
 use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
 use dayfly::vm::libvirt::AccelChoice;
@@ -36,6 +36,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
+use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpListener;
 use tokio::process::{Child, ChildStdout};
@@ -63,18 +64,9 @@ pub(crate) async fn measure(vms: u16) -> Result<(), String> {
     let standin = Standin::new(Clock::system(), Rng::system());
     // As for a job that somebody watches: the uploaders have more to do than otherwise.
     standin.configure(|settings| settings.trace_update_interval = Some(TRACE_INTERVAL));
-    let project = standin.add_project("group/project");
-    let runner = standin.add_runner(project);
-    let token = standin.runner_token(runner).ok_or("the runner has no token")?;
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(|error| format!("listen: {error}"))?;
-    let served = serve(standin.clone(), listener, None).map_err(|error| format!("serve: {error}"))?;
-    let dir = tempfile::tempdir().map_err(|error| format!("make a directory: {error}"))?;
-    let token_file = dir.path().join("token");
-    std::fs::write(&token_file, token.expose()).map_err(|error| format!("write the token: {error}"))?;
-
-    let url = format!("http://{}", served.address());
-    let (child, stdout) = spawn(&url, &token_file, vms, &Ways::default())?;
-    let weighed = weigh(&standin, (project, runner), &child, stdout, vms).await;
+    let gitlab = GitLab::serve(&standin).await?;
+    let (child, stdout) = gitlab.daemon(vms, &Ways::default())?;
+    let weighed = weigh(&standin, (gitlab.project, gitlab.runner), &child, stdout, vms).await;
     // However the weighing went: its files go with it.
     let ended = end(child).await;
     let (idle, busy) = weighed?;
@@ -96,6 +88,38 @@ pub(crate) struct Ways {
 pub(crate) const FREEZE: &str = "freeze";
 /// A line to the process: it goes on.
 pub(crate) const THAW: &str = "thaw";
+
+/// The stand-in behind a socket, with one project and one runner, whose token is in a file.
+pub(crate) struct GitLab {
+    pub(crate) project: ProjectId,
+    pub(crate) runner: RunnerId,
+    served: Served,
+    dir: TempDir,
+}
+
+impl GitLab {
+    /// Serves it until this is dropped.
+    pub(crate) async fn serve(standin: &Standin) -> Result<Self, String> {
+        let project = standin.add_project("group/project");
+        let runner = standin.add_runner(project);
+        let token = standin.runner_token(runner).ok_or("the runner has no token")?;
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(|error| format!("listen: {error}"))?;
+        let served = serve(standin.clone(), listener, None).map_err(|error| format!("serve: {error}"))?;
+        let dir = tempfile::tempdir().map_err(|error| format!("make a directory: {error}"))?;
+        let gitlab = Self { project, runner, served, dir };
+        std::fs::write(gitlab.token_file(), token.expose()).map_err(|error| format!("write the token: {error}"))?;
+        Ok(gitlab)
+    }
+
+    fn token_file(&self) -> PathBuf {
+        self.dir.path().join("token")
+    }
+
+    /// Starts the process that is weighed, with this as its GitLab.
+    pub(crate) fn daemon(&self, vms: u16, ways: &Ways) -> Result<(Child, ChildStdout), String> {
+        spawn(&format!("http://{}", self.served.address()), &self.token_file(), vms, ways)
+    }
+}
 
 /// Starts the process that is weighed. It prints a line for each guest, its config.
 pub(crate) fn spawn(url: &str, token_file: &Path, vms: u16, ways: &Ways) -> Result<(Child, ChildStdout), String> {

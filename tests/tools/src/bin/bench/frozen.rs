@@ -5,14 +5,14 @@
 //! waits in its stead. Meanwhile each guest sends the largest piece of trace that there may be and hangs up after
 //! 0.3 s, on a new connection each time. Then the disk goes on, and each job must end with an exact trace.
 
-use crate::daemon::{FREEZE, START_LIMIT, THAW, Ways, end, spawn};
+use crate::daemon::{FREEZE, GitLab, START_LIMIT, THAW, Ways, end};
 use crate::figures::{figure, say};
 use crate::guest::{self, Begun};
 use crate::proxy::weigh::Scales;
 use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
-use dayfly::standin::{JobSpec, JobState, Model, Standin, serve};
+use dayfly::standin::{JobSpec, JobState, Model, Standin};
 use dayfly_guest_config::GuestConfig;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::TcpListener;
 use tokio::process::{Child, ChildStdout};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -50,18 +49,10 @@ enum Phase {
 /// Measures and prints.
 pub(crate) async fn measure(seconds: u16, mount: Option<PathBuf>) -> Result<(), String> {
     let standin = Standin::new(Clock::system(), Rng::system());
-    let project = standin.add_project("group/project");
-    let runner = standin.add_runner(project);
-    let token = standin.runner_token(runner).ok_or("the runner has no token")?;
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(|error| format!("listen: {error}"))?;
-    let served = serve(standin.clone(), listener, None).map_err(|error| format!("serve: {error}"))?;
-    let dir = tempfile::tempdir().map_err(|error| format!("make a directory: {error}"))?;
-    let token_file = dir.path().join("token");
-    std::fs::write(&token_file, token.expose()).map_err(|error| format!("write the token: {error}"))?;
-
+    let gitlab = GitLab::serve(&standin).await?;
     let ways = Ways { state_below: mount.clone(), ..Ways::default() };
-    let (mut child, stdout) = spawn(&format!("http://{}", served.address()), &token_file, VMS, &ways)?;
-    let jobs: Vec<JobId> = (0..VMS).map(|_| standin.enqueue(project, JobSpec::script(["work"]))).collect();
+    let (mut child, stdout) = gitlab.daemon(VMS, &ways)?;
+    let jobs: Vec<JobId> = (0..VMS).map(|_| standin.enqueue(gitlab.project, JobSpec::script(["work"]))).collect();
     let measured = storm(&standin, &jobs, &mut child, stdout, Duration::from_secs(seconds.into()), mount).await;
     let ended = end(child).await;
     let (growth, requests) = measured?;
