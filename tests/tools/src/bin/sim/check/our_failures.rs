@@ -46,6 +46,8 @@ impl OurFailures {
             "guest kernel panicked" => was("panicked"),
             "machine went to sleep" => was("slept"),
             "machine's process ended" => was("crashed"),
+            // By nobody but a former daemon, which had ended the job, and whose disk did not take that.
+            "machine ended at the host" => note.files_failed.is_some(),
             "host disk" => was("paused") || note.files_failed.is_some(),
             "machine stopped by QEMU" => was("stopped"),
             "machine paused at the host" => was("paused by somebody"),
