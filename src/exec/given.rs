@@ -1,11 +1,9 @@
 //! `-e KEY=VALUE` and `-e FILE:KEY=PATH`: variables that the developer gives to the jobs.
 
+use super::pipeline::sources::read_text;
 use crate::standin::Variable;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::PathBuf;
-
-/// Bytes of a file-type variable at most. GitLab's own limit is 10,000 characters; keys and kubeconfigs are longer.
-const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// A variable as it was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,13 +45,9 @@ fn read(given: &Given) -> Result<Variable, GivenError> {
         Given::File(key, path) => (key, path),
     };
     let failed = |source| GivenError { key: key.clone(), path: path.clone(), source };
-    let mut content = String::new();
     let file = std::fs::File::open(path).map_err(failed)?;
-    // A text, as GitLab's variables are.
-    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut content).map_err(failed)?;
-    if content.len() as u64 > FILE_BYTES_MAX {
-        return Err(failed(io::Error::new(io::ErrorKind::FileTooLarge, "longer than 1 MiB")));
-    }
+    // A text, as GitLab's variables are; theirs have 10,000 characters at most, and keys and kubeconfigs are longer.
+    let content = read_text(file).map_err(failed)?;
     Ok(Variable { file: true, raw: true, public: false, ..Variable::new(key, content) })
 }
 

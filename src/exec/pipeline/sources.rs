@@ -155,7 +155,7 @@ impl Sources for Directory {
 }
 
 /// A file's text, if it is one of at most a mebibyte.
-pub(super) fn read_text(file: fs::File) -> io::Result<String> {
+pub(in crate::exec) fn read_text(file: fs::File) -> io::Result<String> {
     let mut bytes = Vec::new();
     file.take(super::parse::FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > super::parse::FILE_BYTES_MAX {
@@ -205,7 +205,7 @@ fn matches(pattern: &str, path: &str) -> bool {
     reached[0] = true;
     let skip_stars = |reached: &mut Vec<bool>| {
         for (n, token) in tokens.iter().enumerate() {
-            if reached[n] && *token != Token::Byte(0) && !matches!(token, Token::Byte(_)) {
+            if reached[n] && !matches!(token, Token::Byte(_)) {
                 reached[n + 1] = true;
             }
         }
