@@ -44,7 +44,7 @@ mod tests {
             out.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{start}: {out}")).to_owned()
         };
         assert!(line("concurrent ").ends_with(" = 4  (environment variable DAYFLY_CONCURRENT)"));
-        assert!(line("limits.keepalive ").ends_with(" = \"30s\"  (default)"));
+        assert!(line("limits.keepalive ").ends_with(" = \"10s\"  (default)"));
         assert!(line("runner.0.class ").ends_with(&format!(" = \"s\"  ({}, line 9)", file.display())));
         assert!(line("warning: ").contains("http"));
         assert!(!out.contains("glrt-secret"));

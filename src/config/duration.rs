@@ -9,10 +9,19 @@ use std::time::Duration;
 #[serde(try_from = "String", into = "String")]
 pub struct Span(Duration);
 
-/// The text is no duration.
+/// Longest duration of a configuration: whatever is added to it is far from the ends of time.
+const LONGEST: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+
+/// The text is no duration, or too long a one.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is no duration like \"90s\", \"5m\" or \"1h 30m\"")]
-pub struct BadSpan(String);
+pub enum BadSpan {
+    /// Another text.
+    #[error("`{0}` is no duration like \"90s\", \"5m\" or \"1h 30m\"")]
+    Text(String),
+    /// Longer than ten years.
+    #[error("`{0}` is longer than ten years")]
+    TooLong(String),
+}
 
 impl Span {
     /// Whole seconds.
@@ -38,7 +47,11 @@ impl TryFrom<String> for Span {
     type Error = BadSpan;
     fn try_from(text: String) -> Result<Self, BadSpan> {
         let parsed: Result<jiff::SignedDuration, _> = text.parse();
-        parsed.ok().and_then(|d| Duration::try_from(d).ok()).map(Self).ok_or(BadSpan(text))
+        match parsed.ok().and_then(|d| Duration::try_from(d).ok()) {
+            Some(duration) if duration > LONGEST => Err(BadSpan::TooLong(text)),
+            Some(duration) => Ok(Self(duration)),
+            None => Err(BadSpan::Text(text)),
+        }
     }
 }
 

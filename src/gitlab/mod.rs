@@ -22,7 +22,7 @@ pub mod transport;
 mod verifier;
 
 pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, UpdateAnswer, Verdict};
-pub use payload::{Dependency, JobPayload, PayloadError};
+pub use payload::{Containers, Dependency, JobPayload, PayloadError};
 pub use proxy::ProxyEnvironment;
 pub use real::{RealLimits, RealOpenTransport};
 pub use runner_api::{Poll, RunnerApi, RunnerInfo, Verified};

@@ -22,6 +22,8 @@ use tokio::time::Instant;
 const DEPTH_MAX: usize = 64;
 /// Names for people are cut here: GitLab's own limit for a job's name.
 const NAME_CHARS_MAX: usize = 255;
+/// So many services are named to people.
+const SERVICES_MAX: usize = 8;
 
 /// A dependency whose artifacts the job may fetch.
 #[derive(Clone, Debug)]
@@ -30,6 +32,15 @@ pub struct Dependency {
     pub id: JobId,
     /// The token to present for it.
     pub token: Secret,
+}
+
+/// Names of the containers that a job asks for, each cleaned and cut.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Containers {
+    /// `image:` of the job.
+    pub image: Option<String>,
+    /// `services:` of the job, the first eight.
+    pub services: Vec<String>,
 }
 
 /// One job, ready to hand out.
@@ -56,6 +67,8 @@ pub struct JobPayload {
     pub trace_sections: bool,
     /// `features.failure_reasons`.
     pub failure_reasons: Vec<String>,
+    /// The containers that it asks for, for people only.
+    pub containers: Containers,
     /// `X-Request-Id` of the 201, if it was well-formed.
     pub request_id: Option<String>,
     /// When its last byte had been read. From here until the journal has the job, it is in memory only.
@@ -128,6 +141,7 @@ impl JobPayload {
             debug_trace: debug_trace(&object),
             trace_sections: get(&features, "trace_sections").unwrap_or(false),
             failure_reasons: get(&features, "failure_reasons").unwrap_or_default(),
+            containers: containers(&object),
             request_id: request_id.filter(|id| is_request_id(id)),
             read_at,
             raw: RawPayload(raw),
@@ -207,6 +221,19 @@ fn dependencies(object: &Object<'_>) -> Vec<Dependency> {
         Some(Dependency { id, token: Secret::new(token) })
     };
     list.iter().filter_map(one).collect()
+}
+
+/// GitLab sends `image` and each service as an object with a `name`, and an empty one for none.
+fn containers(object: &Object<'_>) -> Containers {
+    let name = |raw: &RawValue| {
+        let image = serde_json::from_str::<Object<'_>>(raw.get()).ok()?;
+        get::<String>(&image, "name").map(|name| clean(&name, NAME_CHARS_MAX)).filter(|name| !name.is_empty())
+    };
+    let services: Vec<&RawValue> = get(object, "services").unwrap_or_default();
+    Containers {
+        image: object.get("image").and_then(|raw| name(raw)),
+        services: services.into_iter().filter_map(name).take(SERVICES_MAX).collect(),
+    }
 }
 
 /// Whether the job's trace may show secrets: the last value of either variable counts, and is

@@ -17,7 +17,8 @@ pub struct Limits {
     pub timeout_grace: Span,
     /// How long `after_script` may take once a job is being canceled.
     pub canceling_grace: Span,
-    /// How long a guest may take to end once its job is over at GitLab.
+    /// How long a guest may take to end once it has read that its job is over at GitLab; one that asks nothing
+    /// within its update interval is not waited for.
     pub cancel_grace: Span,
     /// How long a VM may take to power off after its verdict.
     pub power_off_grace: Span,
@@ -45,9 +46,9 @@ impl Default for Limits {
             default_timeout: Span::from_secs(3600),
             timeout_grace: Span::from_secs(120),
             canceling_grace: Span::from_secs(360),
-            cancel_grace: Span::from_secs(60),
+            cancel_grace: Span::from_secs(10),
             power_off_grace: Span::from_secs(5),
-            keepalive: Span::from_secs(30),
+            keepalive: Span::from_secs(10),
             guest_update_interval: Span::from_secs(1),
             door_patience: Span::from_secs(60),
             guest_power_off: Span::from_secs(1800),

@@ -7,6 +7,7 @@
 
 use super::refuse::Refusal;
 use super::state::Failure;
+use crate::gitlab::Containers;
 use crate::vm::Ending;
 use jiff::Timestamp;
 use std::fmt::Write as _;
@@ -34,6 +35,18 @@ pub(super) fn boot_section_end(now: Timestamp, sections: bool) -> String {
 #[must_use]
 pub(super) fn phase(now: Timestamp, what: &str, since_received: Duration) -> String {
     line(now, &format!("  {:>7.2} s  {what}", since_received.as_secs_f64()))
+}
+
+/// What the author of a job reads that asks for containers on machines whose runner starts none (the shell executor
+/// ignores both keys); `None`: it asks for none.
+#[must_use]
+pub(super) fn no_containers(asked: &Containers) -> Option<String> {
+    let image = asked.image.as_ref().map(|name| format!("`image: {name}`"));
+    let services = (!asked.services.is_empty()).then(|| format!("`services: {}`", asked.services.join(", ")));
+    let keys = [image, services].into_iter().flatten().collect::<Vec<_>>().join(" and ");
+    (!keys.is_empty()).then(|| {
+        format!("  {keys} has no effect here: this runner's jobs run in the virtual machine itself, not in a container")
+    })
 }
 
 /// A plain line.

@@ -72,6 +72,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         spoke,
         grace: None,
         graced: Duration::ZERO,
+        untold: false,
         write_again: None,
         verdict_waits: None,
         oom_kills,
@@ -124,6 +125,9 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
     job.m.leave().await;
     job.give_room_back();
 }
+
+/// How much longer than its update interval a guest with something to say may take to say it.
+const UNTOLD_SLACK: Duration = Duration::from_millis(200);
 
 /// How long the disk may refuse a guest's trace before that is given up: the official runner tries a
 /// PATCH about as long.
@@ -181,6 +185,8 @@ struct Job {
     grace: Option<Instant>,
     /// Its length, for the author's line.
     graced: Duration,
+    /// Its job is over at GitLab, and the guest has not asked since: it cannot know.
+    untold: bool,
     /// The record on disk is behind, and would begin the job anew after a restart: when it is tried again.
     write_again: Option<Instant>,
     /// The verdict waits for a record that holds it, until then at the latest.
@@ -376,6 +382,11 @@ impl Job {
                     Grace::Door => DOOR_PAUSE,
                 }
                 .get();
+                self.untold = grace == Grace::Over;
+                if self.untold {
+                    // A silent guest would learn it after up to 30 s; what it could end by then GitLab takes no more.
+                    self.graced = self.graced.min(limits.guest_update_interval.get() + UNTOLD_SLACK);
+                }
                 self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);
                 None
             }

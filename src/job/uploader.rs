@@ -443,7 +443,7 @@ impl Uploader {
         }
         let mut pause = self.backoff.next(&self.upload.rng);
         if outbox == Outbox::Empty {
-            // A live job is spoken of every 30 s, or a cancel would be learnt late.
+            // A live job is spoken of often, or a cancel would be learnt late.
             pause = pause.min(self.upload.keepalive);
         }
         // An early `running` that GitLab refuses to understand is no reason to keep the trace back.

@@ -1,11 +1,12 @@
 //! The ends that a job comes to by its own doing, by its clock, or by an operator.
 
 use crate::support::guest::Guest;
-use crate::support::world::World;
+use crate::support::world::{World, paused};
 use dayfly::control::KillOutcome;
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route};
+use dayfly::vm::fake::Timing;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -20,14 +21,20 @@ fn ran_for(world: &World, job: JobId) -> Duration {
 
 /// A payload without timeout, failure reasons or anything else that may be missing.
 fn bare(id: u64, script: &[&str]) -> JobSpec {
+    bare_with(id, script, &serde_json::json!({}))
+}
+
+/// The same with other members in it.
+fn bare_with(id: u64, script: &[&str], members: &serde_json::Value) -> JobSpec {
     let token = format!("glcbt-64_bare{id}");
-    let payload = serde_json::json!({
+    let mut payload = serde_json::json!({
         "id": id, "token": token, "allow_git_fetch": true,
         "job_info": {"id": id, "name": "bare", "stage": "test", "project_id": 1, "project_name": "project"},
         "git_info": {}, "runner_info": {}, "inputs": [], "variables": [],
         "steps": [{"name": "script", "script": script, "timeout": 3600, "when": "on_success", "allow_failure": false}],
         "features": {},
     });
+    payload.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
     JobSpec::raw(JobId(id), Secret::new(token), payload.to_string())
 }
 
@@ -62,7 +69,62 @@ async fn a_job_that_takes_too_long_is_ended_by_its_guest() {
     world.start().await.unwrap();
     world.until_failed(job, "job_execution_timeout", "begun").await;
     let ran = ran_for(&world, job);
-    assert!((50..70).contains(&ran.as_secs()), "the guest counts from GitLab's 201: {ran:?}");
+    assert!((60..70).contains(&ran.as_secs()), "the guest counts from its own start: {ran:?}");
+    world.assert_clean().await;
+}
+
+/// U36: a boot of up to a minute is not charged to the author.
+#[test]
+fn the_first_minute_of_a_boot_costs_the_job_nothing() {
+    for (boot, has) in [(10, 90), (55, 90), (100, 45)] {
+        paused(async move {
+            let mut world = World::new(1);
+            let boot = Duration::from_secs(boot);
+            world.hypervisor.set_timing(Timing { boot, ..Timing::default() });
+            let job = world.job_of(JobSpec::script(["print begun", "sleep 600"]).with_timeout(Duration::from_secs(90)));
+            world.start().await.unwrap();
+            world.until_failed(job, "job_execution_timeout", "begun").await;
+            let ran = ran_for(&world, job).saturating_sub(boot).as_secs();
+            assert!((has..has + 5).contains(&ran), "{has} s after a boot of {boot:?}, not {ran}");
+            world.assert_clean().await;
+        });
+    }
+}
+
+/// U9: whatever number GitLab names as a timeout, the job runs.
+#[test]
+fn no_timeout_is_too_long() {
+    for timeout in [u64::MAX, i64::MAX as u64, 366 * 24 * 3600 + 1, 1 << 40] {
+        paused(async move {
+            let mut world = World::new(1);
+            let members = serde_json::json!({"runner_info": {"timeout": timeout}});
+            let job = world.job_of(bare_with(7, &["print begun", "sleep 400"], &members));
+            world.start().await.unwrap();
+            world.until(job, JobState::Success).await;
+            world.assert_clean().await;
+        });
+    }
+}
+
+/// U25: a job that asks for containers reads that it gets none.
+#[tokio::test(start_paused = true)]
+async fn containers_that_a_shell_class_does_not_start_are_named_in_the_log() {
+    let mut world = World::new(1);
+    let members = serde_json::json!({
+        "image": {"name": "alpine:3\u{1b}edge", "entrypoint": null},
+        "services": [{"name": "postgres:16"}, {"name": ""}, 3, {"name": "redis"}],
+    });
+    let asks = world.job_of(bare_with(7, &["print begun"], &members));
+    let asks_not =
+        world.job_of(bare_with(8, &["print begun"], &serde_json::json!({"image": {"name": ""}, "services": []})));
+    world.start().await.unwrap();
+    world.until(asks, JobState::Success).await;
+    world.until(asks_not, JobState::Success).await;
+    let trace = world.trace(asks);
+    let line = trace.lines().find(|line| line.contains("has no effect here")).unwrap();
+    assert!(line.contains("`image: alpine:3 edge` and `services: postgres:16, redis` has no effect here"), "{line}");
+    assert!(trace.find("has no effect") < trace.find("disk ready"), "{trace}");
+    assert!(!world.trace(asks_not).contains("has no effect"));
     world.assert_clean().await;
 }
 

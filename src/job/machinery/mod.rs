@@ -31,6 +31,12 @@ const EVENTS_MAX: usize = 64;
 /// Time for a guest of before to find its door open again; a relay tries every 0.2 s.
 const REOPENED_GRACE: Duration = Duration::from_secs(20);
 
+/// Longest timeout that we count ourselves (GitLab's own bound is a month). The guest's runner is told GitLab's number.
+const TIMEOUT_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// So much of the boot is not the author's: the guest gets the job's whole timeout (design D8).
+const BOOT_FREE: Duration = Duration::from_secs(60);
+
 /// Pause before another task takes up the machine of one that died of a bug.
 const SUCCESSOR_PAUSE: Duration = Duration::from_secs(1);
 
@@ -242,7 +248,8 @@ impl Machinery {
 
     /// The job's timeout, or the default for a job without one.
     pub(super) fn timeout(&self) -> Duration {
-        self.record.timeout_s.map_or(self.parts.limits.default_timeout.get(), Duration::from_secs)
+        let told = self.record.timeout_s.map(|seconds| Duration::from_secs(seconds).min(TIMEOUT_MAX));
+        told.unwrap_or(self.parts.limits.default_timeout.get())
     }
 
     /// When the job's VM is destroyed at the latest, after GitLab's 201. A job without a timeout
@@ -285,7 +292,14 @@ impl Machinery {
             "  image {}, {} CPUs, {} MiB memory, {} GiB disk",
             spec.image.name, spec.cpus, spec.memory_mib, spec.disk_gib
         );
+        let containers = match &self.payload {
+            Some(payload) if spec.executor == "shell" => lines::no_containers(&payload.containers),
+            _ => None,
+        };
         self.own_line(|now| lines::note(now, &text)).await;
+        if let Some(text) = containers {
+            self.own_line(|now| lines::note(now, &text)).await;
+        }
     }
 
     pub(super) async fn end_boot_section(&mut self) {
@@ -396,7 +410,7 @@ impl Machinery {
         }
     }
 
-    /// The payload for the guest, its timeout less the time that is gone (design D8); the trace is
+    /// The payload for the guest, its timeout less what the boot took beyond [`BOOT_FREE`] (design D8); the trace is
     /// the guest's from here on. `None`: nothing is left of the job's time, or of the payload.
     pub(super) async fn hand_out(&mut self) -> Option<HandOut> {
         let payload = self.payload.clone()?;
@@ -404,7 +418,7 @@ impl Machinery {
         let raw = match payload.timeout {
             None => payload.raw().clone(),
             Some(timeout) => {
-                let left = timeout.saturating_sub(elapsed).as_secs();
+                let left = timeout.saturating_sub(elapsed.saturating_sub(BOOT_FREE)).as_secs();
                 if left == 0 {
                     return None;
                 }

@@ -29,6 +29,7 @@ impl Job {
             GuestEvent::Spoke => {
                 self.spoke = true;
                 self.m.last_spoke = Instant::now();
+                self.told_of_the_end();
             }
             GuestEvent::HandOutLost => self.last_hand_out = None,
             GuestEvent::DebugTrace => self.m.mark_debug(),
@@ -38,6 +39,14 @@ impl Job {
                 // The door may have given up waiting; the guest asks again and gets the same.
                 let _ = reply.send(answer);
             }
+        }
+    }
+
+    /// The guest has made a call since its job was over at GitLab, and read so: it gets its grace to end properly.
+    fn told_of_the_end(&mut self) {
+        if std::mem::take(&mut self.untold) && self.grace.is_some() {
+            self.graced = self.m.parts.limits.cancel_grace.get();
+            self.grace = Some(Instant::now() + self.graced);
         }
     }
 
