@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a simulated host has been up when its clock is made.
-const SIMULATED_UPTIME: Duration = Duration::from_secs(1000);
+/// How long a simulated host has been up when its clock is made, in milliseconds.
+const SIMULATED_UPTIME_MS: i64 = 1_000_000;
 
 /// Tells the wall time and the uptime.
 #[derive(Clone, Debug)]
@@ -20,11 +20,13 @@ pub struct Clock(Source);
 #[derive(Clone, Debug)]
 enum Source {
     System,
-    /// `ahead_ms`: how far somebody has set it since, in milliseconds.
+    /// `ahead_ms`: how far somebody has set it since; `up_before_ms`: for how long the host had been up at `since`,
+    /// less than nothing if it was started later. In milliseconds.
     Simulated {
         start: Timestamp,
         since: Instant,
         ahead_ms: Arc<AtomicI64>,
+        up_before_ms: Arc<AtomicI64>,
     },
 }
 
@@ -38,7 +40,8 @@ impl Clock {
     /// A clock that reads `start` now and goes with Tokio's (pausable) time.
     #[must_use]
     pub fn simulated(start: Timestamp) -> Self {
-        Self(Source::Simulated { start, since: Instant::now(), ahead_ms: Arc::default() })
+        let up_before_ms = Arc::new(AtomicI64::new(SIMULATED_UPTIME_MS));
+        Self(Source::Simulated { start, since: Instant::now(), ahead_ms: Arc::default(), up_before_ms })
     }
 
     /// How long the host has been up, suspended or not. Less than before only after a reboot.
@@ -49,7 +52,17 @@ impl Clock {
                 let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
                 Duration::new(u64::try_from(up.tv_sec).unwrap_or(0), u32::try_from(up.tv_nsec).unwrap_or(0))
             }
-            Source::Simulated { since, .. } => SIMULATED_UPTIME + since.elapsed(),
+            Source::Simulated { since, up_before_ms, .. } => {
+                let up = up_before_ms.load(Ordering::Relaxed).saturating_add(whole_ms(since.elapsed()));
+                Duration::from_millis(u64::try_from(up).unwrap_or(0))
+            }
+        }
+    }
+
+    /// Lets a simulated host start anew: its uptime, and that of all clones, begins at nothing (safety.md H5).
+    pub fn reboot(&self) {
+        if let Source::Simulated { since, up_before_ms, .. } = &self.0 {
+            up_before_ms.store(-whole_ms(since.elapsed()), Ordering::Relaxed);
         }
     }
 
@@ -57,7 +70,7 @@ impl Clock {
     /// (safety.md E9). The host's clock is not ours to set.
     pub fn jump(&self, forward: bool, by: Duration) {
         if let Source::Simulated { ahead_ms, .. } = &self.0 {
-            let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
+            let by = whole_ms(by);
             ahead_ms.fetch_add(if forward { by } else { -by }, Ordering::Relaxed);
         }
     }
@@ -67,11 +80,15 @@ impl Clock {
     pub fn now(&self) -> Timestamp {
         match &self.0 {
             Source::System => Timestamp::now(),
-            Source::Simulated { start, since, ahead_ms } => {
+            Source::Simulated { start, since, ahead_ms, .. } => {
                 let ahead = jiff::SignedDuration::from_millis(ahead_ms.load(Ordering::Relaxed));
                 let now = start.saturating_add(since.elapsed()).unwrap_or(Timestamp::MAX);
                 now.saturating_add(ahead).unwrap_or(now)
             }
         }
     }
+}
+
+fn whole_ms(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }

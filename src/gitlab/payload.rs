@@ -67,6 +67,8 @@ pub struct JobPayload {
     pub trace_sections: bool,
     /// `features.failure_reasons`.
     pub failure_reasons: Vec<String>,
+    /// What its log masks: values of masked variables, and the job token.
+    pub masks: Vec<Secret>,
     /// The containers that it asks for, for people only.
     pub containers: Containers,
     /// `X-Request-Id` of the 201, if it was well-formed.
@@ -132,7 +134,6 @@ impl JobPayload {
         let (timeout_at, timeout) = find_timeout(&raw).unzip();
         Ok(Self {
             id,
-            token: Secret::new(token),
             timeout: timeout.map(Duration::from_secs),
             timeout_at: timeout_at.unwrap_or_default(),
             name: name("name").unwrap_or_default(),
@@ -142,6 +143,8 @@ impl JobPayload {
             trace_sections: get(&features, "trace_sections").unwrap_or(false),
             failure_reasons: get(&features, "failure_reasons").unwrap_or_default(),
             containers: containers(&object),
+            masks: masks(&object, &token),
+            token: Secret::new(token),
             request_id: request_id.filter(|id| is_request_id(id)),
             read_at,
             raw: RawPayload(raw),
@@ -221,6 +224,16 @@ fn dependencies(object: &Object<'_>) -> Vec<Dependency> {
         Some(Dependency { id, token: Secret::new(token) })
     };
     list.iter().filter_map(one).collect()
+}
+
+/// A variable is masked by its own member; the runner masks the job token whatever GitLab says.
+fn masks(object: &Object<'_>, token: &str) -> Vec<Secret> {
+    let variables: Vec<&RawValue> = get(object, "variables").unwrap_or_default();
+    let values = variables.into_iter().filter_map(|raw| {
+        let variable = serde_json::from_str::<Object<'_>>(raw.get()).ok()?;
+        get::<bool>(&variable, "masked")?.then(|| get::<String>(&variable, "value"))?
+    });
+    values.chain([token.to_owned()]).map(Secret::new).collect()
 }
 
 /// GitLab sends `image` and each service as an object with a `name`, and an empty one for none.

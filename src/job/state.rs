@@ -70,6 +70,8 @@ pub enum Event {
     Delivered,
     /// Nothing came from the guest before the boot deadline.
     BootDeadline,
+    /// The guest has been given its job several times, and asks for it again: its runner cannot read it.
+    NotTaken,
     /// The guest said nothing for the silence deadline.
     SilenceDeadline,
     /// The job's timeout and its grace are over.
@@ -97,6 +99,8 @@ pub enum Failure {
     DiedBooting(Ending),
     /// The boot deadline passed.
     BootDeadline,
+    /// See [`Event::NotTaken`].
+    NotTaken,
     /// The machine ended in mid-job, like this.
     Died(Ending),
     /// The machine ended by itself, and the host's kernel ended processes for want of memory meanwhile: what the job
@@ -119,8 +123,10 @@ pub enum Failure {
     CancelGrace,
     /// Ended by the operator.
     Killed,
-    /// See [`Event::CannotGoOn`].
+    /// See [`Event::CannotGoOn`]; the host was seen to have been restarted.
     HostLost,
+    /// See [`Event::CannotGoOn`].
+    Lost,
     /// See [`Event::ImageUnusable`].
     NoImage,
     /// See [`Event::Panicked`].
@@ -254,7 +260,8 @@ impl State {
             Event::MachinePaused(Pause::Itself) => Self::fail(Failure::HostStopped),
             Event::MachinePaused(Pause::Disk) | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
             Event::BootDeadline => Self::fail(Failure::BootDeadline),
-            Event::TimeoutDeadline => Self::fail(Failure::Timeout),
+            // All of the job's time went into its boot: no doing of its author's.
+            Event::TimeoutDeadline => Self::fail(Failure::BootDeadline),
             Event::Gitlab(JobStatus::Canceling) => Self::fail(Failure::CanceledBooting),
             Event::Gitlab(JobStatus::Over) => {
                 let (state, mut commands) = Self::over();
@@ -262,7 +269,7 @@ impl State {
                 (state, commands)
             }
             Event::Killed => Self::fail(Failure::Killed),
-            Event::CannotGoOn => Self::fail(Failure::HostLost),
+            Event::CannotGoOn => Self::fail(Failure::Lost),
             Event::ImageUnusable => Self::fail(Failure::NoImage),
             Event::Panicked => Self::fail(Failure::Bug),
             Event::GuestVerdict(_)
@@ -270,6 +277,7 @@ impl State {
             | Event::MachinePaused(Pause::Operator)
             | Event::Gitlab(JobStatus::Running)
             | Event::Delivered
+            | Event::NotTaken
             | Event::SilenceDeadline => (Self::Booting { replaced }, vec![]),
         }
     }
@@ -290,6 +298,7 @@ impl State {
             Event::MachineFailed => Self::fail(Failure::Died(Ending::Unseen)),
             Event::MachinePaused(Pause::Itself) => Self::fail(Failure::HostStopped),
             Event::MachinePaused(Pause::Disk) | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
+            Event::NotTaken => Self::fail(Failure::NotTaken),
             Event::SilenceDeadline => Self::fail(Failure::Silent),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) if !canceling => {
@@ -305,7 +314,7 @@ impl State {
                 (state, commands)
             }
             Event::Killed => Self::fail(Failure::Killed),
-            Event::CannotGoOn => Self::fail(Failure::HostLost),
+            Event::CannotGoOn => Self::fail(Failure::Lost),
             Event::ImageUnusable => Self::fail(Failure::NoImage),
             Event::Panicked => Self::fail(Failure::Bug),
             // After a restart: the grace counts anew, for nobody knows how much of it was used.

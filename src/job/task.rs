@@ -68,6 +68,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         reservation,
         view,
         last_hand_out: None,
+        hand_outs: 0,
         unkept: false,
         spoke,
         grace: None,
@@ -177,6 +178,8 @@ struct Job {
     reservation: Held,
     view: watch::Sender<JobView>,
     last_hand_out: Option<Instant>,
+    /// How often this task has given the payload out, those times left out that are known to be lost.
+    hand_outs: u32,
     /// The guest's verdict could not be written down, and has not come again since.
     unkept: bool,
     /// The guest has made a call for its job since the hand-out.
@@ -323,6 +326,7 @@ impl Job {
             Failure::Silent | Failure::Timeout | Failure::BootDeadline if self.paused.is_some() => Failure::HostPaused,
             // Both are true, and this is the one that its author knows: the timeout was over, and its end was not heard of.
             Failure::Silent if self.m.elapsed() >= self.m.timeout() => Failure::Timeout,
+            Failure::Lost if self.m.host_was_restarted() => Failure::HostLost,
             Failure::Died(Ending::Unseen | Ending::Died) | Failure::DiedBooting(Ending::Unseen | Ending::Died)
                 if self.host_ran_out_of_memory().await =>
             {
@@ -402,7 +406,7 @@ impl Job {
     async fn explain(&mut self, failure: Failure) {
         let limits = &self.m.parts.limits;
         let limit = match failure {
-            Failure::BootDeadline => limits.boot_deadline.get(),
+            Failure::BootDeadline => limits.boot_deadline.get().min(self.m.elapsed()),
             Failure::Silent => limits.silence_deadline.get(),
             Failure::Timeout => self.m.timeout(),
             Failure::HostPaused => self.paused.map_or(Duration::ZERO, |since| since.elapsed()),
@@ -414,18 +418,21 @@ impl Job {
         let lost =
             matches!(failure, Failure::Died(_) | Failure::DiedBooting(_) | Failure::HostMemory | Failure::BootDeadline);
         let console = self.m.console_tail();
+        let words = |of: fn(&str) -> Option<String>| console.as_deref().and_then(of);
         let hints = lines::Hints {
             runner_exited: self.runner_exited,
-            console: console.as_deref().and_then(lines::kernel_words),
+            console: words(lines::kernel_words),
+            runner: words(lines::runner_words).filter(|_| failure == Failure::NotTaken),
         };
-        let tail = console.filter(|_| lost && booting);
+        let tail = console.filter(|_| lost && (booting || !self.m.guest_has_written()));
         if let Some(tail) = &tail {
-            tracing::warn!(console = tail, "the console of the machine that never asked for its job");
+            let what = if booting { "the machine that never asked for its job" } else { "a machine that wrote no log" };
+            tracing::warn!(console = tail, "the console of {what}");
         }
         self.m
             .plan_last_lines(|now| {
                 let mut text = lines::failure(now, failure, job, limit, &image);
-                if matches!(failure, Failure::Died(_) | Failure::Silent) {
+                if matches!(failure, Failure::Died(_) | Failure::Silent | Failure::NotTaken) {
                     text.push_str(&hints.lines(now));
                 }
                 if planted::on(Bug::FailureUnexplained) {

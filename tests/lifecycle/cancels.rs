@@ -49,7 +49,7 @@ async fn a_graceful_cancel_while_booting_ends_the_job_before_it_starts() {
     world.until(job, JobState::Canceled).await;
     assert!(until_no_vm(&world).await < Duration::from_secs(5));
     let trace = world.trace(job);
-    assert!(trace.contains("the job was canceled before it started. Nothing of it has run."), "{trace}");
+    assert!(trace.contains("the job was canceled before it started. Nothing of it has run;"), "{trace}");
     assert_eq!(verdicts_sent(&world), 1);
     world.assert_clean().await;
 }

@@ -1,11 +1,14 @@
 //! Machines that end or stand still in mid-job, and whose doing that was: the guest's, the host's, an operator's.
 
+use crate::support::guest::Guest;
 use crate::support::world::{World, paused};
+use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{JobSpec, JobState, Route};
+use dayfly::standin::{JobSpec, JobState, Route, Variable};
 use dayfly::status::RunnerState;
 use dayfly::vm::Pause;
 use std::time::Duration;
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::{Instant, sleep};
 
 /// How long GitLab saw the job run.
@@ -27,7 +30,7 @@ fn blocked(world: &World) -> Option<String> {
 #[tokio::test(start_paused = true)]
 async fn what_a_guest_does_to_its_machine_is_its_end_and_never_the_hosts_fault() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Died"]);
+    world.expect_trouble(&["failure=Died", "that wrote no log"]);
     world.config.concurrent = 1;
     let ends = [
         ("off", "was powered off from inside,"),
@@ -57,7 +60,7 @@ async fn what_a_guest_does_to_its_machine_is_its_end_and_never_the_hosts_fault()
 #[tokio::test(start_paused = true)]
 async fn what_is_not_known_of_a_machines_end_is_not_said_and_its_own_words_are_quoted() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Died"]);
+    world.expect_trouble(&["failure=Died", "that wrote no log"]);
     world.hypervisor.set_endings_seen(false);
     let job = world.job(&[
         "print begun",
@@ -199,4 +202,71 @@ fn a_runner_that_does_not_end_at_the_timeout_is_gone_by_its_grace() {
             });
         }
     }
+}
+
+/// U10: a runner that cannot decode its job asks for it again and again.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_cannot_read_its_job_fails_it_within_seconds_and_its_runner_is_quoted() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["failure=NotTaken"]);
+    world.set_guest(|mut guest: Guest| async move {
+        loop {
+            guest.ask_once().await;
+            let words =
+                "ERROR: Checking for jobs... error  status=Error decoding json payload json: cannot unmarshal\n";
+            let _ = guest.machine.console.write_all(words.as_bytes()).await;
+            sleep(Duration::from_secs(3)).await;
+        }
+    });
+    let job = world.job(&["print never"]);
+    world.start().await.unwrap();
+    let words = "gitlab-runner was given the job several times and did not begin it. Your job is not the cause";
+    world.until_failed(job, "runner_system_failure", words).await;
+    let trace = world.trace(job);
+    assert!(trace.contains("gitlab-runner says: ERROR: Checking for jobs... error  status=Error decoding"), "{trace}");
+    assert!(ran_for(&world, job) < Duration::from_secs(25), "{:?}", ran_for(&world, job));
+    assert_eq!(blocked(&world), None);
+    world.assert_clean().await;
+}
+
+/// U51: a machine that ends before its runner has sent a byte of the log leaves its console, without what the log masks.
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_ends_at_once_leaves_its_consoles_last_lines_in_the_log() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["failure=Died", "that wrote no log"]);
+    world.set_guest(|mut guest: Guest| async move {
+        let payload = guest.ask().await.unwrap();
+        guest.begin(&payload).await;
+        let token = payload["token"].as_str().unwrap();
+        let printed = format!("$ make\nhunter2-hunter2 and {token}\n[ 3.3] Kernel panic - not syncing: sysrq\n");
+        let _ = guest.machine.console.write_all(printed.as_bytes()).await;
+        sleep(Duration::from_secs(1)).await;
+        guest.machine.power.panic();
+        std::future::pending::<()>().await;
+    });
+    let job = world.job_of(JobSpec::script(["print never"]).with_variable(Variable::secret("KEY", "hunter2-hunter2")));
+    world.start().await.unwrap();
+    world.until_failed(job, "runner_system_failure", "ended by a panic of its kernel").await;
+    let trace = world.trace(job);
+    for row in ["  | $ make\n", "  | [MASKED] and [MASKED]\n", "  | [ 3.3] Kernel panic - not syncing: sysrq\n"] {
+        assert!(trace.contains(row), "{trace}");
+    }
+    assert!(!trace.contains("hunter2"), "{trace}");
+    world.assert_clean().await;
+}
+
+/// What a restarted daemon has lost is told apart from a restart of its host, which was measured.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_cannot_go_on_after_a_restart_does_not_blame_the_host() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["failure=Lost", "did not survive"]);
+    let job = world.job(&["print begun", "sleep 60"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "begun").await;
+    world.kill();
+    world.files.remove(std::path::Path::new("/run")).await.unwrap();
+    world.start().await.unwrap();
+    let words = "this runner was restarted, and what it needs to go on with the job was not there any more. Your job";
+    world.until_failed(job, "runner_system_failure", words).await;
+    world.assert_clean().await;
 }

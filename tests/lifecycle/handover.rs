@@ -168,6 +168,7 @@ async fn after_a_reboot_of_the_host_every_job_fails_and_says_why() {
     world.until_word("booting").await;
     world.kill();
     world.hypervisor.reboot_host();
+    world.clock.reboot();
     world.files.remove(Path::new("/run")).await.unwrap();
     world.start().await.unwrap();
     for job in [running, booting] {

@@ -130,7 +130,7 @@ fn an_ask_at_the_boot_deadline_runs_the_job_or_fails_it_and_never_both() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_reboots_in_mid_job_has_ended() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Died"]);
+    world.expect_trouble(&["failure=Died", "that wrote no log"]);
     world.set_guest(|guest: Guest| async move {
         let payload = guest.ask().await.unwrap();
         guest.begin(&payload).await;

@@ -6,11 +6,12 @@ use crate::gitlab::JobPayload;
 use crate::guest::{self, Admission};
 use crate::guest_config::{GuestParts, guest_config};
 use crate::job::journal::{MachineRecord, Record};
+use crate::job::lines;
 use crate::job::state::Event;
 use crate::machine_spec::MachineSpec;
 use crate::planted::{self, Bug};
 use crate::secret::Secret;
-use crate::supply::{Blueprint, Machine, Order, Supply};
+use crate::supply::{Blueprint, Order, Supply};
 use crate::telemetry::chain;
 use crate::vm::DoorListener;
 use dayfly_guest_config::{GuestConfig, Pass};
@@ -57,8 +58,11 @@ impl Drop for LetGo {
 }
 
 impl Machinery {
+    /// The last lines of the machine's console, without what the job's log masks; `None`: there is no machine, or what
+    /// to mask is not known any more.
     pub(in crate::job) fn console_tail(&self) -> Option<String> {
-        self.machine.as_ref().map(Machine::console_tail)
+        let (machine, payload) = self.machine.as_ref().zip(self.payload.as_ref())?;
+        Some(lines::masked(&machine.console_tail(), &payload.masks))
     }
 
     /// Writes the machine's names down, opens its door, and has it made. `resume`: it must exist.

@@ -236,6 +236,12 @@ impl Machinery {
         self.started + after.saturating_sub(self.elapsed_before)
     }
 
+    /// Whether the host's uptime has begun anew since GitLab's 201.
+    pub(super) fn host_was_restarted(&self) -> bool {
+        let up = self.parts.clock.uptime().as_millis();
+        self.record.received_uptime_ms.is_some_and(|then| up < u128::from(then))
+    }
+
     /// Since when the disk takes nothing of the guest's trace.
     pub(super) fn spool_failing_since(&self) -> Option<Instant> {
         self.spool.failing_since()

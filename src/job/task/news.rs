@@ -18,6 +18,10 @@ use tokio::time::Instant;
 /// asks are one runner's slip or a hostile guest; an ask after a failed write comes 3 s later.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
+/// So often a job is given to a guest that shows no work of it, as far as is known in vain: a runner that cannot read
+/// the payload (of a newer GitLab than itself) asks every 3 s.
+const HAND_OUTS_MAX: u32 = 3;
+
 impl Job {
     pub(super) async fn guest(&mut self, event: GuestEvent) {
         match event {
@@ -31,7 +35,10 @@ impl Job {
                 self.m.last_spoke = Instant::now();
                 self.told_of_the_end();
             }
-            GuestEvent::HandOutLost => self.last_hand_out = None,
+            GuestEvent::HandOutLost => {
+                self.last_hand_out = None;
+                self.hand_outs = self.hand_outs.saturating_sub(1);
+            }
             GuestEvent::DebugTrace => self.m.mark_debug(),
             GuestEvent::AsksForJob { reply, .. } => self.asked(reply).await,
             GuestEvent::Verdict { verdict, reply } => {
@@ -81,6 +88,8 @@ impl Job {
                 // Nothing is left of the job's time.
                 self.feed(Event::TimeoutDeadline).await;
             }
+        } else if again && self.hand_outs >= HAND_OUTS_MAX {
+            self.feed(Event::NotTaken).await;
         } else if again {
             answer = self.m.hand_out().await;
         } else if lost {
@@ -89,6 +98,7 @@ impl Job {
         }
         if answer.is_some() {
             self.last_hand_out = Some(Instant::now());
+            self.hand_outs += 1;
         }
         // An ask whose connection went away: the next one is a second ask.
         let _ = reply.send(answer);

@@ -401,6 +401,7 @@ impl World {
         }
         self.says(DaemonDoes::Dies);
         self.fake.reboot_host();
+        self.clock.reboot();
         self.files.meddle("/run".as_ref(), None);
         self.says(DaemonDoes::Rebooted);
         self.away(lasts).await;

@@ -38,7 +38,11 @@ impl OurFailures {
         let holds = match label {
             "no machine" => ledger.image_was_missing || libvirt || replaced || note.vms.is_empty() || ended,
             "machine died booting" => ended || libvirt || ledger.image_was_missing,
-            "boot deadline" => since + Duration::from_secs(1) >= self.boot,
+            // At the latest when the job's own time is over.
+            "boot deadline" => {
+                since + Duration::from_secs(1) >= self.boot.min(Duration::from_secs(note.script.timeout_s))
+            }
+            "job not taken" => note.handed.len() >= 3,
             // Nobody saw how.
             "machine ended" => ended || libvirt,
             "machine powered off" => was("powered off"),
@@ -58,7 +62,8 @@ impl OurFailures {
             "timeout" => since + Duration::from_secs(1) >= Duration::from_secs(note.script.timeout_s),
             "canceled booting" | "cancel grace" => note.users.is_some(),
             "killed" => note.killed_at.is_some(),
-            "host lost" => {
+            "host lost" => note.mishap.is_some_and(|(what, _)| what == "the host rebooted") || ledger.reboots > 0,
+            "lost" => {
                 note.mishap.is_some_and(|(what, _)| what == "the host rebooted")
                     || libvirt
                     || ledger.reboots > 0
