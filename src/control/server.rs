@@ -5,7 +5,7 @@ use crate::gitlab::JobId;
 use crate::status::StatusReport;
 use crate::telemetry::chain;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -103,17 +103,30 @@ pub(super) async fn serve_within(
     }
 }
 
+/// Where a socket is made, beside its place.
+const HIDDEN: &str = ".new-socket";
+
 /// Binds where nobody else can look, and moves the socket into place once its mode is right: at no
 /// instant can another user connect.
 fn bind_hidden(socket: &Path) -> io::Result<UnixListener> {
     let dir = socket.parent().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "path has no parent"))?;
-    // A temporary directory has mode 0700.
-    let hidden = tempfile::Builder::new().prefix(".").rand_bytes(6).tempdir_in(dir)?;
-    let path = hidden.path().join("s");
+    // One name, for ours is the only daemon here: what one that was killed in between has left is taken away.
+    let hidden = dir.join(HIDDEN);
+    remove_hidden(&hidden)?;
+    std::fs::DirBuilder::new().mode(0o700).create(&hidden)?;
+    let path = hidden.join("s");
     let listener = UnixListener::bind(&path)?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     std::fs::rename(&path, socket)?;
+    remove_hidden(&hidden)?;
     Ok(listener)
+}
+
+fn remove_hidden(hidden: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(hidden) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 async fn exchange(stream: UnixStream, handler: &dyn ControlHandler) -> io::Result<()> {

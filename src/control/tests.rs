@@ -35,8 +35,10 @@ impl ControlHandler for Fake {
 async fn beside_server<F: Future<Output = ()>>(deadline: Duration, test: impl FnOnce(PathBuf, Arc<Fake>) -> F) {
     let dir = tempfile::tempdir().unwrap();
     let path = socket(dir.path());
-    // What a killed daemon leaves.
+    // What killed daemons leave: E15.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    std::fs::create_dir(dir.path().join(".new-socket")).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(dir.path().join(".new-socket/s")).unwrap());
     let (fake, stop) = (Arc::new(Fake::default()), CancellationToken::new());
     let served = server::serve_within(deadline, bind(&path).unwrap(), fake.clone(), stop.clone());
     let tested = async {

@@ -19,10 +19,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// How long the control socket may take to close: of the 5 s of a hand-over.
 const SOCKET_PATIENCE: Duration = Duration::from_millis(100);
+
+/// How long a lock of a process that is no more is waited for.
+const DEAD_HOLDER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Between two tries.
+const DEAD_HOLDER_PAUSE: Duration = Duration::from_millis(20);
 
 /// Keeps other daemons away from a state directory while it lives.
 #[derive(Debug)]
@@ -63,6 +70,26 @@ pub fn lock(state_directory: &Path) -> Result<Lock, DaemonError> {
     Ok(Lock(file))
 }
 
+/// [`lock`], after a holder that was killed: a program that it was about to start holds the lock, too, until it is
+/// started. That takes milliseconds, or more on a busy host; a living holder is told of at once.
+async fn lock_after_the_dead(state_directory: &Path) -> Result<Lock, DaemonError> {
+    let until = Instant::now() + DEAD_HOLDER_PATIENCE;
+    loop {
+        match lock(state_directory) {
+            Err(DaemonError::Locked { pid, .. }) if !is_alive(&pid) && Instant::now() < until => {
+                tokio::time::sleep(DEAD_HOLDER_PAUSE).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether there is a process with this number, as far as can be told.
+fn is_alive(pid: &str) -> bool {
+    let pid = pid.parse().ok().and_then(rustix::process::Pid::from_raw);
+    pid.is_none_or(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
+}
+
 impl Backends {
     /// The real ones.
     ///
@@ -97,7 +124,7 @@ fn hypervisor(config: &Config) -> Arc<dyn Hypervisor> {
 pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
     let Loaded { config, file, .. } = loaded;
     places::check(&config)?;
-    let _lock = lock(&config.state_directory)?;
+    let _lock = lock_after_the_dead(&config.state_directory).await?;
     let shutdown = Shutdown::new();
     // Signals first: one that comes during a long start must not kill us half-way.
     let signals = listen(&shutdown)?;
@@ -207,5 +234,23 @@ mod tests {
         assert!(error.to_string().contains(&dir.path().display().to_string()), "{error}");
         drop(first);
         lock(dir.path()).unwrap();
+    }
+
+    /// E11, E15: the daemon was killed while it started a program, which holds its lock for a moment longer.
+    #[tokio::test(start_paused = true)]
+    async fn the_lock_of_a_killed_daemon_is_waited_for_and_that_of_a_living_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = lock(dir.path()).unwrap();
+        let since = Instant::now();
+        assert!(lock_after_the_dead(dir.path()).await.is_err() && since.elapsed().is_zero(), "we live");
+        // Beyond the largest number that Linux gives out.
+        std::fs::write(dir.path().join("lock"), "4999999").unwrap();
+        let ends = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            drop(held);
+        };
+        let (taken, ()) = tokio::join!(lock_after_the_dead(dir.path()), ends);
+        let _taken = taken.unwrap();
+        assert!((1000..1100).contains(&since.elapsed().as_millis()), "{:?}", since.elapsed());
     }
 }
