@@ -25,6 +25,7 @@ pub mod standin; // how does GitLab answer?
 pub mod files; // how do bytes get to disk for good?
 pub mod process; // how do we run another program?
 pub mod clock; // what time is it, for people and protocols?
+pub mod awake; // for how long did this process not run?
 pub mod rng; // where do ids and jitter come from?
 pub mod retry; // when do we try again?
 mod latest; // who waits for the newest value?

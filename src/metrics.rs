@@ -163,6 +163,10 @@ pub struct JobMetrics {
     pub machines_replaced: Counter,
     /// VMs whose destruction has failed and is tried again.
     pub stuck_domains: Gauge,
+    /// Jobs whose log, state or verdict GitLab has not taken at the last try.
+    pub waiting_for_gitlab: Gauge,
+    /// Jobs whose verdict went without the rest of their log, which GitLab did not take.
+    pub traces_given_up: Counter,
     /// Runners that cannot take a job until somebody looks: see their state in the status.
     pub runners_unwell: Gauge,
     /// Seconds from the last byte of GitLab's 201 to the job's record on disk: what a crash may cost.
@@ -191,6 +195,8 @@ impl JobMetrics {
             trace_ahead: Counter::default(),
             machines_replaced: Counter::default(),
             stuck_domains: Gauge::default(),
+            waiting_for_gitlab: Gauge::default(),
+            traces_given_up: Counter::default(),
             runners_unwell: Gauge::default(),
             journal: Histogram::new(JOURNAL_BUCKETS),
             verdicts: Labelled::new("verdict"),
@@ -219,6 +225,16 @@ impl JobMetrics {
             "stuck_domains",
             "VMs whose destruction has failed and is tried again",
             metrics.stuck_domains.clone(),
+        );
+        registry.register(
+            "jobs_waiting_for_gitlab",
+            "Jobs whose log, state or verdict GitLab has not taken at the last try",
+            metrics.waiting_for_gitlab.clone(),
+        );
+        registry.register(
+            "traces_given_up",
+            "Verdicts that went without the rest of a log which GitLab did not take",
+            metrics.traces_given_up.clone(),
         );
         registry.register(
             "runners_unwell",

@@ -61,7 +61,10 @@ impl ControlHandler for Handler {
         let stuck = self.metrics.job().stuck_domains.get();
         let stuck = (stuck > 0)
             .then(|| format!("{stuck} VMs cannot be taken down, and hold their room until they go; see the log"));
-        let problems = problems.chain(stuck);
+        let waiting = self.metrics.job().waiting_for_gitlab.get();
+        let waiting =
+            (waiting > 0).then(|| format!("{waiting} jobs have a log or a verdict that GitLab does not take"));
+        let problems = problems.chain(stuck).chain(waiting);
         let jobs = self.jobs.views().into_iter().map(|view| JobStatusReport {
             runner: view.key.runner.clone(),
             id: view.key.id,

@@ -31,6 +31,7 @@ pub use reload::{ReloadError, Reloader};
 pub use setup::endpoint;
 pub use shutdown::{Mode, Shutdown};
 
+use crate::awake::Awake;
 use crate::capacity::{Capacity, Held, Resources};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -208,6 +209,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         door_limits: backends.door_limits.clone(),
         metrics,
         machine_id: installation.machine_id.clone(),
+        awake: Awake::default(),
         leave,
     };
     let runners = runners(&config, &backends, &installation).await?;
@@ -219,6 +221,12 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         jobs.add(handle);
     }
     let mut background = JoinSet::new();
+    let (awake, stops) = (parts.awake.clone(), stop.clone());
+    background.spawn(async move {
+        // Cancel safe.
+        stops.run_until_cancelled(awake.watch()).await;
+        "watch of the clock"
+    });
     background.spawn(async move {
         let ended = lister.await;
         assert!(ended.is_ok(), "the task that lists VMs panicked");

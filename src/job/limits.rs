@@ -34,6 +34,8 @@ pub struct Limits {
     pub spool_mib: u64,
     /// How long an undelivered verdict is kept.
     pub outbox_keep: Span,
+    /// How long a verdict waits for a log that GitLab does not take although it answers.
+    pub trace_patience: Span,
     /// How long a drain waits for running jobs before it ends them; none: as long as they take.
     pub drain_timeout: Option<Span>,
 }
@@ -54,6 +56,7 @@ impl Default for Limits {
             guest_power_off: Span::from_secs(1800),
             spool_mib: 256,
             outbox_keep: Span::from_secs(24 * 3600),
+            trace_patience: Span::from_secs(15 * 60),
             drain_timeout: None,
         }
     }

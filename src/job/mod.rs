@@ -31,6 +31,7 @@ pub use refuse::{Refusal, give_up, refuse};
 pub use resolve::resolve_late;
 pub use task::{accept, adopt, begin_anew};
 
+use crate::awake::Awake;
 use crate::capacity::Held;
 use crate::clock::Clock;
 use crate::config;
@@ -81,6 +82,8 @@ pub struct Parts {
     pub metrics: Metrics,
     /// The installation's machine-id, behind the system id that GitLab knows.
     pub machine_id: String,
+    /// How long this process did not run.
+    pub awake: Awake,
     /// Hand-over: every job task lets go and ends.
     pub leave: CancellationToken,
 }

@@ -23,6 +23,10 @@ pub struct SpoolView {
     pub length: u64,
     /// CRC-32 (IEEE) over them.
     pub crc: u32,
+    /// Where the guest's bytes begin; `None`: not handed out yet.
+    pub guest_base: Option<u64>,
+    /// When the last of them came; `None`: before a restart.
+    pub grown_at: Option<Instant>,
 }
 
 /// The spool of one job. Clones share it.
@@ -93,7 +97,7 @@ impl Spool {
             crc.update(&piece);
             length += piece.len() as u64;
         }
-        let (view, _) = watch::channel(SpoolView { length, crc: crc.clone().finalize() });
+        let (view, _) = watch::channel(SpoolView { length, crc: crc.clone().finalize(), guest_base, grown_at: None });
         let forgets = planted::on(Bug::GuestOffsetForgotten);
         let guest_length = guest_base.map_or(0, |base| length.saturating_sub(if forgets { 0 } else { base }));
         let full = guest_base.is_some() && length >= bytes_max;
@@ -136,7 +140,9 @@ impl Spool {
     pub async fn begin_guest(&self) -> u64 {
         let mut state = self.0.state.lock().await;
         let length = state.length;
-        *state.guest_base.get_or_insert(length)
+        let base = *state.guest_base.get_or_insert(length);
+        self.0.view.send_modify(|view| view.guest_base = Some(base));
+        base
     }
 
     /// The guest writes no more; our last lines may follow.
@@ -227,7 +233,12 @@ impl Shared {
         state.length += bytes.len() as u64;
         state.crc.update(bytes);
         state.line_ended = bytes.ends_with(b"\n");
-        self.view.send_replace(SpoolView { length: state.length, crc: state.crc.clone().finalize() });
+        self.view.send_replace(SpoolView {
+            length: state.length,
+            crc: state.crc.clone().finalize(),
+            guest_base: state.guest_base,
+            grown_at: Some(Instant::now()),
+        });
     }
 }
 

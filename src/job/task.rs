@@ -17,6 +17,7 @@ use super::refuse::refuse_kept;
 use super::state::{Command, Event, Failure, Grace, State};
 use super::{END_PATIENCE, JobCommand, JobView, Parts, REWRITE_PAUSE, Runner};
 use super::{GivenAgain, Refusal, forget};
+use crate::awake::Moment;
 use crate::capacity::Held;
 use crate::config::Span;
 use crate::gitlab::{JobPayload, JobStatus};
@@ -91,7 +92,14 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             () = leave.cancelled() => break,
             Some(command) = inbox.recv() => Happened::Command(command),
             next = job.m.next() => Happened::Next(next),
-            () = tokio::time::sleep_until(deadline.0) => Happened::Event(deadline.1),
+            () = tokio::time::sleep_until(deadline.0) => {
+                // If this process slept meanwhile, it is later now.
+                let due = job.deadline();
+                if due.0 > Instant::now() {
+                    continue;
+                }
+                Happened::Event(due.1)
+            }
             () = tokio::time::sleep_until(job.write_again.unwrap_or(deadline.0)), if job.write_again.is_some() => {
                 job.write_down().await;
                 continue;
@@ -117,6 +125,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
                     job.feed(Event::GuestAsked).await;
                 }
             }
+            Happened::Next(Next::Waits(what)) => job.say_phase(&what),
             Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
         }
         if planted::on(Bug::RoomBackTooEarly) && matches!(job.m.record.state, State::Releasing { .. }) {
@@ -184,8 +193,8 @@ struct Job {
     unkept: bool,
     /// The guest has made a call for its job since the hand-out.
     spoke: bool,
-    /// When the grace that is running ends.
-    grace: Option<Instant>,
+    /// When the grace that is running began.
+    grace: Option<Moment>,
     /// Its length, for the author's line.
     graced: Duration,
     /// Its job is over at GitLab, and the guest has not asked since: it cannot know.
@@ -205,8 +214,8 @@ struct Job {
 impl Job {
     /// The deadline that comes first, and its event.
     fn deadline(&self) -> (Instant, Event) {
-        let limits = &self.m.parts.limits;
-        let mut next = self.grace.map(|at| (at, Event::GraceOver));
+        let (limits, awake) = (&self.m.parts.limits, &self.m.parts.awake);
+        let mut next = self.grace.map(|since| (awake.deadline(since, self.graced), Event::GraceOver));
         let mut sooner = |at: Instant, event: Event, forgotten: Bug| {
             if !planted::on(forgotten) && next.as_ref().is_none_or(|(first, _)| at < *first) {
                 next = Some((at, event));
@@ -216,18 +225,24 @@ impl Job {
             State::Booting { .. } => {
                 let early = if planted::on(Bug::BootDeadlineEarly) { 10 } else { 1 };
                 // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
-                let deadline = self.m.since_received(limits.boot_deadline.get() / early).max(self.m.reopened());
+                let deadline = self.m.awake_since_received(limits.boot_deadline.get() / early).max(self.m.reopened());
                 sooner(deadline, Event::BootDeadline, Bug::BootDeadlineNever);
                 sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Running { .. } => {
                 // Its guest tries again and again, so this is looked at often enough.
                 if let Some(since) = self.m.spool_failing_since() {
-                    sooner(since + SPOOL_PATIENCE, Event::HostDiskFailed, Bug::SilenceNever);
+                    sooner(
+                        (since + SPOOL_PATIENCE).max(self.m.heard_after_sleep()),
+                        Event::HostDiskFailed,
+                        Bug::SilenceNever,
+                    );
                 }
-                let silence = self.m.last_spoke + limits.silence_deadline.get();
+                let silence = awake.deadline(self.m.last_spoke, limits.silence_deadline.get());
                 sooner(silence, Event::SilenceDeadline, Bug::SilenceNever);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
+                // Its machine was not asleep, so this counts on; but its verdict may be waiting to be heard.
+                let cap = self.m.since_received(self.m.cap()).max(self.m.heard_after_sleep());
+                sooner(cap, Event::TimeoutDeadline, Bug::CapIgnored);
             }
             State::Accepted | State::Releasing { .. } | State::Ended => {}
         }
@@ -391,7 +406,7 @@ impl Job {
                     // A silent guest would learn it after up to 30 s; what it could end by then GitLab takes no more.
                     self.graced = self.graced.min(limits.guest_update_interval.get() + UNTOLD_SLACK);
                 }
-                self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| Instant::now() + self.graced);
+                self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| self.m.parts.awake.now());
                 None
             }
             Command::ReleaseMachine => self.m.release_machine().await.then_some(Event::MachineReleased),

@@ -90,3 +90,65 @@ async fn a_job_that_gitlab_dropped_while_the_host_slept_ends_like_a_canceled_one
     assert_eq!(verdicts.count(), 0);
     world.assert_clean().await;
 }
+
+/// U7: a daemon that was stopped for longer than each of its deadlines (SIGSTOP, a frozen cgroup) ends no job that is well.
+#[test]
+fn a_daemon_that_slept_blames_no_guest_for_its_own_silence() {
+    let stopped = Duration::from_secs(500);
+    let slept = &["did not run for a while"];
+    // Silent when it stopped, and after it woke.
+    paused(async move {
+        let mut world = World::new(1);
+        world.expect_trouble(slept);
+        let job = world.job(&["print begun", "sleep 700", "print ended"]);
+        world.start().await.unwrap();
+        world.until_trace(job, "begun").await;
+        sleep(Duration::from_secs(20)).await;
+        tokio::time::advance(stopped).await;
+        world.until(job, JobState::Success).await;
+        assert!(world.trace(job).contains("ended"));
+        world.assert_clean().await;
+    });
+    // While it boots.
+    paused(async move {
+        let mut world = World::new(1);
+        world.expect_trouble(slept);
+        let job = world.job(&["print begun"]);
+        world.start().await.unwrap();
+        world.until_word("booting").await;
+        sleep(Duration::from_secs(1)).await;
+        tokio::time::advance(stopped).await;
+        world.until(job, JobState::Success).await;
+        assert_eq!(world.machines_started(), 1);
+        world.assert_clean().await;
+    });
+    // In the grace of a cancel.
+    paused(async move {
+        let mut world = World::new(1);
+        world.expect_trouble(slept);
+        let spec = JobSpec::script(["print begun", "sleep 6000"]).with_after_script(["sleep 30", "print cleaned"]);
+        let job = world.job_of(spec);
+        world.start().await.unwrap();
+        world.until_trace(job, "begun").await;
+        world.standin.cancel(job, true);
+        world.until_word("canceling").await;
+        sleep(Duration::from_secs(5)).await;
+        tokio::time::advance(stopped).await;
+        world.until(job, JobState::Canceled).await;
+        assert!(world.trace(job).contains("cleaned"), "{}", world.trace(job));
+        world.assert_clean().await;
+    });
+    // Its verdict waits at the door when the cap has passed.
+    paused(async move {
+        let mut world = World::new(1);
+        world.expect_trouble(slept);
+        let spec = JobSpec::script(["deaf", "print begun", "sleep 30", "print ended"]);
+        let job = world.job_of(spec.with_timeout(Duration::from_secs(60)));
+        world.start().await.unwrap();
+        world.until_trace(job, "begun").await;
+        // GitLab itself ends the job five minutes after its timeout.
+        tokio::time::advance(stopped / 2).await;
+        world.until(job, JobState::Success).await;
+        world.assert_clean().await;
+    });
+}

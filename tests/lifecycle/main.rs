@@ -39,4 +39,5 @@ mod proof;
 mod reload;
 mod room;
 mod storage;
+mod trace_waits;
 mod twice;

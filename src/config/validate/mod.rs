@@ -191,6 +191,7 @@ fn limits(config: &Config, report: &mut Report<'_>) {
         ("limits.door_patience", l.door_patience),
         ("limits.guest_power_off", l.guest_power_off),
         ("limits.outbox_keep", l.outbox_keep),
+        ("limits.trace_patience", l.trace_patience),
     ];
     for (key, span) in spans {
         report.not_zero(key, span.get().is_zero());

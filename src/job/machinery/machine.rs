@@ -98,7 +98,7 @@ impl Machinery {
         self.open_door(&machine, &config, listener)?;
         if planted::on(Bug::SilenceWhileAway) && resume {
             let silent = self.parts.limits.silence_deadline.get();
-            self.last_spoke = self.started.checked_sub(silent).unwrap_or(self.started);
+            self.last_spoke = self.parts.awake.now().earlier(silent);
         }
         self.machine_task_lost = None;
         self.machine = Some(self.parts.supply.take(Order {
@@ -117,7 +117,7 @@ impl Machinery {
         listener: Box<dyn DoorListener>,
     ) -> Result<(), Event> {
         let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
-        self.last_spoke = Instant::now();
+        self.last_spoke = self.parts.awake.now();
         self.door = Some(guest::admit(Admission {
             vm: machine.id.clone(),
             listener,
@@ -159,6 +159,7 @@ impl Machinery {
         }
         self.record = record;
         (self.started, self.elapsed_before) = (Instant::now(), Duration::ZERO);
+        self.awake_since = self.parts.awake.now();
         self.debug_trace.send_replace(self.record.debug_trace);
         self.client.renew(payload.token.clone());
         self.payload = Some(payload);

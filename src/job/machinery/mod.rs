@@ -9,6 +9,7 @@ use super::spool::Spool;
 use super::state::{Event, State};
 use super::uploader::{Outbox, Upload, UploaderEvent, upload};
 use super::{Parts, Runner, forget};
+use crate::awake::Moment;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobPayload, JobStatus, Verdict};
 use crate::guest::{GuestEvent, GuestPass, GuestView, HandOut};
@@ -44,6 +45,8 @@ pub(super) enum Next {
     Guest(GuestEvent),
     Machine(MachineEvent),
     Gitlab(JobStatus),
+    /// What GitLab does not take, for people.
+    Waits(String),
     Delivered,
     /// The task of its machine did, a moment ago.
     Panicked,
@@ -53,11 +56,12 @@ pub(super) struct Machinery {
     pub(super) parts: Parts,
     pub(super) record: Record,
     /// When the guest gave its last sign of life, or its door was opened.
-    pub(super) last_spoke: Instant,
+    pub(super) last_spoke: Moment,
     runner: Arc<Runner>,
     payload: Option<JobPayload>,
     /// When this task began, and how long after GitLab's 201 that was.
     started: Instant,
+    awake_since: Moment,
     elapsed_before: Duration,
     spool: Spool,
     outbox: watch::Sender<Outbox>,
@@ -112,6 +116,9 @@ impl Machinery {
             debug_trace: debug_in,
             keepalive: parts.limits.keepalive.get(),
             keep: parts.limits.outbox_keep.get(),
+            trace_patience: parts.limits.trace_patience.get(),
+            guest_interval: parts.limits.guest_update_interval.get(),
+            awake: parts.awake.clone(),
             metrics: parts.metrics.clone(),
             rng: parts.rng.clone(),
             clock: parts.clock.clone(),
@@ -127,7 +134,8 @@ impl Machinery {
         let mut machinery = Self {
             elapsed_before: since,
             started: Instant::now(),
-            last_spoke: Instant::now(),
+            awake_since: parts.awake.now(),
+            last_spoke: parts.awake.now(),
             section_open: record.guest_base.is_none() && spool.view().length > 0,
             adopted: record.machine.is_some(),
             spool,
@@ -188,6 +196,7 @@ impl Machinery {
                 // All are receivers and timers, so cancel safe. GitLab's word first: it outranks the guest's.
                 Some(event) = self.uploads.recv() => return match event {
                     UploaderEvent::Status(status) => Next::Gitlab(status),
+                    UploaderEvent::Waits(what) => Next::Waits(what),
                     UploaderEvent::Done => {
                         reached(Point::K15);
                         Next::Delivered
@@ -240,6 +249,16 @@ impl Machinery {
     pub(super) fn host_was_restarted(&self) -> bool {
         let up = self.parts.clock.uptime().as_millis();
         self.record.received_uptime_ms.is_some_and(|then| up < u128::from(then))
+    }
+
+    /// The same for what others must do meanwhile: time in which this process did not hear them is not counted.
+    pub(super) fn awake_since_received(&self, after: Duration) -> Instant {
+        self.parts.awake.deadline(self.awake_since, after.saturating_sub(self.elapsed_before))
+    }
+
+    /// Until when those who waited while this process slept are given time to be heard.
+    pub(super) fn heard_after_sleep(&self) -> Instant {
+        self.parts.awake.woke().map_or(self.started, |woke| woke + REOPENED_GRACE)
     }
 
     /// Since when the disk takes nothing of the guest's trace.

@@ -28,11 +28,11 @@ impl Job {
             GuestEvent::Greeted => {
                 reached(Point::K9);
                 self.m.greeted();
-                self.m.last_spoke = Instant::now();
+                self.m.last_spoke = self.m.parts.awake.now();
             }
             GuestEvent::Spoke => {
                 self.spoke = true;
-                self.m.last_spoke = Instant::now();
+                self.m.last_spoke = self.m.parts.awake.now();
                 self.told_of_the_end();
             }
             GuestEvent::HandOutLost => {
@@ -53,7 +53,7 @@ impl Job {
     fn told_of_the_end(&mut self) {
         if std::mem::take(&mut self.untold) && self.grace.is_some() {
             self.graced = self.m.parts.limits.cancel_grace.get();
-            self.grace = Some(Instant::now() + self.graced);
+            self.grace = Some(self.m.parts.awake.now());
         }
     }
 
@@ -83,7 +83,7 @@ impl Job {
                 }
                 reached(Point::K10);
                 self.feed(Event::GuestAsked).await;
-                self.m.last_spoke = Instant::now();
+                self.m.last_spoke = self.m.parts.awake.now();
             } else {
                 // Nothing is left of the job's time.
                 self.feed(Event::TimeoutDeadline).await;
@@ -147,7 +147,7 @@ impl Job {
             MachineEvent::Resumed => {
                 tracing::info!("the machine goes on after a pause");
                 self.paused = None;
-                self.m.last_spoke = Instant::now();
+                self.m.last_spoke = self.m.parts.awake.now();
                 self.say_phase("goes on after a pause");
             }
             MachineEvent::Released => {
@@ -178,7 +178,7 @@ impl Job {
         }
     }
 
-    fn say_phase(&self, what: &str) {
+    pub(super) fn say_phase(&self, what: &str) {
         self.view.send_modify(|view| view.phase = what.to_owned());
     }
 

@@ -6,7 +6,12 @@
 //! has taken it or says that the job is over (design D5). It never waits for anybody else's answer
 //! than GitLab's, and it may be stopped at any await: a successor learns GitLab's offset from a 416.
 
+mod owed;
+mod pace;
+
+use self::owed::Owed;
 use super::spool::SpoolReader;
+use crate::awake::{Awake, Moment};
 use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
@@ -16,6 +21,8 @@ use crate::retry::Backoff;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::telemetry::chain;
+use bytes::Bytes;
+use std::io;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -29,6 +36,12 @@ const NOT_FOUND_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Interval between PATCHes before GitLab has named one: its own while somebody watches the log.
 const FIRST_INTERVAL: Duration = Duration::from_secs(3);
+
+/// GitLab's pieces are halved down to this where something says that they are too large.
+const PATCH_BYTES_MIN: usize = 4096;
+
+/// One read of the spool; a disk that hangs must not keep the verdict for ever.
+const SPOOL_READ_MAX: Duration = Duration::from_secs(60);
 
 /// Failed reads of the spool after which the verdict goes without the rest of the trace.
 const SPOOL_READ_TRIES: u32 = 20;
@@ -51,6 +64,12 @@ pub struct Upload {
     pub keepalive: Duration,
     /// How long an undelivered verdict is tried.
     pub keep: Duration,
+    /// How long a verdict waits for a trace that GitLab does not take although it answers.
+    pub trace_patience: Duration,
+    /// How often the guest sends its trace.
+    pub guest_interval: Duration,
+    /// How long this process did not run.
+    pub awake: Awake,
     /// What the uploader counts.
     pub metrics: Metrics,
     /// Source of the pauses' jitter.
@@ -71,10 +90,12 @@ pub enum Outbox {
 }
 
 /// What the job task learns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UploaderEvent {
     /// GitLab's word on the job has changed.
     Status(JobStatus),
+    /// What GitLab does not take, and why, for people; empty: nothing any more.
+    Waits(String),
     /// Nothing is left to do: delivered, over, or given up. The last event.
     Done,
 }
@@ -86,6 +107,7 @@ pub async fn upload(upload: Upload) {
         sent: 0,
         interval: FIRST_INTERVAL,
         last_answer: None,
+        last_state: None,
         last_patch: None,
         status: JobStatus::Running,
         marked_debug: false,
@@ -98,19 +120,22 @@ pub async fn upload(upload: Upload) {
         doubt: false,
         resends: None,
         truncated_at: None,
+        given_up: false,
+        piece_max: PATCH_BYTES_MAX,
+        owed: Owed::new(upload.awake.clone(), upload.metrics.job().waiting_for_gitlab.clone()),
+        waits: String::new(),
         renewals: upload.client.renewals(),
         upload,
     };
     uploader.marked_debug = *uploader.upload.debug_trace.borrow();
-    let mut verdict_since = None;
     loop {
         let end = match uploader.step().await {
             Step::Continue => false,
             Step::Done => true,
         };
         if matches!(*uploader.upload.outbox.borrow(), Outbox::Verdict(_)) {
-            let since = *verdict_since.get_or_insert_with(Instant::now);
-            if !end && since.elapsed() >= keep {
+            uploader.owed.verdict();
+            if !end && uploader.owed.verdict_for() >= keep {
                 tracing::error!(
                     hours = keep.as_secs() / 3600,
                     "verdict could not be delivered to GitLab and is dropped"
@@ -132,13 +157,15 @@ struct Uploader {
     sent: u64,
     interval: Duration,
     last_answer: Option<Instant>,
+    /// When GitLab was last told the job's state, taken or not.
+    last_state: Option<Instant>,
     last_patch: Option<Instant>,
     status: JobStatus,
     marked_debug: bool,
     backoff: Backoff,
     /// No call before this, after a failure or on GitLab's wish.
     not_before: Instant,
-    not_found_since: Option<Instant>,
+    not_found_since: Option<Moment>,
     /// In a row.
     read_failures: u32,
     /// GitLab has heard `running` from this uploader, or will not hear it.
@@ -152,8 +179,15 @@ struct Uploader {
     resends: Option<Backoff>,
     /// Whether the job's token has changed during a call.
     renewals: watch::Receiver<Secret>,
-    /// Where the trace ends because the spool could not be read further.
+    /// Where the trace ends because the spool could not be read further, or GitLab takes no more.
     truncated_at: Option<u64>,
+    /// The verdict goes without the rest of the trace, and without its checksum.
+    given_up: bool,
+    /// Bytes of one PATCH at most, as far as is known.
+    piece_max: usize,
+    owed: Owed,
+    /// What the job task was told last of what waits.
+    waits: String,
 }
 
 #[derive(PartialEq, Eq)]
@@ -198,7 +232,16 @@ impl Uploader {
             return Next::Wait(Some(self.not_before));
         }
         let waiting = self.end().saturating_sub(self.sent);
-        // The mark goes before everything: a trace with secrets in it must not stand unmarked.
+        if let (Outbox::Verdict(verdict), true) = (&outbox, self.given_up) {
+            return Next::Verdict(verdict.clone());
+        }
+        // A keepalive that is due goes before a PATCH: while PATCHes fail it is the only sign of life, and it tells
+        // whether GitLab is away or takes no trace.
+        let keepalive_due = self.last_state.map_or(now, |last| last + self.upload.keepalive);
+        if self.owed.is_failing() && now >= keepalive_due {
+            return Next::Keepalive;
+        }
+        // The mark goes before everything else: a trace with secrets in it must not stand unmarked.
         if *self.upload.debug_trace.borrow() && !self.marked_debug && self.sent > 0 {
             return Next::MarkDebug;
         }
@@ -216,12 +259,14 @@ impl Uploader {
         if !self.opened {
             return Next::Keepalive;
         }
-        // A keepalive that is due goes before a PATCH: while PATCHes fail it is the only sign of life.
         let keepalive_due = self.last_answer.map_or(now, |last| last + self.upload.keepalive);
         if now >= keepalive_due {
             return Next::Keepalive;
         }
-        let patch_due = self.last_patch.map_or(now, |last| last + self.interval);
+        let view = self.upload.spool.view();
+        let guest_interval = self.upload.guest_interval;
+        let patch_due =
+            pace::patch_due(&view, self.sent, self.last_patch, self.interval, guest_interval).unwrap_or(now);
         if waiting > 0 && (now >= patch_due || waiting >= PATCH_BYTES_MAX as u64) {
             return Next::Patch(self.sent);
         }
@@ -235,9 +280,8 @@ impl Uploader {
     async fn wait(&mut self, until: Option<Instant>) {
         let until = until.unwrap_or_else(Instant::now);
         let backing_off = Instant::now() < self.not_before;
-        // What makes `next` answer otherwise: the first byte after everything was sent, or a full piece.
-        let waiting = self.end().saturating_sub(self.sent);
-        let threshold = if waiting == 0 { self.sent } else { self.sent + PATCH_BYTES_MAX as u64 - 1 };
+        // A guest's next piece may be the one that is waited for.
+        let threshold = self.end();
         tokio::select! {
             biased;
             // All branches are cancel safe. The outbox first: an abandoned job sends nothing more.
@@ -256,10 +300,10 @@ impl Uploader {
     /// Sends what there is from `offset`: the bytes that GitLab lacks, or one that it should have.
     async fn patch(&mut self, offset: u64) -> Step {
         let asks = offset < self.sent;
-        let wanted = usize::try_from(self.end() - offset).map_or(PATCH_BYTES_MAX, |n| n.min(PATCH_BYTES_MAX));
+        let wanted = usize::try_from(self.end() - offset).map_or(self.piece_max, |n| n.min(self.piece_max));
         let from =
             if planted::on(Bug::UploadOffByOne) && self.refusals > 0 { offset.saturating_sub(1) } else { offset };
-        let bytes = match self.upload.spool.read(from, wanted).await {
+        let bytes = match self.read(from, wanted).await {
             Ok(bytes) if !bytes.is_empty() => {
                 self.read_failures = 0;
                 bytes
@@ -273,11 +317,12 @@ impl Uploader {
                 } else if self.read_failures >= SPOOL_READ_TRIES {
                     self.truncated_at = Some(offset);
                 }
+                self.owed.trace_failed();
                 self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
                 return Step::Continue;
             }
         };
-        let length = bytes.len() as u64;
+        let (sending, length) = (bytes.len(), bytes.len() as u64);
         self.last_patch = Some(Instant::now());
         let debug = *self.upload.debug_trace.borrow();
         reached(Point::K12);
@@ -292,6 +337,9 @@ impl Uploader {
                         self.sent = offset + length;
                         self.doubt = false;
                         self.progressed();
+                        if self.owed.holds(self.sent) {
+                            self.tell(String::new()).await;
+                        }
                     }
                     None => {}
                     Some(held) => {
@@ -307,20 +355,42 @@ impl Uploader {
                         self.sent = held;
                         self.doubt = !asks && held > offset + length;
                         self.refused();
+                        if self.refusals > 1 {
+                            self.owed.trace_failed();
+                        }
                     }
                 }
                 self.status(answer.status).await
             }
-            Err(error) => self.failed(&error).await,
+            Err(error) if error.status() == Some(413) && sending > PATCH_BYTES_MIN => {
+                let halved = (sending / 2).max(PATCH_BYTES_MIN);
+                tracing::warn!(
+                    bytes = length,
+                    halved,
+                    "a piece of the trace is too large for GitLab; sending smaller ones"
+                );
+                self.piece_max = halved;
+                Step::Continue
+            }
+            Err(error) => {
+                self.owed.trace_failed();
+                self.failed(&error, "log").await
+            }
         }
+    }
+
+    async fn read(&self, offset: u64, bytes: usize) -> io::Result<Bytes> {
+        let read = tokio::time::timeout(SPOOL_READ_MAX, self.upload.spool.read(offset, bytes)).await;
+        read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
     /// GitLab takes the mark from a PATCH at offset 0 only, and even from one that it answers 416.
     async fn mark_debug(&mut self) -> Step {
-        let first = match self.upload.spool.read(0, 1).await {
+        let first = match self.read(0, 1).await {
             Ok(first) => first,
             Err(error) => {
                 tracing::error!(error = chain(&error), "read the trace's spool");
+                self.owed.trace_failed();
                 self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
                 return Step::Continue;
             }
@@ -334,13 +404,16 @@ impl Uploader {
                 }
                 self.status(answer.status).await
             }
-            Err(error) => self.failed(&error).await,
+            Err(error) => {
+                self.owed.trace_failed();
+                self.failed(&error, "log").await
+            }
         }
     }
 
     async fn update(&mut self, verdict: Option<Verdict>) -> Step {
         let view = self.upload.spool.view();
-        let whole = self.truncated_at.is_none() && self.sent == view.length;
+        let whole = !self.given_up && self.truncated_at.is_none() && self.sent == view.length;
         let first = self.last_answer.is_none();
         let crc = if planted::on(Bug::WrongChecksum) { view.crc.swap_bytes() } else { view.crc };
         let length = view.length.saturating_sub(u64::from(planted::on(Bug::WrongSize)));
@@ -354,6 +427,16 @@ impl Uploader {
                 reached(if last { Point::K15 } else { Point::K11 });
                 self.answered(answer.interval);
                 self.opened = true;
+                self.last_state = Some(Instant::now());
+                let wants_trace = answer.resend_trace || last && answer.ask_again.is_some();
+                if self.owed.took_state(wants_trace) {
+                    self.tell(String::new()).await;
+                }
+                self.look_whether_hopeless();
+                if answer.resend_trace && self.given_up {
+                    self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
+                    return Step::Continue;
+                }
                 if answer.resend_trace {
                     self.sent = 0;
                     // Once it goes on at once; a GitLab that is never content must not be flooded.
@@ -363,7 +446,9 @@ impl Uploader {
                     }
                     return Step::Continue;
                 }
-                self.progressed();
+                if !self.owed.is_failing() {
+                    self.progressed();
+                }
                 if let Some(pause) = answer.ask_again.filter(|_| last) {
                     self.not_before = Instant::now() + pause;
                     return Step::Continue;
@@ -376,7 +461,37 @@ impl Uploader {
                 }
                 if last && !self.is_refused(answer.status) { Step::Done } else { self.status(answer.status).await }
             }
-            Err(error) => self.failed(&error).await,
+            Err(error) => {
+                self.last_state = Some(Instant::now());
+                self.owed.state_failed();
+                self.failed(&error, if last { "verdict" } else { "state" }).await
+            }
+        }
+    }
+
+    /// GitLab takes states and no trace, for long enough: the verdict goes without the rest.
+    fn look_whether_hopeless(&mut self) {
+        if self.given_up || !self.owed.is_hopeless(self.upload.trace_patience) {
+            return;
+        }
+        let lacks = self.upload.spool.view().length.saturating_sub(self.sent);
+        tracing::error!(
+            held = self.sent,
+            lacks,
+            "GitLab answers and does not take this job's log; its verdict goes without the rest of it"
+        );
+        self.upload.metrics.job().traces_given_up.inc();
+        (self.given_up, self.doubt) = (true, false);
+        self.truncated_at = Some(self.sent);
+        self.not_before = Instant::now();
+    }
+
+    /// Says what waits, if that is news.
+    async fn tell(&mut self, waits: String) {
+        if waits != self.waits {
+            self.waits.clone_from(&waits);
+            // Nobody listening is found out by whoever has a word for it.
+            let _ = self.upload.events.send(UploaderEvent::Waits(waits)).await;
         }
     }
 
@@ -429,7 +544,13 @@ impl Uploader {
         if status == JobStatus::Over { Step::Done } else { Step::Continue }
     }
 
-    async fn failed(&mut self, error: &GitlabError) -> Step {
+    async fn failed(&mut self, error: &GitlabError, what: &str) -> Step {
+        let why = match error.status() {
+            Some(status) => format!("GitLab answered {status}"),
+            None if matches!(error, GitlabError::RateLimited { .. }) => "GitLab limits our requests".to_owned(),
+            None => "GitLab does not answer".to_owned(),
+        };
+        self.tell(format!("its {what} waits: {why}")).await;
         let outbox = self.upload.outbox.borrow().clone();
         if planted::on(Bug::VerdictDropped) && matches!(outbox, Outbox::Verdict(_)) {
             return Step::Done;
@@ -452,8 +573,8 @@ impl Uploader {
             pause = pause.max(wish);
         }
         if error.status() == Some(404) {
-            let since = *self.not_found_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= NOT_FOUND_PATIENCE {
+            let since = *self.not_found_since.get_or_insert_with(|| self.upload.awake.now());
+            if self.upload.awake.elapsed(since) >= NOT_FOUND_PATIENCE {
                 return self.status(JobStatus::Over).await;
             }
         } else {

@@ -7,6 +7,7 @@ use super::plan::{Ending, Plan};
 use crate::support::mortal::Life;
 use crate::support::world::paused;
 use dayfly::BoxFuture;
+use dayfly::awake::Awake;
 use dayfly::clock::Clock;
 use dayfly::files::Files as _;
 use dayfly::files::fake::MemoryFiles;
@@ -210,6 +211,9 @@ async fn live(life: &Life, world: &World, plan: &Plan) {
         debug_trace: debug_in,
         keepalive: Duration::from_secs(30),
         keep: LONG,
+        trace_patience: LONG,
+        guest_interval: Duration::from_secs(1),
+        awake: Awake::default(),
         metrics: world.metrics.clone(),
         rng: world.rng.clone(),
         clock: world.clock.clone(),
