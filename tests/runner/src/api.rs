@@ -326,14 +326,30 @@ pub(crate) fn base_url(url: &str) -> String {
 /// # Errors
 /// Those of the attempt: without an answer nothing is repeated at this level.
 pub(crate) fn with_retries(attempt: impl Fn() -> Result<Answer, ApiError>) -> Result<Answer, ApiError> {
-    let mut pause = FIRST_PAUSE;
+    repeated(attempt, |answer| {
+        let wanted = wanted_pause(answer.header("RateLimit-ResetTime"), answer.header("Retry-After"));
+        is_retried(answer.status).then_some(wanted)
+    })
+}
+
+/// The attempts of one request. `failed` tells whether another may help: the pause that the answer asks for; zero: none.
+///
+/// # Errors
+/// Those of the attempt.
+pub(crate) fn repeated<A, E>(
+    attempt: impl Fn() -> Result<A, E>,
+    failed: impl Fn(&A) -> Option<Duration>,
+) -> Result<A, E> {
+    let mut own = FIRST_PAUSE;
     for _ in 1..ATTEMPTS_MAX {
         let answer = attempt()?;
-        if !is_retried(answer.status) {
-            return Ok(answer);
+        let Some(wanted) = failed(&answer) else { return Ok(answer) };
+        if wanted.is_zero() {
+            std::thread::sleep(own);
+            own = (own * 2).min(PAUSE_MAX);
+        } else {
+            std::thread::sleep(wanted);
         }
-        std::thread::sleep(wanted_pause(&answer).unwrap_or(pause));
-        pause = (pause * 2).min(PAUSE_MAX);
     }
     attempt()
 }
@@ -343,13 +359,11 @@ pub(crate) fn is_retried(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504 | 512..)
 }
 
-/// The pause that an answer asks for: `RateLimit-ResetTime` (a date), else `Retry-After` in whole seconds.
-fn wanted_pause(answer: &Answer) -> Option<Duration> {
-    let reset = answer.header("RateLimit-ResetTime");
-    if let Ok(at) = jiff::fmt::rfc2822::parse(&reset.replace(" GMT", " +0000")) {
-        return Some(Duration::try_from(at.timestamp() - jiff::Timestamp::now()).unwrap_or(Duration::ZERO));
-    }
-    answer.header("Retry-After").parse().ok().map(Duration::from_secs)
+/// The pause that an answer asks for: until `RateLimit-ResetTime` (a date), else `Retry-After` in whole seconds. Zero: none.
+pub(crate) fn wanted_pause(reset_time: &str, retry_after: &str) -> Duration {
+    let reset = jiff::fmt::rfc2822::parse(&reset_time.replace(" GMT", " +0000"));
+    let until = reset.ok().and_then(|at| Duration::try_from(at.timestamp() - jiff::Timestamp::now()).ok());
+    until.filter(|pause| !pause.is_zero()).unwrap_or_else(|| Duration::from_secs(retry_after.parse().unwrap_or(0)))
 }
 
 /// One HTTP exchange.
@@ -432,11 +446,14 @@ mod tests {
     }
 
     #[test]
-    fn a_date_in_retry_after_is_no_pause_but_one_in_reset_time_is() {
-        assert_eq!(wanted_pause(&answer(503, &[("Retry-After", "2")])), Some(Duration::from_secs(2)));
-        assert_eq!(wanted_pause(&answer(503, &[("Retry-After", "Wed, 21 Oct 2015 07:28:00 GMT")])), None);
-        let past = answer(429, &[("RateLimit-ResetTime", "Wed, 21 Oct 2015 07:28:00 GMT"), ("Retry-After", "9")]);
-        assert_eq!(wanted_pause(&past), Some(Duration::ZERO), "the past needs no pause");
+    fn a_pause_is_a_date_in_reset_time_else_seconds_in_retry_after() {
+        let seconds = |reset_time: &str, retry_after| wanted_pause(reset_time, retry_after).as_secs();
+        let past = "Wed, 21 Oct 2015 07:28:00 GMT";
+        assert_eq!([seconds("", "2"), seconds("", past), seconds("", "0"), seconds("", "-1")], [2, 0, 0, 0]);
+        assert_eq!([seconds(past, "9"), seconds(past, "0")], [9, 0]);
+        let soon = jiff::Timestamp::now() + Duration::from_secs(30);
+        let until = seconds(&soon.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string(), "9");
+        assert!((25..=30).contains(&until), "{until}");
     }
 
     #[test]

@@ -1,16 +1,14 @@
 //! The downloader: one job's archive, unpacked into the working directory.
 
 use super::{ArtifactsError, DownloadArguments};
-use crate::api::{agent, base_url};
+use crate::api::{agent, base_url, is_retried, repeated, wanted_pause};
 use std::io;
 use std::time::Duration;
-use ureq::http::{Request, Response};
+use ureq::http::{Request, Response, StatusCode};
 
 /// Tries after the first, which GitLab may redirect; a second apart.
 const MORE_TRIES: u32 = 2;
 const PAUSE: Duration = Duration::from_secs(1);
-/// Attempts of one request inside a try.
-const ATTEMPTS_MAX: u32 = 5;
 /// Redirects followed, as by the official client.
 const REDIRECTS_MAX: u32 = 10;
 /// `User-Agent` of 19.3's first download.
@@ -20,8 +18,8 @@ const FIRST_USER_AGENT: &str = "Go-http-client/1.1";
 enum Got {
     /// A whole archive, in a file.
     Archive(std::fs::File),
-    /// Another status.
-    Status(u16),
+    /// Another status, and the pause that it asks for; zero: none.
+    Status(StatusCode, Duration),
 }
 
 /// Downloads and unpacks.
@@ -35,8 +33,9 @@ pub(crate) fn download(arguments: &DownloadArguments) -> Result<(), ArtifactsErr
     let mut result = first(&url, &target.token);
     for _ in 0..MORE_TRIES {
         let what = match &result {
-            Ok(Got::Archive(_) | Got::Status(401 | 403 | 404)) => break,
-            Ok(Got::Status(status)) => status.to_string(),
+            Ok(Got::Archive(_)) => break,
+            Ok(Got::Status(status, _)) if matches!(status.as_u16(), 401 | 403 | 404) => break,
+            Ok(Got::Status(status, _)) => status.as_str().to_owned(),
             Err(error) => error.to_string(),
         };
         crate::log(&format!("WARNING: Downloading artifacts from coordinator... {what}"));
@@ -53,7 +52,7 @@ pub(crate) fn download(arguments: &DownloadArguments) -> Result<(), ArtifactsErr
             ));
             super::archive::unpack(file).map_err(ArtifactsError::Archive)
         }
-        Ok(Got::Status(status)) => Err(ArtifactsError::Refused(status)),
+        Ok(Got::Status(status, _)) => Err(ArtifactsError::Refused(status.as_u16())),
         Err(error) => Err(ArtifactsError::Unreachable(error)),
     }
 }
@@ -63,7 +62,7 @@ pub(crate) fn download(arguments: &DownloadArguments) -> Result<(), ArtifactsErr
 fn first(url: &str, token: &str) -> io::Result<Got> {
     let url = format!("{url}?direct_download=true");
     match get(&agent(0), &url, FIRST_USER_AGENT, token)? {
-        Got::Status(300..=399) => followed(&url, token),
+        Got::Status(status, _) if status.is_redirection() => followed(&url, token),
         got => Ok(got),
     }
 }
@@ -71,15 +70,13 @@ fn first(url: &str, token: &str) -> io::Result<Got> {
 /// One request that follows redirects, repeated at HTTP level.
 fn followed(url: &str, token: &str) -> io::Result<Got> {
     let client = agent(REDIRECTS_MAX);
-    let mut pause = Duration::from_millis(100);
-    for _ in 1..ATTEMPTS_MAX {
-        match get(&client, url, &crate::info::user_agent(), token)? {
-            Got::Status(408 | 429 | 500 | 502 | 503 | 504 | 512..) => std::thread::sleep(pause),
-            got => return Ok(got),
-        }
-        pause *= 2;
-    }
-    get(&client, url, &crate::info::user_agent(), token)
+    repeated(
+        || get(&client, url, &crate::info::user_agent(), token),
+        |got| match got {
+            Got::Status(status, wanted) if is_retried(*status) => Some(*wanted),
+            _ => None,
+        },
+    )
 }
 
 fn get(client: &ureq::Agent, url: &str, user_agent: &str, token: &str) -> io::Result<Got> {
@@ -90,8 +87,10 @@ fn get(client: &ureq::Agent, url: &str, user_agent: &str, token: &str) -> io::Re
         .body(())
         .map_err(io::Error::other)?;
     let answer: Response<ureq::Body> = client.run(request).map_err(ureq::Error::into_io)?;
-    if answer.status().as_u16() != 200 {
-        return Ok(Got::Status(answer.status().as_u16()));
+    if answer.status() != StatusCode::OK {
+        let header = |name| answer.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or("");
+        let wanted = wanted_pause(header("RateLimit-ResetTime"), header("Retry-After"));
+        return Ok(Got::Status(answer.status(), wanted));
     }
     let mut file = tempfile::tempfile()?;
     io::copy(&mut answer.into_body().into_with_config().limit(u64::MAX).reader(), &mut file)?;

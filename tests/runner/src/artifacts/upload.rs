@@ -5,7 +5,7 @@
 //! to its end is cut, never closed as if it were whole.
 
 use super::{ArtifactsError, UploadArguments, archive};
-use crate::api::{base_url, is_retried};
+use crate::api::{base_url, is_retried, repeated, wanted_pause};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpStream, ToSocketAddrs as _};
 use std::path::PathBuf;
@@ -19,8 +19,6 @@ const TRIES_OTHER: u32 = 3;
 /// Pause after the first try, doubled up to the bound.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// Attempts of one request inside a try.
-const ATTEMPTS_MAX: u32 = 5;
 const CONNECT_MAX: Duration = Duration::from_secs(30);
 const ANSWER_MAX: Duration = Duration::from_secs(10 * 60);
 /// A peer that takes no byte for so long is gone.
@@ -49,7 +47,7 @@ pub(crate) fn upload(arguments: &UploadArguments) -> Result<(), ArtifactsError> 
     loop {
         let result = one_try(arguments, &files);
         let (what, tries_max) = match &result {
-            Ok(answer) if answer.status == 201 => {
+            Ok(answer) if answer.status == StatusCode::CREATED => {
                 crate::log(&format!(
                     "Uploading artifacts as \"{kind}\" to coordinator... 201 Created  id={} token={}",
                     arguments.target.job,
@@ -57,15 +55,13 @@ pub(crate) fn upload(arguments: &UploadArguments) -> Result<(), ArtifactsError> 
                 ));
                 return Ok(());
             }
-            Ok(Head { status: status @ (403 | 413), .. }) => (format!("{status}"), 1),
-            Ok(Head { status: 503, .. }) => ("503".to_owned(), TRIES_BUSY),
-            Ok(Head { status, .. }) => (format!("{status}"), TRIES_OTHER),
+            Ok(Head { status, .. }) => (status.as_str().to_owned(), tries_max(*status)),
             Err(error) => (error.to_string(), TRIES_OTHER),
         };
         crate::log(&format!("WARNING: Uploading artifacts as \"{kind}\" to coordinator... {what}"));
         if tries >= tries_max {
             return Err(match result {
-                Ok(answer) => ArtifactsError::Refused(answer.status),
+                Ok(answer) => ArtifactsError::Refused(answer.status.as_u16()),
                 Err(error) => ArtifactsError::Unreachable(error),
             });
         }
@@ -75,25 +71,28 @@ pub(crate) fn upload(arguments: &UploadArguments) -> Result<(), ArtifactsError> 
     }
 }
 
+fn tries_max(status: StatusCode) -> u32 {
+    match status.as_u16() {
+        403 | 413 => 1,
+        503 => TRIES_BUSY,
+        _ => TRIES_OTHER,
+    }
+}
+
 /// One try: the request, repeated at HTTP level under one request id.
 fn one_try(arguments: &UploadArguments, files: &[PathBuf]) -> io::Result<Head> {
     let (request_id, boundary) = (crate::random_hex(32), crate::random_hex(60));
-    let mut pause = Duration::from_millis(100);
-    for _ in 1..ATTEMPTS_MAX {
-        let head = send(arguments, files, &request_id, &boundary)?;
-        if !is_retried(StatusCode::from_u16(head.status).map_err(io::Error::other)?) {
-            return Ok(head);
-        }
-        std::thread::sleep(head.retry_after.unwrap_or(pause));
-        pause *= 2;
-    }
-    send(arguments, files, &request_id, &boundary)
+    repeated(
+        || send(arguments, files, &request_id, &boundary),
+        |head| is_retried(head.status).then(|| wanted_pause(&head.reset_time, &head.retry_after)),
+    )
 }
 
 /// What matters of an answer.
 struct Head {
-    status: u16,
-    retry_after: Option<Duration>,
+    status: StatusCode,
+    reset_time: String,
+    retry_after: String,
 }
 
 fn send(arguments: &UploadArguments, files: &[PathBuf], request_id: &str, boundary: &str) -> io::Result<Head> {
@@ -211,12 +210,12 @@ fn read_head(stream: impl BufRead) -> io::Result<Head> {
     loop {
         let mut line = String::new();
         lines.read_line(&mut line)?;
-        let status: u16 = line
+        let status: StatusCode = line
             .strip_prefix("HTTP/1.")
             .and_then(|rest| rest.split(' ').nth(1))
             .and_then(|status| status.trim().parse().ok())
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no HTTP answer"))?;
-        let mut head = Head { status, retry_after: None };
+        let mut head = Head { status, reset_time: String::new(), retry_after: String::new() };
         loop {
             let mut line = String::new();
             if lines.read_line(&mut line)? == 0 {
@@ -226,13 +225,14 @@ fn read_head(stream: impl BufRead) -> io::Result<Head> {
             if line.is_empty() {
                 break;
             }
-            if let Some((name, value)) = line.split_once(':')
-                && name.eq_ignore_ascii_case("retry-after")
-            {
-                head.retry_after = value.trim().parse().ok().map(Duration::from_secs);
+            let (name, value) = line.split_once(':').unwrap_or((line, ""));
+            match name.to_ascii_lowercase().as_str() {
+                "retry-after" => value.trim().clone_into(&mut head.retry_after),
+                "ratelimit-resettime" => value.trim().clone_into(&mut head.reset_time),
+                _ => {}
             }
         }
-        if status >= 200 {
+        if !status.is_informational() {
             return Ok(head);
         }
     }
@@ -295,10 +295,9 @@ mod tests {
 
     #[test]
     fn an_answers_head_is_read_behind_interim_answers() {
-        let text =
-            "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 503 Service Unavailable\r\nretry-after: 2\r\nX: y\r\n\r\nbody";
+        let text = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 503 Service Unavailable\r\nretry-after: 2\r\nRateLimit-ResetTime: a: b\r\nX: y\r\n\r\nbody";
         let head = read_head(text.as_bytes()).expect("a head");
-        assert_eq!((head.status, head.retry_after), (503, Some(Duration::from_secs(2))));
+        assert_eq!((head.status.as_u16(), head.retry_after.as_str(), head.reset_time.as_str()), (503, "2", "a: b"));
         assert!(read_head(&b"HTTP/1.1 201 Created\r\nX: y\r\n"[..]).is_err(), "cut in the headers");
         assert!(read_head(&b"SSH-2.0\r\n\r\n"[..]).is_err(), "another protocol");
     }

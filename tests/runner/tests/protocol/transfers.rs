@@ -2,6 +2,7 @@
 
 use crate::support::{JOB_TOKEN, Request, Stored, World, job, multipart, polite, reply, unzip, zip};
 use serde_json::json;
+use std::time::Duration;
 
 #[test]
 fn artifacts_go_up_and_come_down() {
@@ -70,6 +71,31 @@ fn an_upload_refused_before_its_body_is_read_is_not_repeated() {
     assert_eq!(world.requests("upload").len(), 1, "413 is final\n{}", world.trace());
     let verdict = world.verdict();
     assert_eq!((&verdict["failure_reason"], &verdict["exit_code"]), (&json!("script_failure"), &json!(1)));
+}
+
+/// Five attempts a try, a pause as it is told before each but the first: by a date, else by seconds, and no seconds are
+/// none. Three tries after a 502.
+#[test]
+fn an_upload_is_tried_as_often_as_by_19_3_and_waits_as_told() {
+    let rule = |request: &Request, count: usize, _: &mut Stored| {
+        let in_two_seconds = jiff::Timestamp::now() + Duration::from_millis(2999);
+        let date = in_two_seconds.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        (request.class == "upload").then(|| match count {
+            1 => reply(502).with("Retry-After", "1"),
+            2 => reply(502).with("Retry-After", "9").with("RateLimit-ResetTime", date),
+            _ => reply(502).with("Retry-After", "0"),
+        })
+    };
+    let members =
+        json!({"artifacts": [{"name": "x", "paths": ["x"], "artifact_type": "archive", "artifact_format": "zip"}]});
+    let mut world = World::new(&[job(&["echo x > x"], &members)], Box::new(rule));
+    world.start("", 0);
+    assert_eq!(world.wait(), 0);
+    let at: Vec<f64> = world.requests("upload").into_iter().map(|request| request.at).collect();
+    assert_eq!(at.len(), 15, "{}", world.trace());
+    let gaps: Vec<f64> = at.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!((1.0..1.9).contains(&gaps[0]) && (1.9..4.0).contains(&gaps[1]), "{gaps:?}");
+    assert!(gaps[2] < 0.9 && gaps[3] < 0.9 && gaps[4] >= 1.0 && gaps[9] >= 2.0, "{gaps:?}");
 }
 
 #[test]
