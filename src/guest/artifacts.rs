@@ -1,12 +1,13 @@
 //! Artifacts and the environment key: the three routes that go on to GitLab, streaming both ways.
 //!
 //! What goes on is made anew from what passed an allow-list (safety.md §6.1, §6.2), with our token;
-//! what comes back is GitLab's true status and body, with the headers of another allow-list. Bodies
-//! are never stored, and a body that breaks off on one side breaks off on the other.
+//! what comes back is GitLab's true status and body, with the headers of another allow-list; how an
+//! outage of GitLab's is bridged stands in `outage`. Bodies are never stored, and a body that breaks off on one side breaks off on the other.
 
 use super::answer::{self, Answer};
 use super::body::{Held, Pace, Paced, RequestBody};
 use super::handler::Handler;
+use super::outage::{self, WAIT_MAX};
 use super::routes::{JobRoute, Query};
 use super::trace::is_over;
 use crate::clock::Clock;
@@ -25,8 +26,6 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 /// GitLab may pause this long within an answer: a slow object store behind it.
 const GITLAB_PAUSE: Duration = Duration::from_secs(300);
-/// `Retry-After` of an artifact answer, clamped: 19.3 would sleep for whatever it is told.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
 /// A signed URL of an object store at most.
 const LOCATION_BYTES_MAX: usize = 8 * 1024;
 
@@ -79,14 +78,8 @@ impl Handler {
             }
             _ => Forward { route: ForwardRoute::RuntimeEnvironmentKey, query, headers, body: transport::full("") },
         };
-        let answer = match timeout_at(deadline, self.client.forward(forward, dependency)).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::debug!(vm = %self.vm(), job = %self.job, error, "failed to forward a guest's request");
-                return answer::error(StatusCode::BAD_GATEWAY);
-            }
-            Err(_) => return answer::error(StatusCode::BAD_GATEWAY),
+        let Some(answer) = self.forward(forward, dependency, deadline).await else {
+            return self.bridged(route, parts, answer::error(StatusCode::BAD_GATEWAY)).await;
         };
         let (status, length) = (answer.status(), answer.body().size_hint().exact());
         let Some(mut headers) = response_headers(status, answer.headers(), redirected, &self.clock) else {
@@ -103,7 +96,42 @@ impl Handler {
         let mut passed = Response::new(());
         *passed.status_mut() = status;
         *passed.headers_mut() = headers;
-        passed.map(|()| Held::new(Paced::new(answer.into_body(), down), permit).boxed_unsync())
+        let passed = passed.map(|()| Held::new(Paced::new(answer.into_body(), down), permit).boxed_unsync());
+        self.bridged(route, parts, passed).await
+    }
+
+    /// GitLab's answer; `None`: there was none.
+    async fn forward(
+        &self,
+        forward: Forward,
+        dependency: Option<&Secret>,
+        deadline: Instant,
+    ) -> Option<Response<transport::Body>> {
+        match timeout_at(deadline, self.client.forward(forward, dependency)).await {
+            Ok(Ok(answer)) => return Some(answer),
+            Ok(Err(error)) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::debug!(vm = %self.vm(), job = %self.job, error, "failed to forward a guest's request");
+            }
+            Err(_) => {}
+        }
+        None
+    }
+
+    /// The answer, if it is a failure of GitLab's, as one after which the runner comes again late enough.
+    async fn bridged(&self, route: JobRoute, parts: &Parts, mut answer: Answer) -> Answer {
+        let outage = if route == JobRoute::Upload { &self.uploads } else { &self.fetches };
+        let Some(wait) = outage.note(answer.status()) else { return answer };
+        if outage::waits_for_nobody(&parts.headers) {
+            tokio::time::sleep(WAIT_MAX).await;
+            return answer;
+        }
+        let headers = answer.headers_mut();
+        let told = headers.get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(told.unwrap_or(0).max(wait.as_secs())));
+        // Which would go before it.
+        headers.remove(&RESET_TIME);
+        answer
     }
 
     /// The pairs that go on. A direct download would be a redirect to a store that the guest may
@@ -203,13 +231,13 @@ fn retry_after(value: &str, clock: &Clock) -> Option<Duration> {
     } else {
         Duration::try_from(date(value)?.duration_since(clock.now())).unwrap_or(Duration::ZERO)
     };
-    Some(wait.min(RETRY_AFTER_MAX))
+    Some(wait.min(WAIT_MAX))
 }
 
 /// A date, clamped to the same distance from now.
 fn reset_time(value: &str, clock: &Clock) -> Option<HeaderValue> {
     let now = clock.now();
-    let latest = now.checked_add(RETRY_AFTER_MAX).ok()?;
+    let latest = now.checked_add(WAIT_MAX).ok()?;
     let at = date(value)?.clamp(now, latest);
     let text = rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&at).ok()?;
     HeaderValue::try_from(text).ok()

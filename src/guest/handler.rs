@@ -8,6 +8,7 @@ use super::answer::{self, Answer};
 use super::body::{BodyFault, RequestBody, object};
 use super::head::Refusal;
 use super::limits::Bucket;
+use super::outage::Outage;
 use super::routes::{self, JobRoute, NoRoute, Query, Route};
 use super::trace::is_over;
 use super::wire::Notes;
@@ -72,6 +73,10 @@ pub(super) struct Handler {
     pub(super) trace_turns: Semaphore,
     pub(super) trace_bodies: Arc<Semaphore>,
     pub(super) transfers: Arc<Semaphore>,
+    /// GitLab's failures to take artifacts.
+    pub(super) uploads: Outage,
+    /// Its failures to give what a guest fetches.
+    pub(super) fetches: Outage,
     pub(super) debug_trace_told: AtomicBool,
     pub(super) running_answered: AtomicBool,
     /// When `Spoke` last went out. Held for a few lines, never across an await.
@@ -112,6 +117,8 @@ impl Handler {
             trace_turns: Semaphore::new(TRACE_TURNS),
             trace_bodies: Arc::new(Semaphore::new(TRACE_BODIES)),
             transfers: Arc::new(Semaphore::new(TRANSFERS)),
+            uploads: Outage::default(),
+            fetches: Outage::default(),
             debug_trace_told: AtomicBool::new(false),
             running_answered: AtomicBool::new(false),
             spoke: Mutex::new(None),

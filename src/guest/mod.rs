@@ -16,6 +16,7 @@ mod greeting; // is it our guest's relay?
 mod handler; // may it, and who answers?
 mod head; // is this head one that we serve?
 mod limits; // how often?
+mod outage; // when to come again, if GitLab fails?
 mod routes; // what is asked for?
 mod trace; // PATCH
 mod update; // PUT

@@ -193,3 +193,35 @@ async fn a_verdict_carries_checksum_and_size_of_the_whole_trace() {
         world.assert_clean().await;
     }
 }
+
+/// U11: GitLab fails, or is not there, for 20 s and for 3 min while an artifact is uploaded: the build is not lost.
+#[test]
+fn an_outage_while_artifacts_are_uploaded_costs_no_finished_build() {
+    for (fault, seconds) in [
+        (Fault::html(502), 20),
+        (Fault::html(502), 180),
+        (Fault::status_with(503, &[("Retry-After", "1")]), 20),
+        (Fault::status_with(503, &[("Retry-After", "0")]), 180),
+        (Fault::DropBeforeApply, 180),
+    ] {
+        paused(async {
+            let mut world = World::new(1);
+            world.standin.script(Matcher::on(Route::UploadArtifacts).always(), fault);
+            let job = world.job(&["print built", "upload 1000000", "print ended"]);
+            world.start().await.unwrap();
+            while world.requests(Route::UploadArtifacts).is_empty() {
+                sleep(Duration::from_secs(1)).await;
+            }
+            sleep(Duration::from_secs(seconds)).await;
+            world.standin.behave();
+            let since = Instant::now();
+            world.until(job, JobState::Success).await;
+            assert_eq!(world.found(job).artifacts.len(), 1);
+            // Not much later than GitLab is back, and without a storm of calls until then.
+            assert!(since.elapsed() <= Duration::from_secs(75), "{:?}", since.elapsed());
+            let calls = world.requests(Route::UploadArtifacts).len();
+            assert!((4..=10).contains(&calls), "{calls} calls in {seconds} s");
+            world.assert_clean().await;
+        });
+    }
+}

@@ -11,8 +11,10 @@
 //! | `pause`, `stop` | the VM is paused by a disk error of its host, or by QEMU of its own accord |
 //! | `report LINE`, `console LINE` | says so to its host, on its console |
 //! | `hang` | says nothing more, for ever |
-//! | `upload BYTES` | uploads an artifact of this size |
+//! | `upload BYTES` | uploads an artifact of this size, as 19.3 does; it fails the job if that fails |
 //! | `deaf` | neither timeout nor cancel ends this script |
+
+mod upload; // as 19.3's uploader
 
 use dayfly::vm::fake::GuestMachine;
 use dayfly::vm::{Pause, Stream};
@@ -383,7 +385,8 @@ impl JobRun {
                 "console" => {
                     let _ = guest.machine.console.write_all(format!("{rest}\n").as_bytes()).await;
                 }
-                "upload" => self.upload(guest, rest.parse().unwrap_or(1)).await,
+                "upload" if self.upload(guest, rest.parse().unwrap_or(1)).await => {}
+                "upload" => return End::Exit(1),
                 _ => self.print(line),
             }
             if matches!(word, "crash" | "off" | "restart" | "panic" | "suspend" | "pause" | "stop") {
@@ -445,25 +448,5 @@ impl JobRun {
             (_, Some("canceling")) if self.word == Word::Running => Word::Canceling,
             _ => self.word,
         };
-    }
-
-    async fn upload(&mut self, guest: &Guest, bytes: usize) {
-        let boundary = "------------------------0123456789abcdef";
-        let mut body = format!("--{boundary}\r\nContent-Disposition: form-data; name=\"file\"; filename=\"artifacts.zip\"\r\nContent-Type: application/octet-stream\r\n\r\n").into_bytes();
-        body.resize(body.len() + bytes, b'x');
-        body.extend_from_slice(format!("\r\n--{boundary}--\r\n").as_bytes());
-        let path = format!("/api/v4/jobs/{}/artifacts?artifact_format=zip&artifact_type=archive", self.id);
-        let content = format!("multipart/form-data; boundary={boundary}");
-        let headers = [("Content-Type", content.as_str()), ("Job-Token", self.token.as_str())];
-        // The official runner tries three times, a second apart.
-        let mut status = None;
-        for _ in 0..3 {
-            status = guest.call("POST", &path, &headers, &body).await.map(|a| a.status);
-            if status.is_some_and(|status| status < 500) {
-                break;
-            }
-            sleep(Duration::from_secs(1)).await;
-        }
-        self.print(&format!("upload: {status:?}"));
     }
 }

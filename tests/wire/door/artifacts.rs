@@ -158,6 +158,46 @@ async fn gitlabs_true_answer_passes_and_its_absence_is_502() {
     assert_eq!((reply.status, reply.text()), (502, r#"{"message":"502 Bad Gateway"}"#));
 }
 
+/// U11: what fails at GitLab carries a wait that grows with the outage, for a runner that obeys it; the answer to an
+/// older one waits itself.
+#[tokio::test(start_paused = true)]
+async fn an_outage_is_bridged_for_either_runner() {
+    let unreachable =
+        |door: &Door| door.gitlab.answer_with(|_| Box::pin(async { Err(TransportError::Connect("refused".into())) }));
+    let key = format!("/api/v4/jobs/{JOB}/runtime_environment_key");
+    for (method, path) in [("POST", artifacts(JOB)), ("GET", artifacts(JOB)), ("GET", key)] {
+        let door = Door::new().await;
+        let newer = [TOKEN, MULTIPART, ("User-Agent", "gitlab-runner 19.3.0 (x; go1.25; linux/amd64)")];
+        unreachable(&door);
+        for (after, wait) in [(0, "5"), (30, "30"), (100, "60")] {
+            tokio::time::sleep(std::time::Duration::from_secs(after)).await;
+            let (reply, asked) = (door.ask(request(method, &path, &newer, "x")).await, tokio::time::Instant::now());
+            assert_eq!((reply.status, reply.header("retry-after")), (502, Some(wait)), "{method} {path}");
+            assert!(asked.elapsed().as_secs() < 1);
+        }
+        let headers = &[("retry-after", "7"), ("ratelimit-resettime", "Mon, 01 Nov 2066 00:00:00 GMT")];
+        door.gitlab.answer_after_body(503, headers, "");
+        let reply = door.ask(request(method, &path, &newer, "x")).await;
+        assert_eq!((reply.header("retry-after"), reply.header("ratelimit-resettime")), (Some("60"), None));
+        door.gitlab.answer_after_body(201, &[], "201");
+        assert_eq!(door.ask(request(method, &path, &newer, "x")).await.header("retry-after"), None);
+        unreachable(&door);
+        assert_eq!(door.ask(request(method, &path, &newer, "x")).await.header("retry-after"), Some("5"));
+
+        // Three tries are all that it makes.
+        let older = [TOKEN, MULTIPART, ("User-Agent", "gitlab-runner 17.5.0 (x; go1.22; linux/amd64)")];
+        let since = tokio::time::Instant::now();
+        for pause in [1, 2] {
+            assert_eq!(door.ask(request(method, &path, &older, "x")).await.status, 502);
+            tokio::time::sleep(std::time::Duration::from_secs(pause)).await;
+        }
+        assert_eq!(since.elapsed().as_secs(), 123, "{method} {path}");
+        door.gitlab.answer_after_body(201, &[], "201");
+        let reply = door.ask(request(method, &path, &older, "x")).await;
+        assert_eq!((reply.status, since.elapsed().as_secs()), (201, 123));
+    }
+}
+
 async fn wait_ended(door: &Door) -> bool {
     let ended = async {
         loop {
