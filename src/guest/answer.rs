@@ -7,6 +7,7 @@ use crate::gitlab::{Body, JobStatus, transport};
 use bytes::Bytes;
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, RANGE, RETRY_AFTER};
 use http::{Response, StatusCode};
+use std::time::Duration;
 
 /// An answer on its way to hyper.
 pub(super) type Answer = Response<Body>;
@@ -53,8 +54,13 @@ pub(super) fn method_not_allowed(allowed: &'static str) -> Answer {
 /// An error after which the guest shall come again at once: no answer of ours says more than a
 /// second, for 19.3 obeys any value (design D13).
 pub(super) fn come_again(status: StatusCode) -> Answer {
+    come_again_after(status, Duration::from_secs(1))
+}
+
+/// The same for artifacts, where nothing but the transfer waits: the runner's trace and verdict go on.
+pub(super) fn come_again_after(status: StatusCode, wait: Duration) -> Answer {
     let mut answer = error(status);
-    answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    answer.headers_mut().insert(RETRY_AFTER, HeaderValue::from(wait.as_secs()));
     answer
 }
 

@@ -26,6 +26,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 /// GitLab may pause this long within an answer: a slow object store behind it.
 const GITLAB_PAUSE: Duration = Duration::from_secs(300);
+/// A request beyond the rate of forwarded ones is delayed by at most this, then answered 429.
+const FORWARD_DELAY_MAX: Duration = Duration::from_secs(10);
 /// A signed URL of an object store at most.
 const LOCATION_BYTES_MAX: usize = 8 * 1024;
 
@@ -57,6 +59,14 @@ impl Handler {
         let Some(headers) = request_headers(route, &parts.headers) else {
             return self.refuse(StatusCode::BAD_REQUEST, "content_type");
         };
+        match self.forwards.take(1, FORWARD_DELAY_MAX) {
+            Some(Duration::ZERO) => {}
+            Some(delay) => tokio::time::sleep(delay).await,
+            None => {
+                self.metrics().refused.inc("forward_rate");
+                return answer::come_again_after(StatusCode::TOO_MANY_REQUESTS, FORWARD_DELAY_MAX);
+            }
+        }
         // More transfers than GitLab grants one job wait here, for one stall at most.
         let permit = match timeout(self.limits().stall, Arc::clone(&self.transfers).acquire_owned()).await {
             Ok(permit) => permit.expect("never closed"),

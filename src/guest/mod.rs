@@ -61,6 +61,10 @@ pub struct Limits {
     pub requests_per_second: u32,
     /// See `requests_per_second`.
     pub requests_burst: u32,
+    /// Requests a second that go on to GitLab, and their burst: its limits per address are the daemon's own, too.
+    pub forwards_per_second: u32,
+    /// See `forwards_per_second`.
+    pub forwards_burst: u32,
     /// Trace bytes a second, and their burst.
     pub trace_bytes_per_second: u64,
     /// See `trace_bytes_per_second`.
@@ -82,6 +86,9 @@ impl Default for Limits {
             poll_hold: Duration::from_secs(20),
             requests_per_second: 50,
             requests_burst: 100,
+            // Two jobs' worth of dependencies at once; 120 a minute is less than GitLab grants one job.
+            forwards_per_second: 2,
+            forwards_burst: 60,
             trace_bytes_per_second: 32 * MIB,
             trace_bytes_burst: 64 * MIB,
         }

@@ -13,7 +13,13 @@ use tokio::time::timeout;
 const ARTIFACTS: &str = "/api/v4/jobs/42/artifacts";
 
 async fn open(server: &Server) -> Door {
-    let limits = Limits { requests_per_second: 100_000, requests_burst: 100_000, ..Limits::default() };
+    let limits = Limits {
+        requests_per_second: 100_000,
+        requests_burst: 100_000,
+        forwards_per_second: 100_000,
+        forwards_burst: 100_000,
+        ..Limits::default()
+    };
     Setup { limits, tcp: true, transport: Some(plain(&server.url())), ..Setup::default() }.open().await
 }
 

@@ -2,6 +2,7 @@
 
 use super::support::{Door, Feed, GUEST_TOKEN, JOB, JOB_TOKEN, LIMIT, PAYLOAD, Setup, patch, poll, put, request};
 use bytes::Bytes;
+use dayfly::gitlab::JobUpdate;
 use dayfly::guest::Limits;
 use http_body_util::BodyExt as _;
 use std::io;
@@ -166,6 +167,44 @@ async fn requests_far_beyond_the_rate_get_429_with_a_second() {
         statuses.push(reply.status);
     }
     assert_eq!(statuses, [404, 404, 429]);
+}
+
+/// U28: a guest that calls for GitLab 50 times a second takes its 60 and then two a second; one that asks for more at
+/// once is told when to come again. Neither its own trace nor the daemon's calls wait for that.
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_forwarded_calls_reaches_gitlab_at_their_own_rate() {
+    let door = Door::new().await;
+    door.gitlab.answer_after_body(200, &[], "");
+    let key = format!("/api/v4/jobs/{JOB}/runtime_environment_key");
+    let mut calls = tokio::task::JoinSet::new();
+    let begun = Instant::now();
+    for n in 0..600 {
+        let (mut guest, path) = (door.guest().await, if n % 2 == 0 { ARTIFACTS } else { &key });
+        guest.send(request("GET", path, &[("Job-Token", JOB_TOKEN)], "")).await;
+        calls.spawn(async move {
+            let reply = guest.reply().await;
+            assert_eq!(reply.header("retry-after"), (reply.status == 429).then_some("10"));
+            reply.status
+        });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(begun.elapsed().as_secs(), 12);
+    let at_once = Instant::now();
+    assert_eq!(door.ask(patch(0, b"a line")).await.status, 202);
+    let update = JobUpdate { verdict: None, trace: None };
+    door.client.update_job(&update).await.unwrap();
+    assert!(at_once.elapsed().is_zero(), "{:?}", at_once.elapsed());
+    let contacts = door.gitlab.contacts() - 1;
+    assert!((80..=86).contains(&contacts), "{contacts} calls in 12 s");
+    let statuses = calls.join_all().await;
+    let passed = statuses.iter().filter(|status| **status == 200).count();
+    // What was delayed by up to ten seconds comes behind it.
+    assert!((100..=106).contains(&passed) && passed == door.gitlab.contacts() - 1, "{passed}");
+    assert_eq!(door.metrics.guest().refused.get("forward_rate"), 600 - passed as u64);
+    // One after the other, as runners call, none is refused.
+    for _ in 0..100 {
+        assert_eq!(door.ask(request("GET", ARTIFACTS, &[("Job-Token", JOB_TOKEN)], "")).await.status, 200);
+    }
 }
 
 /// A writer that keeps all.

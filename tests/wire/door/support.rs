@@ -43,6 +43,8 @@ pub(crate) struct Door {
     pub(crate) job: Arc<Mutex<FakeJob>>,
     pub(crate) view: watch::Sender<GuestView>,
     pub(crate) gitlab: Arc<FakeGitlab>,
+    /// The daemon's own calls for this job.
+    pub(crate) client: JobClient,
     pub(crate) spool: Spool,
     pub(crate) files: Arc<MemoryFiles>,
     /// The spool's way to `files`.
@@ -292,21 +294,18 @@ impl Setup {
         let pass = Pass::new(rng.bytes());
         let metrics = Metrics::new();
         let job_token = Secret::new(JOB_TOKEN);
+        let transport = self.transport.unwrap_or_else(|| gitlab.clone());
+        let client = JobClient::new(transport, JobId(JOB), job_token.clone(), rng.clone());
         let guest_pass = admit(Admission {
             vm: VmId::random(&rng),
             listener,
             pass: pass.clone(),
             guest_token: Secret::new(GUEST_TOKEN),
             job: JobId(JOB),
-            job_token: job_token.clone(),
+            job_token,
             dependencies: vec![Dependency { id: JobId(DEPENDENCY), token: Secret::new(DEPENDENCY_TOKEN) }],
             spool: spool.writer(),
-            client: JobClient::new(
-                self.transport.unwrap_or_else(|| gitlab.clone()),
-                JobId(JOB),
-                job_token,
-                rng.clone(),
-            ),
+            client: client.clone(),
             direct_download: self.direct_download,
             events,
             view: view_receiver,
@@ -315,7 +314,7 @@ impl Setup {
             clock: Clock::system(),
             metrics: metrics.clone(),
         });
-        Door { entrance, pass, guest_pass: Some(guest_pass), job, view, gitlab, spool, files, disk, metrics }
+        Door { entrance, pass, guest_pass: Some(guest_pass), job, view, gitlab, client, spool, files, disk, metrics }
     }
 }
 
