@@ -32,6 +32,7 @@ mod latest; // who waits for the newest value?
 pub mod secret; // what must never be printed?
 pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
+mod repeats; // how often may a guest fill the log?
 pub mod failpoint; // where may a test pull the plug?
 pub mod planted; // would our tests notice?
 #[cfg(feature = "test-util")]

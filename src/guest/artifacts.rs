@@ -13,6 +13,7 @@ use super::trace::is_over;
 use crate::clock::Clock;
 use crate::gitlab::{Forward, ForwardRoute, JobId, transport};
 use crate::secret::Secret;
+use crate::telemetry::chain;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Response, StatusCode};
@@ -120,8 +121,8 @@ impl Handler {
         match timeout_at(deadline, self.client.forward(forward, dependency)).await {
             Ok(Ok(answer)) => return Some(answer),
             Ok(Err(error)) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::debug!(vm = %self.vm(), job = %self.job, error, "failed to forward a guest's request");
+                let error = chain(&error);
+                self.not_forwarded.log(|line| tracing::info!(vm = %self.vm(), job = %self.job, error, "{line}"));
             }
             Err(_) => {}
         }

@@ -13,6 +13,7 @@ use super::greeting::{self, Failure};
 use super::handler::Handler;
 use super::wire::{Notes, Times, Wire};
 use super::{Admission, GuestEvent, answer};
+use crate::repeats::Repeats;
 use crate::vm::{DoorListener, Stream};
 use bytes::BytesMut;
 use http::{Request, Response};
@@ -56,6 +57,7 @@ struct Door {
     connections: Arc<Semaphore>,
     lobby: Lobby,
     greeted: AtomicBool,
+    not_accepted: Repeats,
 }
 
 /// Serves until `stop`. Returns when no task is left.
@@ -66,6 +68,7 @@ pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
         connections: Arc::new(Semaphore::new(limits.connections)),
         lobby: Lobby::new(limits.greeting_connections),
         greeted: AtomicBool::new(false),
+        not_accepted: Repeats::new("failed to accept at a door"),
         handler,
     });
     let mut tasks = JoinSet::new();
@@ -90,7 +93,7 @@ pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
                 }
                 Err(error) => {
                     door.handler.metrics().accept_errors.inc();
-                    tracing::warn!(vm = %door.handler.vm(), error = %error, "failed to accept at a door");
+                    door.not_accepted.log(|line| tracing::warn!(vm = %door.handler.vm(), error = %error, "{line}"));
                     tokio::select! {
                         biased;
                         () = stop.cancelled() => break,

@@ -18,6 +18,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobId, RunnerInfo};
 use crate::job::spool::SpoolWriter;
 use crate::metrics::{GuestMetrics, Metrics};
+use crate::repeats::Repeats;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::vm::{DoorListener, VmId};
@@ -80,6 +81,9 @@ pub(super) struct Handler {
     pub(super) fetches: Outage,
     pub(super) debug_trace_told: AtomicBool,
     pub(super) running_answered: AtomicBool,
+    other_job: Repeats,
+    pub(super) trace_unwritten: Repeats,
+    pub(super) not_forwarded: Repeats,
     /// When `Spoke` last went out. Held for a few lines, never across an await.
     spoke: Mutex<Option<Instant>>,
     /// Writes to the spool: never dropped half-way.
@@ -123,6 +127,9 @@ impl Handler {
             fetches: Outage::default(),
             debug_trace_told: AtomicBool::new(false),
             running_answered: AtomicBool::new(false),
+            other_job: Repeats::new("guest asked for another job"),
+            trace_unwritten: Repeats::new("failed to write a guest's trace"),
+            not_forwarded: Repeats::new("failed to forward a guest's request"),
             spoke: Mutex::new(None),
             writes: TaskTracker::new(),
             limits,
@@ -237,7 +244,7 @@ impl Handler {
     async fn job_route(&self, id: JobId, route: JobRoute, parts: &Parts, query: Query, body: RequestBody) -> Answer {
         let dependency = self.dependencies.get(&id).filter(|_| route == JobRoute::Download && id != self.job);
         if id != self.job && dependency.is_none() {
-            tracing::info!(vm = %self.vm, job = %self.job, other = %id, "guest asked for another job");
+            self.other_job.log(|line| tracing::info!(vm = %self.vm, job = %self.job, other = %id, "{line}"));
             return self.refuse(StatusCode::FORBIDDEN, "other_job");
         }
         // 17.5 proves an update by the body only, so that one looks for itself.

@@ -69,7 +69,8 @@ impl Handler {
             }
             Ok(Ok(Appended::Closed)) => Err(self.refuse_over()),
             Ok(Err(error)) => {
-                tracing::warn!(vm = %self.vm(), job = %self.job, error = %error, "failed to write a guest's trace");
+                self.trace_unwritten
+                    .log(|line| tracing::warn!(vm = %self.vm(), job = %self.job, error = %error, "{line}"));
                 Err(answer::come_again(StatusCode::SERVICE_UNAVAILABLE))
             }
             // A panic, which its own line reports.

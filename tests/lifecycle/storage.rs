@@ -134,3 +134,34 @@ async fn a_missing_image_costs_its_own_runner_only() {
     assert_eq!(world.status().daemon.problems.len(), 1);
     world.assert_clean().await;
 }
+
+/// U27: a guest complains for ever, and says a verdict again and again that no disk takes: the log has ten lines of
+/// each, and their number when the job is over.
+#[tokio::test(start_paused = true)]
+async fn the_log_tells_ten_times_what_a_guest_says_to_its_job() {
+    let mut world = World::new(1);
+    let kinds = ["guest could not do its part", "keep the guest's verdict"];
+    world.expect_trouble(&kinds);
+    world.expect_trouble(&["of these lines the log has", "failure=HostDisk", "write the job's record", "not on disk"]);
+    let complaints = ["report failed too little room"; 15];
+    let script = [&["print begun"][..], &complaints, &["sleep 2"], &complaints, &["print ended", "sleep 100"]].concat();
+    let job = world.job(&script);
+    world.start().await.unwrap();
+    world.until_trace(job, "ended").await;
+    world.files.fail_replaces(Some(io::ErrorKind::StorageFull));
+    tokio::time::sleep(Duration::from_secs(200)).await;
+    world.files.fail_replaces(None);
+    world.until(job, JobState::Failed).await;
+    for kind in kinds {
+        let text = world.log.text();
+        let lines = text.lines().filter(|line| line.contains(kind) && !line.contains("of these lines")).count();
+        assert_eq!(lines, 10, "{kind}: {text}");
+    }
+    world.assert_clean().await;
+    let text = world.log.text();
+    for (kind, times) in kinds.into_iter().zip([30, 20]) {
+        let total = |line: &&str| line.contains("of these lines") && line.contains(kind);
+        let total = text.lines().find(total).unwrap_or_else(|| panic!("no total of {kind}: {text}"));
+        assert!(total.ends_with(&format!("times={times}")) && total.contains(&format!("job={job}")), "{total}");
+    }
+}

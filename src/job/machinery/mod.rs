@@ -1,8 +1,10 @@
 //! The moving parts of one job: spool, uploader, machine, door, record. `task` decides, this acts.
 
 mod machine;
+mod repeated;
 
 use self::machine::LetGo;
+use self::repeated::Repeated;
 use super::journal::{LastLines, Record};
 use super::lines;
 use super::spool::Spool;
@@ -87,6 +89,8 @@ pub(super) struct Machinery {
     section_open: bool,
     /// Whether a former daemon had begun this job's machine.
     adopted: bool,
+    /// Lines of the log that the guest may bring about.
+    pub(super) repeated: Repeated,
 }
 
 impl Machinery {
@@ -153,6 +157,7 @@ impl Machinery {
             let_go: LetGo::new(parts.supply.clone()),
             machine_task_lost: None,
             another: false,
+            repeated: Repeated::default(),
             parts,
             record,
             runner,
@@ -413,7 +418,7 @@ impl Machinery {
             Err(error) => Err(error),
         };
         if let Err(error) = kept {
-            tracing::error!(error = chain(&error), "keep the guest's verdict; it is asked to send it again");
+            self.repeated.verdict_unkept.log(|line| tracing::error!(error = chain(&error), "{line}"));
             self.spool.reopen_guest().await;
             return false;
         }
@@ -424,8 +429,10 @@ impl Machinery {
     pub(super) async fn keep_hand_out(&self) -> bool {
         let (state, _) = self.record.state.clone().on(Event::GuestAsked);
         let kept = self.parts.journal.put(&Record { state, ..self.record.clone() }).await;
-        kept.inspect_err(|error| tracing::error!(error = chain(error), "write the hand-out down")).is_ok()
-            || planted::on(Bug::RecordErrorIgnored)
+        if let Err(error) = &kept {
+            self.repeated.hand_out_unkept.log(|line| tracing::error!(error = chain(error), "{line}"));
+        }
+        kept.is_ok() || planted::on(Bug::RecordErrorIgnored)
     }
 
     pub(super) fn greeted(&self) {

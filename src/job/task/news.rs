@@ -166,6 +166,8 @@ impl Job {
 
     async fn report(&mut self, report: Report) {
         match report {
+            // A line in the log and one in the trace for each.
+            Report::Ready | Report::Applied | Report::RunnerStarted if !self.m.repeated.phases.is_news() => {}
             Report::Ready => self.phase("guest is up").await,
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
@@ -174,7 +176,7 @@ impl Job {
                 tracing::debug!(code, "guest reports the end of its runner");
                 self.runner_exited = Some(code);
             }
-            Report::Failed(text) => tracing::warn!(text, "guest could not do its part"),
+            Report::Failed(text) => self.m.repeated.failures.log(|line| tracing::warn!(text, "{line}")),
         }
     }
 

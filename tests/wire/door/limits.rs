@@ -1,8 +1,10 @@
 //! Too slow, too much, too often; and what the log keeps to itself.
 
 use super::support::{Door, Feed, GUEST_TOKEN, JOB, JOB_TOKEN, LIMIT, PAYLOAD, Setup, patch, poll, put, request};
+use crate::support;
 use bytes::Bytes;
 use dayfly::gitlab::JobUpdate;
+use dayfly::gitlab::transport::TransportError;
 use dayfly::guest::Limits;
 use http_body_util::BodyExt as _;
 use std::io;
@@ -220,6 +222,39 @@ impl io::Write for Log {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// U27: whatever a guest repeats, the log has ten lines of each kind, and their number when the door closes.
+#[tokio::test(start_paused = true)]
+async fn the_log_tells_ten_times_what_a_guest_repeats() {
+    let log = support::log::Log::default();
+    let guard = log.listen_to(tracing::Level::DEBUG);
+    let mut door = Door::new().await;
+    door.gitlab.answer_with(|_| Box::pin(async { Err(TransportError::Connect("refused".into())) }));
+    let token = [("Job-Token", JOB_TOKEN)];
+    for _ in 0..25 {
+        door.entrance.fail().await;
+        door.files.fail_call(1, io::ErrorKind::StorageFull);
+        assert_eq!(door.ask(patch(0, b"never written")).await.status, 503);
+        assert_eq!(door.ask(request("GET", "/api/v4/jobs/77/artifacts", &token, "")).await.status, 403);
+        assert_eq!(door.ask(request("GET", ARTIFACTS, &token, "")).await.status, 502);
+    }
+    let kinds = [
+        "failed to write a guest's trace",
+        "guest asked for another job",
+        "failed to forward a guest's request",
+        "failed to accept at a door",
+    ];
+    for kind in kinds {
+        assert_eq!(log.text().matches(kind).count(), 10, "{kind}: {}", log.text());
+    }
+    door.guest_pass.take().unwrap().revoke().await;
+    let text = log.text();
+    for kind in kinds {
+        let total = format!("of these lines the log has the first ten only line=\"{kind}\" times=25");
+        assert_eq!((text.matches(kind).count(), text.contains(&total)), (11, true), "{kind}: {text}");
+    }
+    drop(guard);
 }
 
 /// T1, T21: at the most talkative level, neither a secret nor a guest's own text is in the log.

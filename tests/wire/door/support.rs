@@ -372,6 +372,12 @@ impl Door {
 }
 
 impl Entrance {
+    /// Lets an accept of the door's fail.
+    pub(crate) async fn fail(&self) {
+        let Self::Memory(sender) = self else { unreachable!("a socket's accept fails for nobody") };
+        sender.send(Err(io::ErrorKind::ConnectionAborted.into())).await.expect("the door accepts");
+    }
+
     pub(crate) async fn connect(&self) -> Box<dyn Stream> {
         match self {
             Self::Memory(sender) => {
