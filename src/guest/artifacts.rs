@@ -73,7 +73,9 @@ impl Handler {
             Ok(permit) => permit.expect("never closed"),
             Err(_) => return answer::come_again(StatusCode::TOO_MANY_REQUESTS),
         };
-        let redirected = self.direct_download && route == JobRoute::Download;
+        // Whoever asks GitLab to stream follows a redirect as it likes, with the job's token.
+        let asked = route == JobRoute::Download && query.get("direct_download") == Some("true");
+        let redirected = self.direct_download && asked;
         let query = self.query(route, query);
         let deadline = Instant::now() + self.limits().transfer_total;
         let up = Pace { stall: self.limits().stall, deadline, bytes: self.metrics().artifact_up_bytes.clone() };
@@ -95,6 +97,10 @@ impl Handler {
         let (status, length) = (answer.status(), answer.body().size_hint().exact());
         let Some(mut headers) = response_headers(status, answer.headers(), redirected, &self.clock) else {
             self.metrics().refused.inc("redirect");
+            self.not_redirected.log(|line| {
+                let (method, status, direct_download) = (&parts.method, status.as_u16(), self.direct_download);
+                tracing::info!(vm = %self.vm(), job = %self.job, %method, status, asked, direct_download, "{line}");
+            });
             return answer::error(StatusCode::BAD_GATEWAY);
         };
         // Where the body knows its length, hyper frames it so; else GitLab's word for it stands.
@@ -196,8 +202,8 @@ fn is_range(range: &str) -> bool {
     range.len() <= 128 && range.strip_prefix("bytes=").is_some_and(digits)
 }
 
-/// The headers that come back; `None` for an answer that must not: a redirect that nobody asked
-/// for (`redirected`: somebody may have), or no final status at all.
+/// The headers that come back; `None` for an answer that must not: a redirect where none may pass
+/// (`redirected`: one may), or no final status at all.
 pub(super) fn response_headers(
     status: StatusCode,
     headers: &HeaderMap,

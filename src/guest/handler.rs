@@ -84,6 +84,7 @@ pub(super) struct Handler {
     other_job: Repeats,
     pub(super) trace_unwritten: Repeats,
     pub(super) not_forwarded: Repeats,
+    pub(super) not_redirected: Repeats,
     /// When `Spoke` last went out. Held for a few lines, never across an await.
     spoke: Mutex<Option<Instant>>,
     /// Writes to the spool: never dropped half-way.
@@ -130,6 +131,7 @@ impl Handler {
             other_job: Repeats::new("guest asked for another job"),
             trace_unwritten: Repeats::new("failed to write a guest's trace"),
             not_forwarded: Repeats::new("failed to forward a guest's request"),
+            not_redirected: Repeats::new("GitLab's redirect of a guest's artifacts is not passed on"),
             spoke: Mutex::new(None),
             writes: TaskTracker::new(),
             limits,

@@ -1,6 +1,7 @@
 //! What goes on to GitLab, and what comes back.
 
 use super::support::{DEPENDENCY, DEPENDENCY_TOKEN, Door, Feed, JOB, JOB_TOKEN, LIMIT, Setup, request};
+use crate::support::log::Log;
 use dayfly::gitlab::JobStatus;
 use dayfly::gitlab::transport::TransportError;
 use http_body_util::BodyExt as _;
@@ -143,6 +144,29 @@ async fn redirects_pass_only_where_the_site_allows_them() {
             (reply.status, reply.header("location"), reply.text()),
             (502, None, r#"{"message":"502 Bad Gateway"}"#)
         );
+    }
+}
+
+/// U37: a redirect passes only to a guest that asked for one, at a runner that allows it; else the guest gets 502, and
+/// the operator's log says so.
+#[tokio::test(start_paused = true)]
+async fn a_redirect_that_is_not_passed_on_is_in_the_log() {
+    for (allowed, query, passes) in [(true, "?direct_download=true", true), (true, "", false), (false, "", false)] {
+        let log = Log::default();
+        let guard = log.listen();
+        let door = Setup { direct_download: allowed, ..Setup::default() }.open().await;
+        door.gitlab.answer_after_body(302, &[("location", "https://store.example/x?signature=canary")], "");
+        let reply = door.ask(request("GET", &(artifacts(JOB) + query), &[TOKEN], "")).await;
+        assert_eq!(reply.status, if passes { 302 } else { 502 }, "{query}");
+        let text = log.text();
+        let line = text.lines().find(|line| line.contains("redirect of a guest's artifacts is not passed on"));
+        assert_eq!(line.is_some(), !passes, "{query}: {text}");
+        assert!(!text.contains("canary"), "a signed URL is a secret");
+        if let Some(line) = line {
+            let told = format!("method=GET status=302 asked=false direct_download={allowed}");
+            assert!(line.trim_start().starts_with("INFO") && line.contains(&told), "{line}");
+        }
+        drop(guard);
     }
 }
 
