@@ -178,7 +178,7 @@ fn listen(shutdown: &Shutdown) -> std::io::Result<impl Future<Output = ()>> {
                 _ = int.recv() => shutdown.hand_over(),
                 _ = quit.recv() => shutdown.drain_or_end(),
             }
-            tracing::info!(mode = ?*shutdown.mode().borrow(), "told to stop");
+            tracing::info!(mode = shutdown.mode().borrow().word(), "told to stop");
         }
     })
 }

@@ -17,6 +17,19 @@ pub enum Mode {
     HandOverNow,
 }
 
+impl Mode {
+    /// As the log says it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Run => "run",
+            Self::Drain => "drain",
+            Self::End => "end the jobs",
+            Self::HandOver => "hand over",
+            Self::HandOverNow => "hand over at once",
+        }
+    }
+}
+
 /// The switch. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Shutdown(watch::Sender<Mode>);

@@ -64,6 +64,18 @@ pub enum JobStatus {
     Over,
 }
 
+impl JobStatus {
+    /// One word for people.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Canceling => "canceling",
+            Self::Over => "over",
+        }
+    }
+}
+
 /// Why a call to GitLab did not do what it should.
 #[derive(Debug, thiserror::Error)]
 pub enum GitlabError {

@@ -390,5 +390,7 @@ impl State {
     }
 }
 
+mod words;
+
 #[cfg(test)]
 mod tests;

@@ -261,7 +261,7 @@ impl Job {
             let (state, commands) = before.clone().on(event.clone());
             self.count_loss(&before, &event);
             if state != before {
-                tracing::info!(state = state.word(), ?event, "job goes on");
+                tracing::info!(state = state.word(), event = event.words(), "job goes on");
             }
             self.m.record.state = state;
             if let Some(Command::Fail(failure)) = commands.iter().find(|c| matches!(c, Command::Fail(_))) {
@@ -428,7 +428,7 @@ impl Job {
             _ => self.graced,
         };
         let (job, image) = (self.m.record.key.id.0, self.m.image().to_owned());
-        tracing::warn!(?failure, "the job ends without a verdict of its guest");
+        tracing::warn!(failure = failure.words(), "the job ends without a verdict of its guest");
         let booting = self.m.record.guest_base.is_none();
         let lost =
             matches!(failure, Failure::Died(_) | Failure::DiedBooting(_) | Failure::HostMemory | Failure::BootDeadline);

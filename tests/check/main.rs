@@ -245,6 +245,67 @@ fn what_belongs_into_one_place_stays_there() {
     only("standin::", &["exec", "standin", "cli"]);
 }
 
+/// The bodies of the macros of `tracing` in a text: from the parenthesis to its partner.
+fn log_calls(text: &str) -> Vec<&str> {
+    let mut calls = Vec::new();
+    for word in ["error!(", "warn!(", "info!(", "debug!(", "trace!(", "event!(", "span!("] {
+        for (at, _) in text.match_indices(word) {
+            let body = &text[at + word.len()..];
+            let (mut depth, mut quoted, mut escaped) = (1, false, false);
+            let end = body.find(|c: char| {
+                match c {
+                    _ if escaped => escaped = false,
+                    '\\' => escaped = true,
+                    '"' => quoted = !quoted,
+                    '(' if !quoted => depth += 1,
+                    ')' if !quoted => depth -= 1,
+                    _ => {}
+                }
+                depth == 0
+            });
+            calls.push(&body[..end.unwrap_or(body.len())]);
+        }
+    }
+    calls
+}
+
+/// Whether a call logs something in Rust's own form: a field `?value`, or `{:?}` in its text.
+fn logs_debug(call: &str) -> bool {
+    let mut before = ',';
+    for c in call.chars().filter(|c| !c.is_whitespace()) {
+        if c == '?' && matches!(before, ',' | '=' | '(' | ':') {
+            return true;
+        }
+        before = c;
+    }
+    false
+}
+
+#[test]
+fn a_value_in_rusts_own_form_is_found_in_a_log_call() {
+    let calls = log_calls(r#"tracing::info!(a = 1, "a (text"); f(); tracing::warn!(?event, "x"); debug_span!("y")"#);
+    assert_eq!(calls, [r#"?event, "x""#, r#"a = 1, "a (text""#, r#""y""#]);
+    for bad in ["?event, \"x\"", "a = ?b.c(), \"x\"", "\n  ?event", "a = 1, \"{:?}\", b", "\"{event:?}\""] {
+        assert!(logs_debug(bad), "{bad}");
+    }
+    for good in ["a = b?.c(), \"why?\"", "a = %b, \"{c}\"", "\"is it?\", a"] {
+        assert!(!logs_debug(good), "{good}");
+    }
+}
+
+/// U26: no line of the operator's log holds a value in Rust's own form.
+#[test]
+fn the_log_is_in_words() {
+    let mut calls = 0;
+    for (path, text) in sources(&Path::new(ROOT).join("src")) {
+        for call in log_calls(&text) {
+            calls += 1;
+            assert!(!logs_debug(call), "{}: {call}", path.display());
+        }
+    }
+    assert!(calls > 100, "only {calls} calls: have they another name now?");
+}
+
 #[test]
 fn no_code_of_ours_is_unsafe() {
     let root = Path::new(ROOT);

@@ -39,7 +39,7 @@ async fn until_no_vm(world: &World) -> Duration {
 #[tokio::test(start_paused = true)]
 async fn a_graceful_cancel_while_booting_ends_the_job_before_it_starts() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=CanceledBooting"]);
+    world.expect_trouble(&["canceled while its machine booted"]);
     world.hypervisor.set_guest(|_| std::future::pending());
     let job = world.job(&["print never"]);
     world.start().await.unwrap();
@@ -73,7 +73,7 @@ async fn a_hard_cancel_while_booting_stops_the_boot_and_sends_nothing() {
 async fn a_cancel_before_the_second_ask_of_a_guest_without_its_job_ends_it_at_once() {
     for graceful in [true, false] {
         let mut world = World::new(1);
-        world.expect_trouble(&["failure=CanceledBooting"]);
+        world.expect_trouble(&["canceled while its machine booted"]);
         world.set_guest(|guest: Guest| async move {
             loop {
                 // The first answer is as good as lost.
@@ -114,7 +114,7 @@ async fn a_graceful_cancel_lets_the_guest_run_its_after_script() {
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_ignores_a_graceful_cancel_is_destroyed_after_its_grace() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=CancelGrace"]);
+    world.expect_trouble(&["after_script took too long"]);
     let job = world.job(&["deaf", "print begun", "sleep 3000"]);
     world.start().await.unwrap();
     world.until_trace(job, "begun").await;

@@ -79,7 +79,7 @@ fn a_failure_is_explained_once_whatever_write_the_daemon_was_killed_at() {
             let mut died = false;
             paused(async {
                 let mut world = World::new(1);
-                world.expect_trouble(&["failure=Died"]);
+                world.expect_trouble(&["in the middle of the job"]);
                 let job = world.job(&["print begun", "sleep 5", "crash"]);
                 world.live(Some(End { seam: Seam::Files, call, when })).await.unwrap();
                 world.until_dead_or(job, &[JobState::Failed]).await;

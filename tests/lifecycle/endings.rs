@@ -30,7 +30,7 @@ fn blocked(world: &World) -> Option<String> {
 #[tokio::test(start_paused = true)]
 async fn what_a_guest_does_to_its_machine_is_its_end_and_never_the_hosts_fault() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Died", "that wrote no log"]);
+    world.expect_trouble(&["in the middle of the job", "that wrote no log"]);
     world.config.concurrent = 1;
     let ends = [
         ("off", "was powered off from inside,"),
@@ -60,7 +60,7 @@ async fn what_a_guest_does_to_its_machine_is_its_end_and_never_the_hosts_fault()
 #[tokio::test(start_paused = true)]
 async fn what_is_not_known_of_a_machines_end_is_not_said_and_its_own_words_are_quoted() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Died", "that wrote no log"]);
+    world.expect_trouble(&["in the middle of the job", "that wrote no log"]);
     world.hypervisor.set_endings_seen(false);
     let job = world.job(&[
         "print begun",
@@ -85,9 +85,19 @@ async fn what_is_not_known_of_a_machines_end_is_not_said_and_its_own_words_are_q
 #[test]
 fn a_host_on_which_machines_stop_by_themselves_does_not_burn_the_queue() {
     for (word, failure, author_reads, operator_reads) in [
-        ("stop", "failure=HostStopped", "processors were stopped by QEMU itself", "as at an internal error of KVM"),
-        ("pause", "failure=HostDisk", "the host's disk failed or is full", "the host's disk failed or is full"),
-        ("crash", "failure=Died", "its process crashed or was killed", "it crashed, or was killed"),
+        (
+            "stop",
+            "QEMU stopped the machine by itself",
+            "processors were stopped by QEMU itself",
+            "as at an internal error of KVM",
+        ),
+        (
+            "pause",
+            "the host's disk failed or is full",
+            "the host's disk failed or is full",
+            "the host's disk failed or is full",
+        ),
+        ("crash", "in the middle of the job", "its process crashed or was killed", "it crashed, or was killed"),
     ] {
         paused(async move {
             let mut world = World::new(1);
@@ -122,7 +132,7 @@ fn a_host_on_which_machines_stop_by_themselves_does_not_burn_the_queue() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_stops_booting_is_replaced_once_and_counts() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=HostStopped", "a machine was stopped"]);
+    world.expect_trouble(&["QEMU stopped the machine by itself", "a machine was stopped"]);
     world.config.concurrent = 1;
     world.set_guest(|guest| async move {
         guest.machine.power.pause(Pause::Itself);
@@ -151,7 +161,10 @@ fn a_machine_that_an_operator_pauses_is_waited_for_until_a_deadline() {
     for (pause_s, ends) in [(200, JobState::Success), (900, JobState::Failed)] {
         paused(async move {
             let mut world = World::new(1);
-            world.expect_trouble(&["somebody at the host paused the machine", "failure=HostPaused"]);
+            world.expect_trouble(&[
+                "somebody at the host paused the machine",
+                "somebody at the host paused the machine for too long",
+            ]);
             let job = world.job(&["print begun", "sleep 100", "print ended"]);
             world.start().await.unwrap();
             world.until_trace(job, "begun").await;
@@ -189,7 +202,7 @@ fn a_runner_that_does_not_end_at_the_timeout_is_gone_by_its_grace() {
         for silence_s in [300, 60] {
             paused(async move {
                 let mut world = World::new(1);
-                world.expect_trouble(&["failure=Timeout"]);
+                world.expect_trouble(&["the job went on beyond its timeout"]);
                 world.config.limits.silence_deadline = dayfly::config::Span::from_secs(silence_s);
                 let job = world.job_of(JobSpec::script(script.iter().copied()).with_timeout(Duration::from_secs(180)));
                 world.start().await.unwrap();
@@ -208,7 +221,7 @@ fn a_runner_that_does_not_end_at_the_timeout_is_gone_by_its_grace() {
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_cannot_read_its_job_fails_it_within_seconds_and_its_runner_is_quoted() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=NotTaken"]);
+    world.expect_trouble(&["its runner was given the job and did not begin it"]);
     world.set_guest(|mut guest: Guest| async move {
         loop {
             guest.ask_once().await;
@@ -233,7 +246,7 @@ async fn a_guest_that_cannot_read_its_job_fails_it_within_seconds_and_its_runner
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_ends_at_once_leaves_its_consoles_last_lines_in_the_log() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Died", "that wrote no log"]);
+    world.expect_trouble(&["in the middle of the job", "that wrote no log"]);
     world.set_guest(|mut guest: Guest| async move {
         let payload = guest.ask().await.unwrap();
         guest.begin(&payload).await;
@@ -259,7 +272,7 @@ async fn a_machine_that_ends_at_once_leaves_its_consoles_last_lines_in_the_log()
 #[tokio::test(start_paused = true)]
 async fn a_job_that_cannot_go_on_after_a_restart_does_not_blame_the_host() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Lost", "did not survive"]);
+    world.expect_trouble(&["what the job needs is lost", "did not survive"]);
     let job = world.job(&["print begun", "sleep 60"]);
     world.start().await.unwrap();
     world.until_trace(job, "begun").await;

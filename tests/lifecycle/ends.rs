@@ -132,7 +132,7 @@ async fn containers_that_a_shell_class_does_not_start_are_named_in_the_log() {
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_ignores_its_timeout_is_destroyed_two_minutes_later() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Timeout"]);
+    world.expect_trouble(&["the job went on beyond its timeout"]);
     let job =
         world.job_of(JobSpec::script(["deaf", "print begun", "sleep 7000"]).with_timeout(Duration::from_secs(60)));
     world.start().await.unwrap();
@@ -145,7 +145,7 @@ async fn a_guest_that_ignores_its_timeout_is_destroyed_two_minutes_later() {
 #[tokio::test(start_paused = true)]
 async fn a_job_without_a_timeout_ends_after_an_hour() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Timeout"]);
+    world.expect_trouble(&["the job went on beyond its timeout"]);
     // GitLab's own view of such a job is longer.
     world.standin.edit(|m| m.projects.get_mut(&world.project).unwrap().build_timeout = Duration::from_secs(7200));
     let job = world.job_of(bare(7, &["deaf", "print begun", "sleep 9000"]));
@@ -231,7 +231,7 @@ async fn a_second_ask_is_given_the_job_again_only_before_the_guest_has_spoken() 
 async fn an_operator_ends_a_job() {
     for (knows, reason) in [(true, "runner_interrupted"), (false, "runner_system_failure")] {
         let mut world = World::new(1);
-        world.expect_trouble(&["failure=Killed"]);
+        world.expect_trouble(&["the operator ended the job"]);
         let script = ["print begun", "sleep 600"];
         let job = world.job_of(if knows { JobSpec::script(script) } else { bare(9, &script) });
         world.start().await.unwrap();

@@ -298,7 +298,7 @@ async fn a_machine_whose_guest_works_already_is_not_lost_with_an_answer_about_it
 #[tokio::test(start_paused = true)]
 async fn a_job_that_waits_for_a_port_takes_none_from_its_neighbour_after_a_restart() {
     let mut world = World::new(1);
-    world.expect_trouble(&["the job waits for one", "failure=Silent"]);
+    world.expect_trouble(&["the job waits for one", "the guest went silent"]);
     world.config.network.guest_ports = "20000-20000".parse().unwrap();
     let held = world.hypervisor.listen("127.0.0.1:20000".parse().unwrap()).await.unwrap();
     let jobs = [(); 2].map(|()| world.job(&["print begun", "sleep 60"]));
@@ -348,7 +348,12 @@ fn a_damaged_record_leaves_nothing_of_a_machine_half_taken_down() {
         let mut died = false;
         paused(async {
             let mut world = World::new(1);
-            world.expect_trouble(&["a damaged record was set aside", "belongs to no job", "failure=", "never asked"]);
+            world.expect_trouble(&[
+                "a damaged record was set aside",
+                "belongs to no job",
+                "without a verdict of its guest",
+                "never asked",
+            ]);
             let job = world.job(&["print hello"]);
             world.live(Some(End { seam: Seam::Hypervisor, call, when: When::After })).await.unwrap();
             world.until_dead_or(job, &[JobState::Success]).await;

@@ -138,7 +138,7 @@ async fn a_drain_finishes_what_runs_and_takes_nothing_new() {
 #[tokio::test(start_paused = true)]
 async fn a_second_signal_during_a_drain_ends_the_jobs() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Killed"]);
+    world.expect_trouble(&["the operator ended the job"]);
     let jobs = [world.job(SCRIPT), world.job(SCRIPT)];
     world.start().await.unwrap();
     for job in jobs {
@@ -160,7 +160,7 @@ async fn a_second_signal_during_a_drain_ends_the_jobs() {
 #[tokio::test(start_paused = true)]
 async fn after_a_reboot_of_the_host_every_job_fails_and_says_why() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=HostLost", "did not survive"]);
+    world.expect_trouble(&["did not outlive a restart of the host", "did not survive"]);
     let running = world.job(SCRIPT);
     world.start().await.unwrap();
     world.until_trace(running, "one").await;
@@ -181,7 +181,7 @@ async fn after_a_reboot_of_the_host_every_job_fails_and_says_why() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_died_while_nobody_watched_fails_its_job() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Died"]);
+    world.expect_trouble(&["in the middle of the job"]);
     let job = world.job(SCRIPT);
     world.start().await.unwrap();
     world.until_trace(job, "one").await;
@@ -304,7 +304,7 @@ async fn a_hand_over_in_the_middle_of_an_upload_costs_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_drain_with_a_time_ends_what_is_left_then() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Killed", "as long as it may"]);
+    world.expect_trouble(&["the operator ended the job", "as long as it may"]);
     world.config.limits.drain_timeout = Some(dayfly::config::Span::from_secs(120));
     let (short, long) = (world.job(&["print short", "sleep 60"]), world.job(&["print long", "sleep 3000"]));
     world.start().await.unwrap();
@@ -325,7 +325,7 @@ async fn a_drain_with_a_time_ends_what_is_left_then() {
 #[tokio::test(start_paused = true)]
 async fn a_job_that_comes_while_all_are_ended_is_ended_too() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Killed"]);
+    world.expect_trouble(&["the operator ended the job"]);
     let job = world.job(&["print begun", "sleep 3000"]);
     world.start().await.unwrap();
     world.until_trace(job, "begun").await;

@@ -40,7 +40,7 @@ fn image_on_disk(world: &mut World, dir: &Path, name: &str) -> PathBuf {
 #[tokio::test(start_paused = true)]
 async fn a_job_without_its_image_fails_naming_it_and_others_run() {
     let mut world = World::new(1);
-    world.expect_trouble(&["image cannot be used", "failure=NoImage", "no job is asked for"]);
+    world.expect_trouble(&["image cannot be used", "image cannot be used", "no job is asked for"]);
     let dir = tempfile::tempdir().unwrap();
     let image = image_on_disk(&mut world, dir.path(), "test");
     image_on_disk(&mut world, dir.path(), "spare");
@@ -136,7 +136,7 @@ async fn an_image_replaced_while_an_overlay_is_made_runs_no_job() {
     let mut world = World::new(1);
     world.expect_trouble(&[
         "image cannot be used",
-        "failure=NoImage",
+        "image cannot be used",
         "no job is asked for",
         "could not be made",
         "files of the image have changed",
@@ -232,7 +232,7 @@ async fn a_stuck_machine_holds_one_reservation_before_and_after_a_restart() {
     let vm = world.hypervisor.vms()[0].0.id.clone();
     world.hypervisor.fail_always_for(Op::Destroy, &vm, VmFault::Hangs);
     assert!(matches!(world.kill_job(job), dayfly::control::KillOutcome::Told { .. }));
-    world.expect_trouble(&["failure=Killed"]);
+    world.expect_trouble(&["the operator ended the job"]);
     world.until(job, JobState::Failed).await;
     for _ in 0..2 {
         sleep(Duration::from_secs(300)).await;

@@ -14,7 +14,7 @@ use tokio::io::AsyncWriteExt as _;
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_never_asks_fails_the_job_with_our_fault() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=BootDeadline", "never asked for its job"]);
+    world.expect_trouble(&["did not ask for the job in time", "never asked for its job"]);
     world.hypervisor.set_guest(|mut machine: GuestMachine| async move {
         machine.console.write_all(b"Kernel panic - not syncing\r\n").await.unwrap();
         std::future::pending::<()>().await;
@@ -56,7 +56,7 @@ async fn a_machine_that_cannot_be_made_is_replaced_once() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_cannot_be_made_twice_fails_the_job() {
     let mut world = World::new(1);
-    world.expect_trouble(&["the machine could not be made", "failure=NoMachine"]);
+    world.expect_trouble(&["the machine could not be made", "no machine could be made"]);
     world.hypervisor.fail_always(Op::Start, Fault::Refused("cannot allocate memory"));
     let job = world.job(&["print never"]);
     world.start().await.unwrap();
@@ -98,7 +98,7 @@ async fn a_machine_that_dies_booting_is_replaced_once() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_dies_booting_twice_fails_the_job() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=DiedBooting", "never asked for its job"]);
+    world.expect_trouble(&["before the guest asked for the job", "never asked for its job"]);
     die_booting(&world, 2);
     let job = world.job(&["print never"]);
     world.start().await.unwrap();
@@ -125,29 +125,39 @@ async fn dies(step: &str, trouble: &'static str, author_reads: &str) -> Duration
 /// R11: what it printed is there, and after it our own last lines.
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_dies_in_mid_job_fails_it_at_once() {
-    let ran = dies("crash", "failure=Died", "its process crashed or was killed in the middle of the job").await;
+    let ran =
+        dies("crash", "in the middle of the job", "its process crashed or was killed in the middle of the job").await;
     assert!(ran < Duration::from_secs(15), "{ran:?}");
 }
 
 /// V8: the exit of the guest's system is no verdict.
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_powers_off_without_a_verdict_fails_its_job() {
-    let ran =
-        dies("off", "failure=Died", "the virtual machine was powered off from inside, in the middle of the job").await;
+    let ran = dies(
+        "off",
+        "in the middle of the job",
+        "the virtual machine was powered off from inside, in the middle of the job",
+    )
+    .await;
     assert!(ran < Duration::from_secs(15), "{ran:?}");
 }
 
 /// V11: detected within 15 s.
 #[tokio::test(start_paused = true)]
 async fn a_machine_paused_by_a_full_disk_fails_its_job() {
-    let ran = dies("pause", "failure=HostDisk", "the host's disk failed or is full. Your job is not the cause").await;
+    let ran = dies(
+        "pause",
+        "the host's disk failed or is full",
+        "the host's disk failed or is full. Your job is not the cause",
+    )
+    .await;
     assert!(ran < Duration::from_secs(30), "{ran:?}");
 }
 
 /// V10: after five minutes of silence.
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_goes_silent_fails_its_job() {
-    let ran = dies("hang", "failure=Silent", "the virtual machine said nothing for 5 min").await;
+    let ran = dies("hang", "the guest went silent", "the virtual machine said nothing for 5 min").await;
     assert!((300..330).contains(&ran.as_secs()), "{ran:?}");
 }
 

@@ -42,7 +42,7 @@ async fn fails_alone(world: &mut World, job: JobId, other: JobId, author_reads: 
 #[tokio::test(start_paused = true)]
 async fn a_panic_in_one_jobs_task_fails_that_job_only() {
     let mut world = World::new(1);
-    world.expect_trouble(&["panicked", "failure=Bug"]);
+    world.expect_trouble(&["panicked", "a bug of dayfly"]);
     let other = world.job(&["print other", "sleep 600"]);
     let job = world.job(&["print begun", "sleep 200"]);
     let armed = plan(&mut world, record_of(job));
@@ -56,7 +56,7 @@ async fn a_panic_in_one_jobs_task_fails_that_job_only() {
 #[tokio::test(start_paused = true)]
 async fn a_panic_fails_a_job_of_a_runner_that_is_gone() {
     let mut world = World::new(1);
-    world.expect_trouble(&["panicked", "failure=Bug"]);
+    world.expect_trouble(&["panicked", "a bug of dayfly"]);
     let job = world.job(&["print begun", "sleep 200"]);
     let armed = plan(&mut world, record_of(job));
     world.start().await.unwrap();
@@ -73,7 +73,7 @@ async fn a_panic_fails_a_job_of_a_runner_that_is_gone() {
 #[tokio::test(start_paused = true)]
 async fn a_job_whose_task_panics_again_and_again_is_given_up() {
     let mut world = World::new(1);
-    world.expect_trouble(&["panicked", "failure=Bug"]);
+    world.expect_trouble(&["panicked", "a bug of dayfly"]);
     let job = world.job(&["print begun", "sleep 200"]);
     let armed = plan(&mut world, record_of(job));
     world.start().await.unwrap();
@@ -108,7 +108,7 @@ async fn a_panic_after_the_verdict_changes_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_panic_of_the_uploader_fails_its_job_only() {
     let mut world = World::new(1);
-    world.expect_trouble(&["panicked", "failure=Bug"]);
+    world.expect_trouble(&["panicked", "a bug of dayfly"]);
     let other = world.job(&["print other", "sleep 60"]);
     let job = world.job(&["print begun", "sleep 20", "print more", "sleep 200"]);
     world.start().await.unwrap();
@@ -127,7 +127,7 @@ async fn a_panic_of_the_uploader_fails_its_job_only() {
 async fn a_panic_of_the_machines_task_fails_its_job_only() {
     for panics in [Op::CreateOverlay, Op::Start, Op::State] {
         let mut world = World::new(1);
-        world.expect_trouble(&["panicked", "failure=Bug"]);
+        world.expect_trouble(&["panicked", "a bug of dayfly"]);
         let armed = AtomicBool::new(true);
         world.hypervisor.judge_calls(move |op, _| {
             assert!(!(op == panics && armed.swap(false, Ordering::SeqCst)), "injected");
@@ -162,7 +162,7 @@ async fn a_panic_while_a_machine_is_taken_down_leaves_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_disk_that_is_being_made_as_a_task_dies_is_not_left() {
     let mut world = World::new(1);
-    world.expect_trouble(&["panicked", "failure=Bug"]);
+    world.expect_trouble(&["panicked", "a bug of dayfly"]);
     world.hypervisor.set_timing(Timing { overlay: Duration::from_secs(20), ..Timing::default() });
     let armed = AtomicBool::new(true);
     world.standin.hook(Arc::new(move |request: &Recorded| {
@@ -184,7 +184,7 @@ async fn a_disk_that_is_being_made_as_a_task_dies_is_not_left() {
 #[tokio::test(start_paused = true)]
 async fn a_panic_of_a_door_fails_its_job_only() {
     let mut world = World::new(1);
-    world.expect_trouble(&["panicked", "failure=Bug"]);
+    world.expect_trouble(&["panicked", "a bug of dayfly"]);
     let armed = plan(&mut world, |what, _| what == "accept");
     let job = world.job(&["print begun", "sleep 200"]);
     world.start().await.unwrap();

@@ -86,7 +86,7 @@ fn spec_of(gitlab: &dayfly::standin::Standin, project: dayfly::standin::ProjectI
 #[tokio::test(start_paused = true)]
 async fn what_is_changed_holds_for_the_next_machine() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=Silent"]);
+    world.expect_trouble(&["the guest went silent"]);
     world.config.concurrent = 2;
     let running = world.job(&["print begun", "sleep 60", "hang"]);
     world.start().await.unwrap();

@@ -12,7 +12,7 @@ use std::time::Duration;
 #[tokio::test(start_paused = true)]
 async fn a_disk_that_fills_under_one_machine_costs_its_neighbour_nothing() {
     let mut world = World::new(1);
-    world.expect_trouble(&["failure=HostDisk", "a machine was stopped"]);
+    world.expect_trouble(&["the host's disk failed or is full", "a machine was stopped"]);
     let (full, other) = (world.job(&["print begun", "sleep 20", "pause"]), world.job(&["print begun", "sleep 200"]));
     world.start().await.unwrap();
     world.until_failed(full, "runner_system_failure", "the host's disk failed or is full").await;
@@ -84,7 +84,7 @@ fn a_damaged_record_costs_its_own_job_and_no_other() {
         paused(async {
             let mut world = World::new(1);
             // The dead daemon's tasks cannot be killed: they may say that they hear nothing, and do nothing.
-            world.expect_trouble(&["a damaged record was set aside", "belongs to no job", "failure=Silent"]);
+            world.expect_trouble(&["a damaged record was set aside", "belongs to no job", "the guest went silent"]);
             let (damaged, other) =
                 (world.job(&["print begun", "sleep 100"]), world.job(&["print begun", "sleep 100", "print ended"]));
             world.start().await.unwrap();
@@ -142,7 +142,12 @@ async fn the_log_tells_ten_times_what_a_guest_says_to_its_job() {
     let mut world = World::new(1);
     let kinds = ["guest could not do its part", "keep the guest's verdict"];
     world.expect_trouble(&kinds);
-    world.expect_trouble(&["of these lines the log has", "failure=HostDisk", "write the job's record", "not on disk"]);
+    world.expect_trouble(&[
+        "of these lines the log has",
+        "the host's disk failed or is full",
+        "write the job's record",
+        "not on disk",
+    ]);
     let complaints = ["report failed too little room"; 15];
     let script = [&["print begun"][..], &complaints, &["sleep 2"], &complaints, &["print ended", "sleep 100"]].concat();
     let job = world.job(&script);

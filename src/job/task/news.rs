@@ -171,7 +171,7 @@ impl Job {
             Report::Ready => self.phase("guest is up").await,
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
-            Report::Contract(_) | Report::RunnerConnected => tracing::debug!(?report, "guest reports"),
+            Report::Contract(_) | Report::RunnerConnected => tracing::debug!(%report, "guest reports"),
             Report::RunnerExited(code) => {
                 tracing::debug!(code, "guest reports the end of its runner");
                 self.runner_exited = Some(code);

@@ -536,7 +536,7 @@ impl Uploader {
         let taken_back = status == JobStatus::Running && self.status == JobStatus::Canceling;
         if status != self.status && !taken_back {
             self.status = status;
-            tracing::info!(?status, at = %self.upload.clock.now(), "GitLab's word on the job changed");
+            tracing::info!(status = status.word(), at = %self.upload.clock.now(), "GitLab's word on the job changed");
             if self.upload.events.send(UploaderEvent::Status(status)).await.is_err() {
                 return Step::Done;
             }
