@@ -45,7 +45,7 @@ const SCRIPT: &[&str] = &["print begun", "sleep 200", "print more", "sleep 10"];
 /// U12: a log that is never taken holds the verdict for the configured time, and status and metric name it meanwhile.
 #[tokio::test(start_paused = true)]
 async fn a_log_that_gitlab_does_not_take_holds_the_verdict_for_fifteen_minutes_and_is_named() {
-    let (mut world, job) = world_with(SCRIPT, refuse_patches).await;
+    let (world, job) = world_with(SCRIPT, refuse_patches).await;
     world.until_word("releasing").await;
     let since = Instant::now();
     sleep(Duration::from_secs(60)).await;
@@ -76,7 +76,7 @@ fn no_way_in_which_a_log_is_not_taken_holds_the_verdict_longer() {
     ];
     for (name, mood) in moods {
         paused(async move {
-            let (mut world, job) = world_with(SCRIPT, mood).await;
+            let (world, job) = world_with(SCRIPT, mood).await;
             world.until_word("releasing").await;
             let since = Instant::now();
             world.until(job, JobState::Success).await;

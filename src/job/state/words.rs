@@ -52,7 +52,7 @@ impl Failure {
             Self::CanceledBooting => "canceled while its machine booted",
             Self::CancelGrace => "canceled, and after_script took too long",
             Self::Killed => "the operator ended the job",
-            Self::HostLost => "what the job needs did not outlive a restart of the host",
+            Self::HostLost => "the host was restarted",
             Self::Lost => "what the job needs is lost",
             Self::NoImage => "the image cannot be used",
             Self::Bug => "a bug of dayfly",
