@@ -235,20 +235,26 @@ impl Model {
         id
     }
 
-    /// Moves the queue value of every runner that may take this job.
+    /// Moves the queue value of every runner that this job fits.
     pub fn tick_queues(&mut self, job: JobId) {
         let Some(job) = self.jobs.get(&job) else { return };
         let takers: Vec<RunnerId> = self
             .runners
             .values()
-            .filter(|runner| super::queue::may_take(self, runner, job))
+            .filter(|runner| super::queue::fits(self, runner, job))
             .map(|runner| runner.id)
             .collect();
         for id in takers {
-            let value = self.random_word(32);
-            if let Some(runner) = self.runners.get_mut(&id) {
-                runner.queue_value = value;
-            }
+            self.edit_runner(id, |_| {});
+        }
+    }
+
+    /// Somebody edits or pauses a runner: its queue moves, so that it does not wait for what it was.
+    pub fn edit_runner(&mut self, id: RunnerId, change: impl FnOnce(&mut Runner)) {
+        let value = self.random_word(32);
+        if let Some(runner) = self.runners.get_mut(&id) {
+            change(runner);
+            runner.queue_value = value;
         }
     }
 

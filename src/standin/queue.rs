@@ -19,14 +19,20 @@ use std::time::Duration;
 const ACKNOWLEDGEMENT: Duration = Duration::from_secs(120);
 
 /// Whether the runner may have this job at all, queue and pauses aside.
-pub(super) fn may_take(model: &Model, runner: &Runner, job: &Job) -> bool {
+fn may_take(model: &Model, runner: &Runner, job: &Job) -> bool {
+    let builds_enabled = model.projects.get(&job.project).is_some_and(|project| project.builds_enabled);
+    builds_enabled && fits(model, runner, job)
+}
+
+/// Whether the job is of the runner's scope and kind: then its queue moves for it, whoever gets it.
+pub(super) fn fits(model: &Model, runner: &Runner, job: &Job) -> bool {
     let Some(project) = model.projects.get(&job.project) else { return false };
     let in_scope = match runner.kind {
         RunnerType::Instance => project.shared_runners,
         RunnerType::Group | RunnerType::Project => runner.projects.contains(&job.project),
     };
     let tags_fit = if job.spec.tags.is_empty() { runner.run_untagged } else { job.spec.tags.is_subset(&runner.tags) };
-    in_scope && tags_fit && project.builds_enabled && (!runner.protected_only || job.spec.protected)
+    in_scope && tags_fit && (!runner.protected_only || job.spec.protected)
 }
 
 /// What a poll comes to.

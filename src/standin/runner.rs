@@ -76,7 +76,8 @@ pub struct Runner {
     pub orphaned: bool,
     /// Its managers, by `system_id`.
     pub managers: BTreeMap<String, Manager>,
-    /// The value that `X-GitLab-Last-Update` shows; changes when a job is queued for it.
+    /// The value that `X-GitLab-Last-Update` shows; changes when a job is queued for it or it is edited
+    /// ([`super::Model::edit_runner`]).
     pub queue_value: String,
 }
 

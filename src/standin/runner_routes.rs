@@ -26,12 +26,11 @@ fn forbidden() -> Answer {
     Answer::refusal(StatusCode::FORBIDDEN, None)
 }
 
-/// `POST /runners/verify`
+/// `POST /runners/verify`. A contact, but no poll: a runner made in the UI stays `started`.
 pub(super) fn verify(model: &mut Model, params: &Params, now: Timestamp) -> Result<Answer, Answer> {
     params.object("info")?;
     let id = auth::runner(model, params, true, now)?;
-    let runner = model.runners.get_mut(&id).ok_or_else(forbidden)?;
-    runner.creation_finished = true;
+    let runner = model.runners.get(&id).ok_or_else(forbidden)?;
     Ok(Answer::json(StatusCode::OK, &credentials(runner)))
 }
 

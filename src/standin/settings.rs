@@ -29,8 +29,8 @@ pub struct Settings {
     pub remote_artifacts: bool,
     /// Largest artifact, in MiB.
     pub max_artifacts_size_mib: u64,
-    /// As in `expire_in`; `"0"`: never.
-    pub default_artifacts_expire_in: String,
+    /// As in `expire_in`, for artifacts that say nothing; `None` or `"0"`: never.
+    pub default_artifacts_expire_in: Option<String>,
     /// What happens to the bytes of uploads.
     pub artifact_keep: ArtifactKeep,
     /// Whether the old way of registering (`POST /runners`) is allowed.
@@ -98,7 +98,7 @@ impl Default for Settings {
             artifacts_enabled: true,
             remote_artifacts: false,
             max_artifacts_size_mib: 100,
-            default_artifacts_expire_in: "30 days".into(),
+            default_artifacts_expire_in: Some("30 days".into()),
             artifact_keep: ArtifactKeep::Memory { bytes_max: 256 << 20 },
             registration_allowed: false,
             runner_token_expiry: None,

@@ -53,6 +53,10 @@ pub(super) fn append(
     if length(&job.trace.bytes) == start && !body.is_empty() {
         write(job, body, persist, now);
     }
+    // A sign of life even if nothing was written.
+    if age(job.updated_at, now) >= TOUCH_AGE {
+        job.updated_at = now;
+    }
     let size = length(&job.trace.bytes);
     if size != end {
         return Err(Answer::refusal(StatusCode::RANGE_NOT_SATISFIABLE, None)
@@ -79,9 +83,6 @@ fn write(job: &mut Job, body: &[u8], persist: Persist, now: Timestamp) {
     job.trace.written_at = Some(now);
     if persist != Persist::AtOnce || job.trace.chunks == Chunks::None {
         job.trace.chunks = if persist == Persist::AtOnce { Chunks::Persisted } else { Chunks::Live };
-    }
-    if age(job.updated_at, now) >= TOUCH_AGE {
-        job.updated_at = now;
     }
 }
 

@@ -16,12 +16,14 @@ pub(in crate::standin) struct Wanted {
     pub(in crate::standin) content: ArtifactContent,
     pub(in crate::standin) size: u64,
     pub(in crate::standin) filename: String,
+    /// Whether the headers are those of object storage, not GitLab's own.
+    remote: bool,
 }
 
 impl Wanted {
     fn of(artifact: &Artifact) -> Self {
-        let Artifact { content, size, filename, .. } = artifact;
-        Self { content: content.clone(), size: *size, filename: filename.clone() }
+        let Artifact { content, size, filename, remote, .. } = artifact;
+        Self { content: content.clone(), size: *size, filename: filename.clone(), remote: *remote }
     }
 }
 
@@ -48,9 +50,7 @@ pub(in crate::standin) fn download(
     };
     let forbidden = || Answer::refusal(StatusCode::FORBIDDEN, None);
     let target = model.jobs.get(&id).ok_or_else(forbidden)?;
-    if !may_read(model, asking, target) {
-        return Err(forbidden());
-    }
+    may_read(model, asking, target)?;
     let not_found = || Answer::message(StatusCode::NOT_FOUND, "404 Not Found");
     let expired = target.artifacts_expire_at.is_some_and(|end| end <= now);
     let archive = target.artifacts.get("archive").filter(|_| !expired && !target.erased).ok_or_else(not_found)?;
@@ -64,17 +64,29 @@ pub(in crate::standin) fn download(
 }
 
 /// Jobs of one project may read each other's artifacts; across projects the other one must have this
-/// one on its allow list, and the user must be able to see its pipelines.
-fn may_read(model: &Model, asking: &Job, target: &Job) -> bool {
-    let (Some(project), Some(own)) = (model.projects.get(&target.project), model.projects.get(&asking.project)) else {
-        return false;
-    };
+/// one on its allow list, and the user must be able to see its pipelines. An entry with single permissions
+/// must have that for jobs, unless everybody may see them; no entry here has any.
+fn may_read(model: &Model, asking: &Job, target: &Job) -> Result<(), Answer> {
+    let forbidden = || Answer::refusal(StatusCode::FORBIDDEN, None);
+    let project = model.projects.get(&target.project).ok_or_else(forbidden)?;
+    let own = model.projects.get(&asking.project).ok_or_else(forbidden)?;
     let open = project.public && project.public_builds;
     if asking.project == target.project {
-        return open || asking.spec.user != User::Nowhere;
+        return if open || asking.spec.user != User::Nowhere { Ok(()) } else { Err(forbidden()) };
     }
     let listed = project.job_token_allowlist.contains(own.name()) || project.job_token_allowlist.contains(&own.path);
-    listed && !project.job_token_policies_enabled && (open || asking.spec.user == User::Everywhere)
+    if !listed || !(open || asking.spec.user == User::Everywhere) {
+        return Err(forbidden());
+    }
+    if project.job_token_policies_enabled && !open {
+        let name = project.name();
+        let detail = format!(
+            "Insufficient permissions to access this resource in project {name}. \
+             The following token permission is required: read_jobs."
+        );
+        return Err(Answer::refusal(StatusCode::FORBIDDEN, Some(&detail)));
+    }
+    Ok(())
 }
 
 /// `GET /-/object-storage/…`: the signature is all it takes.
@@ -109,6 +121,9 @@ pub(in crate::standin) async fn ranged(wanted: Wanted, headers: &HeaderMap) -> A
     let disposition = format!("attachment; filename=\"{}\"", wanted.filename.replace(['"', '\\', '\r', '\n'], "_"));
     if let Some((start, end)) = part {
         answer = answer.with("content-range", &format!("bytes {start}-{end}/{}", wanted.size));
+    }
+    if !wanted.remote {
+        answer = answer.with("content-transfer-encoding", "binary");
     }
     answer
         .with("content-type", "application/octet-stream")

@@ -281,7 +281,8 @@ fn store(model: &mut Model, id: JobId, params: &Params, file: Received, now: Tim
         let parsed = dotenv::parse(file.small.as_deref().unwrap_or_default());
         job.dotenv = parsed.map_err(|message| Answer::message(StatusCode::BAD_REQUEST, &message))?;
     }
-    let expire_in = expiry::parse(wanted.expire_in.as_deref().unwrap_or(&default_expiry)).unwrap_or(None);
+    let expire_in = wanted.expire_in.as_ref().or(default_expiry.as_ref());
+    let expire_in = expire_in.and_then(|text| expiry::parse(text).unwrap_or(None));
     job.artifacts_expire_at = expire_in.map(|duration| after(now, duration));
     let configured = job.spec.artifacts.as_ref().and_then(|artifacts| {
         let access = artifacts.get("access").and_then(|access| access.as_str());

@@ -2,6 +2,7 @@
 
 mod artifacts;
 mod faults;
+mod found_by_use;
 mod jobs;
 mod served;
 mod trace;

@@ -76,7 +76,7 @@ pub(crate) struct Part {
 #[serde(untagged)]
 pub(crate) enum Step {
     Action(Action),
-    Request(Sent),
+    Request(Box<Sent>),
 }
 
 /// An action beside the requests.

@@ -273,9 +273,7 @@ fn server(settings: &mut Settings, given: Option<&Value>) -> Result<(), Trouble>
     if let Some(mib) = given.number("max_artifacts_size_mib")? {
         settings.max_artifacts_size_mib = mib;
     }
-    if let Some(expiry) = given.text("default_artifacts_expire_in")? {
-        settings.default_artifacts_expire_in = expiry;
-    }
+    settings.default_artifacts_expire_in = given.text("default_artifacts_expire_in")?;
     settings.runner_token_expiry = given.number("runner_token_expiry_s")?.map(Duration::from_secs);
     if let Some(registration) = given.take("registration") {
         let mut registration = Members::new("server.registration", Some(&registration))?;

@@ -166,6 +166,11 @@ impl Stage {
                 let now = self.standin.now();
                 self.standin.edit(|model| given::enqueue_another(model, &self.names, now));
             }
+            ("pause_runner", _) => self.standin.edit(|model| {
+                if let Some(runner) = self.names.runner {
+                    model.edit_runner(runner, |runner| runner.paused = true);
+                }
+            }),
             (other, _) => return Err(format!("action {other} is unknown")),
         }
         Ok(())
