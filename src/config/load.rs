@@ -3,6 +3,7 @@
 use super::origin::{ENV_PREFIX, Origins, line_of, nearest_name};
 use super::validate::{Problem, Problems, validate};
 use super::{Config, Origin};
+use crate::files::plain;
 use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Format as _, Serialized, Toml};
@@ -149,7 +150,7 @@ pub fn environment() -> impl Iterator<Item = (String, String)> {
 fn read(file: &Path) -> io::Result<String> {
     use std::io::Read as _;
     let mut text = String::new();
-    std::fs::File::open(file)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+    plain::open_chosen(file)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
     if text.len() as u64 > FILE_BYTES_MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {FILE_BYTES_MAX} bytes")));
     }
@@ -249,5 +250,24 @@ fn leaves(key: &str, value: &serde_json::Value, found: &mut Vec<(String, String)
         }
         serde_json::Value::Null => found.push((key.to_owned(), "not set".into())),
         other => found.push((key.to_owned(), other.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// U29: a configuration that is a FIFO is refused at once; one that is a link is the operator's own.
+    #[test]
+    fn a_configuration_is_a_file_or_a_link_to_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("file"), "a = 1").unwrap();
+        std::os::unix::fs::symlink("file", path("link")).unwrap();
+        plain::tests::fifo(&path("fifo"));
+        assert_eq!(read(&path("link")).unwrap(), "a = 1");
+        let fifo = path("fifo");
+        let refused = plain::tests::in_time(move || read(&fifo)).unwrap_err();
+        assert_eq!(refused.to_string(), "is no plain file");
     }
 }

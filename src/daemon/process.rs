@@ -4,7 +4,7 @@ use super::{Backends, DaemonError, Reloader, Shutdown, places, start};
 use crate::clock::Clock;
 use crate::config::{Config, Loaded};
 use crate::control;
-use crate::files::RealFiles;
+use crate::files::{RealFiles, plain};
 use crate::gitlab::RealOpenTransport;
 use crate::guest;
 use crate::image::store::ImageStore;
@@ -14,7 +14,7 @@ use crate::vm::Hypervisor;
 use crate::vm::libvirt::Libvirt;
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,9 +48,7 @@ pub fn lock(state_directory: &Path) -> Result<Lock, DaemonError> {
     // QEMU's own user must pass it on the way to its overlay.
     let mut directory = std::fs::DirBuilder::new();
     directory.recursive(true).mode(0o711).create(state_directory).map_err(failed("make the directory of"))?;
-    let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let mut file = options.open(&path).map_err(failed("open"))?;
+    let mut file = plain::open_lock(&path).map_err(failed("open"))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -252,5 +250,16 @@ mod tests {
         let (taken, ()) = tokio::join!(lock_after_the_dead(dir.path()), ends);
         let _taken = taken.unwrap();
         assert!((1000..1100).contains(&since.elapsed().as_millis()), "{:?}", since.elapsed());
+    }
+
+    /// U29: a lock that is a link empties no file of ours.
+    #[test]
+    fn a_lock_is_taken_through_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let precious = dir.path().join("precious");
+        std::fs::write(&precious, "kept").unwrap();
+        std::os::unix::fs::symlink(&precious, dir.path().join("lock")).unwrap();
+        assert!(matches!(lock(dir.path()), Err(DaemonError::Files { what: "open", .. })));
+        assert_eq!(std::fs::read(&precious).unwrap(), b"kept");
     }
 }

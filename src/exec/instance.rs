@@ -14,7 +14,7 @@
 //! ```
 
 use crate::daemon::{self, DaemonError, Installation};
-use crate::files::{Files, child};
+use crate::files::{Files, child, plain};
 use crate::rng::Rng;
 use crate::telemetry::chain;
 use crate::vm::{Hypervisor, VmError, VmId};
@@ -100,15 +100,18 @@ impl Directories {
     pub fn choose(work: Option<PathBuf>) -> Result<Self, InstanceError> {
         let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
         let user = rustix::process::geteuid();
-        let work = work.map(|path| std::path::absolute(&path).unwrap_or(path)).unwrap_or_else(|| {
-            if user.is_root() {
-                return "/var/lib/dayfly/exec".into();
+        let home = || variable("HOME").map(|home| home.join(".local/state"));
+        let work = match (work, variable("XDG_STATE_HOME").or_else(home)) {
+            (Some(path), _) => std::path::absolute(&path).unwrap_or(path),
+            (None, _) if user.is_root() => "/var/lib/dayfly/exec".into(),
+            (None, Some(state)) => state.join("dayfly/exec"),
+            (None, None) => {
+                let path = PathBuf::from(format!("/tmp/dayfly-{}", user.as_raw()));
+                // Directories in it are removed: they must not be somebody else's, nor ours behind a link.
+                make_private(&path)?;
+                path
             }
-            let home = || variable("HOME").map(|home| home.join(".local/state"));
-            variable("XDG_STATE_HOME")
-                .or_else(home)
-                .map_or_else(|| format!("/tmp/dayfly-{}", user.as_raw()).into(), |p| p.join("dayfly/exec"))
-        });
+        };
         let session = variable("XDG_RUNTIME_DIR").filter(|dir| dir.is_dir() && dir.as_os_str().len() < 50);
         let runtime = match session {
             Some(session) => session.join("dayfly-exec"),
@@ -239,7 +242,7 @@ fn read_json<T: serde::de::DeserializeOwned>(
 ) -> Result<Option<T>, Box<dyn std::error::Error + Send + Sync>> {
     use std::io::Read as _;
     let mut bytes = Vec::new();
-    match std::fs::File::open(path) {
+    match plain::open(path) {
         Ok(file) => file.take(PLACE_BYTES_MAX).read_to_end(&mut bytes)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.into()),

@@ -150,9 +150,10 @@ impl Folder {
             if fs::read_dir(&real).map_err(unusable)?.next().is_some() {
                 return Err(UnpackError::Foreign(path.to_owned()));
             }
-            fs::write(&marker, "Made by dayfly exec, which replaces what is in this folder.\n").map_err(unusable)?;
+            let write = |path: &Path, text: &str| create(path, false)?.write_all(text.as_bytes());
+            write(&marker, "Made by dayfly exec, which replaces what is in this folder.\n").map_err(unusable)?;
             // Artifacts are nobody's change to the repository.
-            fs::write(real.join(".gitignore"), "*\n").map_err(unusable)?;
+            write(&real.join(".gitignore"), "*\n").map_err(unusable)?;
         }
         Ok(Self { path: real, limits })
     }

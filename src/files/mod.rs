@@ -102,7 +102,7 @@ impl Files for RealFiles {
         Box::pin(blocking(move || {
             use std::io::Read as _;
             let mut bytes = Vec::new();
-            std::fs::File::open(path)?.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
+            plain::open(&path)?.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
             if bytes.len() as u64 > bytes_max {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {bytes_max} bytes")));
             }
@@ -114,7 +114,7 @@ impl Files for RealFiles {
         let path = path.to_owned();
         Box::pin(blocking(move || {
             use std::io::{Read as _, Seek as _};
-            let mut file = std::fs::File::open(path)?;
+            let mut file = plain::open(&path)?;
             file.seek(io::SeekFrom::Start(offset))?;
             let mut read = Vec::with_capacity(bytes);
             file.take(bytes as u64).read_to_end(&mut read)?;
@@ -131,8 +131,9 @@ impl Files for RealFiles {
         let path = path.to_owned();
         Box::pin(blocking(move || {
             use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-            let file =
-                std::fs::OpenOptions::new().write(true).create(offset == 0).truncate(false).mode(0o600).open(&path)?;
+            let mut options = std::fs::OpenOptions::new();
+            options.write(true).create(offset == 0).truncate(false).mode(0o600);
+            let file = plain::open_with(&mut options, &path)?;
             let length = file.metadata()?.len();
             if length < offset {
                 return Err(io::Error::new(
@@ -149,7 +150,7 @@ impl Files for RealFiles {
 
     fn sync<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         let path = path.to_owned();
-        Box::pin(blocking(move || std::fs::File::open(path)?.sync_all()))
+        Box::pin(blocking(move || plain::open(&path)?.sync_all()))
     }
 
     fn length<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<Option<u64>>> {
@@ -237,6 +238,8 @@ pub fn child(dir: &Path, name: &str) -> PathBuf {
     assert!(!name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']), "name of our own making");
     dir.join(name)
 }
+
+pub(crate) mod plain;
 
 #[cfg(any(test, feature = "test-util"))]
 pub mod fake;

@@ -1,6 +1,7 @@
 //! The runner token: where it comes from, and which part of it a guest may see.
 
 use super::calls::is_token;
+use crate::files::plain;
 use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use std::path::{Path, PathBuf};
@@ -63,7 +64,7 @@ impl RunnerToken {
         use std::os::unix::fs::MetadataExt as _;
         let failed = |source| TokenFileError::Read { path: path.to_owned(), source };
         // Mode and content are those of one open file, whatever happens to the name meanwhile.
-        let file = std::fs::File::open(path).map_err(failed)?;
+        let file = plain::open_chosen(path).map_err(failed)?;
         let mode = file.metadata().map_err(failed)?.mode() & 0o7777;
         if mode & 0o077 != 0 {
             return Err(TokenFileError::Mode { path: path.to_owned(), mode });
@@ -159,6 +160,16 @@ mod tests {
             assert!(matches!(check(content, 0o600), Err(TokenFileError::Content { .. })), "{content:?}");
         }
         assert!(matches!(RunnerToken::from_file(&dir.path().join("none")), Err(TokenFileError::Read { .. })));
+    }
+
+    /// U29: a token file that is a FIFO keeps no daemon from its start.
+    #[test]
+    fn a_token_file_that_is_a_fifo_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        plain::tests::fifo(&path);
+        let read = plain::tests::in_time(move || RunnerToken::from_file(&path));
+        assert!(matches!(read, Err(TokenFileError::Read { .. })));
     }
 
     /// T31: in no form of printing.

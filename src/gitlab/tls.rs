@@ -6,6 +6,7 @@
 
 use super::transport::{Endpoint, OpenError};
 use super::verifier::{Verifier, ca_serves};
+use crate::files::plain;
 use rustls::client::WebPkiServerVerifier;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -105,7 +106,7 @@ fn file_error(path: &Path, source: impl Into<super::transport::BodyError>) -> Op
 fn read(path: &Path, private: bool) -> Result<Vec<u8>, OpenError> {
     use std::io::Read as _;
     let failed = |source: io::Error| file_error(path, source);
-    let file = std::fs::File::open(path).map_err(failed)?;
+    let file = plain::open_chosen(path).map_err(failed)?;
     let mode = file.metadata().map_err(failed)?.mode() & 0o7777;
     if private && mode & 0o077 != 0 {
         return Err(file_error(path, format!("mode {mode:o} lets others read the key; make it 0600")));

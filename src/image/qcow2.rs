@@ -3,7 +3,7 @@
 //!
 //! Layout: QEMU's `docs/interop/qcow2.txt`; all numbers big-endian.
 
-use std::fs::File;
+use crate::files::plain;
 use std::io::{self, Read as _};
 use std::path::Path;
 
@@ -33,7 +33,7 @@ pub(super) enum Qcow2Error {
 /// [`Qcow2Error`].
 pub(super) fn check(disk: &Path) -> Result<u64, Qcow2Error> {
     let mut header = Vec::with_capacity(HEADER_BYTES);
-    File::open(disk)?.take(HEADER_BYTES as u64).read_to_end(&mut header)?;
+    plain::open_chosen(disk)?.take(HEADER_BYTES as u64).read_to_end(&mut header)?;
     parse(&header).map_err(Qcow2Error::Unfit)
 }
 

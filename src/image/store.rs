@@ -15,6 +15,7 @@
 use super::manifest::{BootKind, ImageFile, Learnt, MANIFEST_FILE, Manifest, ManifestError};
 use super::qcow2::{self, Qcow2Error};
 use super::stamp::{Known, Stamp, Stamps};
+use crate::files::plain;
 use crate::vm::Boot;
 use crate::vm::proof::Subject;
 use sha2::{Digest as _, Sha256};
@@ -319,7 +320,7 @@ impl ImageStore {
         manifest.learn(learnt);
         let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(&image.dir).map_err(failed)?;
         io::Write::write_all(&mut file, manifest.to_text().as_bytes()).map_err(failed)?;
-        fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).map_err(failed)?;
+        file.as_file().set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644)).map_err(failed)?;
         file.as_file().sync_all().map_err(failed)?;
         file.persist(&path).map_err(|error| failed(error.error))?;
         Ok(())
@@ -400,7 +401,7 @@ fn open(name: &str, dir: PathBuf) -> Result<Image, ImageError> {
         move |source| ImageError::File { name: name.to_owned(), path, source }
     };
     let mut text = String::new();
-    File::open(&path)
+    plain::open(&path)
         .and_then(|file| file.take(MANIFEST_BYTES_MAX).read_to_string(&mut text))
         .map_err(file_error(&path))?;
     let manifest =
@@ -443,8 +444,13 @@ fn open(name: &str, dir: PathBuf) -> Result<Image, ImageError> {
 
 /// SHA-256 of a file, hex.
 pub(super) fn digest(path: &Path) -> io::Result<String> {
+    digest_of(&mut plain::open_chosen(path)?)
+}
+
+/// The same of what is left to read of an open file.
+pub(super) fn digest_of(file: &mut File) -> io::Result<String> {
     let mut hasher = Sha256::new();
-    io::copy(&mut File::open(path)?, &mut hasher)?;
+    io::copy(file, &mut hasher)?;
     Ok(hex(&hasher.finalize()))
 }
 

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::BoxFuture;
 use crate::failpoint::{self, Point};
+use crate::files::plain;
 use crate::process::start_outliving;
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -103,7 +104,7 @@ impl Processes {
 
 /// The machine of this description, if it exists; what is left of one that does not is removed.
 fn look(path: &Path) -> io::Result<Option<Alive>> {
-    let mut file = match File::open(path) {
+    let mut file = match plain::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),

@@ -8,6 +8,7 @@ mod host;
 use super::scratch;
 use crate::config::{Config, Loaded, Runner};
 use crate::daemon::{self, Backends, Installation};
+use crate::files::plain;
 use crate::gitlab::{RunnerApi, RunnerToken};
 use crate::image::manifest::RunnerOrigin;
 use crate::image::store::{Image, ImageStore};
@@ -18,13 +19,16 @@ use crate::vm::proof::{Places, Subject, prove};
 use crate::vm::{Accel, Hypervisor, VmId};
 use host::Host;
 use std::fmt;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 /// How long one GitLab is waited for; people wait too.
 const GITLAB_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Bytes of `installation.json` that are read; it has a hundred.
+const INSTALLATION_BYTES_MAX: u64 = 16 * 1024;
 
 /// How much a finding matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,8 +121,9 @@ fn configuration(loaded: &Loaded) -> Vec<Finding> {
 /// Whether a runner's GitLab answers and knows the token. `None`: this host has never run as a runner
 /// manager, and asking would make GitLab list one.
 async fn gitlab(config: &Config, runner: &Runner, backends: &Backends) -> Option<Finding> {
-    let file = std::fs::read(config.state_directory.join("installation.json")).ok()?;
-    let installation: Installation = serde_json::from_slice(&file).ok()?;
+    // The daemon's user may write there, and doctor may be root.
+    let file = plain::open(&config.state_directory.join("installation.json")).ok()?;
+    let installation: Installation = serde_json::from_reader(file.take(INSTALLATION_BYTES_MAX)).ok()?;
     let name = &runner.name;
     let of = |error: &dyn std::error::Error| format!("runner `{name}`: {}", chain(error));
     let token = match RunnerToken::from_file(&runner.token_file) {

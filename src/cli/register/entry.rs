@@ -3,9 +3,10 @@
 //! The file keeps its bytes, comments and order: an entry only ever comes behind them.
 
 use crate::config::{Config, EXAMPLE, Loaded, Runner};
+use crate::files::plain;
 use crate::secret::Secret;
 use anyhow::{Context as _, bail};
-use std::fs::{DirBuilder, Permissions};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -45,7 +46,8 @@ impl Entry {
         // A link stays a link: what it points to is replaced.
         let file =
             std::fs::canonicalize(file).or_else(|_| std::path::absolute(file)).context("find the current directory")?;
-        let text = match std::fs::read_to_string(&file) {
+        let read = plain::open(&file).and_then(io::read_to_string);
+        let text = match read {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => EXAMPLE.to_owned(),
             Err(error) => return Err(error).with_context(|| format!("read configuration `{}`", file.display())),
@@ -174,7 +176,7 @@ impl Prepared {
         match DirBuilder::new().mode(0o700).create(dir) {
             Ok(()) => {
                 if let Ok(metadata) = std::fs::metadata(&self.loaded.config.state_directory) {
-                    give(dir, &metadata)?;
+                    give(&plain::open_directory(dir)?, &metadata)?;
                 }
                 Ok(Some(dir))
             }
@@ -189,7 +191,7 @@ impl Prepared {
         match std::fs::metadata(&self.file) {
             Ok(old) => {
                 new.as_file().set_permissions(old.permissions())?;
-                give(new.path(), &old)?;
+                give(new.as_file(), &old)?;
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 new.as_file().set_permissions(Permissions::from_mode(0o644))?
@@ -208,16 +210,17 @@ fn write_token(path: &Path, token: &Secret) -> io::Result<()> {
     let mut new = NamedTempFile::new_in(dir)?;
     new.write_all(token.expose().as_bytes())?;
     new.write_all(b"\n")?;
-    give(new.path(), &std::fs::metadata(dir)?)?;
+    give(new.as_file(), &std::fs::metadata(dir)?)?;
     new.as_file().sync_all()?;
     new.persist_noclobber(path)?;
     std::fs::File::open(dir)?.sync_all()
 }
 
-/// Gives `path` to whom `like` belongs. Only root can, and only root needs to.
-pub(super) fn give(path: &Path, like: &std::fs::Metadata) -> io::Result<()> {
+/// Gives `file` to whom `like` belongs. Only root can, and only root needs to. The open file, not its name: in the
+/// daemon's own directories the daemon's user could make that another file's meanwhile.
+pub(super) fn give(file: &File, like: &std::fs::Metadata) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
-        std::os::unix::fs::chown(path, Some(like.uid()), Some(like.gid()))
+        std::os::unix::fs::fchown(file, Some(like.uid()), Some(like.gid()))
     } else {
         Ok(())
     }

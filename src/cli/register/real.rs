@@ -4,7 +4,7 @@
 use super::explain;
 use crate::config::{Config, Runner};
 use crate::daemon::{Installation, endpoint};
-use crate::files::RealFiles;
+use crate::files::{RealFiles, plain};
 use crate::gitlab::{
     OpenTransport as _, ProxyEnvironment, RealLimits, RealOpenTransport, RunnerApi, RunnerToken, Verified,
 };
@@ -50,8 +50,8 @@ impl<'a> Made<'a> {
         }
         if keep {
             let owner = std::fs::metadata(self.state_directory)?;
-            return super::entry::give(&file, &owner)
-                .with_context(|| format!("give `{}` to the daemon's user", file.display()));
+            let given = plain::open(&file).and_then(|file| super::entry::give(&file, &owner));
+            return given.with_context(|| format!("give `{}` to the daemon's user", file.display()));
         }
         std::fs::remove_file(&file).with_context(|| format!("remove `{}`", file.display()))?;
         if self.directory {
@@ -90,5 +90,22 @@ mod tests {
         fs::write(dir.path().join("installation.json"), "{}").unwrap();
         made.settle(true).unwrap();
         assert!(dir.path().join("installation.json").exists());
+    }
+
+    /// U29: in the daemon's own directory root gives away what it made, and not what the daemon's user put in its place.
+    #[test]
+    fn nothing_behind_a_link_is_given_away() {
+        use std::os::unix::fs::{MetadataExt as _, chown, symlink};
+        let dir = tempfile::tempdir().unwrap();
+        let (state, precious) = (dir.path().join("state"), dir.path().join("precious"));
+        fs::create_dir(&state).unwrap();
+        fs::write(&precious, "").unwrap();
+        let made = Made::before(&state);
+        // Only root can give anything away.
+        if chown(&state, Some(65534), None).is_ok() {
+            symlink(&precious, state.join("installation.json")).unwrap();
+            assert!(made.settle(true).is_err());
+            assert_eq!(fs::metadata(&precious).unwrap().uid(), 0);
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 use super::origin::nearest_name;
 use super::{Class, Config, ConfigError, Loaded, Origin, Origins, Runner};
+use crate::files::plain;
 use crate::gitlab::RunnerToken;
 use crate::telemetry::chain;
 use crate::vm::libvirt::AccelChoice;
@@ -335,7 +336,7 @@ impl Loaded {
                 ("tls_key_file", &runner.tls_key_file),
             ] {
                 if let Some(path) = path
-                    && let Err(error) = std::fs::File::open(path)
+                    && let Err(error) = plain::open_chosen(path)
                 {
                     report.error(
                         &key(name),

@@ -3,10 +3,10 @@
 //! A pipeline may be a stranger's: a name leads to a regular file below the top, through directories that are no
 //! links, or nowhere. Looking for what a wildcard matches has bounds, too. Blocks; used before anything runs.
 
+use crate::files::plain;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Component, Path, PathBuf};
 
 /// Directories that a wildcard looks into, inside each other.
@@ -96,13 +96,7 @@ impl Directory {
                 _ => {}
             }
         }
-        let flags = (rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK).bits();
-        let flags = i32::try_from(flags).unwrap_or(0);
-        match fs::OpenOptions::new().read(true).custom_flags(flags).open(&place) {
-            Ok(file) if file.metadata().is_ok_and(|m| m.is_file()) => Ok(Some(file)),
-            Ok(_) => Err("is no file".to_owned()),
-            Err(error) => Err(format!("cannot be read: {error}")),
-        }
+        plain::open(&place).map(Some).map_err(|error| format!("cannot be read: {error}"))
     }
 }
 

@@ -16,28 +16,24 @@ mod programs;
 mod recipe;
 mod rootfs;
 mod sources;
+mod staging;
 
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
 pub use recipe::RECIPES;
 
-use super::manifest::{BootKind, BuildInputs, FORMAT_VERSION, ImageFile, ImageRunner, Learnt, MANIFEST_FILE, Manifest};
-use super::store::{Image, ImageError, ImageStore, digest};
+use super::manifest::{BootKind, BuildInputs, FORMAT_VERSION, ImageRunner, Learnt, MANIFEST_FILE, Manifest};
+use super::store::{Image, ImageError, ImageStore};
 use crate::process::ProcessError;
 use recipe::Recipe;
 use rootfs::{Privilege, Work};
-use std::fs::{self, File, TryLockError};
+use staging::Staging;
+use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 /// Gets each line of progress as it comes.
 pub type Progress<'a> = dyn FnMut(&str) + Send + 'a;
-
-/// Held while a build runs in an image directory.
-const LOCK_FILE: &str = ".build.lock";
-
-/// Beginning of the names of staged images.
-const STAGING_PREFIX: &str = ".staging-";
 
 const DISK_FILE: &str = "disk.qcow2";
 const KERNEL_FILE: &str = "vmlinuz";
@@ -132,10 +128,8 @@ fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Buil
 #[derive(Debug)]
 pub struct Staged {
     store: ImageStore,
-    directory: tempfile::TempDir,
+    directory: Staging,
     manifest: Manifest,
-    /// Keeps other builds (and their clean-up) away.
-    _lock: File,
 }
 
 impl Staged {
@@ -177,8 +171,8 @@ impl Staged {
     }
 
     fn write(&self) -> Result<(), BuildError> {
-        let path = self.directory.path().join(MANIFEST_FILE);
-        fs::write(&path, self.manifest.to_text()).map_err(file_error("write", &path))
+        let written = self.directory.write(MANIFEST_FILE, self.manifest.to_text().as_bytes());
+        written.map(drop).map_err(file_error("write", &self.directory.path().join(MANIFEST_FILE)))
     }
 }
 
@@ -207,14 +201,13 @@ pub async fn build(request: &BuildRequest, progress: &mut Progress<'_>) -> Resul
         runner.origin,
         request.runner.path.display()
     ));
-    let (staging, lock) = stage(&request.image_directory)?;
+    let staging = Staging::new(&request.image_directory)?;
 
     let privilege = Privilege::of_us();
     let work = Work::new(privilege).await?;
-    let built = fill(request, &recipe, &work, staging.path(), runner, progress).await;
+    let built = fill(request, &recipe, &work, &staging, runner, progress).await;
     work.release().await;
-    let staged =
-        Staged { store: ImageStore::new(&request.image_directory), directory: staging, manifest: built?, _lock: lock };
+    let staged = Staged { store: ImageStore::new(&request.image_directory), directory: staging, manifest: built? };
     staged.write()?;
     let image = staged.image()?;
     let mib = image.manifest.disk.bytes / (1024 * 1024);
@@ -226,34 +219,11 @@ pub async fn build(request: &BuildRequest, progress: &mut Progress<'_>) -> Resul
     Ok(staged)
 }
 
-/// Makes a directory for the new image and removes those of builds that were killed.
-fn stage(image_directory: &Path) -> Result<(tempfile::TempDir, File), BuildError> {
-    fs::create_dir_all(image_directory).map_err(file_error("make image directory", image_directory))?;
-    let lock_path = image_directory.join(LOCK_FILE);
-    let lock = File::create(&lock_path).map_err(file_error("open", &lock_path))?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(BuildError::Busy(image_directory.to_owned())),
-        Err(TryLockError::Error(source)) => return Err(file_error("lock", &lock_path)(source)),
-    }
-    for entry in fs::read_dir(image_directory).map_err(file_error("read", image_directory))?.flatten() {
-        if entry.file_name().to_str().is_some_and(|name| name.starts_with(STAGING_PREFIX)) {
-            fs::remove_dir_all(entry.path()).map_err(file_error("remove", &entry.path()))?;
-        }
-    }
-    let staging = tempfile::Builder::new().prefix(STAGING_PREFIX).tempdir_in(image_directory);
-    let staging = staging.map_err(file_error("make a directory in", image_directory))?;
-    // In system mode QEMU is another user.
-    fs::set_permissions(staging.path(), fs::Permissions::from_mode(0o755))
-        .map_err(file_error("open up", staging.path()))?;
-    Ok((staging, lock))
-}
-
 async fn fill(
     request: &BuildRequest,
     recipe: &Recipe,
     work: &Work,
-    staging: &Path,
+    staging: &Staging,
     runner: ImageRunner,
     progress: &mut Progress<'_>,
 ) -> Result<Manifest, BuildError> {
@@ -263,20 +233,18 @@ async fn fill(
     let packages = rootfs::packages(work, recipe, progress).await?;
 
     progress(&format!("kernel: {}", packages.kernel_version));
-    let kernel = staging.join(KERNEL_FILE);
-    fs::copy(&packages.kernel, &kernel).map_err(file_error("copy the kernel to", &kernel))?;
+    let kernel = staging.copy(KERNEL_FILE, &packages.kernel).await?;
     let found =
         initrd::find_modules(&packages.modules, &inputs.modules).map_err(file_error("read", &packages.modules))?;
     let modules = found.map_err(BuildError::Module)?;
-    let initrd = staging.join(INITRD_FILE);
-    let archive = initrd::make(&request.init, &modules).and_then(|bytes| fs::write(&initrd, bytes));
-    archive.map_err(file_error("write", &initrd))?;
+    let initrd = initrd::make(&request.init, &modules).and_then(|bytes| staging.write(INITRD_FILE, bytes.as_slice()));
+    let initrd = initrd.map_err(file_error("write", &staging.path().join(INITRD_FILE)))?;
 
     progress("disk: ext4, then qcow2");
-    let disk = staging.join(DISK_FILE);
-    rootfs::disk(work, &packages, inputs.disk_gib, &disk).await?;
+    let made = work.path(DISK_FILE);
+    rootfs::disk(work, &packages, inputs.disk_gib, &made).await?;
+    let disk = staging.copy(DISK_FILE, &made).await?;
 
-    progress("digests");
     Ok(Manifest {
         format_version: FORMAT_VERSION,
         name: request.recipe.clone(),
@@ -288,9 +256,9 @@ async fn fill(
         executor: inputs.executor.clone(),
         info: None,
         runner,
-        disk: image_file(staging, DISK_FILE).await?,
-        kernel: Some(image_file(staging, KERNEL_FILE).await?),
-        initrd: Some(image_file(staging, INITRD_FILE).await?),
+        disk,
+        kernel: Some(kernel),
+        initrd: Some(initrd),
         build: BuildInputs {
             suite: format!("debian {}", inputs.suite),
             kernel: packages.kernel_version,
@@ -325,21 +293,6 @@ fn lay_out(request: &BuildRequest, recipe: &Recipe, files: &Path) -> Result<(), 
         fs::write(&path, text).map_err(file_error("write", &path))?;
     }
     Ok(())
-}
-
-async fn image_file(directory: &Path, file: &'static str) -> Result<ImageFile, BuildError> {
-    let path = directory.join(file);
-    let read = {
-        let path = path.clone();
-        // Hundreds of MiB: not on a thread of the runtime.
-        move || {
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
-            Ok((fs::metadata(&path)?.len(), digest(&path)?))
-        }
-    };
-    let read = tokio::task::spawn_blocking(read).await.map_err(io::Error::other).and_then(|read: io::Result<_>| read);
-    let (bytes, sha256) = read.map_err(file_error("read", &path))?;
-    Ok(ImageFile { file: file.into(), bytes, sha256 })
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! The programs that go into an image: the runner, from wherever it can be had, and our own two.
 
 use super::BuildError;
+use crate::files::plain;
 use crate::image::manifest::{ImageRunner, RunnerOrigin};
 use crate::image::store::digest;
 use crate::process::Program;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -110,7 +111,7 @@ fn beside_us(name: &str) -> Vec<PathBuf> {
 pub(super) fn is_static(path: &Path) -> io::Result<bool> {
     // Program headers stand right behind the file header, in the first page.
     let mut head = Vec::new();
-    File::open(path)?.take(4096).read_to_end(&mut head)?;
+    plain::open_chosen(path)?.take(4096).read_to_end(&mut head)?;
     Ok(asks_for_no_linker(&head).unwrap_or(false))
 }
 

@@ -7,10 +7,11 @@
 
 use super::recipe::Recipe;
 use super::{BuildError, Progress, file_error};
+use crate::files::plain;
 use crate::process::Program;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -86,15 +87,16 @@ impl Work {
         Ok(work)
     }
 
-    async fn sweep(parent: &Path, privilege: Privilege) {
+    pub(super) async fn sweep(parent: &Path, privilege: Privilege) {
         let ours = format!("{WORK_PREFIX}{}-", rustix::process::geteuid().as_raw());
         let Ok(entries) = fs::read_dir(parent) else { return };
         for path in entries.flatten().map(|entry| entry.path()) {
             let is_ours = path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(&ours));
-            // A link could be somebody else's trap.
-            if is_ours && path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+            // Anybody may make such a name here: a link could be their trap, and a directory of theirs is theirs.
+            let user = rustix::process::geteuid().as_raw();
+            if is_ours && path.symlink_metadata().is_ok_and(|meta| meta.is_dir() && meta.uid() == user) {
                 // Without a lock file it is just being made, or removed: not ours to judge.
-                let left_over = File::open(path.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
+                let left_over = plain::open(&path.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
                 if left_over {
                     // What cannot be removed costs disk, not this build.
                     let _ = remove(&path, privilege).await;

@@ -2,6 +2,7 @@
 //! package archive and is proven by the e2e ring.
 
 use super::*;
+use crate::files::plain::tests::{fifo, in_time};
 use crate::image::manifest::RunnerOrigin;
 
 fn request(directory: &Path) -> BuildRequest {
@@ -29,17 +30,38 @@ async fn programs_that_a_guest_could_not_start_are_refused_before_any_work() {
     assert!(!request.image_directory.exists(), "nothing was made");
 }
 
+/// U29: in `/var/tmp` anybody may make a name like that of our work directories: a lock that is a FIFO does not hold a
+/// build, and nobody else's directory is removed, not even by root.
 #[test]
-fn one_build_at_a_time_and_leftovers_go() {
-    let dir = tempfile::tempdir().unwrap();
-    let images = dir.path().join("images");
-    let (staging, lock) = stage(&images).unwrap();
-    assert!(matches!(stage(&images), Err(BuildError::Busy(_))));
-    drop(lock);
-    let killed = staging.keep(); // as if the process had been killed here
-    fs::write(killed.join("disk.qcow2"), "half").unwrap();
-    let (staging, _lock) = stage(&images).unwrap();
-    assert!(!killed.exists() && staging.path().exists());
+fn a_build_leaves_work_directories_of_others_alone() {
+    let parent = tempfile::tempdir().unwrap();
+    let uid = rustix::process::geteuid().as_raw();
+    let make = |name: &str| {
+        let path = parent.path().join(format!("dayfly-image-{uid}-{name}"));
+        fs::create_dir(&path).unwrap();
+        path
+    };
+    let (trap, foreign, left_over) = (make("trap"), make("foreign"), make("killed"));
+    fifo(&trap.join("lock"));
+    for directory in [&foreign, &left_over] {
+        fs::write(directory.join("lock"), "").unwrap();
+    }
+    let behind = tempfile::tempdir().unwrap();
+    fs::write(behind.path().join("lock"), "").unwrap();
+    std::os::unix::fs::symlink(behind.path(), parent.path().join(format!("dayfly-image-{uid}-link"))).unwrap();
+    let is_root = Privilege::of_us() == Privilege::Root;
+    if is_root {
+        std::os::unix::fs::chown(&foreign, Some(65534), None).unwrap();
+    }
+    let path = parent.path().to_owned();
+    in_time(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(Work::sweep(&path, Privilege::of_us()));
+    });
+    assert!(trap.exists() && behind.path().join("lock").exists());
+    if is_root {
+        assert!(foreign.exists() && !left_over.exists());
+    }
 }
 
 #[test]
@@ -85,10 +107,10 @@ fn a_jobs_shell_does_not_have_its_runners_tmpdir() {
 #[test]
 fn a_staged_image_that_is_dropped_is_gone() {
     let dir = tempfile::tempdir().unwrap();
-    let (staging, lock) = stage(dir.path()).unwrap();
+    let staging = Staging::new(dir.path()).unwrap();
     let path = staging.path().to_owned();
     let manifest = crate::image::manifest::tests::example();
-    let mut staged = Staged { store: ImageStore::new(dir.path()), directory: staging, manifest, _lock: lock };
+    let mut staged = Staged { store: ImageStore::new(dir.path()), directory: staging, manifest };
     staged.learn(Learnt { info: "{\"features\":{}}".into(), contract: 2 }).unwrap();
     let text = fs::read_to_string(path.join(MANIFEST_FILE)).unwrap();
     assert_eq!(Manifest::parse(&text).unwrap().info.as_deref(), Some("{\"features\":{}}"));

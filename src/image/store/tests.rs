@@ -1,6 +1,7 @@
 //! Tests of `image::store`, in directories of their own.
 
 use super::*;
+use crate::files::plain::tests::{fifo, in_time};
 use crate::image::manifest;
 use crate::image::qcow2::tests::header;
 
@@ -228,4 +229,27 @@ async fn a_stamp_holds_until_a_file_is_another() {
     assert!(!image.stamp.holds().await);
     fs::remove_file(&image.disk).unwrap();
     assert!(!image.stamp.holds().await);
+}
+
+/// U29: an image whose manifest or disk is a FIFO is broken, and keeps nobody waiting; nor does a manifest lead elsewhere.
+#[test]
+fn an_image_of_fifos_and_links_is_broken_at_once() {
+    let (_dir, store) = store();
+    let dir = write_image(&store.directory.join("shell"), "shell", b"kernel");
+    let get = |store: &ImageStore| {
+        let store = store.clone();
+        in_time(move || store.get("shell").map(drop).map_err(|error| crate::telemetry::chain(&error)))
+    };
+    let manifest = dir.join(MANIFEST_FILE);
+    get(&store).unwrap();
+    fs::rename(&manifest, dir.join("elsewhere")).unwrap();
+    std::os::unix::fs::symlink(dir.join("elsewhere"), &manifest).unwrap();
+    assert!(get(&store).unwrap_err().ends_with("is a link, and none is followed here"));
+    fs::remove_file(&manifest).unwrap();
+    fifo(&manifest);
+    assert!(get(&store).unwrap_err().ends_with("is no plain file"));
+    let disk = dir.join("fifo");
+    fifo(&disk);
+    let checked = in_time(move || (qcow2::check(&disk).is_err(), digest(&disk).is_err()));
+    assert_eq!(checked, (true, true));
 }

@@ -1,6 +1,7 @@
 //! Versions of an image: which one a job was accepted for, and how a new one takes the place of the one before.
 
 use super::{Image, ImageError, ImageStore, MANIFEST_FILE, hex, open, valid};
+use crate::files::plain;
 use crate::machine_spec::ImageRef;
 use sha2::{Digest as _, Sha256};
 use std::fs::{self, File};
@@ -72,7 +73,7 @@ impl ImageStore {
         let image = self.open_staged(staged, name)?;
         for file in image.manifest.files().map(|file| file.file.as_str()).chain([MANIFEST_FILE]) {
             let path = staged.join(file);
-            File::open(&path).and_then(|file| file.sync_all()).map_err(failed("write out", &path))?;
+            plain::open_chosen(&path).and_then(|file| file.sync_all()).map_err(failed("write out", &path))?;
         }
 
         let digest = hex(&Sha256::digest(image.manifest.to_text()));

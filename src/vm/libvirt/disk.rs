@@ -1,13 +1,13 @@
 //! Overlays: made by `qemu-img` on a base image that is looked at first, and from then on only
 //! ever unlinked, for a used one is the guest's work (safety.md T16).
 
+use crate::files::plain;
 use crate::process::{ProcessError, Program};
 use crate::vm::{VmError, VmName};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::io::AsyncReadExt as _;
 
 /// `qemu-img create` takes 15 ms; a host whose disk is that busy is of no use.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -120,12 +120,19 @@ async fn claim(overlay: &Path) -> io::Result<()> {
 async fn virtual_bytes(base: &Path) -> Result<u64, BaseError> {
     let unreadable = |source| BaseError::Read { path: base.to_owned(), source };
     let unfit = |fault| Err(BaseError::Unfit { path: base.to_owned(), fault });
-    let mut header = Vec::with_capacity(HEADER_BYTES);
-    let file = tokio::fs::File::open(base).await.map_err(unreadable)?;
-    if !file.metadata().await.map_err(unreadable)?.is_file() {
-        return unfit("is no file");
-    }
-    file.take(HEADER_BYTES as u64).read_to_end(&mut header).await.map_err(unreadable)?;
+    let path = base.to_owned();
+    let read = tokio::task::spawn_blocking(move || {
+        let mut header = Vec::with_capacity(HEADER_BYTES);
+        plain::open_chosen(&path)?.take(HEADER_BYTES as u64).read_to_end(&mut header)?;
+        Ok(header)
+    });
+    let header = match read.await.map_err(io::Error::other).and_then(|read| read) {
+        Ok(header) => header,
+        Err(error) if matches!(error.kind(), io::ErrorKind::IsADirectory | io::ErrorKind::InvalidInput) => {
+            return unfit("is no file");
+        }
+        Err(error) => return Err(unreadable(error)),
+    };
     let number = |at: usize, bytes: usize| header[at..at + bytes].iter().fold(0, |n, byte| n << 8 | u64::from(*byte));
     if header.len() < HEADER_BYTES || header[..4] != *b"QFI\xfb" {
         return unfit("is no qcow2 image");

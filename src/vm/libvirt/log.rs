@@ -1,6 +1,6 @@
 //! libvirt's log of one VM: what QEMU itself has written there.
 
-use std::fs::File;
+use crate::files::plain;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -14,7 +14,7 @@ const TOLD_MAX: usize = 300;
 /// none, or we may not look.
 pub(super) fn head(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();
-    File::open(path).ok()?.take(READ_MAX).read_to_end(&mut bytes).ok()?;
+    plain::open(path).ok()?.take(READ_MAX).read_to_end(&mut bytes).ok()?;
     qemus(&String::from_utf8_lossy(&bytes))
 }
 

@@ -5,6 +5,7 @@ use crate::vm::proof::sector::disk_image;
 use std::error::Error as _;
 use std::os::unix::fs::MetadataExt as _;
 use tempfile::TempDir;
+use tokio::io::AsyncReadExt as _;
 
 struct Bench {
     dir: TempDir,
@@ -136,6 +137,19 @@ async fn h12_a_base_that_is_unfit_is_refused_by_name() {
     let relative = bench.disks.create(&bench.overlay(), Path::new("base.qcow2"), 1).await.unwrap_err();
     assert!(relative.source().unwrap().to_string().contains("not absolute"));
     assert!(!bench.path("qemu-img.ran").exists(), "qemu-img never saw them");
+}
+
+/// U29: a base image that is a FIFO keeps no machine waiting.
+#[test]
+fn a_base_that_is_a_fifo_is_refused_at_once() {
+    let failure = crate::files::plain::tests::in_time(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let bench = Bench::scripted("touch \"$0.ran\"");
+        std::fs::remove_file(bench.path("base.qcow2")).unwrap();
+        crate::files::plain::tests::fifo(&bench.path("base.qcow2"));
+        runtime.block_on(bench.failure())
+    });
+    assert!(failure.contains("is no file"), "{failure}");
 }
 
 /// H13: missing, exit 1, killed, a gigabyte of output: nothing half-made is left.
