@@ -9,10 +9,13 @@ pub mod daemon; // who is wired to whom, and how do we stop?
 pub mod poller; // may we ask GitLab for a job now?
 pub mod capacity; // how much of the host is promised?
 pub mod job; // what happens to this one job?
+pub mod spool; // what is the trace of a job?
+pub mod uploader; // what has GitLab got of it, what is still owed?
 pub mod machine_spec; // what machine does it get?
 pub mod guest_config; // what is its guest told?
 pub mod supply; // where does its machine come from, who takes it down?
 pub mod image; // which disk does the VM start from?
+pub mod boot_test; // does an image boot and ask for a job?
 pub mod vm; // how is a machine started, watched, ended?
 pub mod network; // which address and port has this machine?
 pub mod guest; // what may a guest say to us?
@@ -37,6 +40,8 @@ pub mod failpoint; // where may a test pull the plug?
 pub mod planted; // would our tests notice?
 #[cfg(feature = "test-util")]
 pub mod fuzzing; // what must hold for any bytes?
+#[cfg(feature = "test-util")]
+pub(crate) mod pieces; // how do bytes arrive, when a property is tried?
 
 use std::future::Future;
 use std::pin::Pin;

@@ -7,9 +7,9 @@
 //! anything else happens, then to `daemon`.
 
 use crate::capacity::{Capacity, Reservation, Resources, Wants};
-use crate::daemon::Jobs;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, Verified};
+use crate::job::Jobs;
 use crate::job::journal::JobKey;
 use crate::job::{self, GivenAgain, Parts, Refusal, Runner};
 use crate::planted::{self, Bug};

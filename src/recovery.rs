@@ -8,11 +8,12 @@
 
 use crate::capacity::Capacity;
 use crate::gitlab::JobPayload;
-use crate::job::journal::{Loaded, MachineRecord, Record};
+use crate::job::journal::{Loaded, Record};
 use crate::job::state::State;
 use crate::job::{self, JobHandle, Parts, Runner};
 use crate::network::Lease;
 use crate::planted::{self, Bug};
+use crate::supply::MachineRecord;
 use crate::supply::{Machine, overlay_id};
 use crate::telemetry::chain;
 use crate::vm::{VmError, VmId};

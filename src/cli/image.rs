@@ -1,8 +1,8 @@
 //! `dayfly image`: build, test, list and remove base images.
 
 use super::Interrupted;
+use crate::boot_test::{BootTest, Booted, DEADLINE};
 use crate::config::Config;
-use crate::image::boot_test::{BootTest, Booted, DEADLINE};
 use crate::image::build::{BuildRequest, RECIPES, RunnerSource, build, find_guest_program};
 use crate::image::store::{Image, ImageStore};
 use crate::rng::Rng;

@@ -6,17 +6,19 @@
 
 mod duration;
 mod example;
+mod limits;
 mod load;
 mod origin;
 mod validate;
 
 pub use duration::Span;
 pub use example::EXAMPLE;
+pub use limits::Limits;
 pub use load::{ConfigError, Loaded, environment};
 pub use origin::{Origin, Origins};
 pub use validate::{Problem, Problems};
 
-use crate::{capacity, job, network, telemetry, vm};
+use crate::{capacity, network, telemetry, vm};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use url::Url;
@@ -42,7 +44,7 @@ pub struct Config {
     /// Section `[capacity]`.
     pub capacity: capacity::Config,
     /// Section `[limits]`.
-    pub limits: job::Limits,
+    pub limits: Limits,
     /// `[[class]]`: machine classes.
     pub class: Vec<Class>,
     /// `[[runner]]`: registered runners.
@@ -60,7 +62,7 @@ impl Default for Config {
             hypervisor: vm::libvirt::Config::default(),
             network: network::Config::default(),
             capacity: capacity::Config::default(),
-            limits: job::Limits::default(),
+            limits: Limits::default(),
             class: Vec::new(),
             runner: Vec::new(),
         }

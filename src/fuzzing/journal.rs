@@ -1,8 +1,8 @@
 //! A job's record on disk: torn, flipped, foreign. It costs its own job at most.
 
-use super::now;
 use crate::files::{Files as _, fake::MemoryFiles};
 use crate::job::journal::{JobKey, Journal, JournalError, RECORD_VERSION, Record};
+use crate::pieces::now;
 use bytes::Bytes;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

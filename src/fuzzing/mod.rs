@@ -5,7 +5,7 @@
 //! the same functions on the committed corpus and on mutations of it, wherever cargo runs. Functions about a
 //! module's private parts live in that module (`guest::fuzzing`, `gitlab::fuzzing`).
 //!
-//! Where bytes arrive in pieces, how they are cut follows from the bytes themselves ([`Cuts`]), so that an input is
+//! Where bytes arrive in pieces, how they are cut follows from the bytes themselves ([`Cuts`](crate::pieces::Cuts)), so that an input is
 //! a whole case and repeats itself.
 #![expect(clippy::unwrap_used, reason = "a property fails by panicking")]
 
@@ -15,7 +15,6 @@ mod image;
 mod journal;
 mod libvirt;
 mod pipeline;
-mod stream;
 
 pub use crate::gitlab::fuzzing::{gitlab_answers, payload};
 pub use crate::guest::fuzzing::{
@@ -28,7 +27,6 @@ pub use image::image;
 pub use journal::journal;
 pub use libvirt::{domain_xml, libvirt_answers};
 pub use pipeline::pipeline;
-pub(crate) use stream::{Cuts, Peer, now};
 
 /// One kind of input.
 #[derive(Clone, Copy)]

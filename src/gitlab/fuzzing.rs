@@ -4,7 +4,7 @@ use super::answers::{error, is_json, is_page, job_status, media_type, range_size
 use super::payload::salvage;
 use super::transport::full;
 use super::{GitlabError, JobPayload, JobStatus, calls};
-use crate::fuzzing::now;
+use crate::pieces::now;
 use crate::secret::Secret;
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};

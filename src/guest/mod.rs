@@ -24,10 +24,10 @@ mod wire; // the bytes between connection and hyper
 
 use crate::clock::Clock;
 use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};
-use crate::job::spool::SpoolWriter;
 use crate::metrics::Metrics;
 use crate::rng::Rng;
 use crate::secret::Secret;
+use crate::spool::SpoolWriter;
 use crate::vm::{DoorListener, VmId};
 use bytes::Bytes;
 use dayfly_guest_config::Pass;

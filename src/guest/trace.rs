@@ -10,7 +10,7 @@ use super::routes::Query;
 use super::{GuestEvent, GuestView};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobStatus;
-use crate::job::spool::Appended;
+use crate::spool::Appended;
 use http::StatusCode;
 use http::header::{CONTENT_RANGE, HeaderMap};
 use http::request::Parts;

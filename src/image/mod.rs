@@ -3,7 +3,6 @@
 //! An image is a directory: `image.toml` ([`manifest`]), a qcow2 disk, and for direct boot kernel and
 //! initrd. [`store`] finds, checks and replaces images; [`build`] makes them.
 
-pub mod boot_test;
 pub mod build;
 pub mod manifest;
 pub(crate) mod qcow2;

@@ -17,11 +17,11 @@ use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
 use crate::machine_spec::MachineSpec;
-use crate::network::Lease;
 use crate::planted::{self, Bug};
 use crate::retry;
 use crate::secret::{self, Secret};
-use crate::vm::{InstallationId, VmId};
+use crate::supply::MachineRecord;
+use crate::vm::InstallationId;
 use bytes::Bytes;
 use format::{parse, seal};
 use jiff::Timestamp;
@@ -148,16 +148,6 @@ pub struct LastLines {
     pub offset: u64,
     /// The lines, whole.
     pub text: String,
-}
-
-/// The names of one VM's things, from before any is made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MachineRecord {
-    /// Its id; all names follow from it.
-    pub id: VmId,
-    /// Its door.
-    pub lease: Lease,
 }
 
 /// Why the journal cannot be used.

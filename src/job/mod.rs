@@ -14,19 +14,18 @@
 
 mod forget;
 pub mod journal;
-mod limits;
+mod jobs;
 mod lines;
 mod machinery;
 mod oom;
 mod refuse;
 mod resolve;
-pub mod spool;
 pub mod state;
 mod task;
-pub mod uploader;
 
 pub use forget::forget;
-pub use limits::Limits;
+pub use jobs::Jobs;
+pub(crate) use jobs::Started;
 pub use refuse::{Refusal, give_up, refuse};
 pub use resolve::resolve_late;
 pub use task::{accept, adopt, begin_anew};
@@ -75,7 +74,7 @@ pub struct Parts {
     /// Base images.
     pub images: ImageStore,
     /// Deadlines.
-    pub limits: Arc<Limits>,
+    pub limits: Arc<config::Limits>,
     /// Limits of doors.
     pub door_limits: guest::Limits,
     /// Counters.

@@ -8,9 +8,9 @@
 //! Every step may run twice, so a machine found running after a restart of the daemon enters at
 //! "channel". On `leave` (hand-over) the task ends and the machine lives on.
 
+use super::MachineRecord;
 use super::{Order, Supply};
 use crate::failpoint::{Point, reached};
-use crate::job::journal::MachineRecord;
 use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::telemetry::chain;

@@ -15,9 +15,11 @@ use crate::image::store::Image;
 use crate::latest::Latest;
 use crate::machine_spec::MachineSpec;
 use crate::metrics::Metrics;
+use crate::network::Lease;
 use crate::network::{Network, NoFreePort, PortRange};
 use crate::rng::Rng;
 use crate::vm::{Accel, Boot, Hypervisor, InstallationId, VmId, VmName, VmState};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +29,16 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::losses::Losses;
-use crate::job::journal::MachineRecord;
+
+/// The names of one VM's things, from before any is made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineRecord {
+    /// Its id; all names follow from it.
+    pub id: VmId,
+    /// Its door.
+    pub lease: Lease,
+}
 
 /// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
 /// nothing else tells it (safety.md V8).

@@ -9,6 +9,7 @@
 )]
 
 mod advisories;
+mod modules;
 mod scripts;
 
 use serde_json::Value;

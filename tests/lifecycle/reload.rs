@@ -1,10 +1,10 @@
 //! A new configuration under running jobs.
 
 use crate::support::world::World;
+use dayfly::config::Limits;
 use dayfly::config::{Config, Span};
 use dayfly::daemon::ReloadError;
 use dayfly::gitlab::JobId;
-use dayfly::job::Limits;
 use dayfly::standin::{JobState, Route};
 use std::time::Duration;
 use tokio::time::sleep;

@@ -1,12 +1,12 @@
 //! What stands behind and beside a head: chunks, ranges, updates.
 
 use super::requests::{by_hyper, dechunked};
-use crate::fuzzing::{Cuts, Peer};
 use crate::guest::body::object;
 use crate::guest::chunks::Chunks;
 use crate::guest::handler::RunnerRequest;
 use crate::guest::trace::{self, parse_content_range};
 use crate::guest::update::{Said, Update};
+use crate::pieces::{Cuts, Peer};
 use http::header::{CONTENT_RANGE, HeaderMap, HeaderValue};
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;

@@ -2,11 +2,11 @@
 
 use super::requests::{Request, by_hyper};
 use crate::clock::Clock;
-use crate::fuzzing::{Cuts, Peer};
 use crate::gitlab::JobId;
 use crate::guest::artifacts::{request_headers, response_headers};
 use crate::guest::head::{FIELDS_MAX, Framing, HEAD_BYTES_MAX, Scan, TARGET_BYTES_MAX, check, scan};
 use crate::guest::routes::{self, JobRoute, NoRoute, Query, Route};
+use crate::pieces::{Cuts, Peer};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::{Request as HttpRequest, StatusCode};
 

@@ -5,8 +5,8 @@ use super::door::{
     on_paused_time,
 };
 use super::requests::{Request, predicted};
-use crate::fuzzing::Cuts;
 use crate::gitlab::JobStatus;
+use crate::pieces::Cuts;
 use bytes::Bytes;
 use std::time::Duration;
 

@@ -1,10 +1,10 @@
 //! Whole connections: the requests that a stream of bytes is, read by us, by hyper behind our wire, and by hyper alone.
 
 use super::door::METRICS;
-use crate::fuzzing::{Peer, now};
 use crate::guest::chunks::{BadChunk, Chunks};
 use crate::guest::head::{FIELDS_MAX, Framing, Scan, check, scan};
 use crate::guest::wire::{Notes, Times, Wire};
+use crate::pieces::{Peer, now};
 use crate::vm::Stream;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Request as HttpRequest, Response, StatusCode};

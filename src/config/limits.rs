@@ -1,6 +1,6 @@
 //! The deadlines and bounds of a job, all configurable.
 
-use crate::config::Span;
+use super::Span;
 use serde::{Deserialize, Serialize};
 
 /// Section `[limits]`: the deadlines of safety.md §3.1, all configurable.

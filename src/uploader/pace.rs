@@ -1,6 +1,6 @@
 //! When is the next PATCH due?
 
-use crate::job::spool::SpoolView;
+use crate::spool::SpoolView;
 use std::time::Duration;
 use tokio::time::Instant;
 

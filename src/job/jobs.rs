@@ -3,11 +3,11 @@
 //! Shared by pollers (which add), the daemon (which joins) and the control socket (which reads and
 //! kills). One mutex around the list, held for a few lines.
 
+use super::journal::JobKey;
+use super::{GivenAgain, JobCommand, JobHandle, JobView};
 use crate::capacity::Held;
 use crate::control::KillOutcome;
 use crate::gitlab::{JobId, JobPayload};
-use crate::job::journal::JobKey;
-use crate::job::{GivenAgain, JobCommand, JobHandle, JobView};
 use crate::vm::VmId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,10 +23,10 @@ pub struct Jobs {
 }
 
 /// A job's task, to be joined, and what it holds.
-pub(super) struct Started {
-    pub(super) key: JobKey,
-    pub(super) task: JoinHandle<()>,
-    pub(super) reservation: Held,
+pub(crate) struct Started {
+    pub(crate) key: JobKey,
+    pub(crate) task: JoinHandle<()>,
+    pub(crate) reservation: Held,
 }
 
 struct Entry {
@@ -38,7 +38,7 @@ impl Jobs {
     /// An empty list, and where its tasks come out to be joined. The channel is bounded by the
     /// capacity: one message per reservation.
     #[must_use]
-    pub(super) fn new() -> (Self, mpsc::UnboundedReceiver<Started>) {
+    pub(crate) fn new() -> (Self, mpsc::UnboundedReceiver<Started>) {
         let (tasks, out) = mpsc::unbounded_channel();
         let (count, _) = watch::channel(0);
         (Self { entries: Arc::default(), tasks, count }, out)
@@ -61,7 +61,7 @@ impl Jobs {
     }
 
     /// Takes a job off whose task has ended.
-    pub(super) fn remove(&self, key: &JobKey) {
+    pub(crate) fn remove(&self, key: &JobKey) {
         let count = {
             let mut entries = self.lock();
             entries.remove(key);
@@ -85,7 +85,7 @@ impl Jobs {
 
     /// How many there are; for waiting.
     #[must_use]
-    pub(super) fn count(&self) -> watch::Receiver<usize> {
+    pub(crate) fn count(&self) -> watch::Receiver<usize> {
         self.count.subscribe()
     }
 
@@ -97,7 +97,7 @@ impl Jobs {
 
     /// VMs of theirs.
     #[must_use]
-    pub(super) fn vms(&self) -> BTreeSet<VmId> {
+    pub(crate) fn vms(&self) -> BTreeSet<VmId> {
         self.views().into_iter().filter_map(|view| view.vm?.parse().ok()).collect()
     }
 
@@ -132,7 +132,7 @@ impl Jobs {
     }
 
     /// Tells all jobs to end.
-    pub(super) fn kill_all(&self) {
+    pub(crate) fn kill_all(&self) {
         for entry in self.lock().values() {
             let _ = entry.inbox.try_send(JobCommand::Kill);
         }
