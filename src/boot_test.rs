@@ -120,8 +120,15 @@ impl BootTest<'_> {
             socket_dir: self.socket_dir.to_owned(),
         };
         let network = Network::new(&self.network);
-        let (supply, lister) =
-            Supply::new(self.hypervisor.clone(), rng.clone(), network, place, Metrics::new(), stop.clone());
+        let (supply, lister) = Supply::new(
+            self.hypervisor.clone(),
+            Clock::system(),
+            rng.clone(),
+            network,
+            place,
+            Metrics::new(),
+            stop.clone(),
+        );
         let booted = self.boot(&supply, image, &overlay_dir, &rng, progress).await;
         stop.cancel();
         // Ends at once, but for a list call, which has a deadline.

@@ -193,8 +193,15 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let place = Place { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
     let network = Network::new(&config.network);
     let metrics = Metrics::new();
-    let (supply, lister) =
-        Supply::new(backends.hypervisor.clone(), backends.rng.clone(), network, place, metrics.clone(), stop.clone());
+    let (supply, lister) = Supply::new(
+        backends.hypervisor.clone(),
+        backends.clock.clone(),
+        backends.rng.clone(),
+        network,
+        place,
+        metrics.clone(),
+        stop.clone(),
+    );
     let parts = Parts {
         files,
         clock: backends.clock.clone(),

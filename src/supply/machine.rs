@@ -16,7 +16,7 @@ use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
 use crate::vm::{Ending, Pause, Stream, VmError, VmName, VmSpec, VmState};
-use dayfly_guest_config::{REPORT_LINE_MAX, Report};
+use dayfly_guest_config::{ClockQuestion, REPORT_LINE_MAX, Report};
 use prometheus_client::metrics::gauge::Gauge;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -365,7 +365,7 @@ impl Driver {
         }
     }
 
-    /// Writes the config until the guest has been seen, and passes its reports on.
+    /// Writes the config until the guest has been seen, passes its reports on and tells it the time when it asks.
     fn serve_channel(&self, wires: &mut JoinSet<()>, config: Vec<u8>, ended: mpsc::Sender<()>) {
         let (supply, id, greeted, events) =
             (self.supply.clone(), self.record.id.clone(), self.greeted.clone(), self.events.clone());
@@ -373,10 +373,17 @@ impl Driver {
             loop {
                 if let Ok(stream) = supply.hypervisor().open_channel(&supply.place().socket_dir, &id).await {
                     let (reader, mut writer) = tokio::io::split(stream);
+                    // One at a time: a guest that asks and does not read waits for itself.
+                    let (questions_out, mut questions) = mpsc::channel::<ClockQuestion>(1);
                     let write = async {
                         if !greeted.load(Ordering::Relaxed) {
                             // An error shows at the reading half too.
                             let _ = writer.write_all(&config).await;
+                            let _ = writer.flush().await;
+                        }
+                        while let Some(question) = questions.recv().await {
+                            let answer = question.answer(supply.0.clock.now().as_microsecond());
+                            let _ = writer.write_all(format!("{answer}\n").as_bytes()).await;
                             let _ = writer.flush().await;
                         }
                         std::future::pending::<()>().await;
@@ -384,7 +391,7 @@ impl Driver {
                     tokio::select! {
                         biased;
                         // Reading ends with the stream; writing never ends by itself.
-                        () = read_reports(reader, &events) => {}
+                        () = read_reports(reader, &events, &questions_out) => {}
                         () = write => {}
                     }
                 }
@@ -482,7 +489,11 @@ impl Drop for Stuck {
 }
 
 /// Reads report lines until the stream ends. Long or too many lines are dropped: the guest is hostile.
-async fn read_reports(reader: tokio::io::ReadHalf<Box<dyn Stream>>, events: &mpsc::Sender<MachineEvent>) {
+async fn read_reports(
+    reader: tokio::io::ReadHalf<Box<dyn Stream>>,
+    events: &mpsc::Sender<MachineEvent>,
+    questions: &mpsc::Sender<ClockQuestion>,
+) {
     let mut reader = BufReader::with_capacity(REPORT_LINE_MAX + 1, reader);
     let mut line = Vec::new();
     let (mut window, mut count) = (Instant::now(), 0);
@@ -506,10 +517,13 @@ async fn read_reports(reader: tokio::io::ReadHalf<Box<dyn Stream>>, events: &mps
             (window, count) = (Instant::now(), 0);
         }
         count += 1;
-        let report = std::str::from_utf8(&line).ok().and_then(|text| Report::parse(text.trim_end()));
-        if let Some(report) = report.filter(|_| count <= REPORTS_PER_SECOND && line.len() <= REPORT_LINE_MAX) {
+        let bounded = count <= REPORTS_PER_SECOND && line.len() <= REPORT_LINE_MAX;
+        let text = std::str::from_utf8(&line).ok().filter(|_| bounded).map(str::trim_end);
+        if let Some(report) = text.and_then(Report::parse) {
             // Only a hint: dropped if the job is busy.
             let _ = events.try_send(MachineEvent::Report(report));
+        } else if let Some(question) = text.and_then(ClockQuestion::parse) {
+            let _ = questions.try_send(question);
         }
         line.clear();
     }

@@ -10,6 +10,7 @@ mod machine;
 
 pub use machine::{Machine, MachineEvent};
 
+use crate::clock::Clock;
 use crate::image::stamp::Stamp;
 use crate::image::store::Image;
 use crate::latest::Latest;
@@ -50,6 +51,7 @@ pub struct Supply(Arc<Shared>);
 
 struct Shared {
     hypervisor: Arc<dyn Hypervisor>,
+    clock: Clock,
     rng: Rng,
     network: Network,
     place: Place,
@@ -139,6 +141,7 @@ impl Supply {
     #[must_use]
     pub fn new(
         hypervisor: Arc<dyn Hypervisor>,
+        clock: Clock,
         rng: Rng,
         network: Network,
         place: Place,
@@ -148,6 +151,7 @@ impl Supply {
         let listing = Latest::new(Listing::default());
         let shared = Arc::new(Shared {
             hypervisor,
+            clock,
             rng,
             network,
             place,

@@ -18,6 +18,7 @@ mod canary;
 mod lab;
 mod leaks;
 mod restarts;
+mod times;
 
 use dayfly::standin::JobState;
 use lab::{Lab, Options, run};

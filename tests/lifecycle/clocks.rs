@@ -2,8 +2,12 @@
 
 use crate::support::world::{World, paused};
 use dayfly::standin::{JobSpec, JobState, Route};
+use dayfly::vm::fake::GuestMachine;
+use dayfly_guest_config::{ClockAnswer, ClockQuestion, GuestConfig};
 use std::time::Duration;
-use tokio::time::{Instant, sleep};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -151,4 +155,50 @@ fn a_daemon_that_slept_blames_no_guest_for_its_own_silence() {
         world.until(job, JobState::Success).await;
         world.assert_clean().await;
     });
+}
+
+/// U24: a guest is told the time of the moment at which it asks, however old its config is by then and whoever has set
+/// the host's clock since; what is no question is not answered.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_asks_is_told_what_time_it_is_now() {
+    let mut world = World::new(1);
+    let (lines_out, mut lines) = mpsc::channel(8);
+    world.hypervisor.set_guest(move |mut machine: GuestMachine| {
+        let lines_out = lines_out.clone();
+        async move {
+            let mut port = BufReader::new(&mut machine.channel);
+            for asked_us in [0, 17, 18] {
+                if asked_us != 0 {
+                    let question = ClockQuestion { asked_us };
+                    let text = format!("clock soon\n{question}\n{question} 1\n");
+                    port.get_mut().write_all(text.as_bytes()).await.unwrap();
+                }
+                let mut line = Vec::new();
+                while !line.ends_with(b"\n") {
+                    // Nobody is connected at first: read again.
+                    port.read_until(b'\n', &mut line).await.unwrap();
+                    sleep(Duration::from_millis(20)).await;
+                }
+                lines_out.send(line).await.unwrap();
+                sleep(Duration::from_secs(40)).await;
+            }
+        }
+    });
+    let job = world.job(&["print never"]);
+    world.start().await.unwrap();
+    let written_us = GuestConfig::from_line(&lines.recv().await.unwrap()).unwrap().clock_us;
+    let now_us = || world.clock.now().as_microsecond();
+    let mut asked_at_us = written_us;
+    for asked_us in [17, 18] {
+        world.clock.jump(asked_us == 17, HOUR);
+        let line = timeout(Duration::from_secs(60), lines.recv()).await.expect("an answer").unwrap();
+        let answer = ClockAnswer::parse(line.trim_ascii_end()).unwrap();
+        assert_eq!(answer.asked_us, asked_us);
+        assert!((0..=100_000).contains(&(now_us() - answer.host_us)), "{} {}", now_us(), answer.host_us);
+        assert!((answer.host_us - asked_at_us).abs() > 30_000_000, "the answer is as old as its config");
+        asked_at_us = answer.host_us;
+    }
+    world.standin.cancel(job, false);
+    world.until_idle().await;
+    world.assert_clean().await;
 }

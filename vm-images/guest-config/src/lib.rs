@@ -4,12 +4,15 @@
 //! stand in one place. No I/O: bytes in, bytes out.
 //!
 //! The guest config travels as one line of JSON over the virtio-serial port
-//! [`PORT_NAME`]; the guest's reports come back as short lines of text.
+//! [`PORT_NAME`]; the guest's reports come back as short lines of text. On the same port the guest
+//! may ask what time it is.
 
+mod clock;
 mod greeting;
 mod identity;
 mod report;
 
+pub use clock::{ClockAnswer, ClockQuestion};
 pub use greeting::{GREETING_LINE_MAX, Greeting, GreetingError, Nonce, PASS_BYTES, Pass};
 pub use identity::system_id;
 pub use report::{REPORT_LINE_MAX, Report};
@@ -42,7 +45,7 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | contract | since then |
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
-/// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`] |
+/// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`]; it may ask for the time ([`ClockQuestion`]) |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
@@ -76,7 +79,8 @@ pub struct GuestConfig {
     pub boot_id: String,
     /// Random seed, hex.
     pub seed: String,
-    /// Wall clock of the host, microseconds since 1970.
+    /// Wall clock of the host when this was written, microseconds since 1970: for a guest whose [`ClockQuestion`] is not
+    /// answered, or that does not ask.
     pub clock_us: i64,
     /// Address and name servers.
     pub network: GuestNetwork,

@@ -4,6 +4,7 @@
 //! What only the kernel can do is in [`identity`] and [`network`]; what is files is in [`files`],
 //! below a root that tests choose. Applying the same config twice changes nothing more.
 
+use crate::host_clock::HostClock;
 use crate::machine;
 use crate::netlink::{Netlink, NetlinkError};
 use crate::users::{User, UserError};
@@ -51,15 +52,19 @@ pub enum ApplyError {
     User(#[from] UserError),
 }
 
-/// Seed, clock, boot id and host name.
+/// Seed, clock, boot id and host name. `clock` is what the host has answered, if it has.
 ///
 /// # Errors
 /// [`ApplyError`].
-pub fn identity(config: &GuestConfig) -> Result<(), ApplyError> {
+pub fn identity(config: &GuestConfig, clock: Option<HostClock>) -> Result<(), ApplyError> {
     let seed = from_hex(&config.seed).ok_or(ApplyError::Member("seed", "even number of hex digits"))?;
     // Mixed in, not credited: the kernel has virtio-rng for that in a cold guest.
     write_at("/dev/urandom", &seed)?;
-    machine::set_clock(config.clock_us).map_err(|error| ApplyError::System("set the clock", error))?;
+    let set = match clock {
+        Some(clock) => machine::set_clock(clock.at(machine::own_us())),
+        None => machine::set_clock_at_least(config.clock_us),
+    };
+    set.map_err(|error| ApplyError::System("set the clock", error))?;
 
     fs::create_dir_all("/run/dayfly").map_err(|error| ApplyError::File("/run/dayfly".into(), error))?;
     let own = Path::new("/run/dayfly/boot_id");

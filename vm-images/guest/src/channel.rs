@@ -1,4 +1,4 @@
-//! The virtio-serial port: the guest config comes in, reports go out.
+//! The virtio-serial port: the guest config comes in, reports go out, and the time is asked for.
 //!
 //! Traps, all measured with QEMU 7.2: reads give 0 while nobody is connected on the host, and data
 //! again once somebody is; a blocking write stands still as long as nobody is, so writes are
@@ -6,7 +6,7 @@
 //! The host may write before the kernel runs, and writes the same config again when it is not sure.
 #![expect(clippy::disallowed_types, reason = "no async runtime in the guest")]
 
-use dayfly_guest_config::{CONFIG_BYTES_MAX, Report};
+use dayfly_guest_config::{CONFIG_BYTES_MAX, ClockQuestion, Report};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -69,6 +69,11 @@ impl Reporter {
         self.write(&line);
     }
 
+    /// Asks, if the host listens. Not said again to one that comes back: the asker does that, with the time that it is then.
+    pub fn ask(&self, question: ClockQuestion) {
+        self.write(&format!("{question}\n"));
+    }
+
     fn again(&self) {
         let line =
             self.last.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|report| format!("{report}\n"));
@@ -118,7 +123,7 @@ pub fn read_lines(reporter: &Reporter, lines: SyncSender<Line>) -> io::Result<()
                 }
                 Ok(count) => {
                     for line in splitter.take(&buffer[..count]) {
-                        // Nobody waits for lines once a config has been applied.
+                        // Nobody waits for lines once config and time have been taken.
                         let _ = lines.try_send(line);
                         reporter.answer(&mut answered);
                     }

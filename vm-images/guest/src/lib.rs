@@ -17,6 +17,7 @@
 pub mod apply;
 pub mod channel;
 pub mod console;
+pub mod host_clock;
 pub mod machine;
 pub mod netlink;
 pub mod relay;

@@ -5,23 +5,37 @@ use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use std::convert::Infallible;
 use std::io;
 
-/// How far a host's clock may lie behind ours before we believe it is right all the same. The
+/// How far a config's clock may lie behind ours before we believe it is right all the same. The
 /// config may have been written when the VM was created, minutes before we read it, while our own
-/// clock comes from the (virtual) RTC and is right by then; a restored machine is always behind.
+/// clock comes from the (virtual) RTC and is right to a second by then; a restored machine is always behind.
 const BEHIND_MAX_US: i64 = 15 * 60 * 1_000_000;
 
-/// Sets the wall clock to the host's, given in microseconds since 1970, unless that is older news
-/// than what the clock says already.
+/// Microseconds of a clock that nobody sets and that goes while the machine lives.
+#[must_use]
+pub fn own_us() -> u64 {
+    u64::try_from(microseconds(clock_gettime(ClockId::Monotonic))).unwrap_or(0)
+}
+
+/// Sets the wall clock, forward or back, to microseconds since 1970.
 ///
 /// # Errors
 /// The system's.
 pub fn set_clock(host_us: i64) -> io::Result<()> {
-    let now = clock_gettime(ClockId::Realtime);
-    if believes(now.tv_sec.saturating_mul(1_000_000).saturating_add(now.tv_nsec / 1000), host_us) {
-        let time = Timespec { tv_sec: host_us.div_euclid(1_000_000), tv_nsec: host_us.rem_euclid(1_000_000) * 1000 };
-        clock_settime(ClockId::Realtime, time)?;
-    }
+    let time = Timespec { tv_sec: host_us.div_euclid(1_000_000), tv_nsec: host_us.rem_euclid(1_000_000) * 1000 };
+    clock_settime(ClockId::Realtime, time)?;
     Ok(())
+}
+
+/// Sets the wall clock to what the host's was some time ago, unless that is older news than what the clock says already.
+///
+/// # Errors
+/// The system's.
+pub fn set_clock_at_least(host_us: i64) -> io::Result<()> {
+    if believes(microseconds(clock_gettime(ClockId::Realtime)), host_us) { set_clock(host_us) } else { Ok(()) }
+}
+
+fn microseconds(time: Timespec) -> i64 {
+    time.tv_sec.saturating_mul(1_000_000).saturating_add(time.tv_nsec / 1000)
 }
 
 fn believes(now_us: i64, host_us: i64) -> bool {

@@ -8,7 +8,7 @@ use dayfly_guest::apply::{self, ApplyError};
 use dayfly_guest::channel::{self, Line, Reporter};
 use dayfly_guest::console::{chain, say};
 use dayfly_guest::relay::{Limits, Relay, Target};
-use dayfly_guest::{machine, runner, users};
+use dayfly_guest::{host_clock, machine, runner, users};
 use dayfly_guest_config::{
     CONFIG_BYTES_MAX, CONTRACT, ConfigError, GuestConfig, PORT_NAME, Pass, RELAY_ADDRESS, Report,
 };
@@ -121,11 +121,12 @@ fn open_reporter() -> Reporter {
 }
 
 fn run(reporter: &Reporter) -> Result<(), GuestError> {
-    let config = read_config(reporter)?;
+    let (config, lines) = read_config(reporter)?;
     let target = target(&config)?;
     let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
 
-    apply::identity(&config)?;
+    let clock = lines.and_then(|lines| host_clock::ask(reporter, &lines));
+    apply::identity(&config, clock)?;
     apply::network(&config.network)?;
     apply::files(Path::new("/"), &config, &user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
@@ -207,21 +208,22 @@ fn in_background(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(),
     Ok(())
 }
 
-/// From the channel, or, in images without one, from SMBIOS.
-fn read_config(reporter: &Reporter) -> Result<GuestConfig, GuestError> {
+/// From the channel, whose further lines come with it, or, in images without one, from SMBIOS.
+fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line>>), GuestError> {
     let (lines, inbox) = sync_channel(4);
     match channel::read_lines(reporter, lines) {
         Ok(()) => {
             reporter.report(Report::Ready);
             reporter.report(Report::Contract(CONTRACT));
-            config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)
+            let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
+            Ok((config, Some(inbox)))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let text = std::fs::read_to_string(CREDENTIAL).map_err(|_| GuestError::NoSource)?;
             let line = STANDARD
                 .decode(text.trim())
                 .map_err(|error| GuestError::Io("decode the credential", io::Error::other(error)))?;
-            Ok(GuestConfig::from_line(&line)?)
+            Ok((GuestConfig::from_line(&line)?, None))
         }
         Err(error) => Err(GuestError::Io("read the channel", error)),
     }
