@@ -47,6 +47,8 @@ pub struct Options {
     pub concurrent: u32,
     /// Lines for section `[limits]`.
     pub limits: &'static str,
+    /// Lines for the class.
+    pub class: &'static str,
     /// No other test may run beside it.
     pub alone: bool,
 }
@@ -58,6 +60,7 @@ impl Default for Options {
             image_directory: image_directory(),
             concurrent: 1,
             limits: "",
+            class: "",
             alone: false,
         }
     }
@@ -147,7 +150,7 @@ impl Lab {
             options.image
         )
         .unwrap();
-        writeln!(text, "allow_standin_runner = true").unwrap();
+        writeln!(text, "allow_standin_runner = true\n{}", options.class).unwrap();
         writeln!(
             text,
             "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\""

@@ -19,6 +19,7 @@ mod lab;
 mod leaks;
 mod restarts;
 mod times;
+mod tools;
 
 use dayfly::standin::JobState;
 use lab::{Lab, Options, run};

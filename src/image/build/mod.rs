@@ -8,7 +8,7 @@
 //!        └─► the boot test learns `info` ─► Staged::promote
 //! ```
 //!
-//! About a minute, without root. One build at a time in an image directory; a build that fails or is
+//! Two or three minutes, without root. One build at a time in an image directory; a build that fails or is
 //! dropped leaves nothing, one that is killed is cleaned up by the next.
 
 mod initrd;
@@ -63,6 +63,9 @@ pub enum BuildError {
     /// A recipe of this binary is broken.
     #[error("read the recipe")]
     RecipeText(#[source] Box<figment::Error>),
+    /// A recipe of this binary asks for what can be no package.
+    #[error("read the recipe: `{0}` is no name of a Debian package")]
+    PackageName(String),
     /// The recipe is for another kind of machine.
     #[error("build an image for {0} on {host}", host = std::env::consts::ARCH)]
     Architecture(String),
@@ -229,7 +232,8 @@ async fn fill(
 ) -> Result<Manifest, BuildError> {
     let inputs = &recipe.inputs;
     lay_out(request, recipe, &work.path("files"))?;
-    progress(&format!("packages: {} with {}", inputs.suite, inputs.packages.join(", ")));
+    let included: Vec<&str> = inputs.all_packages().collect();
+    progress(&format!("packages: {} with {}", inputs.suite, included.join(", ")));
     let packages = rootfs::packages(work, recipe, progress).await?;
 
     progress(&format!("kernel: {}", packages.kernel_version));
