@@ -41,3 +41,25 @@ async fn a_job_that_is_root_may_say_sudo() {
     assert!(lab.trace(job).contains("id 0"), "{}", lab.trace(job));
     lab.assert_clean().await;
 }
+
+/// U47: the image's kernel tells of its panic through pvpanic, which a restart would else look like.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_kernel_panics_says_so() {
+    let mut lab = Lab::start(Options { class: "run_as_root = true", ..Options::default() }).await;
+    let job = lab.job(&[
+        "echo begun",
+        "sleep 2",
+        "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger",
+        "sleep 300",
+    ]);
+    let found = lab.until(job, JobState::Failed).await;
+    let trace = lab.trace(job);
+    assert_eq!(found.failure_reason.as_deref(), Some("runner_system_failure"), "{}", lab.story(job));
+    for text in [
+        "the virtual machine ended by a panic of its kernel in the middle of the job.",
+        "the machine's console says: Kernel panic - not syncing: sysrq triggered crash",
+    ] {
+        assert!(trace.contains(text), "no {text:?}\n{}", lab.story(job));
+    }
+    lab.assert_clean().await;
+}
