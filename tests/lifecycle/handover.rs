@@ -160,7 +160,7 @@ async fn a_second_signal_during_a_drain_ends_the_jobs() {
 #[tokio::test(start_paused = true)]
 async fn after_a_reboot_of_the_host_every_job_fails_and_says_why() {
     let mut world = World::new(1);
-    world.expect_trouble(&["did not outlive a restart of the host", "did not survive"]);
+    world.expect_trouble(&["the host was restarted", "did not survive"]);
     let running = world.job(SCRIPT);
     world.start().await.unwrap();
     world.until_trace(running, "one").await;

@@ -2,11 +2,12 @@
 
 use dayfly::clock::Clock;
 use dayfly::config::{Class, Config, Runner, Span};
-use dayfly::daemon::{self, Backends, DaemonError, Jobs, Shutdown};
+use dayfly::daemon::{self, Backends, DaemonError, Shutdown};
 use dayfly::files::Files;
 use dayfly::gitlab::OpenTransport;
 use dayfly::guest::Limits;
 use dayfly::image::store::{Image, ImageStore};
+use dayfly::job::Jobs;
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
