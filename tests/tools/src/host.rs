@@ -27,6 +27,9 @@ use tokio::task::JoinHandle;
 /// How long a daemon may take to end when told to: it ends its jobs first.
 const END_LIMIT: Duration = Duration::from_secs(40);
 
+/// Disk of each VM.
+pub const DISK_GIB: u64 = 10;
+
 /// VMs that take no time of their own.
 pub const AT_ONCE: Timing = Timing {
     overlay: Duration::ZERO,
@@ -134,7 +137,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
             image: choice.images.1.clone(),
             cpus: 1,
             memory_mib: 512,
-            disk_gib: 10,
+            disk_gib: DISK_GIB,
             run_as_root: false,
             allow_standin_runner: true,
         }],

@@ -1,5 +1,5 @@
-//! `bench daemon`, `bench frozen`, `bench proxy` and `bench start`: what a daemon weighs, what it weighs while its
-//! disk hangs, what it costs to go through it, and what a cold start costs.
+//! `bench daemon`, `bench frozen`, `bench proxy`, `bench start` and `bench latency`: what a daemon weighs, what it
+//! weighs while its disk hangs, what it costs to go through it, what a cold start costs, and when GitLab sees what.
 //!
 //! The last lines are figures, `figure NAME NUMBER UNIT`; it fails if something could not be measured.
 
@@ -8,6 +8,7 @@ mod daemon;
 mod figures;
 mod frozen;
 mod guest;
+mod latency;
 mod proxy;
 mod start;
 mod watched;
@@ -17,7 +18,8 @@ use std::process::ExitCode;
 const USAGE: &str = "usage: bench daemon [--vms N]
        bench frozen [--seconds N] [--mount DIRECTORY]
        bench proxy [--mib N] [--pairs N]
-       bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
+       bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
+       bench latency [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -58,8 +60,15 @@ async fn main() -> ExitCode {
         }
         ["start", rest @ ..] => {
             let read = options(rest, &["--runs", "--images", "--image", "--accel"]);
-            match read.and_then(|options| start::Wanted::read(&options)) {
+            match read.and_then(|options| start::Wanted::read(&options, ("--runs", 5))) {
                 Some(wanted) => start::measure(&wanted).await,
+                None => return usage(),
+            }
+        }
+        ["latency", rest @ ..] => {
+            let read = options(rest, &["--pairs", "--images", "--image", "--accel"]);
+            match read.and_then(|options| start::Wanted::read(&options, ("--pairs", 10))) {
+                Some(wanted) => latency::measure(&wanted).await,
                 None => return usage(),
             }
         }

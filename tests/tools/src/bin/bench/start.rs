@@ -48,17 +48,18 @@ const PHASES: [(Mark, &str); 7] = [
 
 /// What is to be measured.
 pub(crate) struct Wanted {
-    runs: u16,
-    images: PathBuf,
-    image: String,
-    accel: AccelChoice,
+    /// How often.
+    pub(crate) runs: u16,
+    pub(crate) images: PathBuf,
+    pub(crate) image: String,
+    pub(crate) accel: AccelChoice,
 }
 
 impl Wanted {
-    /// `None`: usage.
-    pub(crate) fn read(options: &[(&str, &str)]) -> Option<Self> {
+    /// `runs`: the option that says how often, and what counts without it. `None`: usage.
+    pub(crate) fn read(options: &[(&str, &str)], runs: (&str, u16)) -> Option<Self> {
         Some(Self {
-            runs: number(options, "--runs", 5)?,
+            runs: number(options, runs.0, runs.1)?,
             images: text(options, "--images")?.into(),
             image: text(options, "--image").unwrap_or("debian-12-shell").into(),
             accel: match text(options, "--accel").unwrap_or("auto") {
