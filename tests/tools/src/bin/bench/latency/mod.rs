@@ -25,7 +25,6 @@ use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
 use dayfly::gitlab::{JobId, RealOpenTransport};
 use dayfly::image::store::ImageStore;
-use dayfly::job::Limits;
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::standin::{JobState, ProjectId, Standin, serve};
@@ -34,7 +33,7 @@ use dayfly::vm::Hypervisor;
 use dayfly::vm::libvirt::{Config, Libvirt};
 use dayfly_test_tools::host::{Choice, Host};
 use direct::{Direct, Registered};
-use script::{END, Pauses, Stamps};
+use script::{END, HOST, Pauses, Stamps};
 use std::sync::Arc;
 use std::time::Duration;
 use times::{Got, Times};
@@ -53,6 +52,9 @@ const GLANCE: Duration = Duration::from_millis(20);
 
 /// Before each job, so that nothing of the one before still runs.
 const REST: Duration = Duration::from_secs(1);
+
+/// A cancel comes at any moment of this: a silent runner's own signs of life are 30 s apart, and no uploader's further.
+const PHASE: Duration = Duration::from_secs(30);
 
 /// Cancels in all, and at once: their machines do nothing meanwhile.
 const CANCELS: usize = 10;
@@ -78,7 +80,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let served = serve(standin.clone(), listener, None).map_err(|error| format!("serve: {error}"))?;
     let port = served.address().port();
     let url = |host: &str| url::Url::parse(&format!("http://{host}:{port}")).map_err(|error| error.to_string());
-    let for_guests = url("10.0.2.2")?;
+    let for_guests = url(HOST)?;
     standin.configure(|settings| {
         settings.external_url = for_guests.as_str().trim_end_matches('/').to_owned();
         settings.trace_update_interval = Some(TRACE_INTERVAL);
@@ -135,14 +137,16 @@ impl Bench<'_> {
         let rng = Rng::system();
         let mut pairs = Vec::new();
         for run in 1..=runs {
-            let pauses = Pauses::random(&rng);
+            // Both sides get the same bytes.
+            let stamps = Stamps::listen().await.map_err(|error| format!("listen: {error}"))?;
+            let (stamps, pauses) = (&stamps, &Pauses::random(&rng));
             // Dayfly first in the first pair: the other side's machine is made like its.
             let pair = if run % 2 == 1 {
-                let dayfly = self.run(Side::Dayfly, &pauses).await?;
-                Pair { dayfly, direct: self.run(Side::Direct, &pauses).await? }
+                let dayfly = self.run(Side::Dayfly, stamps, pauses).await?;
+                Pair { dayfly, direct: self.run(Side::Direct, stamps, pauses).await? }
             } else {
-                let direct = self.run(Side::Direct, &pauses).await?;
-                Pair { dayfly: self.run(Side::Dayfly, &pauses).await?, direct }
+                let direct = self.run(Side::Direct, stamps, pauses).await?;
+                Pair { dayfly: self.run(Side::Dayfly, stamps, pauses).await?, direct }
             };
             for (side, times) in [("dayfly", &pair.dayfly), ("direct", &pair.direct)] {
                 let later = Spread::of(times.later.clone()).ok_or("no lines")?;
@@ -161,9 +165,8 @@ impl Bench<'_> {
     }
 
     /// One job that writes lines.
-    async fn run(&self, side: Side, pauses: &Pauses) -> Result<Times, String> {
+    async fn run(&self, side: Side, stamps: &Stamps, pauses: &Pauses) -> Result<Times, String> {
         sleep(REST).await;
-        let stamps = Stamps::listen().await.map_err(|error| format!("listen: {error}"))?;
         let spec = stamps.job(pauses);
         let told = || async {
             let came = stamps.until(END, &self.standin).await.map_err(|error| format!("the job's stamps: {error}"))?;
@@ -235,10 +238,10 @@ impl Bench<'_> {
             Ok::<_, String>(())
         };
         timeout(LIMIT, silent).await.map_err(|_| "the silent jobs did not start")??;
-        // The line itself is at GitLab, and each uploader somewhere between two signs of life.
-        let keepalive = Limits::default().keepalive.get();
+        // Their lines are at GitLab by then, and nothing is on its way.
         sleep(TRACE_INTERVAL * 2).await;
-        let phase = || Duration::from_millis(rng.below(u64::try_from(keepalive.as_millis()).unwrap_or(u64::MAX)));
+        let bound = u64::try_from(PHASE.as_millis()).unwrap_or(u64::MAX);
+        let phase = || Duration::from_millis(rng.below(bound));
         let mut cancels = JoinSet::new();
         for (job, _) in &jobs {
             let view = self.host.jobs().views().into_iter().find(|view| view.key.id == *job);

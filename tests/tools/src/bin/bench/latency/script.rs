@@ -1,10 +1,9 @@
 //! The job whose lines are timed, and where its stamps come in.
 //!
 //! Each line carries the guest's own stamp, taken right before it is written, and the same stamp goes to this
-//! process by a connection of the job's: SLIRP maps 10.0.2.2 to the host's loopback. So each line tells when it
-//! was written on the guest's clock, and all of them together how that clock stands to ours (see
-//! [`super::times`]). The guest's clock is bash's `EPOCHREALTIME`: microseconds, without a process, and nobody
-//! sets it once the machine has its config.
+//! process by a connection of the job's. So each line tells when it was written on the guest's clock, and all of
+//! them together how that clock stands to ours (see [`super::times`]). The guest's clock is bash's
+//! `EPOCHREALTIME`: microseconds, without a process, and nobody sets it once the machine has its config.
 
 use dayfly::rng::Rng;
 use dayfly::standin::{JobSpec, Standin, Variable};
@@ -21,10 +20,13 @@ pub(super) const LATER_LINES: usize = 10;
 /// The longest pause before a later line. With a tick of 3 s this puts lines everywhere between two ticks.
 const PAUSE_MAX_MS: u64 = 2_200;
 
+/// This host's loopback, as a guest reaches it: SLIRP maps it.
+pub(super) const HOST: &str = "10.0.2.2";
+
 /// The name of the last stamp, which no line of the log has: right before the script's end.
 pub(super) const END: &str = "end";
 
-/// The pauses before the later lines. Both sides of a pair get the same ones, and so the same bytes.
+/// The pauses before the later lines.
 pub(super) struct Pauses(Vec<Duration>);
 
 impl Pauses {
@@ -49,7 +51,7 @@ pub(super) fn line(name: &str, text: &str) -> String {
     format!("line {name} of this job, written at {text}")
 }
 
-/// Where one job's stamps come in.
+/// Where the stamps of jobs come in, one job after the other.
 pub(super) struct Stamps {
     listener: TcpListener,
     port: u16,
@@ -83,12 +85,12 @@ impl Stamps {
     fn prologue(&self) -> String {
         let line = line("$1", "$at");
         format!(
-            "exec 9<>/dev/tcp/10.0.2.2/{}\nsay() {{ local at=$EPOCHREALTIME; echo \"{line}\"; echo $1 $at >&9; }}\n",
+            "exec 9<>/dev/tcp/{HOST}/{}\nsay() {{ local at=$EPOCHREALTIME; echo \"{line}\"; echo $1 $at >&9; }}\n",
             self.port
         )
     }
 
-    /// All stamps of the job, up to the one of this name.
+    /// All stamps of the next job, up to the one of this name.
     pub(super) async fn until(&self, last: &str, standin: &Standin) -> io::Result<Vec<Stamp>> {
         let (stream, _) = self.listener.accept().await?;
         let mut lines = BufReader::new(stream).lines();
