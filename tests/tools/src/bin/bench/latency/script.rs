@@ -15,10 +15,12 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpListener;
 
 /// Lines after the first.
-pub(super) const LATER_LINES: usize = 10;
+pub(super) const LATER_LINES: usize = 24;
 
-/// The longest pause before a later line. With a tick of 3 s this puts lines everywhere between two ticks.
-const PAUSE_MAX_MS: u64 = 2_200;
+/// Pauses before later lines. Several lines fall between two ticks of 3 s, early and late ones: with fewer a few
+/// that just miss a tick on one side would decide the median.
+const PAUSE_MIN_MS: u64 = 100;
+const PAUSE_MAX_MS: u64 = 1_000;
 
 /// This host's loopback, as a guest reaches it: SLIRP maps it.
 pub(super) const HOST: &str = "10.0.2.2";
@@ -31,7 +33,11 @@ pub(super) struct Pauses(Vec<Duration>);
 
 impl Pauses {
     pub(super) fn random(rng: &Rng) -> Self {
-        Self((0..LATER_LINES).map(|_| Duration::from_millis(100 + rng.below(PAUSE_MAX_MS - 100))).collect())
+        Self(
+            (0..LATER_LINES)
+                .map(|_| Duration::from_millis(PAUSE_MIN_MS + rng.below(PAUSE_MAX_MS - PAUSE_MIN_MS)))
+                .collect(),
+        )
     }
 }
 
