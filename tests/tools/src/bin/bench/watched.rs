@@ -8,6 +8,7 @@ use dayfly::vm::{
     DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
 };
 use dayfly_guest_config::Report;
+use jiff::Timestamp;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,9 @@ const LINE_BYTES_MAX: usize = 8192;
 
 /// The guest's first request, as its line begins.
 pub(crate) const FIRST_REQUEST: &str = "POST /api/v4/jobs/request ";
+
+/// A guest's update of its job's state, in the line of the request.
+const UPDATE: &str = "PUT /api/v4/jobs/";
 
 /// What happens on the way, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,6 +56,8 @@ struct Seen {
     marks: Vec<(Mark, Instant)>,
     spec: Option<VmSpec>,
     asked: watch::Sender<bool>,
+    /// When a guest began its last update of a job's state.
+    updated: Option<Timestamp>,
 }
 
 impl StopWatch {
@@ -90,6 +96,11 @@ impl StopWatch {
         let mut marks = self.seen().marks.clone();
         marks.sort();
         marks
+    }
+
+    /// When a guest's last update of its job's state came to its door; wall time, as GitLab's.
+    pub(crate) fn updated(&self) -> Option<Timestamp> {
+        self.seen().updated
     }
 
     /// What the last VM was started from.
@@ -177,6 +188,9 @@ impl DoorListener for WatchedDoor {
             let look = move |line: &str| {
                 if line.starts_with(FIRST_REQUEST) {
                     watch.mark(Mark::Asked);
+                } else if line.contains(UPDATE) && line.ends_with(" HTTP/1.1") {
+                    // It may follow a body that ended without a line's end.
+                    watch.seen().updated = Some(Timestamp::now());
                 }
             };
             Ok(Box::new(Lines::new(stream, look)) as Box<dyn Stream>)

@@ -19,6 +19,8 @@ pub(super) struct Times {
     pub(super) later: Vec<f64>,
     /// From the script's end to the final report.
     pub(super) verdict: f64,
+    /// The part of it from the report at the door to the report at GitLab, where there is a door.
+    pub(super) held: Option<f64>,
 }
 
 /// What GitLab got of one job, and when.
@@ -38,6 +40,11 @@ impl Got {
             pieces: requests().filter_map(piece).collect(),
             verdict: requests().find(|request| is_verdict(request)).map(|request| request.at),
         }
+    }
+
+    /// Milliseconds from then to the arrival of the final report.
+    pub(super) fn verdict_after(&self, then: Timestamp) -> Option<f64> {
+        Some(milliseconds(self.verdict?.as_microsecond() - then.as_microsecond()))
     }
 
     /// When the last byte of this text was here.
@@ -67,7 +74,7 @@ impl Got {
         if lines.is_empty() {
             return Err("the script said nothing".into());
         }
-        Ok(Times { first: lines.remove(0), later: lines, verdict })
+        Ok(Times { first: lines.remove(0), later: lines, verdict, held: None })
     }
 }
 
@@ -146,9 +153,10 @@ mod tests {
     fn a_line_is_there_with_the_piece_that_has_its_last_byte() {
         let first_ends = "first\n".len() + line("0", "1799999900.000000").len();
         let times = got(first_ends).times(&stamps()).unwrap();
-        assert_eq!(times, Times { first: 700.0, later: vec![2000.0], verdict: 250.0 });
+        assert_eq!(times, Times { first: 700.0, later: vec![2000.0], verdict: 250.0, held: None });
         assert_eq!(got(first_ends - 1).times(&stamps()).unwrap().first, 3000.0);
         assert_eq!(jitter(&stamps()), Some(5.0));
+        assert_eq!(got(first_ends).verdict_after(at(2230)), Some(20.0));
     }
 
     #[test]
