@@ -27,6 +27,8 @@ pub struct SpoolView {
     pub guest_base: Option<u64>,
     /// When the last of them came; `None`: before a restart.
     pub grown_at: Option<Instant>,
+    /// No more of them come.
+    pub guest_closed: bool,
 }
 
 /// The spool of one job. Clones share it.
@@ -97,7 +99,13 @@ impl Spool {
             crc.update(&piece);
             length += piece.len() as u64;
         }
-        let (view, _) = watch::channel(SpoolView { length, crc: crc.clone().finalize(), guest_base, grown_at: None });
+        let (view, _) = watch::channel(SpoolView {
+            length,
+            crc: crc.clone().finalize(),
+            guest_base,
+            grown_at: None,
+            guest_closed: false,
+        });
         let forgets = planted::on(Bug::GuestOffsetForgotten);
         let guest_length = guest_base.map_or(0, |base| length.saturating_sub(if forgets { 0 } else { base }));
         let full = guest_base.is_some() && length >= bytes_max;
@@ -147,18 +155,18 @@ impl Spool {
 
     /// The guest writes no more; our last lines may follow.
     pub async fn close_guest(&self) {
-        self.0.state.lock().await.guest_closed = true;
+        self.0.close(&mut *self.0.state.lock().await, true);
     }
 
     /// The guest may write again: its verdict could not be kept, and it will send it again.
     pub async fn reopen_guest(&self) {
-        self.0.state.lock().await.guest_closed = false;
+        self.0.close(&mut *self.0.state.lock().await, false);
     }
 
     /// The guest writes no more. Returns where the trace ends, and whether its last line does.
     pub async fn end(&self) -> (u64, bool) {
         let mut state = self.0.state.lock().await;
-        state.guest_closed = true;
+        self.0.close(&mut state, true);
         (state.length, state.line_ended)
     }
 
@@ -167,7 +175,7 @@ impl Spool {
     /// takes no more, it stands in memory only, so that the author learns why.
     pub async fn end_with(&self, offset: u64, text: &str) {
         let mut state = self.0.state.lock().await;
-        state.guest_closed = true;
+        self.0.close(&mut state, true);
         let there = usize::try_from(state.length.saturating_sub(offset)).unwrap_or(usize::MAX);
         let Some(rest) = text.as_bytes().get(there..).filter(|rest| !rest.is_empty()) else { return };
         let rest = Bytes::copy_from_slice(rest);
@@ -229,6 +237,11 @@ impl Shared {
         Ok(())
     }
 
+    fn close(&self, state: &mut State, closed: bool) {
+        state.guest_closed = closed;
+        self.view.send_modify(|view| view.guest_closed = closed);
+    }
+
     fn grow(&self, state: &mut State, bytes: &Bytes) {
         state.length += bytes.len() as u64;
         state.crc.update(bytes);
@@ -238,6 +251,7 @@ impl Shared {
             crc: state.crc.clone().finalize(),
             guest_base: state.guest_base,
             grown_at: Some(Instant::now()),
+            guest_closed: state.guest_closed,
         });
     }
 }
@@ -310,10 +324,11 @@ impl SpoolReader {
         *self.view.borrow()
     }
 
-    /// Waits until there is more than `length`. Cancel safe.
-    pub async fn grown_beyond(&mut self, length: u64) {
+    /// Waits until there is more than in `seen`, or that was all of the guest's. Cancel safe.
+    pub async fn news_since(&mut self, seen: SpoolView) {
         // The sender lives in `spool`, which we hold, so this ends with the condition only.
-        let _ = self.view.wait_for(|view| view.length > length).await;
+        let news = |view: &SpoolView| view.length > seen.length || view.guest_closed && !seen.guest_closed;
+        let _ = self.view.wait_for(news).await;
     }
 
     /// Up to `bytes` bytes from `offset`.

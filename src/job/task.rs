@@ -465,11 +465,10 @@ impl Job {
         self.oom_kills.zip(now).is_some_and(|(before, now)| now > before)
     }
 
-    /// The last lines to the spool and that to disk, as the record is already, then the verdict to
+    /// The last lines, if any, to the spool and that to disk, as the record is already, then the verdict to
     /// the uploader.
     async fn deliver(&mut self) {
         self.m.write_last_lines().await;
-        self.m.sync_spool().await;
         if let State::Releasing { verdict: Some(verdict), .. } = &self.m.record.state {
             let word = if verdict.success { "success" } else { "failed" };
             if self.m.outbox(verdict.clone()) {

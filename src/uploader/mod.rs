@@ -280,8 +280,8 @@ impl Uploader {
     async fn wait(&mut self, until: Option<Instant>) {
         let until = until.unwrap_or_else(Instant::now);
         let backing_off = Instant::now() < self.not_before;
-        // A guest's next piece may be the one that is waited for.
-        let threshold = self.end();
+        // A guest's next piece may be the one that is waited for, and its last one waits for nothing.
+        let seen = self.upload.spool.view();
         tokio::select! {
             biased;
             // All branches are cancel safe. The outbox first: an abandoned job sends nothing more.
@@ -292,7 +292,7 @@ impl Uploader {
             changed = self.upload.debug_trace.changed() => if changed.is_err() {
                 std::future::pending::<()>().await;
             },
-            () = self.upload.spool.grown_beyond(threshold), if !backing_off && self.truncated_at.is_none() => {}
+            () = self.upload.spool.news_since(seen), if !backing_off && self.truncated_at.is_none() => {}
             () = tokio::time::sleep_until(until) => {}
         }
     }

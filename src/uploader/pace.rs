@@ -13,6 +13,7 @@ const SLACK: Duration = Duration::from_millis(300);
 /// When what GitLab lacks is to be sent. The first piece of a guest goes at once: its runner has let it wait already,
 /// and so has ours at hand-out. Later ones go each `interval` of GitLab's, but with the guest's next piece if that is
 /// near (`guest_interval` after the one before): sent just before it, that piece would wait a whole interval more.
+/// What its verdict follows goes at once. `None`: now.
 pub(super) fn patch_due(
     view: &SpoolView,
     sent: u64,
@@ -20,6 +21,10 @@ pub(super) fn patch_due(
     interval: Duration,
     guest_interval: Duration,
 ) -> Option<Instant> {
+    if view.guest_closed {
+        // The verdict is being kept meanwhile, and goes after all of this.
+        return None;
+    }
     let firsts = view.guest_base.is_some_and(|base| sent <= base && base < view.length);
     let due = last_patch.filter(|_| !firsts)? + interval;
     let Some(grown_at) = view.grown_at.filter(|_| view.guest_base.is_some()) else { return Some(due) };
@@ -47,6 +52,8 @@ mod tests {
         assert_eq!(due(100, 0), Some(now + 60 * SECOND), "own lines alone");
         assert!(due(102, 101).is_some(), "only the first");
         assert_eq!(patch_due(&view(150, now), 120, None, 3 * SECOND, SECOND), None, "nothing was sent yet");
+        let closed = SpoolView { guest_closed: true, ..view(150, now) };
+        assert_eq!(patch_due(&closed, 120, Some(now), 3 * SECOND, SECOND), None, "nothing more comes");
     }
 
     /// U14: a PATCH that is due goes with the guest's next piece, not just before it.

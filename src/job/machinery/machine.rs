@@ -153,6 +153,7 @@ impl Machinery {
             knows_interrupted: payload.failure_reasons.iter().any(|reason| reason == "runner_interrupted"),
             ..self.record.clone()
         };
+        self.kept = None;
         if let Err(error) = self.parts.journal.accept(&record, payload.raw().clone()).await {
             tracing::error!(error = chain(&error), "write the newer job down");
             return Ok(false);

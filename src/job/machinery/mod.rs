@@ -57,6 +57,8 @@ pub(super) enum Next {
 pub(super) struct Machinery {
     pub(super) parts: Parts,
     pub(super) record: Record,
+    /// The record as it stands on disk, as far as is known.
+    kept: Option<Vec<u8>>,
     /// When the guest gave its last sign of life, or its door was opened.
     pub(super) last_spoke: Moment,
     runner: Arc<Runner>,
@@ -160,6 +162,7 @@ impl Machinery {
             repeated: Repeated::default(),
             parts,
             record,
+            kept: None,
             runner,
             payload,
         };
@@ -290,9 +293,23 @@ impl Machinery {
         self.timeout().saturating_add(grace)
     }
 
+    /// Writes `record` down, unless it stands there to the byte: hand-out and verdict are written before the state
+    /// machine hears of them.
+    async fn keep(&mut self, record: &Record) -> io::Result<()> {
+        let bytes = serde_json::to_vec(record)?;
+        if self.kept.as_ref() != Some(&bytes) {
+            // What stands there once this was tried is known only if it succeeds.
+            self.kept = None;
+            self.parts.journal.put(record).await?;
+            self.kept = Some(bytes);
+        }
+        Ok(())
+    }
+
     /// Writes the record. An error is logged here.
     pub(super) async fn put(&mut self) -> bool {
-        match self.parts.journal.put(&self.record).await {
+        let record = self.record.clone();
+        match self.keep(&record).await {
             Ok(()) => {
                 self.let_go.free();
                 true
@@ -352,14 +369,15 @@ impl Machinery {
         self.record.last_lines = Some(LastLines { offset, text: lines });
     }
 
-    /// The lines that the record names, if they are not in the spool yet.
+    /// The lines that the record names, if they are not in the spool yet, and that to disk.
     pub(super) async fn write_last_lines(&mut self) {
-        if let Some(last) = &self.record.last_lines {
-            self.spool.end_with(last.offset, &last.text).await;
-        }
+        // A guest's verdict was kept after its last byte was durable.
+        let Some(last) = &self.record.last_lines else { return };
+        self.spool.end_with(last.offset, &last.text).await;
+        self.sync_spool().await;
     }
 
-    pub(super) async fn sync_spool(&self) {
+    async fn sync_spool(&self) {
         if let Err(error) = self.spool.sync().await {
             tracing::error!(error = chain(&error), "make the trace's spool durable");
         }
@@ -414,7 +432,7 @@ impl Machinery {
         self.spool.close_guest().await;
         let record = Record { state, ..self.record.clone() };
         let kept = match self.spool.sync().await {
-            Ok(()) => self.parts.journal.put(&record).await,
+            Ok(()) => self.keep(&record).await,
             Err(error) => Err(error),
         };
         if let Err(error) = kept {
@@ -426,9 +444,9 @@ impl Machinery {
     }
 
     /// Writes down that the guest has its job. `false`: not written.
-    pub(super) async fn keep_hand_out(&self) -> bool {
+    pub(super) async fn keep_hand_out(&mut self) -> bool {
         let (state, _) = self.record.state.clone().on(Event::GuestAsked);
-        let kept = self.parts.journal.put(&Record { state, ..self.record.clone() }).await;
+        let kept = self.keep(&Record { state, ..self.record.clone() }).await;
         if let Err(error) = &kept {
             self.repeated.hand_out_unkept.log(|line| tracing::error!(error = chain(error), "{line}"));
         }
