@@ -10,7 +10,6 @@ mod owed;
 mod pace;
 
 use self::owed::Owed;
-use super::spool::SpoolReader;
 use crate::awake::{Awake, Moment};
 use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
@@ -20,6 +19,7 @@ use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
 use crate::secret::Secret;
+use crate::spool::{SpoolReader, SpoolView};
 use crate::telemetry::chain;
 use bytes::Bytes;
 use std::io;
@@ -209,6 +209,8 @@ enum Next {
 impl Uploader {
     async fn step(&mut self) -> Step {
         self.renewals.mark_unchanged();
+        // Before it is decided what to do: what grows meanwhile ends the wait.
+        let seen = self.upload.spool.view();
         match self.next() {
             Next::Stop => Step::Done,
             Next::Patch(offset) => self.patch(offset).await,
@@ -216,7 +218,7 @@ impl Uploader {
             Next::Keepalive => self.update(None).await,
             Next::Verdict(verdict) => self.update(Some(verdict)).await,
             Next::Wait(until) => {
-                self.wait(until).await;
+                self.wait(until, seen).await;
                 Step::Continue
             }
         }
@@ -277,11 +279,10 @@ impl Uploader {
         self.truncated_at.unwrap_or_else(|| self.upload.spool.view().length)
     }
 
-    async fn wait(&mut self, until: Option<Instant>) {
+    /// A guest's next piece may be the one that is waited for, and its last one waits for nothing.
+    async fn wait(&mut self, until: Option<Instant>, seen: SpoolView) {
         let until = until.unwrap_or_else(Instant::now);
         let backing_off = Instant::now() < self.not_before;
-        // A guest's next piece may be the one that is waited for, and its last one waits for nothing.
-        let seen = self.upload.spool.view();
         tokio::select! {
             biased;
             // All branches are cancel safe. The outbox first: an abandoned job sends nothing more.
