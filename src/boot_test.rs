@@ -1,7 +1,7 @@
 //! Does an image boot, and what does its runner say of itself?
 //!
 //! Starts one VM as a job would, lets its guest show the pass and ask for a job, keeps the `info`
-//! of that request (design D10), and takes the VM down. GitLab takes no part: the guest gets 204.
+//! of that request (decision D10), and takes the VM down. GitLab takes no part: the guest gets 204.
 
 use crate::clock::Clock;
 use crate::files::RealFiles;

@@ -1,6 +1,6 @@
 //! How much of the host is promised?
 //!
-//! A job's room is reserved before GitLab is asked, because a 201 cannot be handed back (design
+//! A job's room is reserved before GitLab is asked, because a 201 cannot be handed back (decision
 //! D3). Waiters are served in the order in which they came, so no runner starves and with room for
 //! one job the grants go round. One of the three shared things: a mutex around plain accounting,
 //! held for a few lines, never across an await. Used by `poller`, `job` and `recovery`.
@@ -114,7 +114,7 @@ impl Reservation {
         self.resources
     }
 
-    /// Gives back what the job needs less than was reserved before it was known. It never grows (design D23).
+    /// Gives back what the job needs less than was reserved before it was known. It never grows (decision D23).
     pub fn shrink(&mut self, needs: Resources) {
         let less = Resources {
             cpus: self.resources.cpus.min(needs.cpus),

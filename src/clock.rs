@@ -59,7 +59,7 @@ impl Clock {
         }
     }
 
-    /// Lets a simulated host start anew: its uptime, and that of all clones, begins at nothing (safety.md H5).
+    /// Lets a simulated host start anew: its uptime, and that of all clones, begins at nothing (threats.md H5).
     pub fn reboot(&self) {
         if let Source::Simulated { since, up_before_ms, .. } = &self.0 {
             up_before_ms.store(-whole_ms(since.elapsed()), Ordering::Relaxed);
@@ -67,7 +67,7 @@ impl Clock {
     }
 
     /// Sets a simulated clock, and all its clones, forward or back, as an administrator or a time server does
-    /// (safety.md E9). The host's clock is not ours to set.
+    /// (threats.md E9). The host's clock is not ours to set.
     pub fn jump(&self, forward: bool, by: Duration) {
         if let Source::Simulated { ahead_ms, .. } = &self.0 {
             let by = whole_ms(by);

@@ -1,7 +1,7 @@
 //! What is a guest told, and how is it written?
 //!
 //! Puts the guest config together: identity, network, and the text of the guest runner's
-//! config.toml (design D9). Its form on the wire is the crate `dayfly-guest-config`'s.
+//! config.toml (decision D9). Its form on the wire is the crate `dayfly-guest-config`'s.
 
 use crate::clock::Clock;
 use crate::machine_spec::MachineSpec;

@@ -1,4 +1,4 @@
-//! What machine does a job get? Plain data, resolved once and part of the job (design D23).
+//! What machine does a job get? Plain data, resolved once and part of the job (decision D23).
 //!
 //! `job::resolve` makes it of class, runner entry and payload between GitLab's 201 and the journal. It stands in the
 //! job's record, and everything behind that reads it from there: whatever the configuration says after a reload or a
@@ -43,7 +43,7 @@ pub struct ImageRef {
     pub digest: String,
 }
 
-/// What a guest's runner is called and told (design D9), and what its door lets through.
+/// What a guest's runner is called and told (decision D9), and what its door lets through.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestRunnerSpec {

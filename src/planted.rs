@@ -4,7 +4,7 @@
 //! make. Without the feature `test-util`, [`on`] is the constant `false`, and nothing of a bug is compiled in. The
 //! switch is the process's: a run with a planted bug is a process of its own, or has its turn alone.
 //!
-//! The number before each is the invariant that it breaks (safety.md §4).
+//! The number before each is the invariant that it breaks (threats.md §4).
 
 macro_rules! bugs {
     ($($(#[$doc:meta])+ $name:ident,)+) => {

@@ -1,9 +1,9 @@
 //! May we ask GitLab for a job now? One task per configured runner.
 //!
 //! Room first: a [`Reservation`] and free disk, then the question
-//! (design D3). A poll under way is never cut, because GitLab may assign a job before the answer
+//! (decision D3). A poll under way is never cut, because GitLab may assign a job before the answer
 //! is read; only at a hand-over it is closed after [`HAND_OVER_POLL_PATIENCE`], when GitLab has
-//! held it so long that its answer is no job (design D11). A job goes to the journal before
+//! held it so long that its answer is no job (decision D11). A job goes to the journal before
 //! anything else happens, then to `daemon`.
 
 use crate::capacity::{Capacity, Reservation, Resources, Wants};
@@ -25,17 +25,17 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How long a poll that is under way is awaited at a hand-over (safety.md G13), or when all jobs are
+/// How long a poll that is under way is awaited at a hand-over (threats.md G13), or when all jobs are
 /// ended: of the 5 s that a hand-over may take (E1), all but what the end itself needs.
 const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_millis(4000);
 
-/// Pause after GitLab refused the token (safety.md G4): nothing but an operator helps.
+/// Pause after GitLab refused the token (threats.md G4): nothing but an operator helps.
 const REFUSED_PAUSE: Duration = Duration::from_secs(300);
 
 /// Pause while something on this host is missing: an image, disk.
 const BLOCKED_PAUSE: Duration = Duration::from_secs(10);
 
-/// How often a host that loses one machine after the other is tried with a job (safety.md V1).
+/// How often a host that loses one machine after the other is tried with a job (threats.md V1).
 const RETRY_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long a job that GitLab gave out anew waits for its forerunner's machine to go (at most the
@@ -149,7 +149,7 @@ impl Poller {
                 let (id, token) = job.as_ref().clone();
                 let key = JobKey { runner: self.runner.config.name.clone(), id };
                 if self.jobs.contains(&key) {
-                    // Given out a second time (safety.md G17): what of it runs here is not to be failed.
+                    // Given out a second time (threats.md G17): what of it runs here is not to be failed.
                     tracing::warn!(%key, "GitLab assigned a job again that is under way here, unreadably");
                 } else {
                     self.refuse(&mut refusals, id, token, Refusal::Unreadable);
@@ -208,7 +208,7 @@ impl Poller {
         }
     }
 
-    /// What the image's runner says of itself: without it GitLab would fail jobs (design D10).
+    /// What the image's runner says of itself: without it GitLab would fail jobs (decision D10).
     /// Waits for an image that is missing. `None`: stopped.
     async fn info(&self) -> Option<RunnerInfo> {
         let class = &self.runner.class;

@@ -79,7 +79,7 @@ pub async fn adopt_all(
 }
 
 /// A crash may have come between a newer payload of a job that had not started, and its record
-/// (safety.md G17): the payload is GitLab's newest word.
+/// (threats.md G17): the payload is GitLab's newest word.
 fn newest(record: Record, payload: Option<&JobPayload>) -> Record {
     match payload {
         Some(payload)

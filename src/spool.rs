@@ -1,7 +1,7 @@
 //! What is the job's trace? An append-only file that holds every byte GitLab gets.
 //!
 //! Our lines stand before the first and after the last byte of the guest, never between, so
-//! offset, CRC-32 and size of the trace are functions of this one file (design D4). Two writers in
+//! offset, CRC-32 and size of the trace are functions of this one file (decision D4). Two writers in
 //! turn: the job for our lines, the door ([`SpoolWriter`]) for the guest's; one reader, the
 //! uploader ([`Spool::reader`]). The lock is held across one write, so writes are serialised.
 

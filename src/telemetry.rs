@@ -2,7 +2,7 @@
 //!
 //! A thread of its own writes; everybody else only puts lines into a bounded queue. So a journal
 //! that stands still, or a pipe that nobody reads, never stops the daemon: lines are dropped and
-//! counted instead (safety.md E14). Text that came from a guest or from GitLab cannot forge lines
+//! counted instead (threats.md E14). Text that came from a guest or from GitLab cannot forge lines
 //! or drive a terminal: control characters are escaped and a line is capped (T21).
 
 use serde::{Deserialize, Serialize};

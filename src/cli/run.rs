@@ -26,7 +26,7 @@ pub(super) fn run(config: &Path) -> anyhow::Result<()> {
     ended
 }
 
-/// Tokens and payloads are in our memory: no core dump, no debugger of the same user (safety.md T36).
+/// Tokens and payloads are in our memory: no core dump, no debugger of the same user (threats.md T36).
 fn keep_memory_private() {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     let results = [setrlimit(Resource::Core, none), set_dumpable_behavior(DumpableBehavior::NotDumpable)];

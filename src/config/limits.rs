@@ -3,7 +3,7 @@
 use super::Span;
 use serde::{Deserialize, Serialize};
 
-/// Section `[limits]`: the deadlines of safety.md §3.1, all configurable.
+/// Section `[limits]`: the deadlines of threats.md §3.1, all configurable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {

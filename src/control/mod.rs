@@ -1,7 +1,7 @@
 //! What may the operator tell a running daemon? Status, drain and kill, over a unix socket.
 //!
 //! The socket is `control.sock` in the runtime directory, mode 0600: only the daemon's own user
-//! and root reach it, no guest and no network ever (safety.md T35). One request a connection, one
+//! and root reach it, no guest and no network ever (threats.md T35). One request a connection, one
 //! line of JSON each way, so that `nc -U` will do where `dayfly` is not at hand:
 //!
 //! ```text

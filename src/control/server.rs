@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 
-/// Pause after an accept that failed: out of descriptors, it would fail again at once (safety.md E7).
+/// Pause after an accept that failed: out of descriptors, it would fail again at once (threats.md E7).
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// What `daemon` does for the operator. Calls come one at a time and must not block.

@@ -19,7 +19,7 @@ pub struct Installation {
     /// In the metadata of each domain that we make.
     pub id: InstallationId,
     /// In force in each guest while its runner starts, so that GitLab and the job's log name the
-    /// same runner manager (design D9).
+    /// same runner manager (decision D9).
     pub machine_id: String,
 }
 

@@ -63,8 +63,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wiring::{Wiring, bounds, needs};
 
-/// How long jobs and polls may take to let go at a hand-over: of the 5 s in all (design D11,
-/// safety.md E1) all but what the end itself needs.
+/// How long jobs and polls may take to let go at a hand-over: of the 5 s in all (decision D11,
+/// threats.md E1) all but what the end itself needs.
 const HAND_OVER_PATIENCE: Duration = Duration::from_millis(4400);
 
 /// And the tasks of the daemon's own.
@@ -74,10 +74,10 @@ const BACKGROUND_PATIENCE: Duration = Duration::from_millis(200);
 /// second; a domain whose destruction hangs takes for ever.
 const FIRST_SWEEP_PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long ending all jobs may take (safety.md E2).
+/// How long ending all jobs may take (threats.md E2).
 const END_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What QEMU takes besides the guest's memory under TCG: translation cache and its own (design D3).
+/// What QEMU takes besides the guest's memory under TCG: translation cache and its own (decision D3).
 const TCG_OVERHEAD_MIB: u64 = 256 + 150;
 
 /// What QEMU takes besides the guest's memory under KVM.

@@ -181,7 +181,7 @@ fn listen(shutdown: &Shutdown) -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
-/// SIGHUP: reads the file again, for ever. One that makes no sense changes nothing (safety.md E10).
+/// SIGHUP: reads the file again, for ever. One that makes no sense changes nothing (threats.md E10).
 async fn reload_on(mut hangups: Signal, reloader: Reloader, file: Option<PathBuf>) {
     while hangups.recv().await.is_some() {
         let Some(file) = file.clone() else { continue };
@@ -206,7 +206,7 @@ async fn reload_on(mut hangups: Signal, reloader: Reloader, file: Option<PathBuf
     }
 }
 
-/// Tells systemd that the event loop turns (safety.md E6), if it wants to know.
+/// Tells systemd that the event loop turns (threats.md E6), if it wants to know.
 async fn watchdog() {
     match sd_notify::watchdog_enabled() {
         Some(interval) if interval > Duration::ZERO => loop {

@@ -1,4 +1,4 @@
-//! A new configuration while jobs run: all of it takes effect, or nothing (safety.md E10, T32).
+//! A new configuration while jobs run: all of it takes effect, or nothing (threats.md E10, T32).
 //!
 //! [`Reloads`] is the daemon's end of it, [`Reloader`] what SIGHUP and tests hold. What a job has been given when it
 //! began stays with it to its end: limits, class, runner entry, GitLab. Everything made later follows the new one.

@@ -2,7 +2,7 @@
 //!
 //! At start and every minute [`recovery::orphans`] is asked; each orphan is reaped by a task of its
 //! own, so that one that is stuck delays nobody, and holds room of the host as long as it is there:
-//! a VM without a job is a VM all the same (safety.md, invariant 14).
+//! a VM without a job is a VM all the same (threats.md, invariant 14).
 
 use super::Jobs;
 use crate::capacity::{Capacity, Held, Resources};

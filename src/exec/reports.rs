@@ -2,7 +2,7 @@
 //!
 //! The runner packs most reports with gzip, one member for each file, and names the upload `junit.xml.gz` or `.env.gz`.
 //! Here the members become `junit.xml`, `junit-2.xml` and so on. Bytes, ratio and number of members have limits, as
-//! archives have (safety.md T38); what is no gzip is stored as it came. Blocks, as [`super::unpack`].
+//! archives have (threats.md T38); what is no gzip is stored as it came. Blocks, as [`super::unpack`].
 
 use super::unpack::{Budget, Folder, UnpackError, clean, create, file_name, make_directories, remove};
 use flate2::bufread::GzDecoder;

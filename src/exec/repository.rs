@@ -16,7 +16,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Size of the copy at most (safety.md 6.5): the guest fetches all of it.
+/// Size of the copy at most (threats.md §6.5): the guest fetches all of it.
 pub const REPOSITORY_BYTES_MAX: u64 = 1 << 30;
 /// For a question to git: milliseconds, seconds on a cold disk. `status` of a large tree is slowest.
 const QUESTION_DEADLINE: Duration = Duration::from_secs(60);

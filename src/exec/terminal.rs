@@ -4,7 +4,7 @@
 //! line before); headers and section marks go, colours stay. A runner may cut a line anywhere and go on behind the
 //! next header: gitlab-runner 17.5 does so after every return, in the middle of its section marks; 19.3 after the
 //! mark. So marks and returns are read in the line that the pieces make together. The job is a stranger to this terminal
-//! (safety.md T21): of all control sequences only colours (SGR) and "erase to the end of the line"
+//! (threats.md T21): of all control sequences only colours (SGR) and "erase to the end of the line"
 //! pass, so nothing can move the cursor up, set a title, paste, or hide what stands there.
 //! Where stdout is no terminal, no control sequence passes at all.
 

@@ -1,4 +1,4 @@
-//! Artifacts of a job onto the developer's disk, so that nothing leaves the folder (safety.md T38).
+//! Artifacts of a job onto the developer's disk, so that nothing leaves the folder (threats.md T38).
 //!
 //! A guest made the archive and may be hostile. Everything is judged before anything is written:
 //! absolute paths, `..`, devices, odd packings and names that stand twice refuse the archive as a

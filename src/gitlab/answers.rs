@@ -1,6 +1,6 @@
 //! Reading GitLab's answers: bodies within bounds, headers within limits, statuses as errors.
 //!
-//! Nothing here trusts what came: each number is clamped (safety.md T30), each text is cut and
+//! Nothing here trusts what came: each number is clamped (threats.md T30), each text is cut and
 //! cleaned, each body has a bound in bytes and in time (T27). Nothing is decompressed: we never ask
 //! for it, so compressed bytes are bytes like any other.
 

@@ -3,7 +3,7 @@
 //! [`Upload`] tells when the request's body has ended, which is when the wait for the answer's head
 //! begins, and it ends in an error once the answer is complete. Without the latter an early answer
 //! (413 or 403 before the body was read) would leave a half-sent request, its socket and its task
-//! behind for as long as the sender likes (safety.md F4). [`Answer`] holds the limits of reading.
+//! behind for as long as the sender likes (threats.md F4). [`Answer`] holds the limits of reading.
 
 use super::transport::{Body, BodyError, TransportError};
 use bytes::Bytes;

@@ -1,7 +1,7 @@
 //! What our own calls to GitLab have in common: time limits, fixed headers, request ids.
 //!
 //! Two limits each: for the head of the answer, and for the exchange as a whole. They are the ones
-//! of safety.md §6.5.
+//! of threats.md §6.5.
 
 use super::transport::{Body, Call, Connection, full};
 use crate::rng::Rng;

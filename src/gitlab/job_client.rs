@@ -132,7 +132,7 @@ impl JobClient {
     }
 
     /// From now on all calls, of clones too, carry this token: GitLab has issued the job anew
-    /// (safety.md G17). Calls under way end with the one before.
+    /// (threats.md G17). Calls under way end with the one before.
     pub fn renew(&self, token: Secret) {
         self.token.send_replace(token);
     }

@@ -1,6 +1,6 @@
 //! The job as GitLab sent it: the raw bytes, and the few fields that we read.
 //!
-//! The payload passes through whole. Nothing here re-serialises it; the one edit (design D8) is a
+//! The payload passes through whole. Nothing here re-serialises it; the one edit (decision D8) is a
 //! number spliced into the raw bytes. Only id and token must be there; every other member that is
 //! missing, null or of another type than expected is read as if it were not there, because it is
 //! the guest runner's to judge.
@@ -158,7 +158,7 @@ impl JobPayload {
     }
 
     /// The bytes with `runner_info.timeout` lowered to `remaining` whole seconds, as a number
-    /// spliced into the raw text; unchanged if it is no positive integer (design D8).
+    /// spliced into the raw text; unchanged if it is no positive integer (decision D8).
     ///
     /// It is never raised, and never set to 0, which would mean "no timeout" to a runner: with
     /// less than a second left there is no hand-out, so nobody asks.

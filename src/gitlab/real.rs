@@ -1,7 +1,7 @@
 //! The real transport: reqwest on rustls, HTTP/1.1 only.
 //!
 //! Each option that matters is spelled out in [`Inner::client`]: redirects are never followed
-//! (reqwest would carry our tokens along, safety.md F1), nothing is retried, decompressed or
+//! (reqwest would carry our tokens along, threats.md F1), nothing is retried, decompressed or
 //! remembered, and every wait has a limit. TLS files are looked at before each call, and read
 //! again when they have changed (G9).
 
@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use url::Url;
 
-/// Limits of connections to GitLab (safety.md §6.5). Those of single calls are in each [`Call`].
+/// Limits of connections to GitLab (threats.md §6.5). Those of single calls are in each [`Call`].
 #[derive(Clone, Debug)]
 pub struct RealLimits {
     /// Name resolution, TCP, proxy and TLS together. One limit, because reqwest has only one: the
@@ -238,7 +238,7 @@ impl Inner {
             .retry(reqwest::retry::never())
             .connect_timeout(self.limits.connect)
             .pool_idle_timeout(self.limits.idle)
-            // 20 connections per job are the bound of the whole (safety.md §6.5); idle ones beyond
+            // 20 connections per job are the bound of the whole (threats.md §6.5); idle ones beyond
             // this many are closed.
             .pool_max_idle_per_host(if pooled { 32 } else { 0 })
             .tcp_nodelay(true)

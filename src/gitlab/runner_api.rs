@@ -21,7 +21,7 @@ const VERIFIED_BYTES_MAX: usize = 64 * 1024;
 /// Longest `X-GitLab-Last-Update` that we carry; GitLab's are 32 characters.
 const LAST_UPDATE_BYTES_MAX: usize = 256;
 
-/// `info` of a runner, as its image's own runner sends it (design D10); kept as raw JSON.
+/// `info` of a runner, as its image's own runner sends it (decision D10); kept as raw JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RunnerInfo(pub Box<RawValue>);

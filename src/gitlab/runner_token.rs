@@ -79,7 +79,7 @@ impl RunnerToken {
     }
 
     /// The token for config.toml in a guest: this one's whole prefix, its next 9 characters, and
-    /// `random` (design D9). It only has to look right; it is no secret of GitLab's.
+    /// `random` (decision D9). It only has to look right; it is no secret of GitLab's.
     ///
     /// Of a token so short that 9 characters would be more than half of it, half is shown. (GitLab
     /// makes none that short: 20 characters follow the prefix.)

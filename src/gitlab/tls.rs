@@ -2,7 +2,7 @@
 //!
 //! TLS 1.2 and 1.3 by ring; the host's roots plus the site's CA file; name, dates and purpose of
 //! GitLab's certificate always checked. There is no way to skip that. ALPN offers http/1.1 only
-//! (design D18). The client key never leaves this process (design D19).
+//! (decision D18). The client key never leaves this process (decision D19).
 
 use super::transport::{Endpoint, OpenError};
 use super::verifier::{Verifier, ca_serves};
@@ -24,7 +24,7 @@ const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 pub(super) struct Material {
     ca_file: Option<PathBuf>,
     client: Option<(PathBuf, PathBuf)>,
-    /// The host's own, read once: packages renew them, and a restart is no loss (design D11).
+    /// The host's own, read once: packages renew them, and a restart is no loss (decision D11).
     system: Vec<CertificateDer<'static>>,
 }
 

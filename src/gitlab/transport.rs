@@ -42,7 +42,7 @@ pub struct Endpoint {
 pub enum Connection {
     /// One of the pool.
     Shared,
-    /// Its own, gone after the answer: artifacts (safety.md F4).
+    /// Its own, gone after the answer: artifacts (threats.md F4).
     Own,
 }
 

@@ -1,6 +1,6 @@
 //! What does a guest get to read? Our own answers: constant texts, in GitLab's form.
 //!
-//! Nothing of an error's cause goes in: no address, no URL, no library's message (safety.md §6.2).
+//! Nothing of an error's cause goes in: no address, no URL, no library's message (threats.md §6.2).
 
 use super::GuestView;
 use crate::gitlab::{Body, JobStatus, transport};
@@ -52,7 +52,7 @@ pub(super) fn method_not_allowed(allowed: &'static str) -> Answer {
 }
 
 /// An error after which the guest shall come again at once: no answer of ours says more than a
-/// second, for 19.3 obeys any value (design D13).
+/// second, for 19.3 obeys any value (decision D13).
 pub(super) fn come_again(status: StatusCode) -> Answer {
     come_again_after(status, Duration::from_secs(1))
 }
@@ -82,7 +82,7 @@ pub(super) fn over(view: &GuestView) -> Answer {
 pub(super) fn with_job(mut answer: Answer, view: &GuestView) -> Answer {
     let word = if view.status == JobStatus::Canceling { "canceling" } else { "running" };
     answer.headers_mut().insert(JOB_STATUS, HeaderValue::from_static(word));
-    // The guest's interval is ours, 1 to 3 s, whatever GitLab asks of us (design D6).
+    // The guest's interval is ours, 1 to 3 s, whatever GitLab asks of us (decision D6).
     let interval = view.update_interval.as_secs().clamp(1, 3);
     answer.headers_mut().insert(UPDATE_INTERVAL, HeaderValue::from(interval));
     answer

@@ -1,6 +1,6 @@
 //! Artifacts and the environment key: the three routes that go on to GitLab, streaming both ways.
 //!
-//! What goes on is made anew from what passed an allow-list (safety.md §6.1, §6.2), with our token;
+//! What goes on is made anew from what passed an allow-list (threats.md §6.1, §6.2), with our token;
 //! what comes back is GitLab's true status and body, with the headers of another allow-list; how an
 //! outage of GitLab's is bridged stands in `outage`. Bodies are never stored, and a body that breaks off on one side breaks off on the other.
 
@@ -152,7 +152,7 @@ impl Handler {
     }
 
     /// The pairs that go on. A direct download would be a redirect to a store that the guest may
-    /// not reach; without the key GitLab streams (design D7).
+    /// not reach; without the key GitLab streams (decision D7).
     fn query(&self, route: JobRoute, query: Query) -> Vec<(String, String)> {
         let mut pairs = query.pairs;
         if route == JobRoute::Download && !self.direct_download {

@@ -84,7 +84,7 @@ impl RequestBody {
     }
 
     /// Makes it a stream towards GitLab. A guest that breaks off, or stands still, ends it with an
-    /// error and never cleanly, so that GitLab stores no half of an artifact (safety.md R15).
+    /// error and never cleanly, so that GitLab stores no half of an artifact (threats.md R15).
     pub(super) fn into_stream(self, pace: Pace) -> Paced<Incoming> {
         Paced { body: self.body, pace, waiting: None, timer: Timer::default(), ended: self.ended }
     }

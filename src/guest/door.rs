@@ -35,12 +35,12 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 /// First pause after a failed accept; doubles up to [`ACCEPT_PAUSE_MAX`]. Without it a process out
-/// of file descriptors would spin (safety.md E7).
+/// of file descriptors would spin (threats.md E7).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A guest's first poll after the shortage waits no longer than this.
 const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// After our last answer so much is still read, so that the answer reaches a guest that was sending
-/// (closing with unread bytes resets the connection: safety.md F5).
+/// (closing with unread bytes resets the connection: threats.md F5).
 const LINGER_BYTES: usize = 1024 * 1024;
 /// And for so long.
 const LINGER: Duration = Duration::from_secs(1);

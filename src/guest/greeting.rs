@@ -2,7 +2,7 @@
 //!
 //! The lines themselves are `dayfly_guest_config::Greeting`'s; here they are read, with bounds, and
 //! answered. Until the relay has proven the pass nothing is sent but our one line, and that only
-//! after a well-formed first one (design D22). The caller holds the deadline.
+//! after a well-formed first one (decision D22). The caller holds the deadline.
 
 use crate::vm::Stream;
 use bytes::{Buf as _, BytesMut};

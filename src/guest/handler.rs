@@ -232,7 +232,7 @@ impl Handler {
         self.metrics().query_keys_dropped.inc_by(query.dropped);
         match route {
             Route::RunnerAdministration => self.refuse(StatusCode::FORBIDDEN, "runner_administration"),
-            // GitLab without a job router; the runner then polls plainly (protocol.md §1.3).
+            // GitLab without a job router; the runner then polls plainly (threats.md §6.1).
             Route::Discovery => answer::error(StatusCode::NOT_IMPLEMENTED),
             Route::Verify => self.locally(self.verify(parts, body)).await,
             Route::AskForJob => match self.in_time(self.read_runner_request(parts, body)).await {
@@ -348,7 +348,7 @@ impl Handler {
 struct WrongToken;
 
 /// Checks each token that the headers hold; `true` if `JOB-TOKEN` proves the right one. They go no
-/// further than this: what GitLab gets is ours (design D14).
+/// further than this: what GitLab gets is ours (decision D14).
 fn check_headers(headers: &HeaderMap, expected: &Secret) -> Result<bool, WrongToken> {
     let mut proven = false;
     for name in ["job-token", "private-token", "runner-token"] {

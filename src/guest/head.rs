@@ -1,7 +1,7 @@
 //! Is this head one that we serve? The raw bytes of a request's head, checked before hyper sees them.
 //!
 //! hyper accepts what a strict server should not (both framings at once, two `Content-Length`, bare
-//! line feeds, no or two `Host`, absolute targets: safety.md §6.4), and the raw head is gone once
+//! line feeds, no or two `Host`, absolute targets: threats.md §6.4), and the raw head is gone once
 //! hyper has parsed it. So [`super::wire`] hands hyper a head only after [`check`] has passed it,
 //! whole. Pure: bytes in, verdict out.
 

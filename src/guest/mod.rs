@@ -36,7 +36,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
-/// Limits towards a guest (safety.md §6.5). Configuration, so that tests can use short ones.
+/// Limits towards a guest (threats.md §6.5). Configuration, so that tests can use short ones.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// The whole greeting, from the accept.
@@ -157,7 +157,7 @@ pub enum GuestEvent {
     },
     /// The answer that carried the job was not wholly written, or its connection broke right after,
     /// before the guest sent anything more on it: it may never have been read. A hint for the
-    /// second ask (safety.md V5); comes after the [`GuestEvent::AsksForJob`] that it is about.
+    /// second ask (threats.md V5); comes after the [`GuestEvent::AsksForJob`] that it is about.
     HandOutLost,
     /// Any authenticated PUT, PATCH or artifact call of its job: sign of life, sent at most once a second.
     Spoke,

@@ -1,6 +1,6 @@
 //! What is asked for? Paths and queries, matched as raw bytes: no decoding, no normalising.
 //!
-//! A path that needs decoding to match, matches nothing (safety.md T7). Queries are allow-lists,
+//! A path that needs decoding to match, matches nothing (threats.md T7). Queries are allow-lists,
 //! rebuilt for GitLab from the pairs that passed, still percent-encoded.
 
 use crate::gitlab::JobId;
@@ -60,7 +60,7 @@ impl Route {
         }
     }
 
-    /// Query keys that it takes (protocol.md §13, safety.md §6.1).
+    /// Query keys that it takes (threats.md §6.1).
     pub(super) fn query_keys(self) -> &'static [&'static str] {
         match self {
             Self::Job(_, JobRoute::Trace) => &["debug_trace"],
@@ -125,7 +125,7 @@ pub(super) struct Query {
 pub(super) struct BadQuery;
 
 /// What a key must not hold: GitLab reads `token`, `job_token`, `private_token` and others from the
-/// query before it looks at a header (safety.md F2).
+/// query before it looks at a header (threats.md F2).
 const CREDENTIAL_WORDS: [&str; 7] = ["token", "password", "secret", "auth", "credential", "jwt", "api_key"];
 
 impl Query {

@@ -1,7 +1,7 @@
 //! `PATCH /jobs/:id/trace`: the guest's bytes go into the spool, by the guest's own offsets.
 //!
 //! 202 and 416 as GitLab answers them; 403 once the job is over; never 404, on which the official
-//! runner goes on without a log (design D13).
+//! runner goes on without a log (decision D13).
 
 use super::answer::{self, Answer};
 use super::body::RequestBody;

@@ -2,7 +2,7 @@
 //!
 //! The verdict is the job's to take; here it is read and bounded. `running` is answered from local
 //! state, and the first one is always 200: 19.3 holds the job's start on it and polls for ever
-//! after a 403 (design D13). Never 404, which counts as delivered.
+//! after a 403 (decision D13). Never 404, which counts as delivered.
 
 use super::GuestEvent;
 use super::VerdictAnswer;

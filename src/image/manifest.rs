@@ -85,7 +85,7 @@ pub struct ImageRunner {
     pub sha256: String,
 }
 
-/// Where an image's runner came from (design §4).
+/// Where an image's runner came from (`vm-images/README.md`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RunnerOrigin {

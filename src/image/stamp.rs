@@ -1,7 +1,7 @@
 //! Is a file still the one that was checked? Told by what the file system says of it, so that it costs nothing.
 //!
 //! Overlays name their base image by path, so a base that is exchanged, or written over in place,
-//! changes every machine that starts from it (safety.md H11). The store takes a [`Stamp`] with each
+//! changes every machine that starts from it (threats.md H11). The store takes a [`Stamp`] with each
 //! look at an image and compares it with the one before; a machine's maker compares once more when
 //! QEMU has the file open.
 

@@ -102,7 +102,7 @@ pub struct Record {
     /// When GitLab's 201 came.
     pub received: Timestamp,
     /// The host's uptime then, milliseconds: deadlines go on with it over a restart of the daemon, for somebody may set
-    /// the wall clock (safety.md E9).
+    /// the wall clock (threats.md E9).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub received_uptime_ms: Option<u64>,
     /// The job's timeout at GitLab, seconds.
@@ -129,7 +129,7 @@ pub struct Record {
     /// Where the guest's bytes begin in the spool, once it has its job.
     pub guest_base: Option<u64>,
     /// The job token of GitLab's newest 201 for this job, if it came when the guest had its own
-    /// already (safety.md G17): what GitLab is told with it once it refuses the first.
+    /// already (threats.md G17): what GitLab is told with it once it refuses the first.
     #[serde(default, with = "secret::optional_text", skip_serializing_if = "Option::is_none")]
     pub newer_token: Option<Secret>,
     /// How the trace ends if we end the job: written down with the state that says so, and into the

@@ -116,7 +116,7 @@ pub enum JobCommand {
     },
 }
 
-/// What became of a job's second 201 (safety.md G17).
+/// What became of a job's second 201 (threats.md G17).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GivenAgain {
     /// It is the job that is under way, which speaks for it.

@@ -1,7 +1,7 @@
 //! Ends a job at GitLab that was assigned, but will never have a record here.
 //!
 //! Its 201 could not be read to its end, or the journal did not take it. Without a word GitLab
-//! would show it as running until its own worker gives it up, up to an hour later (safety.md G6,
+//! would show it as running until its own worker gives it up, up to an hour later (threats.md G6,
 //! H6). Best effort: what is known of the job is its id and token, and nothing of it survives us.
 
 use super::journal::{LastLines, Record};

@@ -1,4 +1,4 @@
-//! What machine does this job get? Asked once, between GitLab's 201 and the journal (design D23).
+//! What machine does this job get? Asked once, between GitLab's 201 and the journal (decision D23).
 
 use super::journal::Record;
 use super::{Parts, Runner};

@@ -2,7 +2,7 @@
 //!
 //! Mode `user` (SLIRP) needs no host set-up: the guest reaches the host's loopback at 10.0.2.2, so
 //! a door is a loopback port from a configured range. Every VM reaches every loopback port of the
-//! host, other doors included: the pass alone separates them (design D14).
+//! host, other doors included: the pass alone separates them (decision D14).
 //! Used by `supply`. A lease is plain data in the job's record; the range is kept in one place.
 
 use crate::vm::Attachment;

@@ -6,7 +6,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-/// Losses in a row after which a host is unfit (safety.md V1). A job may lose two machines before it begins.
+/// Losses in a row after which a host is unfit (threats.md V1). A job may lose two machines before it begins.
 const IN_A_ROW: u32 = 3;
 
 /// How many, and why the last one.

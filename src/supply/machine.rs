@@ -302,7 +302,7 @@ impl Driver {
         }
     }
 
-    /// Whether the hypervisor lists it as this installation's. A name alone proves nothing (safety.md H16, H17).
+    /// Whether the hypervisor lists it as this installation's. A name alone proves nothing (threats.md H16, H17).
     async fn is_ours(&self) -> Result<bool, VmError> {
         let listed = self.supply.hypervisor().list(&self.supply.place().installation).await?;
         Ok(listed.iter().any(|vm| vm.name == self.name))

@@ -42,7 +42,7 @@ pub struct MachineRecord {
 }
 
 /// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
-/// nothing else tells it (safety.md V8).
+/// nothing else tells it (threats.md V8).
 const LIST_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Where machines are made. Clones share it.

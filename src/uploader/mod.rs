@@ -1,9 +1,9 @@
 //! What has GitLab got, what is still owed? One task per job: spool and outbox in, PATCH and PUT out.
 //!
-//! It is the one writer of the trace at GitLab (design D4). It sends the spool in pieces of at most
+//! It is the one writer of the trace at GitLab (decision D4). It sends the spool in pieces of at most
 //! 1 MiB, keeps the job alive while there is nothing to send, passes GitLab's word on the job to
 //! the job task, and delivers the verdict once the last byte of the trace is there, until GitLab
-//! has taken it or says that the job is over (design D5). It never waits for anybody else's answer
+//! has taken it or says that the job is over (decision D5). It never waits for anybody else's answer
 //! than GitLab's, and it may be stopped at any await: a successor learns GitLab's offset from a 416.
 
 mod owed;
@@ -31,7 +31,7 @@ use tokio::time::Instant;
 const PATCH_BYTES_MAX: usize = 1024 * 1024;
 
 /// A 404 on a job route comes from something in between (GitLab never sends it): the job counts as
-/// over only after this long of nothing else (safety.md G22).
+/// over only after this long of nothing else (threats.md G22).
 const NOT_FOUND_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Interval between PATCHes before GitLab has named one: its own while somebody watches the log.
@@ -50,7 +50,7 @@ const SPOOL_READ_TRIES: u32 = 20;
 pub struct Upload {
     /// The job at GitLab.
     pub client: JobClient,
-    /// The job token of a newer 201, to be used once GitLab refuses the first (safety.md G17).
+    /// The job token of a newer 201, to be used once GitLab refuses the first (threats.md G17).
     pub newer_token: watch::Receiver<Option<Secret>>,
     /// The trace.
     pub spool: SpoolReader,
@@ -256,7 +256,7 @@ impl Uploader {
             let last = self.end().checked_sub(1).filter(|_| self.doubt);
             return last.map_or(Next::Verdict(verdict), Next::Patch);
         }
-        // GitLab hears `running` first: a server that waits for it takes no trace before (safety.md
+        // GitLab hears `running` first: a server that waits for it takes no trace before (threats.md
         // G20), and a job that is over by now ends here (G18).
         if !self.opened {
             return Next::Keepalive;

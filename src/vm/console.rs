@@ -1,6 +1,6 @@
 //! The serial console of a VM: always drained, never trusted, kept to its last 256 KiB.
 //!
-//! Draining is a duty: a guest whose console nobody reads stands still (safety.md T22). What it
+//! Draining is a duty: a guest whose console nobody reads stands still (threats.md T22). What it
 //! printed is shown to people when a VM never came up (V2), so [`Ring::tail`] makes it safe for a
 //! trace and a terminal. The job's task owns a [`Console`] and drains it in its own waits; there
 //! is nothing shared here.

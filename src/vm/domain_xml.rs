@@ -1,7 +1,7 @@
 //! libvirt's domain XML: written for a [`VmSpec`], and our metadata in it read back.
 //!
 //! Pure text, no I/O. The devices are exactly those that were proven to work, and no others: no
-//! balloon, USB, graphics, sound or shared folder (safety.md T15). Every text goes through the XML
+//! balloon, USB, graphics, sound or shared folder (threats.md T15). Every text goes through the XML
 //! writer's escaping, and what XML cannot carry is refused or spelt out, never dropped.
 //! Called by [`super::libvirt`], which hands the text to libvirt.
 
@@ -19,7 +19,7 @@ pub const METADATA_NAMESPACE: &str = "urn:dayfly:vm:1";
 pub const CHANNEL_NAME: &str = "org.dayfly.guest.0";
 
 /// TCG's translation cache. QEMU's own default grows without bound; 256 MiB cost no visible speed
-/// and are what design D3 reserves.
+/// and are what decision D3 reserves.
 const TB_CACHE_MIB: &str = "256";
 
 /// Characters of a runner's name kept in the metadata: it is for people.
@@ -200,7 +200,7 @@ fn domain(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership
         empty(w, "cpu", &[("mode", "host-passthrough")])?;
     }
     empty(w, "clock", &[("offset", "utc")])?;
-    // A reboot ends the machine: the job that it ran is over either way (safety.md V5, V6). A guest whose kernel panics
+    // A reboot ends the machine: the job that it ran is over either way (V5, V6). A guest whose kernel panics
     // is kept until we have seen it: libvirt forgets how a transient domain ended (field.md U47).
     for (event, action) in [("on_poweroff", "destroy"), ("on_reboot", "destroy"), ("on_crash", "preserve")] {
         text(w, event, action)?;

@@ -1,4 +1,4 @@
-//! Each outward call of one job's life fails once (safety.md B3).
+//! Each outward call of one job's life fails once (threats.md B3).
 //!
 //! Whatever it was, the job ends with one verdict, an honest one, with all of its trace, and
 //! nothing is left: `assert_clean` knows. A daemon that does not start is started again, as

@@ -64,7 +64,7 @@ fn a_hand_over_in_mid_boot_costs_nothing() {
     }
 }
 
-/// Design D5: the verdict is in the outbox; GitLab gets it from the next daemon.
+/// Decision D5: the verdict is in the outbox; GitLab gets it from the next daemon.
 #[tokio::test(start_paused = true)]
 async fn a_verdict_that_gitlab_has_not_taken_survives_a_hand_over() {
     let mut world = World::new(1);

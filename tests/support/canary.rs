@@ -1,5 +1,5 @@
 //! Secrets that betray themselves: runner tokens with a known part, and a search for it in whatever
-//! leaves the daemon, however it may be encoded (safety.md T1, invariant 7).
+//! leaves the daemon, however it may be encoded (threats.md T1, invariant 7).
 //!
 //! Every test rig gives its runners tokens of [`runner_token`], so that one search over all output
 //! of the suite finds any of them; `canary` of the test tools is that search as a program.

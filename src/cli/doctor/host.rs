@@ -143,7 +143,7 @@ impl Host {
         })
     }
 
-    /// Settings by which VMs may learn from each other, or memory gets to disk (safety.md T20).
+    /// Settings by which VMs may learn from each other, or memory gets to disk (threats.md T20).
     pub(super) fn shared_hardware(&self) -> Vec<Finding> {
         let mut findings = Vec::new();
         let only_own_jobs = "leave it if all jobs are of people who trust each other";

@@ -1,7 +1,7 @@
 //! `dayfly doctor`: can this host run jobs, and how well does it keep them apart?
 //!
 //! Each finding is one line, with a remedy where there is one. Nothing is taken on trust: libvirt is
-//! asked, and the acceleration has to boot a guest that says something (design D16).
+//! asked, and the acceleration has to boot a guest that says something (decision D16).
 
 mod host;
 

@@ -36,7 +36,7 @@ pub struct RunnerSource {
 }
 
 impl RunnerSource {
-    /// Design §4's order: the path given (by argument, else by [`RUNNER_VARIABLE`]), the host's, the
+    /// The order of `vm-images/README.md`: the path given (by argument, else by [`RUNNER_VARIABLE`]), the host's, the
     /// stand-in beside the dayfly executable. (No download: this dayfly pins no release.)
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //!     2026-01-31T12:34:56.123456Z 00O text of a line
 //!
 //! GitLab decides from the first line whether a log has timestamps, so ours must have them
-//! (design D20). Lines name no host, no path and no secret: the CI user reads them.
+//! (decision D20). Lines name no host, no path and no secret: the CI user reads them.
 
 mod ends;
 

@@ -37,7 +37,7 @@ const REOPENED_GRACE: Duration = Duration::from_secs(20);
 /// Longest timeout that we count ourselves (GitLab's own bound is a month). The guest's runner is told GitLab's number.
 const TIMEOUT_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
-/// So much of the boot is not the author's: the guest gets the job's whole timeout (design D8).
+/// So much of the boot is not the author's: the guest gets the job's whole timeout (decision D8).
 const BOOT_FREE: Duration = Duration::from_secs(60);
 
 /// Pause before another task takes up the machine of one that died of a bug.
@@ -460,7 +460,7 @@ impl Machinery {
         }
     }
 
-    /// The payload for the guest, its timeout less what the boot took beyond [`BOOT_FREE`] (design D8); the trace is
+    /// The payload for the guest, its timeout less what the boot took beyond [`BOOT_FREE`] (decision D8); the trace is
     /// the guest's from here on. `None`: nothing is left of the job's time, or of the payload.
     pub(super) async fn hand_out(&mut self) -> Option<HandOut> {
         let payload = self.payload.clone()?;

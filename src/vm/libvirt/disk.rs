@@ -1,5 +1,5 @@
 //! Overlays: made by `qemu-img` on a base image that is looked at first, and from then on only
-//! ever unlinked, for a used one is the guest's work (safety.md T16).
+//! ever unlinked, for a used one is the guest's work (threats.md T16).
 
 use crate::files::plain;
 use crate::process::{ProcessError, Program};

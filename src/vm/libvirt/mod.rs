@@ -80,7 +80,7 @@ impl Default for Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum AccelChoice {
-    /// KVM where a boot proves it, else refuse (design D16).
+    /// KVM where a boot proves it, else refuse (decision D16).
     Auto,
     /// KVM, unproven.
     Kvm,

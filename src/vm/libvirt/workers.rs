@@ -1,7 +1,7 @@
 //! Blocking threads that talk to libvirtd, so that nothing else waits for it.
 //!
 //! Each thread owns a connection of its own, made when it first has work: one call that hangs
-//! holds one thread and nothing else (safety.md H4). There are at most 16 of them, and calls that
+//! holds one thread and nothing else (threats.md H4). There are at most 16 of them, and calls that
 //! are the same (the same words about the same VM) never run side by side, so a VM that cannot be
 //! destroyed holds one thread however often that is tried (V14). No handle of libvirt leaves its
 //! thread, for dropping one may panic; panics are caught here.

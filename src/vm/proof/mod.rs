@@ -1,4 +1,4 @@
-//! Does a guest of ours run here? Proven by a guest that does what ours need, and by nothing less (design D16).
+//! Does a guest of ours run here? Proven by a guest that does what ours need, and by nothing less (decision D16).
 //!
 //! Hosts exist on which `/dev/kvm` opens, creates a VM, and the guest never says a word; on others a boot sector speaks,
 //! and the first kernel stops in QEMU (U1). So the proof boots the image's own kernel and initrd, whose init says a line

@@ -37,7 +37,7 @@ pub(crate) fn claims(line: &str) -> Result<Vec<Id>, &'static str> {
         let digits = word.trim_start_matches(|c: char| c.is_ascii_alphabetic());
         word.len() == digits.len() + 1 && (1..=3).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit())
     };
-    // Other letters are other things: decisions (`design D13:`), releases.
+    // Other letters are other things: decisions (`decision D13:`), releases.
     let is_row = |word: &str| word.ends_with(':') && looks(word) && word.starts_with(LETTERS);
     let mut words = line.split_whitespace();
     let first = words.next().unwrap_or_default();

@@ -18,7 +18,7 @@ pub(crate) const SETTLED: &[&str] = &["faults", "house"];
 const OWNERS: &[&str] = &["faults", "house", "operator", "isolation", "images"];
 
 /// Rows that must be there, first and last of each range: taking one out of table and test alike must not
-/// go unnoticed. U32 was given to nothing.
+/// go unnoticed. The number 32 was given to nothing.
 const RANGES: &[(u32, u32)] = &[(1, 31), (33, 53)];
 
 /// A row of the table.

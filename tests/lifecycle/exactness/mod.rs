@@ -1,4 +1,4 @@
-//! Trace exactness (safety.md invariant 5): whatever guest, GitLab and daemon go through, GitLab's
+//! Trace exactness (threats.md invariant 5): whatever guest, GitLab and daemon go through, GitLab's
 //! bytes are our first lines ‖ the guest's bytes ‖ our last lines, nothing lost, nothing twice.
 //!
 //! Two rigs run the same random plans. [`rig`] is the smallest thing that is real: door, spool and

@@ -176,7 +176,7 @@ impl World {
         assert!(trouble.is_empty(), "unexpected in the log:\n{}", trouble.join("\n"));
     }
 
-    /// Where a part of a runner token was seen that is no public one, in whatever encoding (safety.md T1,
+    /// Where a part of a runner token was seen that is no public one, in whatever encoding (threats.md T1,
     /// invariant 7): so far in a file, on its way to a machine or in what one is made from; now in the
     /// log, in what the host shows of machines, in files, in GitLab's copies of the traces.
     pub fn leaks(&self) -> Vec<String> {
@@ -198,7 +198,7 @@ impl World {
     }
 
     /// GitLab's trace is our first lines, the guest's bytes, our last lines; and nothing that the
-    /// guest was promised has changed (safety.md §3.1 Exact, invariants 2, 3, 5, 6).
+    /// guest was promised has changed (threats.md §3.1 Exact, invariants 2, 3, 5, 6).
     fn assert_exact(&self, job: &Job) {
         let told = self.memory.of(job.token.expose());
         assert!(told.runs <= 1, "job {} was run by {} guests\n{}", job.id, told.runs, self.histories());

@@ -254,7 +254,7 @@ async fn a_cancel_reaches_the_guest_with_its_next_call() {
     assert!(door.job.lock().unwrap().verdicts.is_empty(), "after a hard cancel no PUT is a verdict");
 }
 
-/// Design D13: 19.3 holds the job's start on the first `running`, and polls for ever after a 403.
+/// Decision D13: 19.3 holds the job's start on the first `running`, and polls for ever after a 403.
 #[tokio::test(start_paused = true)]
 async fn the_first_running_is_always_200() {
     let door = Door::new().await;

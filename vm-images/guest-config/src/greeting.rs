@@ -8,7 +8,7 @@
 //!
 //! CR LF ends each. A nonce is 16 random bytes, hex. A proof is HMAC-SHA256 under the pass over
 //! `role NUL relay's nonce NUL door's nonce`, hex. The door proves itself first: while the daemon
-//! is away another process of the host could hold its port, and must learn nothing (design D22).
+//! is away another process of the host could hold its port, and must learn nothing (decision D22).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 /// The system id that gitlab-runner shows and sends for a machine-id (32 hex digits, no line break).
 ///
 /// `s_` + the first 12 hex digits of HMAC-SHA256 (key = machine-id, message = `gitlab-runner`);
-/// checked against five logs of the official runner (design D9).
+/// checked against five logs of the official runner (decision D9).
 ///
 /// # Panics
 /// Never: HMAC takes keys of any length.

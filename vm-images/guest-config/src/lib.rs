@@ -73,7 +73,7 @@ pub struct GuestConfig {
     /// This VM's machine-id, 32 hex digits, in force once the runner has read its files.
     pub machine_id: String,
     /// The installation's machine-id, in force while the runner starts, so that the runner's
-    /// system id is the one that GitLab shows (design D9).
+    /// system id is the one that GitLab shows (decision D9).
     pub runner_machine_id: String,
     /// A fresh boot id (UUID), bind-mounted over the kernel's.
     pub boot_id: String,

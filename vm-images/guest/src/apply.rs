@@ -1,5 +1,5 @@
 //! Gives the machine the identity of the guest config: seed and clock first, names, network, and
-//! the runner's files last, in the order of design §3.
+//! the runner's files last, in the order of `vm-images/README.md`.
 //!
 //! What only the kernel can do is in [`identity`] and [`network`]; what is files is in [`files`],
 //! below a root that tests choose. Applying the same config twice changes nothing more.

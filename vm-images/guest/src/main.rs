@@ -186,7 +186,7 @@ fn supervise(
         match inbox.recv() {
             Ok(Event::RunnerConnected) => {
                 // It has read its files and made its system id: now the machine becomes itself, and
-                // last of all the relay opens (design §3).
+                // last of all the relay opens (`vm-images/README.md`).
                 apply::machine_id(Path::new("/"), &config.machine_id)?;
                 if let Some(target) = target.take() {
                     relay.hand_over(target);

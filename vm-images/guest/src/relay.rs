@@ -8,7 +8,7 @@
 //! before its job is known, its poll held here. For each connection it opens one to the door and
 //! greets; until the door has proven the pass, not one byte of the runner's and no proof of ours
 //! leaves this machine, for while the daemon is away another process of the host could hold its
-//! port (design D22). A door that refuses, or that does not prove itself, is asked again until the
+//! port (decision D22). A door that refuses, or that does not prove itself, is asked again until the
 //! patience ends: nothing has been sent, so nothing can be sent twice. A restart of the daemon is
 //! then a pause to the runner, not an error.
 //!

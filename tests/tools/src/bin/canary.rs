@@ -1,4 +1,4 @@
-//! Searches files and folders for the runner tokens of the test rigs, in every encoding (safety.md T1).
+//! Searches files and folders for the runner tokens of the test rigs, in every encoding (threats.md T1).
 //!
 //!     canary [--secret TEXT]... [--skip NAME]... PATH...
 //!

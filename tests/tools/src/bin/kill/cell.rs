@@ -20,13 +20,13 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-/// From the restart to a clean host (safety.md, B2).
+/// From the restart to a clean host (threats.md, B2).
 const CLEAN_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long a daemon may take to come by its point: jobs are fed all the time.
 const POINT_LIMIT: Duration = Duration::from_secs(60);
 
-/// A storm is over within a minute (safety.md E15).
+/// A storm is over within a minute (threats.md E15).
 const STORM_LIMIT: Duration = Duration::from_secs(60);
 
 /// Nothing fails here but the daemon itself, so none of its lines should tell of an error.

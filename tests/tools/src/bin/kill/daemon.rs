@@ -11,10 +11,10 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
-/// A hand-over may take this long (safety.md E1).
+/// A hand-over may take this long (threats.md E1).
 const HAND_OVER_LIMIT: Duration = Duration::from_secs(5);
 
-/// The jobs of a round take some seconds, and to end them may take 30 (safety.md E2).
+/// The jobs of a round take some seconds, and to end them may take 30 (threats.md E2).
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// SIGKILL takes no time, but the machine may be busy.

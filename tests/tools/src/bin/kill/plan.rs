@@ -16,7 +16,7 @@ const HAND_OVERS: u32 = 8;
 /// How often one is drained, and how often a drain is cut short by a second signal.
 const DRAINS: u32 = 3;
 
-/// Kills of one storm, in at most a minute (safety.md E15).
+/// Kills of one storm, in at most a minute (threats.md E15).
 pub(crate) const STORM_KILLS: u32 = 20;
 
 /// With fewer random kills than this there is no storm among them.

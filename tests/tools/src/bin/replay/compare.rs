@@ -9,7 +9,7 @@ use dayfly_test_tools::http::Answer;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-/// Seconds that a payload's timeout may have lost since GitLab's 201 (design D8): as long as we wait
+/// Seconds that a payload's timeout may have lost since GitLab's 201 (decision D8): as long as we wait
 /// for anything here.
 const TIMEOUT_LOST_MAX: u64 = 60;
 
@@ -27,7 +27,7 @@ pub(crate) fn answer(request: &Request, answer: &Answer, sent: &mut u64) -> Resu
     if let Some(word) = answer.header("job-status").filter(|word| *word != "running") {
         return Err(format!("answered with Job-Status `{word}`"));
     }
-    // 19.3 obeys any value (design D13).
+    // 19.3 obeys any value (decision D13).
     if let Some(pause) = answer.header("retry-after").filter(|pause| !matches!(*pause, "0" | "1")) {
         return Err(format!("answered with Retry-After `{pause}`"));
     }

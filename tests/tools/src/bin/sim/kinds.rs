@@ -1,4 +1,4 @@
-//! The kinds of faults, each with the rows of safety.md that it injects, and how often each was met.
+//! The kinds of faults, each with the rows of threats.md that it injects, and how often each was met.
 
 /// Makes the list: variant, ids, words.
 macro_rules! kinds {
@@ -11,7 +11,7 @@ macro_rules! kinds {
             /// All of them.
             pub(crate) const ALL: &'static [Self] = &[$(Self::$name),*];
 
-            /// Rows of safety.md §3.
+            /// Rows of threats.md §3.
             pub(crate) fn ids(self) -> &'static str {
                 match self { $(Self::$name => $ids),* }
             }

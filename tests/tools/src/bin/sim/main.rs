@@ -9,7 +9,7 @@
 //!
 //! A run draws everything from its seed ([`plan`]): host, runners, jobs, guests good and bad, faults at each seam, an
 //! operator, and the ends of the daemon's lives. What passes is told to the [`story`], noted in the [`ledger`], and
-//! judged by one checker for each invariant of safety.md §4 ([`check`]). 0: nothing was violated; 1: something was;
+//! judged by one checker for each invariant of threats.md §4 ([`check`]). 0: nothing was violated; 1: something was;
 //! 64: bad arguments.
 
 mod args;

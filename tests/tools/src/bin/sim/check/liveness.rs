@@ -12,7 +12,7 @@ pub(crate) struct Liveness {
     back: Option<At>,
 }
 
-/// From safety.md B9.
+/// From threats.md B9.
 const FIRST_POLL: Duration = Duration::from_secs(15);
 
 impl Checker for Liveness {

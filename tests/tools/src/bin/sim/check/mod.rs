@@ -1,4 +1,4 @@
-//! The invariants of safety.md §4, each a checker of its own: asked at each event, and at the end.
+//! The invariants of threats.md §4, each a checker of its own: asked at each event, and at the end.
 //!
 //! 7's argv and XML and 21's counting allocator mean nothing in memory: 7 looks at everything that guests, files and
 //! the log get, 21 at the spool's bound (and the soak at the process's memory). 22 is two runs of one seed: `batch`.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 const ATTEMPTS_MAX: usize = 5;
 const SECOND: Duration = Duration::from_secs(1);
-/// safety.md G4.
+/// threats.md G4.
 const REFUSED_PAUSE: Duration = Duration::from_secs(299);
 
 #[derive(Default)]
