@@ -1,6 +1,7 @@
 //! The whole check on small trees: what somebody may try, and what it says.
 
 use super::{Found, check};
+use crate::threats::TABLES;
 use std::fs;
 use tempfile::TempDir;
 
@@ -29,6 +30,17 @@ fn owned() -> Vec<String> {
 /// The numbers of the faults that use has found.
 fn field() -> impl Iterator<Item = u32> {
     (1..=53).filter(|number| *number != 32)
+}
+
+/// The rows of the page of threats, those that are in no list open.
+fn tables() -> String {
+    let owned = owned();
+    let rows = TABLES.iter().flat_map(|(letter, first, last)| (*first..=*last).map(move |n| format!("{letter}{n}")));
+    rows.map(|id| {
+        let open = if owned.contains(&id) { "" } else { "***open***: " };
+        format!("| {id} | it breaks | {open}it holds |\n")
+    })
+    .collect()
 }
 
 /// U1 to U3 are of `faults`, U4 of two, the others of `operator`.
@@ -60,6 +72,8 @@ impl Tree {
             "docs/field.md",
             &format!("# Faults\n\n| Id | What | Right | Owner |\n| --- | --- | --- | --- |\n{field}"),
         );
+        tree.write("docs/threats.md", &format!("# Tables\n\n{}\n## 4. Invariants\n\n1. It ends.\n", tables()));
+        tree.write("docs/decisions/D09-runner.md", "# D9: The runner\n");
         tree.write("scripts/test", "cargo test -p dayfly --test lifecycle\ncargo test --lib --bins -p dayfly\n");
         tree.write("tests/lifecycle/main.rs", "//! The ring.\nmod rows;\n");
         tree.write("tests/lifecycle/rows.rs", &owned().iter().map(|id| test_of(id)).collect::<String>());
@@ -309,4 +323,54 @@ fn ids_of_the_field_are_looked_up_in_its_table_only() {
     tree.complains(&["U5 is named by what is no test"]);
     std::fs::remove_file(tree.0.path().join("docs/field.md")).expect("removed");
     tree.complains(&["docs/field.md:1: "]);
+}
+
+#[test]
+fn the_tables_are_held_to_their_form_and_to_the_list() {
+    let row = "| G12 | it breaks | it holds |\n";
+    for (instead, says) in [
+        ("", "G12 is in no table"),
+        ("", "G12 is in tests/ids.txt and in no table"),
+        ("| G12 | it breaks |\n", "G12 has an empty cell"),
+        ("| G12 | it breaks |  |\n", "G12 has an empty cell"),
+        (&format!("{row}{row}"), "G12 is there twice"),
+        (&format!("| G13 | it breaks | it holds |\n{row}"), "G12 is out of order"),
+        ("| G12 | it breaks | ***open***: it holds |\n", "G12 says ***open***, and a test shows it"),
+        (&format!("{row}| G23 | it breaks | it holds |\n"), "G23 is not in tests/ids.txt, and does not say ***open***"),
+    ] {
+        let tree = Tree::new();
+        tree.change("docs/threats.md", row, instead);
+        tree.complains(&[says]);
+    }
+    let tree = Tree::new();
+    std::fs::remove_file(tree.0.path().join("docs/threats.md")).expect("removed");
+    tree.complains(&["docs/threats.md:1: ", "T14 is in no table"]);
+}
+
+#[test]
+fn what_a_comment_names_is_there_or_is_dead() {
+    for (file, text, says) in [
+        ("src/a.rs", "//! As G99 says.\n", "src/a.rs:1: G99 is in no table"),
+        ("src/a.rs", "fn a() {} // decision D10\n", "src/a.rs:1: D10 is in no table, and no decision"),
+        ("src/a.rs", "\n/* See law.md. */\n", "src/a.rs:2: there is no page law.md"),
+        ("src/a.rs", "/// (threats.md §5)\nfn a() {}\n", "src/a.rs:1: there is no §5 in threats.md"),
+        ("src/a.rs", "/// As design §4 says.\nfn a() {}\n", "src/a.rs:1: there is no §4 in this file"),
+        ("src/a.rs", "// Invariant 2.\n", "src/a.rs:1: there is no invariant 2"),
+        ("vm-images/a/recipe.toml", "a = 1 # as U32\n", "vm-images/a/recipe.toml:1: U32 is in no table"),
+        ("scripts/a", "#!/bin/sh\n# K19\n", "scripts/a:2: K19 is in no table"),
+        ("docs/a.md", "[Law](law.md)\n", "docs/a.md:1: there is no page law.md"),
+    ] {
+        let tree = Tree::new();
+        let (seen, dead) = tree.check().citations;
+        assert!(seen > 300 && dead == 0, "{:#?}", tree.check().wrong);
+        tree.write(file, text);
+        tree.complains(&[says]);
+        assert_eq!(tree.check().citations.1, 1, "{text}");
+    }
+    let tree = Tree::new();
+    let text = "//! threats.md G12, docs/threats.md §4, decision D9, U1, invariant 1.\nconst A: &str = \"G99\";\n";
+    let (before, _) = tree.check().citations;
+    tree.write("src/a.rs", text);
+    let found = tree.check();
+    assert_eq!((found.citations, found.wrong.len()), ((before + 7, 0), 0), "{:#?}", found.wrong);
 }
