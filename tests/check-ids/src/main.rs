@@ -1,5 +1,6 @@
 //! `check-ids [--open] [DIRECTORY]`: holds `tests/ids.txt`, the tables of `docs/threats.md` and `docs/field.md`, and
-//! the doc lines of the tests to each other; and what comments and pages name to what there is.
+//! the doc lines of the tests to each other; and what comments and pages name, and the map of
+//! `docs/architecture.md`, to what there is.
 //!
 //! A test names the rows of the threat and fault tables that it shows in its doc line, `/// G12: …`
 //! or `/// R2, R3: …`. Every id of the list must be in the doc line of a test that a ring of
@@ -10,7 +11,8 @@
 //!
 //! [`list`] reads the list, [`threats`] and [`field`] the tables, [`rings`] says which crates the rings run,
 //! [`walk`] walks their modules as the compiler does and finds the tests, [`claim`] reads a doc line;
-//! [`comments`] finds comments, [`citations`] what they name.
+//! [`comments`] finds comments, [`citations`] what they name;
+//! [`map`] compares the pages on the source with it.
 #![expect(clippy::print_stdout, reason = "it is what this program is for")]
 
 mod cfg;
@@ -19,6 +21,7 @@ mod claim;
 mod comments;
 mod field;
 mod list;
+mod map;
 mod rings;
 mod rows;
 mod threats;
@@ -56,6 +59,7 @@ fn check(root: &Path, settled: &[&str]) -> Found {
     wrong.append(&mut more);
     let ids = threats.rows.keys().chain(field.keys()).copied().chain(citations::decisions(root)).collect();
     let known = citations::Known { ids, invariants: threats.invariants };
+    wrong.append(&mut map::check(root));
     let citations = citations::check(root, &known, &mut wrong);
     let tests = walk::of_rings(root, &mut wrong);
     let (mut shown, mut met) = (BTreeSet::new(), BTreeSet::new());

@@ -74,6 +74,12 @@ impl Tree {
         );
         tree.write("docs/threats.md", &format!("# Tables\n\n{}\n## 4. Invariants\n\n1. It ends.\n", tables()));
         tree.write("docs/decisions/D09-runner.md", "# D9: The runner\n");
+        tree.write(
+            "docs/architecture.md",
+            "# Map\n\n## The map\n\n| `job` | what? |\n\n### SIGKILL at every step\n\n| K8 | killed | `job` | on |\n",
+        );
+        tree.write("src/job/mod.rs", "fn a() {\n    reached(Point::K8);\n}\n");
+        tree.write("src/lib.rs", LIBRARY);
         tree.write("scripts/test", "cargo test -p dayfly --test lifecycle\ncargo test --lib --bins -p dayfly\n");
         tree.write("tests/lifecycle/main.rs", "//! The ring.\nmod rows;\n");
         tree.write("tests/lifecycle/rows.rs", &owned().iter().map(|id| test_of(id)).collect::<String>());
@@ -109,6 +115,9 @@ impl Tree {
         assert!(!found.wrong.is_empty());
     }
 }
+
+/// Its modules; no test is in them.
+const LIBRARY: &str = "pub mod job;\n";
 
 const ROWS: &str = "tests/lifecycle/rows.rs";
 
@@ -250,8 +259,8 @@ fn tests_are_found_wherever_the_compiler_finds_them() {
         ("tests/lifecycle/deep/mod.rs", whole.clone(), "mod deep;"),
         ("tests/support/far.rs", whole.clone(), "#[path = \"../support/far.rs\"]\nmod far;"),
         ("tests/lifecycle/a/b.rs", whole.clone(), "mod a { pub mod b; }"),
-        ("src/lib.rs", format!("#[cfg(test)]\nmod tests {{ use super::*;\n{whole}}}"), ""),
-        ("src/lib.rs", format!("proptest::proptest! {{\n#![proptest_config(x)]\n{whole}}}"), ""),
+        ("src/lib.rs", format!("{LIBRARY}#[cfg(test)]\nmod tests {{ use super::*;\n{whole}}}"), ""),
+        ("src/lib.rs", format!("{LIBRARY}proptest::proptest! {{\n#![proptest_config(x)]\n{whole}}}"), ""),
         (
             "tests/lifecycle/p.rs",
             whole.replace("#[test]\nfn", "#[tokio::test(start_paused = true)]\nasync fn"),
@@ -373,4 +382,20 @@ fn what_a_comment_names_is_there_or_is_dead() {
     tree.write("src/a.rs", text);
     let found = tree.check();
     assert_eq!((found.citations, found.wrong.len()), ((before + 7, 0), 0), "{:#?}", found.wrong);
+}
+
+#[test]
+fn the_map_is_held_to_the_source() {
+    for (file, from, to, says) in [
+        ("docs/architecture.md", "| `job` |", "| `job`, `poller` |", "architecture.md:5: poller is no module"),
+        ("src/lib.rs", "pub mod job;", "pub mod job;\nmod rng;", "the map does not name the module rng"),
+        ("docs/architecture.md", "killed | `job`", "killed | `jo`", "architecture.md:9: K8 is not in src/jo"),
+        ("docs/architecture.md", "killed | `job`", "killed | `jo`", "architecture.md:9: K8 is in src/job/mod.rs, too"),
+        ("src/job/mod.rs", "K8", "K9", "the table of kill points does not name K9"),
+        ("docs/decisions/D09-runner.md", "runner\n", "runner\n\n*State: in the code: `a/b`.*\n", ":3: there is no a/b"),
+    ] {
+        let tree = Tree::new();
+        tree.change(file, from, to);
+        tree.complains(&[says]);
+    }
 }
