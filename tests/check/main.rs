@@ -10,6 +10,7 @@
 
 mod advisories;
 mod modules;
+mod pages;
 mod scripts;
 
 use serde_json::Value;
