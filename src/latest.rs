@@ -1,7 +1,7 @@
 //! Who waits for the newest value? A watch that wakes its watchers in the order in which they began to wait.
 //!
 //! Tokio's own spreads those who wait over eight lists at random. With several watchers that go on at the same instant
-//! of paused time, a simulation of the same seed would then not repeat itself (style: same seed, same event log).
+//! of paused time, a simulation of the same seed would then not repeat itself (invariant 22: same seed, same event log).
 
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

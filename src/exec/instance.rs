@@ -340,6 +340,7 @@ mod tests {
         }
     }
 
+    /// T38: a run reaps what dead runs have left, and nothing of a daemon's.
     #[tokio::test(start_paused = true)]
     async fn a_dead_runs_vms_and_files_are_reaped_and_no_others() {
         let scene = Scene::new();

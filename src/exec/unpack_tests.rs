@@ -119,6 +119,7 @@ fn files_directories_and_modes_come_out() {
     assert_eq!(mode & 0o7111, 0o111, "executable, but never set-user-id");
 }
 
+/// T38: nothing leaves the folder by a path.
 #[test]
 fn paths_that_lead_out_are_refused_by_name() {
     let scene = Scene::new();
@@ -143,6 +144,7 @@ fn paths_that_lead_out_are_refused_by_name() {
     scene.refuses(archive(&[(&deep, "x")]), &format!("the archive is refused: `{}…` is too deep", &deep[..200]));
 }
 
+/// T38: nor by a device or a link.
 #[test]
 fn devices_are_refused_and_links_left_out() {
     let scene = Scene::new();
@@ -174,6 +176,7 @@ fn names_that_collide_are_refused() {
     scene.refuses(archive(&[("a/b", "2"), ("a", "1")]), "the archive is refused: `a` is a file and a directory");
 }
 
+/// T38: sizes, entries and ratios are bounded.
 #[test]
 fn bombs_are_stopped_at_the_limits() {
     let small = Limits { entries: 3, directories: 3, bytes: 1000, ratio: 200, ratio_free_bytes: 100 };

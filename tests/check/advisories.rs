@@ -54,6 +54,7 @@ fn warnings(lock: &str, advisories: &[Advisory<'_>]) -> Vec<String> {
     found
 }
 
+/// T37: no crate in the lock has a known flaw.
 #[test]
 fn no_crate_in_the_lock_has_an_advisory() {
     let text = snapshot();
@@ -69,7 +70,7 @@ fn a_crate_with_an_advisory_is_found_and_its_patched_version_is_not() {
     let lock = |version: &str| format!("[[package]]\nname = \"hyper\"\nversion = \"{version}\"\n");
     assert!(warnings(&lock("0.14.11"), &advisories(&text)).iter().any(|w| w.contains("RUSTSEC-2022-0022")));
     assert_eq!(warnings(&lock("1.12.0"), &advisories(&text)), [""; 0]);
-    // The design names a crate that nobody keeps any more.
+    // Decision D17 names a crate that nobody keeps any more.
     let unmaintained = "[[package]]\nname = \"backoff\"\nversion = \"0.4.0\"\n";
     assert_eq!(warnings(unmaintained, &advisories(&text)), ["backoff 0.4.0: RUSTSEC-2025-0012 (unmaintained)"]);
 }

@@ -1,4 +1,5 @@
-//! Rules about the tree itself: what may be in it (deny.toml), and what must never be (style).
+//! Rules about the tree itself: what may be in it (deny.toml), and what must never be
+//! (`CONTRIBUTING.md`, style).
 //!
 //! The first part does what `cargo deny check bans licenses sources` does, for hosts that have no
 //! cargo-deny: compiling it takes longer than all the other checks together.
@@ -111,6 +112,7 @@ fn licence_expressions_are_read_right() {
     }
 }
 
+/// T37: licence, source and name of each crate are allowed ones.
 #[test]
 fn every_crate_has_a_licence_a_source_and_a_name_that_deny_toml_allows() {
     let (metadata, deny) = (metadata(), deny());

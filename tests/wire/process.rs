@@ -13,6 +13,7 @@ use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -213,6 +214,20 @@ fn a_log_that_nobody_reads_any_more_kills_no_daemon() {
     let (status, took) = process.ends();
     assert_eq!(status.code(), Some(0));
     assert!(took <= Duration::from_secs(5), "{took:?}");
+}
+
+/// T36: what is in the daemon's memory reaches no core dump, whatever the host's limits and its handler of cores.
+#[test]
+fn a_daemon_that_crashes_leaves_no_core() {
+    let place = Place::new();
+    let mut process = place.start();
+    let limits = fs::read_to_string(format!("/proc/{}/limits", process.0.id())).unwrap();
+    let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().take(2).collect::<Vec<_>>(), ["0", "0"]);
+    // Not SEGV: one that was sent is taken for a full stack first, by Rust's own handler, and ends nothing.
+    process.signal(Signal::ABORT);
+    let (status, _) = process.ends();
+    assert_eq!((status.signal(), status.core_dumped()), (Some(Signal::ABORT.as_raw()), false));
 }
 
 /// E10: SIGHUP reads the file again; one that makes no sense is told with its key, and changes nothing.

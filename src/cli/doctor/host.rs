@@ -236,6 +236,7 @@ mod tests {
         findings.iter().map(|finding| (finding.level, finding.what.as_str())).collect()
     }
 
+    /// T20: each bad setting is named, and the good ones are not.
     #[test]
     fn each_bad_setting_of_cpu_and_memory_is_named() {
         let cpu = "sys/devices/system/cpu";

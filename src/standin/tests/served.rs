@@ -74,6 +74,7 @@ async fn it_speaks_tls() {
     assert!(raw(&mut stream, DISCOVERY).await.starts_with("HTTP/1.1 403 "));
 }
 
+/// T38: a clone needs the token of a job that runs, of this project.
 #[tokio::test(start_paused = true)]
 async fn a_repository_costs_the_token_of_an_executing_job_of_its_project() {
     let lab = Lab::new();
