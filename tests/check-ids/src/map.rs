@@ -21,12 +21,11 @@ pub(crate) fn check(root: &Path) -> Wrongs {
     let folder = std::fs::read_dir(root.join(DECISIONS)).into_iter().flatten().flatten();
     for name in folder.filter_map(|entry| entry.file_name().into_string().ok()) {
         let file = format!("{DECISIONS}/{name}");
-        for (line, text) in numbered(&read(&file)) {
-            let Some((_, places)) = text.split_once(" in the code: ") else { continue };
-            let places = ticked(places.split(';').next().unwrap_or_default());
-            for place in places.filter(|place| !place_is_there(root, place)) {
-                wrong.insert((file.clone(), line, format!("there is no {place}")));
-            }
+        // The state may go over several lines, and ends with its paragraph.
+        let text = read(&file).split("\n\n").nth(1).unwrap_or_default().replace('\n', " ");
+        let Some((_, places)) = text.split_once(" in the code: ") else { continue };
+        for place in ticked(places.split(';').next().unwrap_or_default()).filter(|place| !is_there(root, place)) {
+            wrong.insert((file.clone(), 3, format!("there is no {place}")));
         }
     }
     wrong
@@ -48,7 +47,7 @@ fn rows<'a>(page: &'a str, heading: &str) -> Vec<(usize, Vec<&'a str>)> {
     lines.filter(|(_, line)| line.starts_with("| ")).map(|(at, line)| (at, line.split(" | ").collect())).collect()
 }
 
-fn place_is_there(root: &Path, place: &str) -> bool {
+fn is_there(root: &Path, place: &str) -> bool {
     [format!("src/{place}.rs"), format!("src/{place}"), place.to_owned()].iter().any(|path| root.join(path).exists())
 }
 

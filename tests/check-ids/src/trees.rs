@@ -392,7 +392,12 @@ fn the_map_is_held_to_the_source() {
         ("docs/architecture.md", "killed | `job`", "killed | `jo`", "architecture.md:9: K8 is not in src/jo"),
         ("docs/architecture.md", "killed | `job`", "killed | `jo`", "architecture.md:9: K8 is in src/job/mod.rs, too"),
         ("src/job/mod.rs", "K8", "K9", "the table of kill points does not name K9"),
-        ("docs/decisions/D09-runner.md", "runner\n", "runner\n\n*State: in the code: `a/b`.*\n", ":3: there is no a/b"),
+        (
+            "docs/decisions/D09-runner.md",
+            "runner\n",
+            "runner\n\n*State: in the code: `job`,\n`a/b`.*\n",
+            ":3: there is no a/b",
+        ),
     ] {
         let tree = Tree::new();
         tree.change(file, from, to);
