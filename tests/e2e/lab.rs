@@ -162,6 +162,14 @@ impl Lab {
         fs::write(self.dir.path().join("config.toml"), text).unwrap();
     }
 
+    /// Lets the next daemon find another configuration: `from` with `to` in its place.
+    pub fn change_config(&self, from: &str, to: &str) {
+        let path = self.dir.path().join("config.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "`{from}` is not in {text}");
+        fs::write(&path, text.replace(from, to)).unwrap();
+    }
+
     pub async fn start_daemon(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let mut command = Command::new(dayfly());

@@ -36,6 +36,29 @@ async fn a_daemon_killed_outright_costs_no_job() {
     lab.assert_clean().await;
 }
 
+/// U4: the daemon dies while a machine boots, and the next one finds another class, another name for it and another
+/// entry: the job's machine is the one that it was promised, as the jobs' user.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_before_gets_the_machine_of_its_record_whatever_the_configuration_says_now() {
+    let mut lab = Lab::start(Options::default()).await;
+    let job = lab.job(&["echo cpus $(nproc), memory $(free -m | awk '/Mem:/ {print $2}'), uid $(id -u)"]);
+    let assigned = lab.standin.wait_for(|m| m.jobs[&job].state == JobState::Running, LIMIT).await;
+    assert!(assigned.is_ok(), "{}", lab.story(job));
+    assert_eq!(lab.stop_daemon("KILL").await, None);
+    lab.change_config("cpus = 1\nmemory_mib = 512", "cpus = 2\nmemory_mib = 1536\nrun_as_root = true");
+    lab.change_config("\"small\"", "\"large\"");
+    lab.start_daemon().await;
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    let told = trace.lines().find_map(|line| line.split("cpus ").nth(1).filter(|rest| rest.contains("uid "))).unwrap();
+    let number = |word: &str| -> u64 {
+        let rest = told.split(word).nth(1).unwrap().trim_start();
+        rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+    };
+    assert!(told.starts_with("1,") && number("memory") < 512 && number("uid") != 0, "{trace}");
+    lab.assert_clean().await;
+}
+
 /// K13, E4: killed while an artifact is on its way. The guest's next try waits at its relay for the next daemon.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_killed_while_an_artifact_uploads_costs_no_job() {
