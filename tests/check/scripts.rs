@@ -126,6 +126,54 @@ fn an_image_whose_kernel_refutes_kvm_is_made_under_tcg() {
     assert_eq!((out(&output).trim(), output.status.success()), ("", false));
 }
 
+/// Runs `scripts/upgrade-test` of a checkout that has these files in `tests/data/last-version`, and no history.
+#[expect(clippy::disallowed_methods, reason = "a script is what is tested")]
+fn upgrade_test(files: &[(&str, &[u8])]) -> (String, Option<i32>) {
+    let dir = tempfile::tempdir().unwrap();
+    let kept = dir.path().join("tests/data/last-version");
+    for below in [&dir.path().join("scripts"), &kept] {
+        fs::create_dir_all(below).unwrap();
+    }
+    for script in ["upgrade-test", "lib.sh"] {
+        fs::copy(root().join("scripts").join(script), dir.path().join("scripts").join(script)).unwrap();
+    }
+    for (name, bytes) in files {
+        fs::write(kept.join(name), bytes).unwrap();
+    }
+    // No cargo: what is to be seen comes before the first build.
+    let cargo = dir.path().join("cargo");
+    fs::write(&cargo, "#!/bin/sh\necho built; exit 1\n").unwrap();
+    fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+    let output = Command::new("bash")
+        .arg(dir.path().join("scripts/upgrade-test"))
+        .env("PATH", path)
+        .env("HOME", dir.path())
+        .env("GIT_CEILING_DIRECTORIES", dir.path())
+        .output()
+        .expect("it runs");
+    (out(&output) + &String::from_utf8_lossy(&output.stderr), output.status.code())
+}
+
+/// U5: upgrades are tried from the last version's own programs, or not at all: a checkout without them fails and says
+/// so, and so does one whose programs are others.
+#[test]
+fn upgrades_are_not_tried_without_the_last_version() {
+    let data = root().join("tests/data/last-version");
+    let sums = fs::read(data.join("SHA256SUMS")).unwrap();
+    let commit = fs::read(data.join("COMMIT")).unwrap();
+    let (told, code) = upgrade_test(&[("COMMIT", &commit), ("SHA256SUMS", &sums)]);
+    assert_eq!(code, Some(1), "{told}");
+    let name = String::from_utf8_lossy(&commit);
+    assert!(told.contains("the last version is not here") && told.contains(name.trim()), "{told}");
+    assert!(!told.contains("built"), "{told}");
+    let guest = fs::read(data.join("kill-guest.xz")).unwrap();
+    let swapped = [("COMMIT", &commit[..]), ("SHA256SUMS", &sums), ("dayfly.xz", &guest), ("kill-guest.xz", &guest)];
+    let (told, code) = upgrade_test(&swapped);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("is not what SHA256SUMS says") && !told.contains("built"), "{told}");
+}
+
 #[expect(clippy::disallowed_methods, reason = "a script is what is tested")]
 fn rings(definitions: &str) -> (String, Option<i32>) {
     let dir = tempfile::tempdir().unwrap();

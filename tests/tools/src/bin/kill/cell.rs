@@ -1,5 +1,7 @@
 //! One state directory: its GitLab, its daemon, and the rounds that it goes through.
 
+mod upgrade;
+
 use crate::daemon::Daemon;
 use crate::judge;
 use crate::leftovers::{self, Places};
@@ -56,6 +58,8 @@ pub(crate) struct Cell {
     /// When the last daemon was started, and when the one before it died.
     started: Instant,
     died: Timestamp,
+    /// From that start to a clean host.
+    clean_limit: Duration,
     /// The jobs of this round.
     jobs: BTreeMap<JobId, Wanted>,
     cancels: JoinSet<()>,
@@ -116,6 +120,7 @@ impl Cell {
             daemon: None,
             started: Instant::now(),
             died: Timestamp::now(),
+            clean_limit: CLEAN_LIMIT,
             jobs: BTreeMap::new(),
             cancels: JoinSet::new(),
         })
@@ -193,7 +198,12 @@ impl Cell {
     }
 
     fn start(&mut self, failpoint: Option<&str>) -> Result<(), String> {
-        let daemon = Daemon::start(&self.paths.dayfly, &self.config, &self.log, failpoint);
+        let program = self.paths.dayfly.clone();
+        self.start_program(&program, failpoint)
+    }
+
+    fn start_program(&mut self, program: &Path, failpoint: Option<&str>) -> Result<(), String> {
+        let daemon = Daemon::start(program, &self.config, &self.log, failpoint);
         self.daemon = Some(daemon.map_err(|error| format!("start the daemon: {error}"))?);
         self.started = Instant::now();
         Ok(())
@@ -316,8 +326,8 @@ impl Cell {
             if open.is_empty() && left.is_empty() {
                 break;
             }
-            if self.started.elapsed() > CLEAN_LIMIT {
-                let mut why = format!("not clean {CLEAN_LIMIT:?} after the restart:");
+            if self.started.elapsed() > self.clean_limit {
+                let mut why = format!("not clean {:?} after the restart:", self.clean_limit);
                 for job in &open {
                     why.push_str(&format!("\n  job {} is {}", job.id, job.state.as_str()));
                 }
@@ -404,12 +414,15 @@ impl Cell {
         left
     }
 
-    /// Ends the daemon. The journal's windows on this disk, milliseconds.
-    pub(crate) async fn end(mut self) -> Result<Vec<f64>, String> {
+    /// Ends the daemon, which may have logged errors with the words `known` only. The journal's windows on this disk,
+    /// milliseconds.
+    pub(crate) async fn end(mut self, known: Option<&str>) -> Result<Vec<f64>, String> {
         self.hand_over().await?;
         let log = fs::read(&self.log).map_err(|error| format!("read the log: {error}"))?;
         let log = String::from_utf8_lossy(&log);
-        if let Some(line) = log.lines().find(|line| line.contains("panicked") || line.contains(ERROR)) {
+        let is_known = |line: &str| known.is_some_and(|words| line.contains(words));
+        let wrong = |line: &&str| line.contains("panicked") || line.contains(ERROR) && !is_known(line);
+        if let Some(line) = log.lines().find(wrong) {
             return Err(format!("the daemon's log has an error: {line}"));
         }
         // In memory there is nothing to wait for.

@@ -20,6 +20,14 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 /// SIGKILL takes no time, but the machine may be busy.
 const BURIAL_LIMIT: Duration = Duration::from_secs(20);
 
+/// What `dayfly status` prints.
+pub(crate) async fn status(program: &Path, config: &Path) -> io::Result<String> {
+    #[expect(clippy::disallowed_methods, reason = "the program under test; it ends within milliseconds")]
+    let mut command = Command::new(program);
+    let output = command.arg("--config").arg(config).arg("status").env_clear().kill_on_drop(true).output().await?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 /// A daemon that has been started.
 pub(crate) struct Daemon {
     child: Child,

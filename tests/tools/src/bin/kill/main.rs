@@ -11,7 +11,7 @@
 //! are fed ([`work`]), the daemon dies, the next one is started, and as soon as the host is clean, at the latest 60 s
 //! after that start, all is judged ([`judge`]): each job that GitLab handed out has ended once, with its verdict and
 //! each byte of its trace, and nothing is left. Only a job of which GitLab knows and the disk does not may be lost
-//! (K1 to K3); it is counted apart.
+//! (K1 to K3); it is counted apart. With `--last` the daemon that dies is another version's ([`upgrade`]).
 
 mod cell;
 mod daemon;
@@ -19,6 +19,7 @@ mod judge;
 mod leftovers;
 mod place;
 mod plan;
+mod upgrade;
 mod window;
 mod work;
 
@@ -33,7 +34,8 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::task::JoinSet;
 
-const USAGE: &str = "usage: kill-test --dayfly PROGRAM --guest PROGRAM [--kills N] [--seed S] [--point K0..K18]";
+const USAGE: &str =
+    "usage: kill-test --dayfly PROGRAM --guest PROGRAM [--kills N] [--seed S] [--point K0..K18] [--last DIRECTORY]";
 
 /// State directories side by side.
 const CELLS: u16 = 4;
@@ -46,11 +48,13 @@ struct Wanted {
     seed: u64,
     /// This point only.
     point: Option<u8>,
+    /// The programs of the last version: no kills, but upgrades from it.
+    last: Option<PathBuf>,
 }
 
 impl Wanted {
     fn read(arguments: &[String]) -> Option<Self> {
-        let (mut dayfly, mut guest, mut kills, mut seed, mut point) = (None, None, 200, None, None);
+        let (mut dayfly, mut guest, mut kills, mut seed, mut point, mut last) = (None, None, 200, None, None, None);
         for pair in arguments.chunks(2) {
             let [name, value] = pair else { return None };
             match name.as_str() {
@@ -59,11 +63,12 @@ impl Wanted {
                 "--kills" => kills = value.parse().ok()?,
                 "--seed" => seed = Some(value.parse().ok()?),
                 "--point" => point = Some(value.strip_prefix('K')?.parse().ok().filter(|n| *n < plan::POINTS)?),
+                "--last" => last = Some(PathBuf::from(value)),
                 _ => return None,
             }
         }
         let seed = seed.unwrap_or_else(|| Rng::system().below(1 << 32));
-        Some(Self { dayfly: dayfly?, guest: guest?, kills, seed, point })
+        Some(Self { dayfly: dayfly?, guest: guest?, kills, seed, point, last })
     }
 }
 
@@ -100,7 +105,11 @@ async fn main() -> ExitCode {
         eprintln!("{USAGE}");
         return ExitCode::from(64);
     };
-    match run(&wanted).await {
+    let ran = match &wanted.last {
+        Some(last) => upgrade::run(&wanted, last).await,
+        None => run(&wanted).await,
+    };
+    match ran {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(why) => {
@@ -180,7 +189,7 @@ async fn work_through(
             Kind::Random { .. } | Kind::Storm => {}
         }
     }
-    let journal_ms = cell.end().await?;
+    let journal_ms = cell.end(None).await?;
     locked(tally).journal_ms.extend(journal_ms);
     Ok(())
 }

@@ -1,8 +1,9 @@
-//! The files of a run: an image for all, and for each state directory its configuration, token and machines.
+//! The files of a run: for each state directory its image, configuration, token and machines.
 
+use crate::CELLS;
 use crate::leftovers::Places;
 use crate::work::Source;
-use dayfly::image::manifest::{ImageFile, Manifest};
+use dayfly::image::manifest::{ImageFile, MANIFEST_FILE, Manifest};
 use dayfly::image::store::Image;
 use dayfly::standin::{Artifact, ArtifactContent, JobSpec, JobState, ProjectId, Standin};
 use dayfly_test_tools::killing::artifact;
@@ -13,10 +14,13 @@ use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 /// Jobs at once in one state directory.
-const CONCURRENT: u16 = 4;
+pub(crate) const CONCURRENT: u16 = 4;
 
 /// Ports of one state directory's doors.
 const PORTS: u16 = 16;
+
+/// The image, below the directory of the state directory.
+const IMAGE: &str = "images/test";
 
 /// Where memory is a file system, as the runtime directory of a service is.
 const MEMORY: &str = "/dev/shm";
@@ -31,7 +35,7 @@ const DISK_BYTES: &str = "1M";
 #[derive(Clone, Debug)]
 pub(crate) struct Paths {
     pub(crate) dayfly: PathBuf,
-    guest: PathBuf,
+    pub(crate) guest: PathBuf,
     /// State and images.
     base: PathBuf,
     /// Runtime directories.
@@ -39,7 +43,7 @@ pub(crate) struct Paths {
 }
 
 impl Paths {
-    /// Makes the directories and the image.
+    /// Makes the directories.
     pub(crate) fn make(dayfly: &Path, guest: &Path) -> Result<Self, String> {
         let made = || -> io::Result<Self> {
             // Short paths: unix sockets end at 107 bytes.
@@ -47,9 +51,7 @@ impl Paths {
             fs::set_permissions(&base, fs::Permissions::from_mode(0o711))?;
             let memory = tempfile::Builder::new().prefix("df-kill-").tempdir_in(MEMORY);
             let memory = memory.map_or_else(|_| base.clone(), tempfile::TempDir::keep);
-            let paths = Self { dayfly: fs::canonicalize(dayfly)?, guest: fs::canonicalize(guest)?, base, memory };
-            image(&paths.base.join("images/test"))?;
-            Ok(paths)
+            Ok(Self { dayfly: fs::canonicalize(dayfly)?, guest: fs::canonicalize(guest)?, base, memory })
         };
         made().map_err(|error| format!("make the directories: {error}"))
     }
@@ -82,7 +84,8 @@ impl Paths {
     pub(crate) fn cell(&self, number: u16, url: &str, token: &str) -> Result<(PathBuf, Places), String> {
         let dir = if self.is_on_disk(number) { &self.base } else { &self.memory }.join(format!("c{number}"));
         let slot = u16::try_from(std::process::id() % 24).unwrap_or(0);
-        let first = 31_000 + slot * 64 + number * PORTS;
+        // State directories that work side by side have numbers that follow each other.
+        let first = 31_000 + slot * CELLS * PORTS + number % CELLS * PORTS;
         let places = Places {
             state: dir.join("state"),
             runtime: self.memory.join(format!("r{number}")),
@@ -91,7 +94,8 @@ impl Paths {
         };
         let made = || -> io::Result<PathBuf> {
             fs::create_dir_all(&places.machines)?;
-            symlink(&self.guest, places.machines.join("guest"))?;
+            boot_with(&places, &self.guest)?;
+            image(&dir.join(IMAGE))?;
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(dir.join("token"))?;
             file.write_all(token.as_bytes())?;
             let config = dir.join("config.toml");
@@ -110,7 +114,7 @@ impl Paths {
         };
         add(format!("state_directory = \"{}\"", places.state.display()));
         add(format!("runtime_directory = \"{}\"", places.runtime.display()));
-        add(format!("image_directory = \"{}\"", self.base.join("images").display()));
+        add(format!("image_directory = \"{}\"", dir.join("images").display()));
         add(format!("concurrent = {CONCURRENT}"));
         add("[log]\nformat = \"json\"".into());
         add(format!("[hypervisor]\nuri = \"processes://{}\"\naccel = \"kvm\"", places.machines.display()));
@@ -123,6 +127,29 @@ impl Paths {
         add("class = \"small\"\nallow_insecure_http = true\npoll_interval = \"200ms\"".into());
         text
     }
+}
+
+/// Lets machines that are started from now on run this program.
+pub(crate) fn boot_with(places: &Places, guest: &Path) -> io::Result<()> {
+    let (new, link) = (places.machines.join(".guest"), places.machines.join("guest"));
+    symlink(guest, &new)?;
+    fs::rename(new, link)
+}
+
+/// Writes the guest contract into the image's manifest as another version's build would: `None`: not at all, as those
+/// did that did not count contracts.
+pub(crate) fn build_again(config: &Path, contract: Option<u32>) -> io::Result<()> {
+    let path = config.with_file_name(IMAGE).join(MANIFEST_FILE);
+    let text = fs::read_to_string(&path)?;
+    let mut lines: Vec<_> = text.lines().filter(|line| !line.starts_with("contract = ")).map(str::to_owned).collect();
+    if let Some(contract) = contract {
+        let before = lines.iter().position(|line| line.starts_with("executor = ")).unwrap_or_default();
+        lines.insert(before, format!("contract = {contract}"));
+    }
+    // Whole or not at all: a daemon may be looking.
+    let new = path.with_extension("new");
+    fs::write(&new, lines.join("\n") + "\n")?;
+    fs::rename(new, path)
 }
 
 /// A boot-tested image of an empty disk.
@@ -140,7 +167,7 @@ fn image(dir: &Path) -> io::Result<()> {
     }
     let file = ImageFile { file: "disk.qcow2".into(), bytes: fs::metadata(&disk)?.len(), sha256: String::new() };
     let manifest = Manifest { disk: file, ..Image::of_no_disk().manifest };
-    fs::write(dir.join("image.toml"), manifest.to_text())
+    fs::write(dir.join(MANIFEST_FILE), manifest.to_text())
 }
 
 /// A job that has ended long ago, whose artifact others may fetch.

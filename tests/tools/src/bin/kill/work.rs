@@ -13,7 +13,7 @@ pub(crate) struct Wanted {
     pub(crate) script: Vec<Step>,
     pub(crate) cancel: Option<Cancel>,
     /// The job whose artifact it fetches.
-    source: Option<JobId>,
+    pub(crate) source: Option<JobId>,
 }
 
 /// Somebody cancels the job while it runs.
