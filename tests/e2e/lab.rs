@@ -190,10 +190,16 @@ impl Lab {
         self.dir.path().join("log")
     }
 
+    /// Sends the daemon a signal.
+    pub fn signal(&self, signal: &str) {
+        let child = self.daemon.as_ref().expect("a daemon runs");
+        run("kill", &[&format!("-{signal}"), &child.id().to_string()]);
+    }
+
     /// Sends the daemon a signal and waits for its exit code.
     pub async fn stop_daemon(&mut self, signal: &str) -> Option<i32> {
+        self.signal(signal);
         let mut child = self.daemon.take().expect("a daemon runs");
-        run("kill", &[&format!("-{signal}"), &child.id().to_string()]);
         let ended = tokio::task::spawn_blocking(move || child.wait().unwrap().code());
         tokio::time::timeout(LIMIT, ended).await.expect("the daemon ends").unwrap()
     }

@@ -82,6 +82,22 @@ async fn a_daemon_killed_while_an_artifact_uploads_costs_no_job() {
     lab.assert_clean().await;
 }
 
+/// U7: the daemon's process is stopped for longer than a guest may be silent, and goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_was_stopped_for_a_while_blames_no_guest() {
+    // A silent runner speaks every 30 s.
+    let mut lab = Lab::start(Options { limits: "silence_deadline = \"40s\"", ..Options::default() }).await;
+    let job = lab.job(&["echo before", "sleep 75", "echo after"]);
+    lab.until_trace(job, "before").await;
+    lab.signal("STOP");
+    tokio::time::sleep(Duration::from_secs(55)).await;
+    lab.signal("CONT");
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
+    lab.assert_clean().await;
+}
+
 /// H1: libvirtd is stopped in the middle of a job, and started again by the next call to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_of_libvirtd_costs_no_job() {
