@@ -43,8 +43,8 @@ impl Ring {
     }
 
     /// What was printed last, at most `bytes_max` bytes (and 4 KiB) of it, from a line's start
-    /// where there is one. Line breaks stay; other control characters, and those that turn the
-    /// direction of writing, are spelt `\u{..}`, bytes that are no UTF-8 `\xNN`.
+    /// where there is one. Line breaks stay, colours go; other control characters, and those that
+    /// turn the direction of writing, are spelt `\u{..}`, bytes that are no UTF-8 `\xNN`.
     #[must_use]
     pub fn tail(&self, bytes_max: usize) -> String {
         let bytes_max = bytes_max.min(TAIL_BYTES_MAX);
@@ -68,11 +68,16 @@ impl Ring {
 fn escaped(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
-        let mut chars = chunk.valid().chars().peekable();
-        while let Some(c) = chars.next() {
+        let mut rest = chunk.valid();
+        while let Some(c) = rest.chars().next() {
+            if let Some(after) = after_colour(rest) {
+                rest = after;
+                continue;
+            }
+            rest = &rest[c.len_utf8()..];
             match c {
                 '\n' => text.push('\n'),
-                '\r' if chars.peek() == Some(&'\n') => {}
+                '\r' if rest.starts_with('\n') => {}
                 '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
                     text.extend(c.escape_unicode())
                 }
@@ -85,6 +90,12 @@ fn escaped(bytes: &[u8]) -> String {
         }
     }
     text
+}
+
+/// What follows a change of colour, if the text begins with one.
+fn after_colour(text: &str) -> Option<&str> {
+    let parameters = text.strip_prefix("\x1b[")?;
+    parameters.trim_start_matches(|c: char| c.is_ascii_digit() || c == ';').strip_prefix('m')
 }
 
 /// A console connection and what came through it.
@@ -148,7 +159,8 @@ mod tests {
         let check = |bytes: &[u8], expected: &str| assert_eq!(ring(bytes).tail(4096), expected);
         check(b"", "");
         check(b"one\r\ntwo\r\n", "one\ntwo\n");
-        check(b"a\rb\x1b[31mred\x07\x00", "a\\u{d}b\\u{1b}[31mred\\u{7}\\u{0}");
+        check(b"a\rb\x1b[2Jred\x07\x00", "a\\u{d}b\\u{1b}[2Jred\\u{7}\\u{0}");
+        check(b"\x1b[0;33mred\x1b[m \x1b[3", "red \\u{1b}[3");
         check("\u{202e}gnp.exe \u{2067}\u{85}".as_bytes(), "\\u{202e}gnp.exe \\u{2067}\\u{85}");
         check(b"\xff\xfe ok \xe2\x82", "\\xff\\xfe ok \\xe2\\x82");
         check("grüße €\n".as_bytes(), "grüße €\n");

@@ -188,7 +188,8 @@ pub(in crate::job) fn kernel_words(tail: &str) -> Option<String> {
 #[must_use]
 pub(in crate::job) fn runner_words(tail: &str) -> Option<String> {
     let row = tail.lines().rev().find(|row| row.contains("Checking for jobs"))?;
-    Some(row.trim().chars().take(RUNNER_CHARS_MAX).collect())
+    let words = row.split_whitespace().collect::<Vec<_>>().join(" ");
+    Some(words.chars().take(RUNNER_CHARS_MAX).collect())
 }
 
 /// `text` with each of `masks` taken out, as the job's log would have it.
@@ -217,6 +218,7 @@ pub(in crate::job) fn console(now: Timestamp, tail: &str) -> String {
 mod tests {
     use super::*;
     use crate::job::lines::tests::now;
+    use crate::vm::console::Ring;
 
     #[test]
     fn a_failure_says_what_happened_whose_move_it_is_and_what_operators_need() {
@@ -283,6 +285,17 @@ mod tests {
                     status=Error decoding json payload json: cannot unmarshal string into Go struct field Job.image\n[ 4.1] eth0\n";
         let words = runner_words(tail).unwrap();
         assert!(words.starts_with("ERROR: Checking for jobs... error") && words.ends_with("Job.image"), "{words}");
+        // As 17.5 writes it, in colours and columns.
+        let mut ring = Ring::default();
+        ring.push(
+            b"\x1b[0;33mWARNING: Checking for jobs... failed              \x1b[0;m  \x1b[0;33mrunner\x1b[0;m=public002 \
+              \x1b[0;33mstatus\x1b[0;m=Error decoding json payload json: cannot unmarshal string\r\n",
+        );
+        assert_eq!(
+            runner_words(&ring.tail(4096)).unwrap(),
+            "WARNING: Checking for jobs... failed runner=public002 status=Error decoding json payload json: cannot \
+             unmarshal string"
+        );
         assert_eq!(runner_words("nothing of it\n"), None);
         assert_eq!(runner_words(&format!("Checking for jobs... {}", "x".repeat(9000))).unwrap().len(), 400);
     }
