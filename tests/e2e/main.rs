@@ -21,7 +21,7 @@ mod restarts;
 mod times;
 mod tools;
 
-use dayfly::standin::JobState;
+use dayfly::standin::{JobState, Variable};
 use lab::{Lab, Options, run};
 use std::fs;
 use std::time::Duration;
@@ -117,7 +117,10 @@ async fn a_job_that_overruns_times_out() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_eats_all_memory_is_killed_and_no_more() {
     let mut lab = Lab::start(Options::default()).await;
-    let job = lab.enqueue(lab.spec(&["echo begun", "tail /dev/zero"]).with_after_script(["echo cleaned up"]));
+    // Without it the official runner's shell makes 1 of every code with which a line of the script fails.
+    let whole = Variable::new("FF_USE_NEW_BASH_EVAL_STRATEGY", "true");
+    let script = lab.spec(&["echo begun", "tail /dev/zero"]).with_after_script(["echo cleaned up"]);
+    let job = lab.enqueue(script.with_variable(whole));
     let found = lab.until(job, JobState::Failed).await;
     assert_eq!(
         (found.failure_reason.as_deref(), found.exit_code),
