@@ -267,7 +267,7 @@ impl Lab {
         assert_eq!(self.stop_daemon("TERM").await, Some(0));
         self.assert_no_leak();
         let log = fs::read_to_string(self.log_path()).unwrap();
-        let errors: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ") || l.contains("panicked")).collect();
+        let errors: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ") || l.contains(" panicked at ")).collect();
         assert!(errors.is_empty(), "the log has errors: {errors:#?}");
         assert_eq!(self.standin.read(|m| m.metrics.trace_invalid), 0, "a verdict's checksum did not match the trace");
     }
