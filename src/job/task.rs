@@ -80,6 +80,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         oom_kills,
         paused: None,
         runner_exited: None,
+        guest_failed: None,
     };
     job.feed(first).await;
     while job.m.record.state != State::Ended {
@@ -209,6 +210,8 @@ struct Job {
     paused: Option<Instant>,
     /// What the guest has said of its runner's end: a hint.
     runner_exited: Option<i32>,
+    /// What it has said last that it could not do, or of its own end: a hint.
+    guest_failed: Option<String>,
 }
 
 impl Job {
@@ -436,6 +439,7 @@ impl Job {
         let words = |of: fn(&str) -> Option<String>| console.as_deref().and_then(of);
         let hints = lines::Hints {
             runner_exited: self.runner_exited,
+            guest: self.guest_failed.as_deref().and_then(|text| self.m.masked(text)),
             console: words(lines::kernel_words),
             runner: words(lines::runner_words).filter(|_| failure == Failure::NotTaken),
         };

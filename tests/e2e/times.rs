@@ -54,10 +54,12 @@ async fn a_guest_has_the_hosts_time_and_no_log_runs_backwards() {
     let mut last = None;
     for line in trace.lines() {
         let stamp: Option<Timestamp> = line.split(' ').next().and_then(|stamp| stamp.parse().ok());
-        // Whole seconds: the official runner 17.5 leaves out the zeroes that a fraction begins with.
-        let Some(stamp) = stamp.map(Timestamp::as_second) else { panic!("no time in {line:?}\n{trace}") };
-        assert!(last.is_none_or(|last| last <= stamp), "the log runs backwards at {line:?}\n{trace}");
-        last = Some(stamp);
+        let Some(stamp) = stamp else { panic!("no time in {line:?}\n{trace}") };
+        // The official runner 17.5 leaves out the zeroes that a fraction begins with: such a one is not compared.
+        if line.find('Z') == Some("2026-01-02T12:03:11.052991".len()) {
+            assert!(last.is_none_or(|last| last <= stamp), "the log runs backwards at {line:?}\n{trace}");
+            last = Some(stamp);
+        }
     }
     lab.assert_clean().await;
 }

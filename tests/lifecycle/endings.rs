@@ -60,12 +60,13 @@ async fn what_a_guest_does_to_its_machine_is_its_end_and_never_the_hosts_fault()
 #[tokio::test(start_paused = true)]
 async fn what_is_not_known_of_a_machines_end_is_not_said_and_its_own_words_are_quoted() {
     let mut world = World::new(1);
-    world.expect_trouble(&["in the middle of the job", "that wrote no log"]);
+    world.expect_trouble(&["could not do its part", "in the middle of the job", "that wrote no log"]);
     world.hypervisor.set_endings_seen(false);
     let job = world.job(&[
         "print begun",
         "console [ 4.2] Kernel panic - not syncing: sysrq triggered crash",
         "report runner-exited 137",
+        "report failed the guest program was ended by SIGKILL",
         "sleep 2",
         "restart",
     ]);
@@ -73,6 +74,7 @@ async fn what_is_not_known_of_a_machines_end_is_not_said_and_its_own_words_are_q
     for words in [
         "the virtual machine ended in the middle of the job. If the job powered it off or restarted it, change the job",
         "dayfly: the machine says that its gitlab-runner had ended before that, killed by signal 9.",
+        "dayfly: the machine says: the guest program was ended by SIGKILL",
         "dayfly: the machine's console says: Kernel panic - not syncing: sysrq triggered crash",
     ] {
         world.until_failed(job, "runner_system_failure", words).await;
@@ -236,7 +238,7 @@ async fn a_guest_that_cannot_read_its_job_fails_it_within_seconds_and_its_runner
     let words = "gitlab-runner was given the job several times and did not begin it. Your job is not the cause";
     world.until_failed(job, "runner_system_failure", words).await;
     let trace = world.trace(job);
-    assert!(trace.contains("gitlab-runner says: ERROR: Checking for jobs... error  status=Error decoding"), "{trace}");
+    assert!(trace.contains("gitlab-runner says: ERROR: Checking for jobs... error status=Error decoding"), "{trace}");
     assert!(ran_for(&world, job) < Duration::from_secs(25), "{:?}", ran_for(&world, job));
     assert_eq!(blocked(&world), None);
     world.assert_clean().await;

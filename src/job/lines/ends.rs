@@ -140,6 +140,8 @@ fn died(ending: Ending) -> (&'static str, String, &'static str) {
 pub(in crate::job) struct Hints {
     /// The exit code of its gitlab-runner, which ended before it gave the job's verdict; 128 + n for signal n.
     pub(in crate::job) runner_exited: Option<i32>,
+    /// What its guest program said last that it could not do, or of its own end.
+    pub(in crate::job) guest: Option<String>,
     /// See [`kernel_words`].
     pub(in crate::job) console: Option<String>,
     /// See [`runner_words`].
@@ -155,6 +157,11 @@ impl Hints {
                 if code > 128 { format!("killed by signal {}", code - 128) } else { format!("with exit code {code}") };
             let says = format!("dayfly: the machine says that its gitlab-runner had ended before that, {how}.");
             text.push_str(&line(now, &says));
+        }
+        if let Some(words) = &self.guest {
+            let plain: String =
+                words.chars().map(|c| if c.is_control() { ' ' } else { c }).take(ROW_CHARS_MAX).collect();
+            text.push_str(&line(now, &format!("dayfly: the machine says: {plain}")));
         }
         if let Some(words) = &self.console {
             text.push_str(&line(now, &format!("dayfly: the machine's console says: {words}")));
@@ -268,7 +275,7 @@ mod tests {
         assert_eq!(words.as_deref(), Some("Kernel panic - not syncing: sysrq triggered crash"));
         assert_eq!(kernel_words("[   3.36] reboot: Power down\n").as_deref(), Some("reboot: Power down"));
         assert_eq!(kernel_words("MASKED=hunter2\n"), None);
-        let hints = Hints { runner_exited: Some(137), console: words, runner: None };
+        let hints = Hints { runner_exited: Some(137), console: words, ..Hints::default() };
         assert_eq!(
             hints.lines(now()).lines().map(|line| &line[32..]).collect::<Vec<_>>(),
             [

@@ -61,8 +61,12 @@ impl Machinery {
     /// The last lines of the machine's console, without what the job's log masks; `None`: there is no machine, or what
     /// to mask is not known any more.
     pub(in crate::job) fn console_tail(&self) -> Option<String> {
-        let (machine, payload) = self.machine.as_ref().zip(self.payload.as_ref())?;
-        Some(lines::masked(&machine.console_tail(), &payload.masks))
+        self.masked(&self.machine.as_ref()?.console_tail())
+    }
+
+    /// What a machine has said, without what the job's log masks; `None`: that is not known any more.
+    pub(in crate::job) fn masked(&self, text: &str) -> Option<String> {
+        Some(lines::masked(text, &self.payload.as_ref()?.masks))
     }
 
     /// Writes the machine's names down, opens its door, and has it made. `resume`: it must exist.

@@ -176,7 +176,10 @@ impl Job {
                 tracing::debug!(code, "guest reports the end of its runner");
                 self.runner_exited = Some(code);
             }
-            Report::Failed(text) => self.m.repeated.failures.log(|line| tracing::warn!(text, "{line}")),
+            Report::Failed(text) => {
+                self.m.repeated.failures.log(|line| tracing::warn!(text, "{line}"));
+                self.guest_failed = Some(text);
+            }
         }
     }
 
