@@ -202,45 +202,33 @@ impl JobMetrics {
             verdicts: Labelled::new("verdict"),
             phases,
         };
-        registry.register("jobs_assigned", "Jobs that GitLab assigned", metrics.assigned.clone());
-        registry.register("jobs_lost", "Assigned jobs that could not be written down", metrics.lost.clone());
-        registry.register(
-            "jobs_unreadable",
-            "Assigned jobs whose payload could not be read",
-            metrics.unreadable.clone(),
-        );
-        registry.register(
-            "jobs_assigned_again",
-            "Jobs that GitLab assigned although they were under way",
-            metrics.assigned_again.clone(),
-        );
-        registry.register("jobs_panicked", "Jobs whose task panicked", metrics.panicked.clone());
-        registry.register("trace_ahead", "GitLab held more of a trace than there was", metrics.trace_ahead.clone());
-        registry.register(
-            "machines_replaced",
-            "Machines replaced before they were ready",
-            metrics.machines_replaced.clone(),
-        );
-        registry.register(
-            "stuck_domains",
-            "VMs whose destruction has failed and is tried again",
-            metrics.stuck_domains.clone(),
-        );
-        registry.register(
-            "jobs_waiting_for_gitlab",
-            "Jobs whose log, state or verdict GitLab has not taken at the last try",
-            metrics.waiting_for_gitlab.clone(),
-        );
-        registry.register(
-            "traces_given_up",
-            "Verdicts that went without the rest of a log which GitLab did not take",
-            metrics.traces_given_up.clone(),
-        );
-        registry.register(
-            "runners_unwell",
-            "Runners that cannot take a job until somebody looks",
-            metrics.runners_unwell.clone(),
-        );
+        for (name, help, counter) in [
+            ("jobs_assigned", "Jobs that GitLab assigned", &metrics.assigned),
+            ("jobs_lost", "Assigned jobs that could not be written down", &metrics.lost),
+            ("jobs_unreadable", "Assigned jobs whose payload could not be read", &metrics.unreadable),
+            ("jobs_assigned_again", "Jobs that GitLab assigned although they were under way", &metrics.assigned_again),
+            ("jobs_panicked", "Jobs whose task panicked", &metrics.panicked),
+            ("trace_ahead", "GitLab held more of a trace than there was", &metrics.trace_ahead),
+            ("machines_replaced", "Machines replaced before they were ready", &metrics.machines_replaced),
+            (
+                "traces_given_up",
+                "Verdicts that went without the rest of a log which GitLab did not take",
+                &metrics.traces_given_up,
+            ),
+        ] {
+            registry.register(name, help, counter.clone());
+        }
+        for (name, help, gauge) in [
+            ("stuck_domains", "VMs whose destruction has failed and is tried again", &metrics.stuck_domains),
+            (
+                "jobs_waiting_for_gitlab",
+                "Jobs whose log, state or verdict GitLab has not taken at the last try",
+                &metrics.waiting_for_gitlab,
+            ),
+            ("runners_unwell", "Runners that cannot take a job until somebody looks", &metrics.runners_unwell),
+        ] {
+            registry.register(name, help, gauge.clone());
+        }
         registry.register(
             "journal_seconds",
             "Seconds from the last byte of GitLab's answer to the job's record on disk",

@@ -131,6 +131,7 @@ impl JobPayload {
         let name = |member: &str| {
             get::<String>(&info, member).map(|text| clean(&text, NAME_CHARS_MAX)).filter(|text| !text.is_empty())
         };
+        let variables = variables(&object);
         let (timeout_at, timeout) = find_timeout(&raw).unzip();
         Ok(Self {
             id,
@@ -139,11 +140,11 @@ impl JobPayload {
             name: name("name").unwrap_or_default(),
             project: name("project_full_path").or_else(|| name("project_name")).unwrap_or_default(),
             dependencies: dependencies(&object),
-            debug_trace: debug_trace(&object),
+            debug_trace: debug_trace(&variables),
             trace_sections: get(&features, "trace_sections").unwrap_or(false),
             failure_reasons: get(&features, "failure_reasons").unwrap_or_default(),
             containers: containers(&object),
-            masks: masks(&object, &token),
+            masks: masks(&variables, &token),
             token: Secret::new(token),
             request_id: request_id.filter(|id| is_request_id(id)),
             read_at,
@@ -226,13 +227,16 @@ fn dependencies(object: &Object<'_>) -> Vec<Dependency> {
     list.iter().filter_map(one).collect()
 }
 
+/// Its variables; those that are no objects are left out.
+fn variables<'a>(object: &Object<'a>) -> Vec<Object<'a>> {
+    let list: Vec<&RawValue> = get(object, "variables").unwrap_or_default();
+    list.into_iter().filter_map(|raw| serde_json::from_str(raw.get()).ok()).collect()
+}
+
 /// A variable is masked by its own member; the runner masks the job token whatever GitLab says.
-fn masks(object: &Object<'_>, token: &str) -> Vec<Secret> {
-    let variables: Vec<&RawValue> = get(object, "variables").unwrap_or_default();
-    let values = variables.into_iter().filter_map(|raw| {
-        let variable = serde_json::from_str::<Object<'_>>(raw.get()).ok()?;
-        get::<bool>(&variable, "masked")?.then(|| get::<String>(&variable, "value"))?
-    });
+fn masks(variables: &[Object<'_>], token: &str) -> Vec<Secret> {
+    let values =
+        variables.iter().filter_map(|variable| get::<bool>(variable, "masked")?.then(|| get(variable, "value"))?);
     values.chain([token.to_owned()]).map(Secret::new).collect()
 }
 
@@ -251,17 +255,15 @@ fn containers(object: &Object<'_>) -> Containers {
 
 /// Whether the job's trace may show secrets: the last value of either variable counts, and is
 /// read as Go's `strconv.ParseBool` reads it.
-fn debug_trace(object: &Object<'_>) -> bool {
-    let variables: Vec<&RawValue> = get(object, "variables").unwrap_or_default();
+fn debug_trace(variables: &[Object<'_>]) -> bool {
     let (mut trace, mut services) = (false, false);
-    for raw in variables {
-        let Ok(variable) = serde_json::from_str::<Object<'_>>(raw.get()) else { continue };
-        let which = match get::<String>(&variable, "key").as_deref() {
+    for variable in variables {
+        let which = match get::<String>(variable, "key").as_deref() {
             Some("CI_DEBUG_TRACE") => &mut trace,
             Some("CI_DEBUG_SERVICES") => &mut services,
             _ => continue,
         };
-        let value: String = get(&variable, "value").unwrap_or_default();
+        let value: String = get(variable, "value").unwrap_or_default();
         *which = matches!(value.as_str(), "1" | "t" | "T" | "true" | "TRUE" | "True");
     }
     trace || services

@@ -2,7 +2,8 @@
 //!
 //! What goes on is made anew from what passed an allow-list (threats.md §6.1, §6.2), with our token;
 //! what comes back is GitLab's true status and body, with the headers of another allow-list; how an
-//! outage of GitLab's is bridged stands in `outage`. Bodies are never stored, and a body that breaks off on one side breaks off on the other.
+//! outage of GitLab's is bridged stands in `outage`. Bodies are never stored, and a body that
+//! breaks off on one side breaks off on the other.
 
 use super::answer::{self, Answer};
 use super::body::{Held, Pace, Paced, RequestBody};

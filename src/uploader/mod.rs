@@ -239,8 +239,8 @@ impl Uploader {
         }
         // A keepalive that is due goes before a PATCH: while PATCHes fail it is the only sign of life, and it tells
         // whether GitLab is away or takes no trace.
-        let keepalive_due = self.last_state.map_or(now, |last| last + self.upload.keepalive);
-        if self.owed.is_failing() && now >= keepalive_due {
+        let state_due = self.last_state.map_or(now, |last| last + self.upload.keepalive);
+        if self.owed.is_failing() && now >= state_due {
             return Next::Keepalive;
         }
         // The mark goes before everything else: a trace with secrets in it must not stand unmarked.
