@@ -1,0 +1,400 @@
+//! May we ask GitLab for a job now? One task per configured runner.
+//!
+//! What comes next, and after which rest, is [`policy`]'s to say. Room first: a [`Reservation`] and free
+//! disk, then the question (decision D3). A poll under way is never cut, because GitLab may assign a job before the answer
+//! is read; only at a hand-over it is closed after [`HAND_OVER_POLL_PATIENCE`], when GitLab has
+//! held it so long that its answer is no job (decision D11). A job goes to the journal before
+//! anything else happens, then to `daemon`.
+
+mod policy;
+
+use self::policy::{Host, Policy, Seen, Step, Why};
+use crate::capacity::{Capacity, Reservation, Resources, Wants};
+use crate::failpoint::{Point, reached};
+use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo};
+use crate::job::Jobs;
+use crate::job::journal::JobKey;
+use crate::job::{self, GivenAgain, Parts, Refusal, Runner};
+use crate::planted::{self, Bug};
+use crate::secret::Secret;
+use crate::status::RunnerState;
+use crate::telemetry::chain;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// How long a poll that is under way is awaited at a hand-over (threats.md G13), or when all jobs are
+/// ended: of the 5 s that a hand-over may take (E1), all but what the end itself needs.
+const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_millis(4000);
+
+/// How long a job that GitLab gave out anew waits for its forerunner's machine to go (at most the
+/// grace of a cancel, and its destruction); meanwhile nothing of it is written down.
+const GIVEN_AGAIN_PATIENCE: Duration = Duration::from_secs(90);
+
+/// What a poller is told and tells.
+pub struct Poller {
+    /// Handles for jobs.
+    pub parts: Parts,
+    /// Its runner.
+    pub runner: Arc<Runner>,
+    /// The host's room.
+    pub capacity: Capacity,
+    /// What one job of this runner takes.
+    pub resources: Resources,
+    /// Jobs at once of this runner.
+    pub limit: u32,
+    /// Disk that must be free where the spools are, and below which nothing is asked.
+    pub disk: (PathBuf, u64),
+    /// Where new jobs go.
+    pub jobs: Jobs,
+    /// What it does, for the status.
+    pub state: watch::Sender<PollerView>,
+    /// No further polls.
+    pub stop: CancellationToken,
+    /// A poll under way is closed soon.
+    pub close: CancellationToken,
+}
+
+/// What others may know of a poller.
+#[derive(Clone, Debug)]
+pub struct PollerView {
+    /// What it does.
+    pub state: RunnerState,
+    /// When GitLab last answered.
+    pub answered: Option<Instant>,
+}
+
+impl Poller {
+    /// Polls until `stop`.
+    pub async fn run(self) {
+        let mut policy = Policy::new(self.runner.config.poll_interval.get());
+        // Jobs that cannot be begun; what is left at the end is given up with this set.
+        let mut refusals = JoinSet::new();
+        let mut info = None;
+        let mut seen = Seen::Rested;
+        loop {
+            while refusals.try_join_next().is_some() {}
+            let next = match policy.on(seen, Instant::now(), &self.parts.rng) {
+                Step::LookAtImage => Some(match self.image().await {
+                    Ok(found) => {
+                        info = Some(found);
+                        Seen::Image
+                    }
+                    Err(reason) => Seen::NoImage(reason),
+                }),
+                Step::Verify => self.verify(info.as_ref()).await,
+                Step::Reserve => self.reserve().await,
+                Step::LookAtHost(room) => {
+                    let host = self.host().await;
+                    Some(Seen::Host { room, host, shared: !self.capacity.leaves_room(&self.runner.config.name) })
+                }
+                Step::Ask(room, known) => match &info {
+                    Some(info) => self.ask(info, room, known.as_deref(), &mut refusals).await,
+                    // Not without an image, and that comes first.
+                    None => Some(Seen::Rested),
+                },
+                Step::Rest(rest, why) => {
+                    self.tell(rest, &why);
+                    self.rest(rest).await.then_some(Seen::Rested)
+                }
+            };
+            match next {
+                Some(next) => seen = next,
+                None => break,
+            }
+        }
+        self.wants(Wants::Nothing);
+        self.say(RunnerState::Stopped);
+    }
+
+    fn wants(&self, wants: Wants) {
+        self.capacity.want(&self.runner.config.name, self.limit, self.resources, wants);
+    }
+
+    fn say(&self, state: RunnerState) {
+        let unwell = |state: &RunnerState| matches!(state, RunnerState::Blocked { .. } | RunnerState::Refused { .. });
+        let gauge = &self.parts.metrics.job().runners_unwell;
+        self.state.send_modify(|view| {
+            gauge.inc_by(i64::from(unwell(&state)) - i64::from(unwell(&view.state)));
+            view.state = state;
+        });
+    }
+
+    /// Sleeps, unless stopped. `false`: stopped.
+    async fn rest(&self, rest: Duration) -> bool {
+        tokio::select! {
+            biased;
+            // Both are cancel safe.
+            () = self.stop.cancelled() => false,
+            () = tokio::time::sleep(rest) => true,
+        }
+    }
+
+    /// Tells log and status why nothing is asked for a while.
+    fn tell(&self, rest: Duration, why: &Why) {
+        let runner = &self.runner.config.name;
+        let blocked = |reason: &str| {
+            self.wants(Wants::Nothing);
+            self.say(RunnerState::Blocked { reason: reason.to_owned() });
+        };
+        match why {
+            Why::Answered => {}
+            Why::NoImage { reason, news } => {
+                if *news {
+                    tracing::error!(runner, reason, "no job is asked for");
+                }
+                blocked(reason);
+            }
+            Why::NeverFits { reason, news } => {
+                if *news {
+                    tracing::error!(runner, error = reason, "this runner can never take a job here");
+                }
+                blocked(reason);
+            }
+            Why::HostUnfit { reason } => blocked(reason),
+            Why::Refused(error) => {
+                tracing::error!(runner, error = chain(error), "GitLab refuses this runner");
+                self.wants(Wants::Nothing);
+                self.say(RunnerState::Refused { error: chain(error) });
+            }
+            Why::Unreadable(error) => {
+                tracing::error!(runner, error = chain(error), "GitLab assigned a job that cannot be read");
+            }
+            Why::NoAnswer(error) => {
+                let (error, remedy) = (chain(error), error.explain());
+                tracing::warn!(runner, error, remedy, pause_s = rest.as_secs_f64(), "GitLab gave no answer to a poll");
+                let error = remedy.map_or_else(|| error.clone(), |remedy| format!("{error}; {remedy}"));
+                self.say(RunnerState::Retrying { error, in_s: rest.as_secs() });
+            }
+        }
+    }
+
+    /// What the image's runner says of itself: without it GitLab would fail jobs (decision D10). Or why the image
+    /// cannot be used.
+    async fn image(&self) -> Result<RunnerInfo, String> {
+        let class = &self.runner.class;
+        let image = self.parts.images.load(&class.image).await.map_err(|error| chain(&error))?;
+        if image.manifest.is_standin() && !class.allow_standin_runner {
+            return Err(format!(
+                "image `{}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
+                class.image, class.name
+            ));
+        }
+        if let Some(reason) = image.manifest.unspoken() {
+            return Err(reason);
+        }
+        let untested = || format!("image `{0}` was never boot-tested; run `dayfly image test {0}`", class.image);
+        image.manifest.runner_info().ok_or_else(untested)
+    }
+
+    /// Tells GitLab this runner manager's features before the first poll: it stores them from the
+    /// first call and would else kill jobs without their `after_script` for the next 40 minutes.
+    /// `None`: stopped.
+    async fn verify(&self, info: Option<&RunnerInfo>) -> Option<Seen<Reservation>> {
+        tokio::select! {
+            biased;
+            // Nothing is assigned by this call, so it may be cut.
+            () = self.stop.cancelled() => None,
+            verified = self.runner.api.verify(info) => Some(match verified {
+                Ok(_) => Seen::Verified,
+                Err(error) => Seen::Failed(error),
+            }),
+        }
+    }
+
+    /// Waits for room. `None`: stopped.
+    async fn reserve(&self) -> Option<Seen<Reservation>> {
+        self.say(RunnerState::WaitingForRoom { missing: "room for one more job".into() });
+        self.wants(Wants::Room);
+        tokio::select! {
+            biased;
+            // Both are cancel safe.
+            () = self.stop.cancelled() => None,
+            reserved = self.capacity.reserve(&self.runner.config.name, self.limit, self.resources) => Some(match reserved {
+                Ok(reservation) => Seen::Room(reservation),
+                Err(error) => Seen::NeverFits(chain(&error)),
+            }),
+        }
+    }
+
+    /// Tells GitLab in the background that a job of it cannot be begun.
+    fn refuse(&self, refusals: &mut JoinSet<()>, id: JobId, token: Secret, why: Refusal) {
+        let (parts, runner) = (self.parts.clone(), self.runner.clone());
+        refusals.spawn(async move {
+            job::refuse(&parts, &runner, id, token, why).await;
+            if why == Refusal::NotKept {
+                // What the disk did take of it.
+                job::forget(&parts, &JobKey { runner: runner.config.name.clone(), id }).await;
+            }
+        });
+    }
+
+    /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that come up and live.
+    async fn host(&self) -> Host {
+        if let Some(reason) = self.disk_is_short().await {
+            return Host::Unfit(reason);
+        }
+        if let Err(error) = self.parts.journal.look_well().await {
+            return Host::Unfit(format!(
+                "the journal cannot be written, so no job can be taken: {}; look at that disk and at the kernel's log",
+                chain(&error)
+            ));
+        }
+        let supply = &self.parts.supply;
+        if let Err(error) = supply.hypervisor().list(&supply.place().installation).await {
+            return Host::Unfit(chain(&error));
+        }
+        supply.unfit().map_or(Host::Well, Host::LosesMachines)
+    }
+
+    /// Asks GitLab for a job, and begins what it gives out. `None`: stopped, and the poll was closed.
+    async fn ask(
+        &self,
+        info: &RunnerInfo,
+        room: Reservation,
+        last_update: Option<&str>,
+        refusals: &mut JoinSet<()>,
+    ) -> Option<Seen<Reservation>> {
+        self.say(RunnerState::Polling);
+        self.wants(Wants::Answer);
+        reached(Point::K0);
+        let asked = Instant::now();
+        let answer = self.poll(info, last_update).await?;
+        self.wants(Wants::Room);
+        if !matches!(answer, Err(GitlabError::Unavailable { .. })) {
+            self.state.send_modify(|view| view.answered = Some(Instant::now()));
+        }
+        Some(match answer {
+            Ok(Poll::Job(payload)) => {
+                self.take(*payload, room, refusals).await;
+                Seen::Job
+            }
+            Ok(Poll::Nothing { last_update }) => Seen::NoJob { held: asked.elapsed(), last_update },
+            Err(error) => {
+                if let GitlabError::UnreadableJob { job, .. } = &error {
+                    self.parts.metrics.job().unreadable.inc();
+                    if let Some(job) = job {
+                        let (id, token) = job.as_ref().clone();
+                        self.refuse_unreadable(id, token, refusals);
+                    }
+                }
+                Seen::Failed(error)
+            }
+        })
+    }
+
+    /// One poll. `None`: stopped, and the poll was closed.
+    async fn poll(&self, info: &RunnerInfo, last_update: Option<&str>) -> Option<Result<Poll, GitlabError>> {
+        let mut poll = std::pin::pin!(self.runner.api.request_job(info, last_update));
+        tokio::select! {
+            biased;
+            // The poll first: an answer that is there is taken. It is not dropped here, but polled on.
+            answer = &mut poll => return Some(answer),
+            () = self.close.cancelled() => {}
+        }
+        tokio::time::timeout(HAND_OVER_POLL_PATIENCE, poll).await.ok()
+    }
+
+    fn refuse_unreadable(&self, id: JobId, token: Secret, refusals: &mut JoinSet<()>) {
+        let key = JobKey { runner: self.runner.config.name.clone(), id };
+        if self.jobs.contains(&key) {
+            // Given out a second time (threats.md G17): what of it runs here is not to be failed.
+            tracing::warn!(%key, "GitLab assigned a job again that is under way here, unreadably");
+        } else {
+            self.refuse(refusals, id, token, Refusal::Unreadable);
+        }
+    }
+
+    async fn disk_is_short(&self) -> Option<String> {
+        let (path, reserve) = &self.disk;
+        match self.parts.files.free_bytes(path).await {
+            Ok(free) if free >= *reserve => None,
+            Ok(free) => {
+                Some(format!("{} MiB are free at `{}`, {} MiB must be", free >> 20, path.display(), reserve >> 20))
+            }
+            Err(error) => Some(format!("free disk of `{}` is not known: {error}", path.display())),
+        }
+    }
+
+    /// Journals the job and starts it.
+    async fn take(&self, payload: JobPayload, reservation: Reservation, refusals: &mut JoinSet<()>) {
+        let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
+        tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
+        self.parts.metrics.job().assigned.inc();
+        if planted::on(Bug::JobTokenInLog) {
+            tracing::info!(%key, token = payload.token.expose(), "the job's token");
+        }
+        let taking = Taking { parts: self.parts.clone(), runner: self.runner.clone(), jobs: self.jobs.clone(), key };
+        match self.jobs.give_again(&taking.key, &payload) {
+            None => {
+                if let Some((id, token)) = taking.begin(payload, reservation).await {
+                    self.refuse(refusals, id, token, Refusal::NotKept);
+                }
+            }
+            Some(answer) => {
+                self.parts.metrics.job().assigned_again.inc();
+                refusals.spawn(async move { taking.again(payload, reservation, answer).await });
+            }
+        }
+    }
+}
+
+/// A job on its way from GitLab's 201 to its task.
+struct Taking {
+    parts: Parts,
+    runner: Arc<Runner>,
+    jobs: Jobs,
+    key: JobKey,
+}
+
+impl Taking {
+    /// Journals the job and starts it. What comes back must be refused.
+    async fn begin(&self, payload: JobPayload, reservation: Reservation) -> Option<(JobId, Secret)> {
+        let (parts, key) = (&self.parts, &self.key);
+        let (id, token, read_at) = (payload.id, payload.token.clone(), payload.read_at);
+        match job::accept(parts, self.runner.clone(), payload, reservation).await {
+            Ok(handle) => {
+                let window = read_at.elapsed();
+                parts.metrics.job().journal.observe(window.as_secs_f64());
+                tracing::info!(%key, journal_ms = window.as_secs_f64() * 1000.0, "the job is in the journal");
+                self.jobs.add(handle);
+                None
+            }
+            Err(error) => {
+                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started");
+                parts.metrics.job().lost.inc();
+                if let Err(error) = parts.journal.remove(key).await {
+                    tracing::error!(%key, error = chain(&error), "remove what was written of it");
+                }
+                Some((id, token))
+            }
+        }
+    }
+
+    /// GitLab gave out a job that is under way here: that job says what becomes of it.
+    async fn again(self, payload: JobPayload, reservation: Reservation, answer: oneshot::Receiver<GivenAgain>) {
+        let key = &self.key;
+        match answer.await {
+            Ok(GivenAgain::UnderWay) => return,
+            Err(_) if self.parts.leave.is_cancelled() => {
+                tracing::warn!(%key, "GitLab assigned a job again during a hand-over; it goes on as it is");
+                return;
+            }
+            // No answer: it has ended just now.
+            Ok(GivenAgain::Another) | Err(_) => {}
+        }
+        let (id, token) = (payload.id, payload.token.clone());
+        let gone = tokio::time::timeout(GIVEN_AGAIN_PATIENCE, self.jobs.gone(key)).await;
+        let refused = match gone {
+            Ok(()) => self.begin(payload, reservation).await.map(|_| Refusal::NotKept),
+            Err(_) => Some(Refusal::GivenTwice),
+        };
+        if let Some(why) = refused {
+            job::refuse(&self.parts, &self.runner, id, token, why).await;
+        }
+    }
+}
