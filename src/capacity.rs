@@ -135,8 +135,8 @@ impl Reservation {
 }
 
 /// A job's reservation: held by its task, which gives it back, and by `daemon`, so that a task that
-/// dies does not give back what its machine still takes.
-#[derive(Clone, Debug)]
+/// dies does not give back what its machine still takes. By default there is none.
+#[derive(Clone, Debug, Default)]
 pub struct Held(Arc<Mutex<Option<Reservation>>>);
 
 impl Held {

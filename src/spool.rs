@@ -29,6 +29,8 @@ pub struct SpoolView {
     pub grown_at: Option<Instant>,
     /// No more of them come.
     pub guest_closed: bool,
+    /// It is all of the job's trace. Else GitLab may have something that stands before it.
+    pub whole: bool,
 }
 
 /// The spool of one job. Clones share it.
@@ -36,13 +38,20 @@ pub struct SpoolView {
 pub struct Spool(Arc<Shared>);
 
 struct Shared {
-    files: Arc<dyn Files>,
-    path: PathBuf,
+    file: Option<File>,
+    /// Where this begins in the file of its job: all of it, or what of it is in memory only.
+    begins: u64,
     bytes_max: u64,
     state: Mutex<State>,
     view: watch::Sender<SpoolView>,
     /// Since when the disk takes nothing of the guest's.
     failing_since: watch::Sender<Option<Instant>>,
+}
+
+/// Where a spool is on disk.
+struct File {
+    files: Arc<dyn Files>,
+    path: PathBuf,
 }
 
 struct State {
@@ -105,6 +114,7 @@ impl Spool {
             guest_base,
             grown_at: None,
             guest_closed: false,
+            whole: true,
         });
         let forgets = planted::on(Bug::GuestOffsetForgotten);
         let guest_length = guest_base.map_or(0, |base| length.saturating_sub(if forgets { 0 } else { base }));
@@ -121,13 +131,39 @@ impl Spool {
             unwritten: Bytes::new(),
         };
         Ok(Self(Arc::new(Shared {
-            files,
-            path: path.to_owned(),
+            file: Some(File { files, path: path.to_owned() }),
+            begins: 0,
             bytes_max,
             state: Mutex::new(state),
             view,
             failing_since: watch::Sender::new(None),
         })))
+    }
+
+    /// A spool in memory, for the last lines of a job that is not run, or not any more: they stand in its record, and
+    /// its file is written by whoever begins with that. `begins`: bytes that the file has, if there is one.
+    #[must_use]
+    pub fn of_last_lines(begins: u64) -> Self {
+        let state = State {
+            length: 0,
+            crc: crc32fast::Hasher::new(),
+            guest_base: None,
+            guest_length: 0,
+            guest_closed: true,
+            full: false,
+            uncounted: false,
+            line_ended: true,
+            unwritten: Bytes::new(),
+        };
+        let view = SpoolView { guest_closed: true, whole: false, ..SpoolView::default() };
+        Self(Arc::new(Shared {
+            file: None,
+            begins,
+            bytes_max: 0,
+            state: Mutex::new(state),
+            view: watch::Sender::new(view),
+            failing_since: watch::Sender::new(None),
+        }))
     }
 
     /// Appends lines of ours, whole (`text` ends with a line break). A partial last line is ended
@@ -167,7 +203,7 @@ impl Spool {
     pub async fn end(&self) -> (u64, bool) {
         let mut state = self.0.state.lock().await;
         self.0.close(&mut state, true);
-        (state.length, state.line_ended)
+        (self.0.begins + state.length, state.line_ended)
     }
 
     /// Lets the trace end with `text` from `offset` on, which [`Spool::end`] told before `text` was
@@ -176,13 +212,21 @@ impl Spool {
     pub async fn end_with(&self, offset: u64, text: &str) {
         let mut state = self.0.state.lock().await;
         self.0.close(&mut state, true);
-        let there = usize::try_from(state.length.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let there = usize::try_from((self.0.begins + state.length).saturating_sub(offset)).unwrap_or(usize::MAX);
         let Some(rest) = text.as_bytes().get(there..).filter(|rest| !rest.is_empty()) else { return };
         let rest = Bytes::copy_from_slice(rest);
-        let write = || self.0.files.write_at(&self.0.path, state.length, rest.clone());
-        let written = retry::few(write, |_| true).await;
-        if let Err(error) = written {
-            tracing::error!(error = chain(&error), "write the last lines of a trace; they are sent from memory");
+        let written = match &self.0.file {
+            None => false,
+            Some(File { files, path }) => {
+                let write = || files.write_at(path, state.length, rest.clone());
+                let written = retry::few(write, |_| true).await;
+                if let Err(error) = &written {
+                    tracing::error!(error = chain(error), "write the last lines of a trace; they are sent from memory");
+                }
+                written.is_ok()
+            }
+        };
+        if !written {
             state.unwritten = rest.clone();
         }
         self.0.grow(&mut state, &rest);
@@ -193,7 +237,10 @@ impl Spool {
     /// # Errors
     /// The file layer's.
     pub async fn sync(&self) -> io::Result<()> {
-        self.0.files.sync(&self.0.path).await
+        match &self.0.file {
+            Some(File { files, path }) => files.sync(path).await,
+            None => Ok(()),
+        }
     }
 
     /// The door's half.
@@ -227,7 +274,10 @@ impl Shared {
             return Ok(());
         }
         // A write that failed half-way leaves bytes beyond `length`; the next write cuts them off.
-        let written = self.files.write_at(&self.path, state.length, bytes.clone()).await;
+        let written = match &self.file {
+            Some(File { files, path }) => files.write_at(path, state.length, bytes.clone()).await,
+            None => Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "spool has last lines only")),
+        };
         let failed = written.is_err();
         self.failing_since.send_modify(|since| *since = failed.then(|| since.unwrap_or_else(Instant::now)));
         if !planted::on(Bug::SpoolErrorIgnored) {
@@ -246,12 +296,9 @@ impl Shared {
         state.length += bytes.len() as u64;
         state.crc.update(bytes);
         state.line_ended = bytes.ends_with(b"\n");
-        self.view.send_replace(SpoolView {
-            length: state.length,
-            crc: state.crc.clone().finalize(),
-            guest_base: state.guest_base,
-            grown_at: Some(Instant::now()),
-            guest_closed: state.guest_closed,
+        self.view.send_modify(|view| {
+            (view.length, view.crc) = (state.length, state.crc.clone().finalize());
+            view.grown_at = Some(Instant::now());
         });
     }
 }
@@ -341,9 +388,11 @@ impl SpoolReader {
             let state = shared.state.lock().await;
             (state.length - state.unwritten.len() as u64, state.unwritten.clone())
         };
-        if offset < in_file || unwritten.is_empty() {
+        if let Some(File { files, path }) = &shared.file
+            && (offset < in_file || unwritten.is_empty())
+        {
             let wanted = usize::try_from(in_file.saturating_sub(offset)).map_or(bytes, |n| n.min(bytes));
-            return Ok(Bytes::from(shared.files.read_at(&shared.path, offset, wanted).await?));
+            return Ok(Bytes::from(files.read_at(path, offset, wanted).await?));
         }
         let begin = usize::try_from(offset - in_file).unwrap_or(usize::MAX).min(unwritten.len());
         Ok(unwritten.slice(begin..begin.saturating_add(bytes).min(unwritten.len())))

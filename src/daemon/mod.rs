@@ -52,7 +52,7 @@ use disk::Disk;
 use handler::Handler;
 use reload::Reloads;
 use setup::{accel, own_memory_mib, runner_of, runners};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -107,8 +107,8 @@ pub struct Daemon {
     parts: Parts,
     jobs: Jobs,
     joined: mpsc::UnboundedReceiver<Started>,
-    /// Jobs whose task has panicked once.
-    panicked: BTreeSet<JobKey>,
+    /// Jobs whose task has panicked, and how often.
+    panicked: BTreeMap<JobKey, u32>,
     runners: BTreeMap<String, Arc<Runner>>,
     pollers: JoinSet<()>,
     stop_polling: CancellationToken,
@@ -263,7 +263,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         parts,
         jobs,
         joined,
-        panicked: BTreeSet::new(),
+        panicked: BTreeMap::new(),
         runners,
         pollers,
         stop_polling,
@@ -339,7 +339,7 @@ impl Daemon {
                 _ = mode.changed() => {}
                 Some(started) = self.joined.recv() => watch_task(&mut tasks, started),
                 Some(ended) = tasks.join_next() => match ended {
-                    Ok(ended) => self.ended(ended, &mut tasks).await,
+                    Ok(ended) => self.ended(ended).await,
                     Err(error) => tracing::error!(error = chain(&error), "the watch over a job's task died"),
                 },
                 Some(poller) = self.pollers.join_next() => if let Err(error) = poller {
@@ -412,9 +412,9 @@ impl Daemon {
     }
 
     /// A job's task has ended: well, or by a panic, which costs that job and nobody else (E5). Its
-    /// successor fails the job, unless its verdict was known. If that panics as well, nothing is
-    /// tried but to tell GitLab; its machine goes as one that nobody owns.
-    async fn ended(&mut self, ended: Ended, tasks: &mut JoinSet<Ended>) {
+    /// successor fails the job, unless its verdict was known. If that panics as well, the last one
+    /// tells GitLab, whatever becomes of the job's files.
+    async fn ended(&mut self, ended: Ended) {
         let Ended { key, panicked, reservation } = ended;
         if !panicked {
             self.panicked.remove(&key);
@@ -423,24 +423,22 @@ impl Daemon {
         }
         tracing::error!(%key, "the task of a job panicked; the job is failed");
         self.parts.metrics.job().panicked.inc();
-        let again = !self.panicked.insert(key.clone());
+        let times = self.panicked.entry(key.clone()).or_default();
+        *times += 1;
+        let times = *times;
         let record = self.parts.journal.load(&key).await;
         let runner = record.as_ref().and_then(|record| runner_of(record, &self.runners, &self.wiring.config.class));
         match (record, runner) {
-            (Some(record), Some(runner)) if !again => {
+            (Some(record), Some(runner)) if times == 1 => {
                 // In the list all the while, so that nothing of it looks like nobody's.
                 self.jobs.add(job::begin_anew(&self.parts, runner, record, reservation));
             }
-            (Some(record), Some(runner)) => {
-                let parts = self.parts.clone();
-                tasks.spawn(async move {
-                    let mut last = JoinSet::new();
-                    last.spawn(async move { job::give_up(&parts, &runner, record).await });
-                    if last.join_next().await.is_some_and(|ended| ended.is_err()) {
-                        tracing::error!(%key, "giving a job up panicked; the next start takes up what is left of it");
-                    }
-                    Ended { key, panicked: false, reservation }
-                });
+            (Some(record), Some(runner)) if times == 2 => {
+                self.jobs.add(job::give_up(&self.parts, runner, record, reservation));
+            }
+            (Some(_), Some(_)) => {
+                tracing::error!(%key, "giving a job up panicked; the next start takes up what is left of it");
+                self.jobs.remove(&key);
             }
             (None, _) | (_, None) => {
                 tracing::error!(%key, "its record cannot be used; what is left of it is taken up by the next start");

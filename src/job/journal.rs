@@ -248,8 +248,17 @@ impl Journal {
         self.note(made)?;
         // Without the record nothing of this counts.
         reached(Point::K3);
+        self.begin(record).await
+    }
+
+    /// Writes the first record of a job down that needs no payload: it is not run.
+    ///
+    /// # Errors
+    /// The file layer's; what of it is there is not known then.
+    pub async fn begin(&self, record: &Record) -> io::Result<()> {
         let bytes = seal(&serde_json::to_vec(record)?);
-        self.note(self.files.replace_in_new_dir(&child(&self.state, &name), "record.json", bytes).await)
+        let directory = child(&self.state, &record.key.directory());
+        self.note(self.files.replace_in_new_dir(&directory, "record.json", bytes).await)
     }
 
     /// Replaces the job's record, durably.

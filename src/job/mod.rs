@@ -15,10 +15,10 @@
 mod forget;
 pub mod journal;
 mod jobs;
+mod keeper;
 mod lines;
 mod machinery;
 mod oom;
-mod refuse;
 mod resolve;
 pub mod state;
 mod task;
@@ -26,9 +26,8 @@ mod task;
 pub use forget::forget;
 pub use jobs::Jobs;
 pub(crate) use jobs::Started;
-pub use refuse::{Refusal, give_up, refuse};
 pub use resolve::resolve_late;
-pub use task::{accept, adopt, begin_anew};
+pub use task::{accept, adopt, begin_anew, give_up, refuse_second, refuse_unread};
 
 use crate::awake::Awake;
 use crate::capacity::Held;

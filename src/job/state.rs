@@ -88,6 +88,8 @@ pub enum Event {
     ImageUnusable,
     /// The job's task began anew after a bug of ours has ended it.
     Panicked,
+    /// It is not run here, or not any more, for this reason.
+    Refused(Failure),
 }
 
 /// Why a job ends without a verdict of its guest; chooses the author's lines.
@@ -131,6 +133,14 @@ pub enum Failure {
     NoImage,
     /// See [`Event::Panicked`].
     Bug,
+    /// Its payload makes no sense, or broke off.
+    Unreadable,
+    /// The disk does not take it.
+    NotKept,
+    /// A job of this id is being ended here, and that takes too long.
+    GivenTwice,
+    /// Its task died of a bug of ours, and the one after it as well.
+    BugTwice,
 }
 
 impl Failure {
@@ -144,6 +154,12 @@ impl Failure {
             _ if planted::on(Bug::AuthorBlamed) => "script_failure",
             _ => "runner_system_failure",
         }
+    }
+
+    /// Whether it is one of [`Event::Refused`].
+    #[must_use]
+    pub fn is_refusal(self) -> bool {
+        matches!(self, Self::Unreadable | Self::NotKept | Self::GivenTwice | Self::BugTwice)
     }
 }
 
@@ -206,7 +222,7 @@ impl State {
                 Self::Ended,
                 match event {
                     Event::GuestAsked => vec![Command::HandNothing],
-                    Event::Started | Event::Panicked => vec![Command::Finish],
+                    Event::Started | Event::Panicked | Event::Refused(_) => vec![Command::Finish],
                     _ => vec![],
                 },
             ),
@@ -272,6 +288,7 @@ impl State {
             Event::CannotGoOn => Self::fail(Failure::Lost),
             Event::ImageUnusable => Self::fail(Failure::NoImage),
             Event::Panicked => Self::fail(Failure::Bug),
+            Event::Refused(why) => Self::fail(why),
             Event::GuestVerdict(_)
             | Event::MachineReleased
             | Event::MachinePaused(Pause::Operator)
@@ -317,6 +334,7 @@ impl State {
             Event::CannotGoOn => Self::fail(Failure::Lost),
             Event::ImageUnusable => Self::fail(Failure::NoImage),
             Event::Panicked => Self::fail(Failure::Bug),
+            Event::Refused(why) => Self::fail(why),
             // After a restart: the grace counts anew, for nobody knows how much of it was used.
             Event::Started => {
                 let mut commands = vec![Command::ResumeMachine];
@@ -355,7 +373,7 @@ impl State {
             Event::MachineReleased => machine_gone = true,
             Event::Delivered => delivered = true,
             // The verdict stands: nothing that happens to us changes it.
-            Event::Started | Event::Panicked => {
+            Event::Started | Event::Panicked | Event::Refused(_) => {
                 commands.push(Command::CloseGuest);
                 match (&verdict, delivered) {
                     (Some(verdict), false) => commands.push(Command::Deliver(verdict.clone())),

@@ -7,22 +7,23 @@
 mod begin;
 mod news;
 
-pub use begin::{accept, adopt, begin_anew};
+pub use begin::{accept, adopt, begin_anew, give_up, refuse_second, refuse_unread};
 
 use super::journal::Record;
+use super::keeper::Kept;
 use super::lines;
 use super::machinery::{Machinery, Next};
 use super::oom::oom_kills;
-use super::refuse::refuse_kept;
 use super::state::{Command, Event, Failure, Grace, State};
 use super::{END_PATIENCE, JobCommand, JobView, Parts, REWRITE_PAUSE, Runner};
-use super::{GivenAgain, Refusal, forget};
+use super::{GivenAgain, forget};
 use crate::awake::Moment;
 use crate::capacity::Held;
 use crate::config::Span;
 use crate::gitlab::{JobPayload, JobStatus};
 use crate::planted::{self, Bug};
 use crate::retry::Backoff;
+use crate::spool::Spool;
 use crate::telemetry::chain;
 use crate::vm::{Ending, Pause};
 use std::sync::Arc;
@@ -38,18 +39,19 @@ struct Begun {
     parts: Parts,
     runner: Arc<Runner>,
     record: Record,
+    kept: Kept,
     payload: Option<JobPayload>,
     reservation: Held,
     first: Event,
 }
 
 async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::Sender<JobView>) {
-    let Begun { parts, runner, record, payload, reservation, first } = begun;
+    let Begun { parts, runner, record, kept, payload, reservation, mut first } = begun;
     let leave = parts.leave.clone();
     if matches!(record.state, State::Releasing { machine_gone: true, .. } | State::Ended) {
         reservation.release();
     }
-    if leave.is_cancelled() {
+    if leave.is_cancelled() && kept.is_there() {
         // Assigned during a hand-over: it is written down, and the next process begins it (G13).
         return;
     }
@@ -58,10 +60,14 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         forget(&parts, &record.key).await;
         return;
     }
-    let Some(machinery) = open(parts, runner, record, payload).await else {
+    let Some(spool) = open(&parts, &record, &mut first).await else {
         reservation.release();
         return;
     };
+    let mut machinery = Machinery::new(parts, runner, record, kept, payload, spool);
+    if !matches!(first, Event::Refused(_)) {
+        machinery.begin_boot_section().await;
+    }
     let spoke = machinery.guest_has_written();
     let oom_kills = oom_kills(machinery.parts.files.as_ref()).await;
     let mut job = Job {
@@ -148,14 +154,19 @@ const SPOOL_PATIENCE: Duration = Duration::from_secs(60);
 const SPOOL_TRIES: u32 = 3;
 
 /// Opens the spool. A job of which nothing is on the host yet is refused if that fails; one whose
-/// guest may be running is tried until it works: its machine must not look like nobody's.
-async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option<JobPayload>) -> Option<Machinery> {
+/// guest may be running is tried until it works: its machine must not look like nobody's. `None`: the daemon leaves.
+async fn open(parts: &Parts, record: &Record, first: &mut Event) -> Option<Spool> {
+    let path = parts.journal.spool_path(&record.key);
+    let bytes_max = parts.limits.spool_mib.saturating_mul(1024 * 1024);
     let mut backoff = Backoff::uploader();
     let mut tries = 0;
     loop {
-        let opened = Machinery::open(parts.clone(), runner.clone(), record.clone(), payload.clone()).await;
-        let error = match opened {
-            Ok(machinery) => return Some(machinery),
+        if let Event::Refused(_) = first {
+            let begins = parts.files.length(&path).await;
+            return Some(Spool::of_last_lines(begins.ok().flatten().unwrap_or(0)));
+        }
+        let error = match Spool::open(parts.files.clone(), &path, bytes_max, record.guest_base).await {
+            Ok(spool) => return Some(spool),
             Err(error) => error,
         };
         tracing::error!(error = chain(&error), "open the job's spool");
@@ -164,8 +175,8 @@ async fn open(parts: Parts, runner: Arc<Runner>, record: Record, payload: Option
             && record.machine.is_none()
             && matches!(record.state, State::Accepted | State::Booting { .. })
         {
-            refuse_kept(&parts, &runner, record, Refusal::NotKept).await;
-            return None;
+            *first = Event::Refused(Failure::NotKept);
+            continue;
         }
         tokio::select! {
             biased;
@@ -431,7 +442,12 @@ impl Job {
             _ => self.graced,
         };
         let (job, image) = (self.m.record.key.id.0, self.m.image().to_owned());
-        tracing::warn!(failure = failure.words(), "the job ends without a verdict of its guest");
+        if failure.is_refusal() {
+            // Its cause was logged where it was met.
+            tracing::info!(failure = failure.words(), "the job is not run here");
+        } else {
+            tracing::warn!(failure = failure.words(), "the job ends without a verdict of its guest");
+        }
         let booting = self.m.record.guest_base.is_none();
         let lost =
             matches!(failure, Failure::Died(_) | Failure::DiedBooting(_) | Failure::HostMemory | Failure::BootDeadline);

@@ -14,7 +14,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo};
 use crate::job::Jobs;
 use crate::job::journal::JobKey;
-use crate::job::{self, GivenAgain, Parts, Refusal, Runner};
+use crate::job::{self, GivenAgain, Parts, Runner};
 use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::status::RunnerState;
@@ -72,12 +72,12 @@ impl Poller {
     /// Polls until `stop`.
     pub async fn run(self) {
         let mut policy = Policy::new(self.runner.config.poll_interval.get());
-        // Jobs that cannot be begun; what is left at the end is given up with this set.
-        let mut refusals = JoinSet::new();
+        // Jobs that were given out again, and wait for those of before; what is left at the end is given up with this set.
+        let mut again = JoinSet::new();
         let mut info = None;
         let mut seen = Seen::Rested;
         loop {
-            while refusals.try_join_next().is_some() {}
+            while again.try_join_next().is_some() {}
             let next = match policy.on(seen, Instant::now(), &self.parts.rng) {
                 Step::LookAtImage => Some(match self.image().await {
                     Ok(found) => {
@@ -93,7 +93,7 @@ impl Poller {
                     Some(Seen::Host { room, host, shared: !self.capacity.leaves_room(&self.runner.config.name) })
                 }
                 Step::Ask(room, known) => match &info {
-                    Some(info) => self.ask(info, room, known.as_deref(), &mut refusals).await,
+                    Some(info) => self.ask(info, room, known.as_deref(), &mut again).await,
                     // Not without an image, and that comes first.
                     None => Some(Seen::Rested),
                 },
@@ -221,18 +221,6 @@ impl Poller {
         }
     }
 
-    /// Tells GitLab in the background that a job of it cannot be begun.
-    fn refuse(&self, refusals: &mut JoinSet<()>, id: JobId, token: Secret, why: Refusal) {
-        let (parts, runner) = (self.parts.clone(), self.runner.clone());
-        refusals.spawn(async move {
-            job::refuse(&parts, &runner, id, token, why).await;
-            if why == Refusal::NotKept {
-                // What the disk did take of it.
-                job::forget(&parts, &JobKey { runner: runner.config.name.clone(), id }).await;
-            }
-        });
-    }
-
     /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that come up and live.
     async fn host(&self) -> Host {
         if let Some(reason) = self.disk_is_short().await {
@@ -257,7 +245,7 @@ impl Poller {
         info: &RunnerInfo,
         room: Reservation,
         last_update: Option<&str>,
-        refusals: &mut JoinSet<()>,
+        again: &mut JoinSet<()>,
     ) -> Option<Seen<Reservation>> {
         self.say(RunnerState::Polling);
         self.wants(Wants::Answer);
@@ -270,7 +258,7 @@ impl Poller {
         }
         Some(match answer {
             Ok(Poll::Job(payload)) => {
-                self.take(*payload, room, refusals).await;
+                self.take(*payload, room, again).await;
                 Seen::Job
             }
             Ok(Poll::Nothing { last_update }) => Seen::NoJob { held: asked.elapsed(), last_update },
@@ -279,7 +267,7 @@ impl Poller {
                     self.parts.metrics.job().unreadable.inc();
                     if let Some(job) = job {
                         let (id, token) = job.as_ref().clone();
-                        self.refuse_unreadable(id, token, refusals);
+                        self.refuse_unreadable(id, token);
                     }
                 }
                 Seen::Failed(error)
@@ -299,13 +287,13 @@ impl Poller {
         tokio::time::timeout(HAND_OVER_POLL_PATIENCE, poll).await.ok()
     }
 
-    fn refuse_unreadable(&self, id: JobId, token: Secret, refusals: &mut JoinSet<()>) {
+    fn refuse_unreadable(&self, id: JobId, token: Secret) {
         let key = JobKey { runner: self.runner.config.name.clone(), id };
         if self.jobs.contains(&key) {
             // Given out a second time (threats.md G17): what of it runs here is not to be failed.
             tracing::warn!(%key, "GitLab assigned a job again that is under way here, unreadably");
         } else {
-            self.refuse(refusals, id, token, Refusal::Unreadable);
+            self.jobs.add(job::refuse_unread(&self.parts, self.runner.clone(), id, token));
         }
     }
 
@@ -321,7 +309,7 @@ impl Poller {
     }
 
     /// Journals the job and starts it.
-    async fn take(&self, payload: JobPayload, reservation: Reservation, refusals: &mut JoinSet<()>) {
+    async fn take(&self, payload: JobPayload, reservation: Reservation, again: &mut JoinSet<()>) {
         let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
@@ -330,14 +318,10 @@ impl Poller {
         }
         let taking = Taking { parts: self.parts.clone(), runner: self.runner.clone(), jobs: self.jobs.clone(), key };
         match self.jobs.give_again(&taking.key, &payload) {
-            None => {
-                if let Some((id, token)) = taking.begin(payload, reservation).await {
-                    self.refuse(refusals, id, token, Refusal::NotKept);
-                }
-            }
+            None => taking.begin(payload, reservation).await,
             Some(answer) => {
                 self.parts.metrics.job().assigned_again.inc();
-                refusals.spawn(async move { taking.again(payload, reservation, answer).await });
+                again.spawn(async move { taking.again(payload, reservation, answer).await });
             }
         }
     }
@@ -352,27 +336,9 @@ struct Taking {
 }
 
 impl Taking {
-    /// Journals the job and starts it. What comes back must be refused.
-    async fn begin(&self, payload: JobPayload, reservation: Reservation) -> Option<(JobId, Secret)> {
-        let (parts, key) = (&self.parts, &self.key);
-        let (id, token, read_at) = (payload.id, payload.token.clone(), payload.read_at);
-        match job::accept(parts, self.runner.clone(), payload, reservation).await {
-            Ok(handle) => {
-                let window = read_at.elapsed();
-                parts.metrics.job().journal.observe(window.as_secs_f64());
-                tracing::info!(%key, journal_ms = window.as_secs_f64() * 1000.0, "the job is in the journal");
-                self.jobs.add(handle);
-                None
-            }
-            Err(error) => {
-                tracing::error!(%key, error = chain(&error), "write an assigned job down; it is not started");
-                parts.metrics.job().lost.inc();
-                if let Err(error) = parts.journal.remove(key).await {
-                    tracing::error!(%key, error = chain(&error), "remove what was written of it");
-                }
-                Some((id, token))
-            }
-        }
+    /// Journals the job and starts it.
+    async fn begin(&self, payload: JobPayload, reservation: Reservation) {
+        self.jobs.add(job::accept(&self.parts, self.runner.clone(), payload, reservation).await);
     }
 
     /// GitLab gave out a job that is under way here: that job says what becomes of it.
@@ -387,14 +353,16 @@ impl Taking {
             // No answer: it has ended just now.
             Ok(GivenAgain::Another) | Err(_) => {}
         }
-        let (id, token) = (payload.id, payload.token.clone());
-        let gone = tokio::time::timeout(GIVEN_AGAIN_PATIENCE, self.jobs.gone(key)).await;
-        let refused = match gone {
-            Ok(()) => self.begin(payload, reservation).await.map(|_| Refusal::NotKept),
-            Err(_) => Some(Refusal::GivenTwice),
-        };
-        if let Some(why) = refused {
-            job::refuse(&self.parts, &self.runner, id, token, why).await;
+        match tokio::time::timeout(GIVEN_AGAIN_PATIENCE, self.jobs.gone(key)).await {
+            Ok(()) => self.begin(payload, reservation).await,
+            Err(_) => {
+                drop(reservation);
+                tracing::error!(%key, "a job that was given out again is not run: the one of before does not end");
+                let refused = job::refuse_second(&self.parts, self.runner.clone(), &payload);
+                if let Err(error) = refused.task.await {
+                    tracing::error!(%key, error = chain(&error), "refusing a job panicked");
+                }
+            }
         }
     }
 }

@@ -105,6 +105,8 @@ pub async fn upload(upload: Upload) {
     let keep = upload.keep;
     let mut uploader = Uploader {
         sent: 0,
+        lead: None,
+        tried: false,
         interval: FIRST_INTERVAL,
         last_answer: None,
         last_state: None,
@@ -128,6 +130,7 @@ pub async fn upload(upload: Upload) {
         upload,
     };
     uploader.marked_debug = *uploader.upload.debug_trace.borrow();
+    uploader.lead = uploader.upload.spool.view().whole.then_some(0);
     loop {
         let end = match uploader.step().await {
             Step::Continue => false,
@@ -155,6 +158,10 @@ struct Uploader {
     upload: Upload,
     /// Bytes of the spool that GitLab holds, as far as we know.
     sent: u64,
+    /// Bytes that GitLab has of before, and the spool has not; `None`: that is not known yet.
+    lead: Option<u64>,
+    /// A piece was sent, and the answer may have been lost.
+    tried: bool,
     interval: Duration,
     last_answer: Option<Instant>,
     /// When GitLab was last told the job's state, taken or not.
@@ -326,15 +333,17 @@ impl Uploader {
         let (sending, length) = (bytes.len(), bytes.len() as u64);
         self.last_patch = Some(Instant::now());
         let debug = *self.upload.debug_trace.borrow();
+        let (at, tried) = (self.lead.unwrap_or(0) + offset, std::mem::replace(&mut self.tried, true));
         reached(Point::K12);
-        match self.upload.client.append_trace(offset, bytes, debug).await {
+        match self.upload.client.append_trace(at, bytes, debug).await {
             Ok(answer) => {
                 reached(Point::K12);
                 self.answered(answer.interval);
                 // GitLab takes the mark from a PATCH at offset 0, even from one that it refuses.
-                self.marked_debug |= debug && offset == 0;
+                self.marked_debug |= debug && at == 0;
                 match answer.continue_at {
                     None if answer.status != JobStatus::Over => {
+                        self.lead.get_or_insert(0);
                         self.sent = offset + length;
                         self.doubt = false;
                         self.progressed();
@@ -344,6 +353,7 @@ impl Uploader {
                     }
                     None => {}
                     Some(held) => {
+                        let held = self.of_spool(held, tried);
                         if held > self.end() {
                             self.upload.metrics.job().trace_ahead.inc();
                             tracing::error!(
@@ -374,10 +384,26 @@ impl Uploader {
                 Step::Continue
             }
             Err(error) => {
-                self.owed.trace_failed();
+                if asks {
+                    self.doubt = false;
+                } else {
+                    self.owed.trace_failed();
+                }
                 self.failed(&error, "log").await
             }
         }
+    }
+
+    /// Of the bytes that GitLab says it holds, those of the spool. `tried`: some of it may have come through unheard.
+    fn of_spool(&mut self, held: u64, tried: bool) -> u64 {
+        let lead = match self.lead {
+            Some(lead) if lead <= held => lead,
+            None if tried && held <= self.end() => 0,
+            // A trace from before, or less of it than there was.
+            Some(_) | None => held,
+        };
+        self.lead = Some(lead);
+        held - lead
     }
 
     async fn read(&self, offset: u64, bytes: usize) -> io::Result<Bytes> {
@@ -414,7 +440,7 @@ impl Uploader {
 
     async fn update(&mut self, verdict: Option<Verdict>) -> Step {
         let view = self.upload.spool.view();
-        let whole = !self.given_up && self.truncated_at.is_none() && self.sent == view.length;
+        let whole = !self.given_up && self.truncated_at.is_none() && self.sent == view.length && self.lead == Some(0);
         let first = self.last_answer.is_none();
         let crc = if planted::on(Bug::WrongChecksum) { view.crc.swap_bytes() } else { view.crc };
         let length = view.length.saturating_sub(u64::from(planted::on(Bug::WrongSize)));
@@ -465,6 +491,8 @@ impl Uploader {
             Err(error) => {
                 self.last_state = Some(Instant::now());
                 self.owed.state_failed();
+                // The few lines of a job that is not run are looked at again.
+                self.doubt |= last && !view.whole;
                 self.failed(&error, if last { "verdict" } else { "state" }).await
             }
         }

@@ -50,7 +50,7 @@ async fn a_refused_job_whose_trace_gitlab_wants_again_gets_it() {
 #[tokio::test(start_paused = true)]
 async fn a_refused_job_s_line_that_gitlab_lost_in_part_is_completed() {
     let mut world = World::new(1);
-    world.expect_trouble(&["assigned a job that cannot be read", "tell GitLab that a job is not run"]);
+    world.expect_trouble(&["assigned a job that cannot be read", "it will be sent again"]);
     world.standin.script(Matcher::on(Route::UpdateJob), Fault::DropBeforeApply);
     let job = cut_job(&world);
     world.start().await.unwrap();
@@ -70,7 +70,7 @@ async fn a_refused_job_s_line_that_gitlab_lost_in_part_is_completed() {
 async fn a_refused_job_s_line_of_which_no_answer_came_is_not_said_twice() {
     for lost in [0, 40] {
         let mut world = World::new(1);
-        world.expect_trouble(&["assigned a job that cannot be read", "tell GitLab that a job is not run"]);
+        world.expect_trouble(&["assigned a job that cannot be read", "it will be sent again"]);
         world.standin.script(Matcher::on(Route::AppendTrace), Fault::ApplyThenDrop);
         let job = cut_job(&world);
         world.start().await.unwrap();
@@ -90,7 +90,7 @@ async fn a_refused_job_s_line_of_which_no_answer_came_is_not_said_twice() {
 #[tokio::test(start_paused = true)]
 async fn a_refusal_obeys_the_time_that_gitlab_names() {
     let mut world = World::new(1);
-    world.expect_trouble(&["assigned a job that cannot be read", "tell GitLab that a job is not run"]);
+    world.expect_trouble(&["assigned a job that cannot be read", "it will be sent again"]);
     world.standin.script(Matcher::on(Route::AppendTrace), Fault::status_with(429, &[("Retry-After", "40")]));
     let job = cut_job(&world);
     world.start().await.unwrap();
@@ -318,7 +318,7 @@ async fn a_job_that_waits_for_a_port_takes_none_from_its_neighbour_after_a_resta
 #[tokio::test(start_paused = true)]
 async fn a_refusal_that_is_not_on_disk_is_told_to_nobody() {
     let mut world = World::new(1);
-    world.expect_trouble(&["open the job's spool", "write down that the job has failed"]);
+    world.expect_trouble(&["open the job's spool", "write the job's record", "not on disk"]);
     world.start().await.unwrap();
     sleep(Duration::from_secs(1)).await;
     let job = world.job(&["print hello"]);

@@ -36,6 +36,7 @@ mod machines;
 mod moods;
 mod panics;
 mod proof;
+mod refusals;
 mod reload;
 mod room;
 mod storage;

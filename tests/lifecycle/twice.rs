@@ -5,6 +5,7 @@ use crate::support::world::World;
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
 use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route, Trace};
+use dayfly::vm::fake::{self, Op};
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -151,6 +152,45 @@ async fn a_job_given_out_anew_while_it_ends_is_begun_when_the_first_has_gone() {
     assert_eq!((world.machines_started(), world.machines_at_once()), (2, 1));
     assert_eq!((world.memory.of(FIRST).runs, world.memory.of(NEWEST).runs), (1, 1));
     // The trace is that of two guests, which the general check does not know.
+    world.standin.edit(|model| model.jobs.clear());
+    world.assert_clean().await;
+}
+
+/// G17: a job that is given out anew while the one before does not end is not run, and its record stays that one's.
+#[tokio::test(start_paused = true)]
+async fn a_job_given_out_anew_while_the_first_does_not_end_is_refused() {
+    let mut world = World::new(1);
+    world.expect_trouble(&[
+        "assigned this job anew when it had ended here",
+        "is not run: the one of before",
+        "destroy",
+    ]);
+    world.hypervisor.fail_always(Op::Destroy, fake::Fault::Refused("injected"));
+    world.set_guest(|mut guest: Guest| async move {
+        let payload = guest.ask().await.unwrap();
+        guest.work(&payload).await;
+        std::future::pending().await
+    });
+    let job = first(&world, &["print begun", "sleep 400", "print ended"]);
+    world.start().await.unwrap();
+    world.until_trace(job, "begun").await;
+    world.standin.edit(|model| {
+        let job = model.jobs.get_mut(&job).unwrap();
+        (job.state, job.queued, job.token) = (JobState::Pending, false, Secret::new(NEWEST));
+    });
+    world.until_word("releasing").await;
+    world.standin.edit(|model| {
+        let job = model.jobs.get_mut(&job).unwrap();
+        (job.state, job.trace) = (JobState::Running, Trace::default());
+    });
+    give_again(&world, NEWEST, &["print newest", "sleep 5"]).await;
+    world.until_failed(job, "runner_system_failure", "gave this job out again while this runner was ending it").await;
+    assert_eq!(world.status().jobs.len(), 1, "the first goes on to end");
+    let paths = world.files.paths_below("/state/jobs".as_ref());
+    assert!(paths.iter().any(|path| path.ends_with("record.json")), "{paths:?}");
+    world.hypervisor.heal();
+    world.until_idle().await;
+    assert_eq!((world.machines_started(), world.memory.of(NEWEST).runs), (1, 0));
     world.standin.edit(|model| model.jobs.clear());
     world.assert_clean().await;
 }

@@ -4,7 +4,6 @@
 
 use super::line;
 use super::people;
-use crate::job::refuse::Refusal;
 use crate::job::state::Failure;
 use crate::secret::Secret;
 use crate::vm::Ending;
@@ -24,22 +23,7 @@ struct Words {
 /// base image of the job's machine class.
 #[must_use]
 pub(in crate::job) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duration, image: &str) -> String {
-    told(now, &words(failure, &people(limit), image), job)
-}
-
-/// What the author of a job reads that is never run here.
-#[must_use]
-pub(in crate::job) fn refusal(now: Timestamp, why: Refusal, job: u64) -> String {
-    let (label, what) = match why {
-        Refusal::Unreadable => ("unreadable", "what GitLab sent of this job could not be read"),
-        Refusal::NotKept => ("not kept", "this runner's host could not write the job down"),
-        Refusal::GivenTwice => ("given twice", "GitLab gave this job out again while this runner was ending it"),
-        Refusal::Bug => ("bug", "this runner made a mistake of its own, twice, a bug in dayfly"),
-    };
-    told(now, &Words { label, what: what.into(), whose: NOT_YOURS }, job)
-}
-
-fn told(now: Timestamp, Words { label, what, whose }: &Words, job: u64) -> String {
+    let Words { label, what, whose } = words(failure, &people(limit), image);
     let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
     let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {whose}\x1b[0;m"));
     text.push_str(&line(now, &format!("dayfly: for your operators: job {job}, {label}, {seconds}")));
@@ -107,6 +91,12 @@ fn words(failure: Failure, limit: &str, image: &str) -> Words {
             ("no image", format!("the image `{image}` of this runner's machines cannot be used"), OPERATORS)
         }
         Failure::Bug => ("bug", "this runner made a mistake of its own, a bug in dayfly".into(), NOT_YOURS),
+        Failure::Unreadable => ("unreadable", "what GitLab sent of this job could not be read".into(), NOT_YOURS),
+        Failure::NotKept => ("not kept", "this runner's host could not write the job down".into(), NOT_YOURS),
+        Failure::GivenTwice => {
+            ("given twice", "GitLab gave this job out again while this runner was ending it".into(), NOT_YOURS)
+        }
+        Failure::BugTwice => ("bug", "this runner made a mistake of its own, twice, a bug in dayfly".into(), NOT_YOURS),
     };
     Words { label, what, whose }
 }
@@ -346,6 +336,10 @@ mod tests {
             Failure::Lost,
             Failure::NoImage,
             Failure::Bug,
+            Failure::Unreadable,
+            Failure::NotKept,
+            Failure::GivenTwice,
+            Failure::BugTwice,
         ];
         for failure in listed {
             match failure {
@@ -366,7 +360,11 @@ mod tests {
                 | Failure::HostLost
                 | Failure::Lost
                 | Failure::NoImage
-                | Failure::Bug => {}
+                | Failure::Bug
+                | Failure::Unreadable
+                | Failure::NotKept
+                | Failure::GivenTwice
+                | Failure::BugTwice => {}
             }
         }
         listed.into_iter().chain(ENDINGS.map(Failure::Died)).collect()
@@ -383,12 +381,6 @@ mod tests {
                 format!("| {label} | {what}. {whose} | `{}` |", failure.reason())
             })
             .collect();
-        for why in [Refusal::Unreadable, Refusal::NotKept, Refusal::GivenTwice, Refusal::Bug] {
-            let text = refusal(now(), why, 1);
-            let what = text.split_once("dayfly: ").unwrap().1.split_once("\x1b").unwrap().0;
-            let label = text.rsplit(", ").nth(1).unwrap();
-            rows.push(format!("| {label} | {what} | `runner_system_failure` |"));
-        }
         let listed =
             page.lines().filter(|line| line.ends_with("` |") && line.contains("`r") || line.contains("`job_execution"));
         let mut listed: Vec<&str> = listed.collect();

@@ -7,7 +7,7 @@
 
 mod ends;
 
-pub(super) use ends::{Hints, console, failure, kernel_words, masked, refusal, runner_words};
+pub(super) use ends::{Hints, console, failure, kernel_words, masked, runner_words};
 
 use crate::gitlab::Containers;
 use jiff::Timestamp;

@@ -6,6 +6,7 @@ mod repeated;
 use self::machine::LetGo;
 use self::repeated::Repeated;
 use super::journal::{LastLines, Record};
+use super::keeper::Kept;
 use super::lines;
 use super::state::{Event, State};
 use super::{Parts, Runner, forget};
@@ -57,7 +58,9 @@ pub(super) enum Next {
 pub(super) struct Machinery {
     pub(super) parts: Parts,
     pub(super) record: Record,
-    /// The record as it stands on disk, as far as is known.
+    /// What the journal has of the job.
+    journalled: Kept,
+    /// The record as it stands there, as far as is known.
     kept: Option<Vec<u8>>,
     /// When the guest gave its last sign of life, or its door was opened.
     pub(super) last_spoke: Moment,
@@ -96,16 +99,15 @@ pub(super) struct Machinery {
 }
 
 impl Machinery {
-    /// Opens the spool and starts the uploader.
-    pub(super) async fn open(
+    /// Starts the uploader.
+    pub(super) fn new(
         parts: Parts,
         runner: Arc<Runner>,
         record: Record,
+        journalled: Kept,
         payload: Option<JobPayload>,
-    ) -> io::Result<Self> {
-        let path = parts.journal.spool_path(&record.key);
-        let bytes_max = parts.limits.spool_mib.saturating_mul(1024 * 1024);
-        let spool = Spool::open(parts.files.clone(), &path, bytes_max, record.guest_base).await?;
+        spool: Spool,
+    ) -> Self {
         let (outbox, outbox_in) = watch::channel(Outbox::Empty);
         let (debug_trace, debug_in) = watch::channel(record.debug_trace);
         let (events, uploads) = mpsc::channel(EVENTS_MAX);
@@ -137,7 +139,7 @@ impl Machinery {
             Some(then) => parts.clock.uptime().saturating_sub(Duration::from_millis(then)),
             None => Duration::try_from(parts.clock.now().duration_since(record.received)).unwrap_or_default(),
         };
-        let mut machinery = Self {
+        Self {
             elapsed_before: since,
             started: Instant::now(),
             awake_since: parts.awake.now(),
@@ -162,16 +164,11 @@ impl Machinery {
             repeated: Repeated::default(),
             parts,
             record,
+            journalled,
             kept: None,
             runner,
             payload,
-        };
-        // Not for a job that a crash left half removed, its spool first: it has had its lines.
-        let begins = matches!(machinery.record.state, State::Accepted | State::Booting { .. });
-        if begins && machinery.spool.view().length == 0 {
-            machinery.begin_boot_section().await;
         }
-        Ok(machinery)
     }
 
     /// What happens next to the job. Cancel safe.
@@ -300,7 +297,7 @@ impl Machinery {
         if self.kept.as_ref() != Some(&bytes) {
             // What stands there once this was tried is known only if it succeeds.
             self.kept = None;
-            self.parts.journal.put(record).await?;
+            self.journalled.put(&self.parts.journal, record).await?;
             self.kept = Some(bytes);
         }
         Ok(())
@@ -330,7 +327,13 @@ impl Machinery {
         }
     }
 
-    async fn begin_boot_section(&mut self) {
+    /// Opens the trace of a job that begins. Not of one that a crash left half removed, its spool first: it has had its
+    /// lines.
+    pub(super) async fn begin_boot_section(&mut self) {
+        let begins = matches!(self.record.state, State::Accepted | State::Booting { .. });
+        if !begins || self.spool.view().length > 0 {
+            return;
+        }
         let sections = self.record.trace_sections;
         self.own_line(|now| lines::boot_section_start(now, sections)).await;
         self.section_open = true;
@@ -496,7 +499,7 @@ impl Machinery {
         if planted::on(Bug::RecordKept) {
             return;
         }
-        if forget(&self.parts, &self.record.key).await {
+        if self.journalled.leaves_files() && forget(&self.parts, &self.record.key).await {
             reached(Point::K18);
         }
     }

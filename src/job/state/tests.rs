@@ -102,6 +102,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(Event::HostDiskFailed),
         Just(Event::ImageUnusable),
         Just(Event::Panicked),
+        Just(Event::Refused(Failure::NotKept)),
     ]
 }
 
@@ -119,7 +120,7 @@ proptest! {
         all.extend(events);
         for event in all {
             let before = state.clone();
-            let restart = matches!(event, Event::Started | Event::Panicked) && matches!(before, State::Releasing { .. });
+            let restart = matches!(event, Event::Started | Event::Panicked | Event::Refused(_)) && matches!(before, State::Releasing { .. });
             let (next, commands) = state.on(event);
             state = next;
             for command in &commands {

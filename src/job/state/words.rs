@@ -28,6 +28,7 @@ impl Event {
             Self::HostDiskFailed => "the host's disk failed",
             Self::ImageUnusable => "the image cannot be used",
             Self::Panicked => "the job's task begins anew after a bug of dayfly",
+            Self::Refused(why) => return format!("the job is not run here: {}", why.words()),
         };
         words.to_owned()
     }
@@ -56,6 +57,10 @@ impl Failure {
             Self::Lost => "what the job needs is lost",
             Self::NoImage => "the image cannot be used",
             Self::Bug => "a bug of dayfly",
+            Self::Unreadable => "its payload cannot be read",
+            Self::NotKept => "the disk does not take it",
+            Self::GivenTwice => "it was given out again, and the one before is still being ended",
+            Self::BugTwice => "a bug of dayfly, twice",
         };
         words.to_owned()
     }

@@ -1,30 +1,30 @@
-//! How a job's task begins: for a new job, for one of a former daemon, for one whose task has panicked.
+//! How a job's task begins: for a new job, for one that is not run, for one of a former daemon, for one whose task has
+//! panicked.
 
 use super::{Begun, run};
-use crate::capacity::{Held, Reservation};
+use crate::capacity::{Held, Reservation, Resources};
 use crate::failpoint::{Point, reached};
-use crate::gitlab::JobPayload;
+use crate::gitlab::{JobId, JobPayload};
 use crate::job::journal::{JobKey, RECORD_VERSION, Record};
+use crate::job::keeper::Kept;
 use crate::job::resolve::{resolve, room};
-use crate::job::state::{Event, State};
+use crate::job::state::{Event, Failure, State};
 use crate::job::{INBOX_MAX, JobHandle, JobView, Parts, Runner};
+use crate::secret::Secret;
 use crate::telemetry::chain;
-use std::io;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 
-/// Journals a job that GitLab has just assigned, and starts its task.
-///
-/// # Errors
-/// The journal's: nothing has been started then, and GitLab will fail the job as stuck.
+/// Journals a job that GitLab has just assigned, and starts its task. A job that the journal does not take is not run:
+/// its task tells GitLab.
 pub async fn accept(
     parts: &Parts,
     runner: Arc<Runner>,
     payload: JobPayload,
     mut reservation: Reservation,
-) -> io::Result<JobHandle> {
+) -> JobHandle {
     let machine_spec = match resolve(parts, &runner, &payload).await {
         Ok(spec) => {
             reservation.shrink(room(reservation.resources(), &runner.class, &spec));
@@ -35,33 +35,41 @@ pub async fn accept(
             None
         }
     };
-    let record = Record {
-        version: RECORD_VERSION,
-        installation: Some(parts.supply.place().installation.clone()),
-        key: JobKey { runner: runner.config.name.clone(), id: payload.id },
-        gitlab: runner.config.url.clone(),
-        job_token: payload.token.clone(),
-        received: parts.clock.now(),
-        received_uptime_ms: u64::try_from(parts.clock.uptime().as_millis()).ok(),
-        timeout_s: payload.timeout.map(|t| t.as_secs()),
-        name: payload.name.clone(),
-        project: payload.project.clone(),
-        debug_trace: payload.debug_trace,
-        trace_sections: payload.trace_sections,
-        knows_interrupted: payload.failure_reasons.iter().any(|r| r == "runner_interrupted"),
-        class: runner.class.name.clone(),
-        machine_spec,
-        resources: reservation.resources(),
-        machine: None,
-        guest_base: None,
-        newer_token: None,
-        last_lines: None,
-        state: State::Accepted,
-    };
+    let record = Record { machine_spec, resources: reservation.resources(), ..of_payload(parts, &runner, &payload) };
     reached(Point::K3);
-    parts.journal.accept(&record, payload.raw().clone()).await?;
-    reached(Point::K4);
-    Ok(start(parts.clone(), runner, record, Some(payload), reservation.into(), Event::Started))
+    let (kept, reservation, first) = match parts.journal.accept(&record, payload.raw().clone()).await {
+        Ok(()) => {
+            reached(Point::K4);
+            let window = payload.read_at.elapsed();
+            parts.metrics.job().journal.observe(window.as_secs_f64());
+            tracing::info!(key = %record.key, journal_ms = window.as_secs_f64() * 1000.0, "the job is in the journal");
+            (Kept::There, reservation.into(), Event::Started)
+        }
+        Err(error) => {
+            tracing::error!(key = %record.key, error = chain(&error), "write an assigned job down; it is not started");
+            parts.metrics.job().lost.inc();
+            (Kept::New, Held::default(), Event::Refused(Failure::NotKept))
+        }
+    };
+    let parts = parts.clone();
+    start(Begun { parts, runner, record, kept, payload: Some(payload), reservation, first })
+}
+
+/// Starts the task of a job of which no more than id and token is known: it is not run, and GitLab is told.
+#[must_use]
+pub fn refuse_unread(parts: &Parts, runner: Arc<Runner>, id: JobId, token: Secret) -> JobHandle {
+    let record = of_token(parts, &runner, id, token);
+    let (parts, reservation, first) = (parts.clone(), Held::default(), Event::Refused(Failure::Unreadable));
+    start(Begun { parts, runner, record, kept: Kept::New, payload: None, reservation, first })
+}
+
+/// Starts the task of a job that is not run because the one of the same id is being ended here: it has the record of
+/// that id, and its place in the list of jobs.
+#[must_use]
+pub fn refuse_second(parts: &Parts, runner: Arc<Runner>, payload: &JobPayload) -> JobHandle {
+    let record = of_payload(parts, &runner, payload);
+    let (parts, reservation, first) = (parts.clone(), Held::default(), Event::Refused(Failure::GivenTwice));
+    start(Begun { parts, runner, record, kept: Kept::Nothing, payload: None, reservation, first })
 }
 
 /// Goes on with a job of a former daemon. `payload` is `None` if it did not survive.
@@ -73,23 +81,67 @@ pub fn adopt(
     payload: Option<JobPayload>,
     reservation: Held,
 ) -> JobHandle {
-    start(parts.clone(), runner, record, payload, reservation, Event::Started)
+    let (parts, kept, first) = (parts.clone(), Kept::There, Event::Started);
+    start(Begun { parts, runner, record, kept, payload, reservation, first })
 }
 
 /// Goes on with a job whose task has panicked: it fails, unless its verdict was known.
 #[must_use]
 pub fn begin_anew(parts: &Parts, runner: Arc<Runner>, record: Record, reservation: Held) -> JobHandle {
-    start(parts.clone(), runner, record, None, reservation, Event::Panicked)
+    let (parts, kept, first) = (parts.clone(), Kept::There, Event::Panicked);
+    start(Begun { parts, runner, record, kept, payload: None, reservation, first })
 }
 
-fn start(
-    parts: Parts,
-    runner: Arc<Runner>,
-    record: Record,
-    payload: Option<JobPayload>,
-    reservation: Held,
-    first: Event,
-) -> JobHandle {
+/// Ends a job whose task has panicked twice: with its verdict, if that was known, else it fails. What may have been the
+/// cause of that, its file on disk, is left alone.
+#[must_use]
+pub fn give_up(parts: &Parts, runner: Arc<Runner>, record: Record, reservation: Held) -> JobHandle {
+    let (parts, kept, first) = (parts.clone(), Kept::Suspect, Event::Refused(Failure::BugTwice));
+    start(Begun { parts, runner, record, kept, payload: None, reservation, first })
+}
+
+/// The first record of a job, without its machine and what is reserved for that.
+fn of_payload(parts: &Parts, runner: &Runner, payload: &JobPayload) -> Record {
+    Record {
+        timeout_s: payload.timeout.map(|t| t.as_secs()),
+        name: payload.name.clone(),
+        project: payload.project.clone(),
+        debug_trace: payload.debug_trace,
+        trace_sections: payload.trace_sections,
+        knows_interrupted: payload.failure_reasons.iter().any(|r| r == "runner_interrupted"),
+        ..of_token(parts, runner, payload.id, payload.token.clone())
+    }
+}
+
+/// The same of a job whose payload is not known.
+fn of_token(parts: &Parts, runner: &Runner, id: JobId, token: Secret) -> Record {
+    Record {
+        version: RECORD_VERSION,
+        installation: Some(parts.supply.place().installation.clone()),
+        key: JobKey { runner: runner.config.name.clone(), id },
+        gitlab: runner.config.url.clone(),
+        job_token: token,
+        received: parts.clock.now(),
+        received_uptime_ms: u64::try_from(parts.clock.uptime().as_millis()).ok(),
+        timeout_s: None,
+        name: String::new(),
+        project: String::new(),
+        debug_trace: false,
+        trace_sections: false,
+        knows_interrupted: false,
+        class: runner.class.name.clone(),
+        machine_spec: None,
+        resources: Resources::default(),
+        machine: None,
+        guest_base: None,
+        newer_token: None,
+        last_lines: None,
+        state: State::Accepted,
+    }
+}
+
+fn start(begun: Begun) -> JobHandle {
+    let (record, reservation) = (&begun.record, begun.reservation.clone());
     let key = record.key.clone();
     let (inbox, inbox_in) = mpsc::channel(INBOX_MAX);
     let (view_out, view) = watch::channel(JobView {
@@ -102,7 +154,6 @@ fn start(
         since: Instant::now(),
     });
     let span = tracing::info_span!("job", runner = %key.runner, job = %key.id);
-    let begun = Begun { parts, runner, record, payload, reservation: reservation.clone(), first };
     let run = run(begun, inbox_in, view_out).instrument(span);
     #[expect(clippy::disallowed_methods, reason = "joined by daemon through the handle")]
     let task = tokio::spawn(run);
