@@ -18,7 +18,7 @@ use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::Spool;
 use crate::supply::{Blueprint, Machine, MachineEvent, Order, Place, Supply};
-use crate::vm::{Accel, Hypervisor, Pause, VmError, VmId};
+use crate::vm::{Accel, Host, Pause, VmError, VmId};
 use dayfly_guest_config::{Pass, Report};
 use std::path::Path;
 use std::sync::Arc;
@@ -41,8 +41,8 @@ const DISK_GIB: u64 = 10;
 
 /// What a boot test needs.
 pub struct BootTest<'a> {
-    /// The hypervisor.
-    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Machines, and what lies beside them.
+    pub host: Host,
     /// How it runs guests.
     pub accel: Accel,
     /// Where overlay and spool go for the while; passable for QEMU's user.
@@ -108,7 +108,7 @@ impl BootTest<'_> {
         let rng = Rng::system();
         let installation = VmId::random(&rng);
         let overlay_dir = self.work_dir.join(format!("boot-test-{installation}"));
-        self.hypervisor
+        self.host
             .prepare(&overlay_dir, self.socket_dir)
             .await
             .map_err(|e| BootTestError::Set("make the work directory", e))?;
@@ -120,15 +120,8 @@ impl BootTest<'_> {
             socket_dir: self.socket_dir.to_owned(),
         };
         let network = Network::new(&self.network);
-        let (supply, lister) = Supply::new(
-            self.hypervisor.clone(),
-            Clock::system(),
-            rng.clone(),
-            network,
-            place,
-            Metrics::new(),
-            stop.clone(),
-        );
+        let (supply, lister) =
+            Supply::new(self.host.clone(), Clock::system(), rng.clone(), network, place, Metrics::new(), stop.clone());
         let booted = self.boot(&supply, image, &overlay_dir, &rng, progress).await;
         stop.cancel();
         // Ends at once, but for a list call, which has a deadline.
@@ -151,7 +144,7 @@ impl BootTest<'_> {
         let no_port = |_| BootTestError::Set("find a free port for the door", std::io::ErrorKind::AddrInUse.into());
         let (record, listener) = loop {
             let record = supply.plan().map_err(no_port)?;
-            match self.hypervisor.listen(record.lease.listen_address()).await {
+            match self.host.hypervisor.listen(record.lease.listen_address()).await {
                 Ok(listener) => break (record, listener),
                 Err(_) => supply.forget(&record, true),
             }

@@ -124,7 +124,7 @@ pub async fn orphans(
     // VMs are listed before the overlays: one that is being made has its overlay first.
     let vms = supply.hypervisor().list(&place.installation).await?;
     let vms: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
-    let overlays = supply.hypervisor().list_overlays(&place.overlay_dir).await?;
+    let overlays = supply.host().disks.list(&place.overlay_dir).await?;
     let overlays = overlays.iter().filter_map(|path| overlay_id(path)).filter(|_| !planted::on(Bug::LeakedOverlay));
     let all: BTreeSet<VmId> = overlays.chain(vms.iter().cloned()).collect();
     let owned = if planted::on(Bug::AdoptedReaped) { BTreeSet::new() } else { owned() };

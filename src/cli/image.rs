@@ -8,12 +8,11 @@ use crate::image::store::{Image, ImageStore};
 use crate::rng::Rng;
 use crate::telemetry::printable;
 use crate::vm::libvirt::{AccelChoice, Libvirt};
-use crate::vm::{Accel, Hypervisor, VmId, proof};
+use crate::vm::{Accel, VmId, proof};
 use anyhow::{Context as _, bail};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
 
 /// Arguments of all image commands.
 #[derive(Debug, clap::Args)]
@@ -165,7 +164,7 @@ pub(super) fn describe(image: &Image) -> String {
 
 /// Boots an image once, with files of its own that are gone afterwards.
 async fn boot(config: &Config, image: &Image) -> anyhow::Result<Booted> {
-    let hypervisor: Arc<dyn Hypervisor> = Arc::new(Libvirt::new(&config.hypervisor));
+    let host = Libvirt::new(&config.hypervisor).host();
     let sockets = tempfile::Builder::new().prefix("dayfly-").tempdir_in("/tmp")?;
     let accel = match config.hypervisor.accel {
         AccelChoice::Tcg => {
@@ -176,13 +175,13 @@ async fn boot(config: &Config, image: &Image) -> anyhow::Result<Booted> {
         AccelChoice::Auto => {
             let rng = Rng::system();
             let places = proof::Places { disks: &config.image_directory, sockets: sockets.path() };
-            let proven = proof::prove_kvm(&*hypervisor, &image.proof(), places, &VmId::random(&rng), &rng).await;
+            let proven = proof::prove_kvm(&host, &image.proof(), places, &VmId::random(&rng), &rng).await;
             proven.context("prove KVM by a boot (`--accel tcg` does without, for a trial)")?;
             Accel::Kvm
         }
     };
     let test = BootTest {
-        hypervisor,
+        host,
         accel,
         work_dir: &config.image_directory,
         socket_dir: sockets.path(),

@@ -6,7 +6,7 @@
 use crate::capacity::Capacity;
 use crate::files::Files;
 use crate::telemetry::chain;
-use crate::vm::Hypervisor;
+use crate::vm::disks::Disks;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 
 pub(super) struct Disk {
     pub(super) files: Arc<dyn Files>,
-    pub(super) hypervisor: Arc<dyn Hypervisor>,
+    pub(super) disks: Disks,
     pub(super) overlay_dir: PathBuf,
     pub(super) reserve_gib: u64,
     /// Nobody configured a bound: what is found counts. A reload may change that.
@@ -34,7 +34,7 @@ impl Disk {
     pub(super) async fn promisable_gib(&self) -> io::Result<u64> {
         let free = self.files.free_bytes(&self.overlay_dir).await?;
         // Overlays that cannot be looked at count as empty, which promises less than there is.
-        let overlays = self.hypervisor.list_overlays(&self.overlay_dir).await.unwrap_or_default();
+        let overlays = self.disks.list(&self.overlay_dir).await.unwrap_or_default();
         let mut taken = 0_u64;
         for overlay in overlays {
             taken += self.files.length(&overlay).await.ok().flatten().unwrap_or(0);

@@ -47,7 +47,7 @@ use crate::rng::Rng;
 use crate::supply::{Place, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
-use crate::vm::{Accel, Hypervisor};
+use crate::vm::{Accel, Host};
 use disk::Disk;
 use handler::Handler;
 use reload::Reloads;
@@ -86,8 +86,8 @@ const KVM_OVERHEAD_MIB: u64 = 150;
 /// The five seams.
 #[derive(Clone)]
 pub struct Backends {
-    /// Machines.
-    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Machines, and what lies beside them.
+    pub host: Host,
     /// GitLab.
     pub transport: Arc<dyn OpenTransport>,
     /// Files.
@@ -141,7 +141,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let files = backends.files.clone();
     let overlay_dir = config.state_directory.join("overlays");
     let socket_dir = config.runtime_directory.join("vm");
-    backends.hypervisor.prepare(&overlay_dir, &socket_dir).await.map_err(|source| DaemonError::Files {
+    backends.host.prepare(&overlay_dir, &socket_dir).await.map_err(|source| DaemonError::Files {
         what: "make the directories for VMs below",
         path: config.state_directory.clone(),
         source,
@@ -151,7 +151,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let journal = journal.of(installation.id.clone());
     let loaded = journal.load_all().await?;
     let restart = !loaded.records.is_empty();
-    let (memory_mib, host) = match backends.hypervisor.probe().await {
+    let (memory_mib, host) = match backends.host.hypervisor.probe().await {
         Ok(host) => (host.memory_mib, Some(host)),
         // Guests wait for their doors, and those need no libvirt. No job is asked for before it answers.
         Err(error) if restart => {
@@ -165,7 +165,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
     let disk = Disk {
         files: files.clone(),
-        hypervisor: backends.hypervisor.clone(),
+        disks: backends.host.disks.clone(),
         overlay_dir: overlay_dir.clone(),
         reserve_gib: config.capacity.disk_reserve_gib,
         found: Arc::new(AtomicBool::new(config.capacity.disk_gib.is_none())),
@@ -194,7 +194,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let network = Network::new(&config.network);
     let metrics = Metrics::new();
     let (supply, lister) = Supply::new(
-        backends.hypervisor.clone(),
+        backends.host.clone(),
         backends.clock.clone(),
         backends.rng.clone(),
         network,

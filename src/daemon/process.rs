@@ -10,7 +10,7 @@ use crate::guest;
 use crate::image::store::ImageStore;
 use crate::rng::Rng;
 use crate::telemetry::chain;
-use crate::vm::Hypervisor;
+use crate::vm::Host;
 use crate::vm::libvirt::Libvirt;
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
@@ -96,7 +96,7 @@ impl Backends {
     pub fn real(config: &Config) -> Result<Self, DaemonError> {
         let rng = Rng::system();
         Ok(Self {
-            hypervisor: hypervisor(config),
+            host: host(config),
             transport: Arc::new(RealOpenTransport::default()),
             files: Arc::new(RealFiles),
             clock: Clock::system(),
@@ -107,12 +107,12 @@ impl Backends {
     }
 }
 
-fn hypervisor(config: &Config) -> Arc<dyn Hypervisor> {
+fn host(config: &Config) -> Host {
     #[cfg(feature = "test-util")]
     if let Some(processes) = crate::vm::processes::Processes::of(&config.hypervisor) {
-        return Arc::new(processes);
+        return processes.host();
     }
-    Arc::new(Libvirt::new(&config.hypervisor))
+    Libvirt::new(&config.hypervisor).host()
 }
 
 /// Runs the daemon as a service until it is told to stop.

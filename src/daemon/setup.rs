@@ -65,7 +65,7 @@ pub(super) async fn accel(
         tracing::info!("KVM runs guests here, as was proven before");
         return Ok(Accel::Kvm);
     }
-    match prove_kvm(&*backends.hypervisor, &subject, places, installation, &backends.rng).await {
+    match prove_kvm(&backends.host, &subject, places, installation, &backends.rng).await {
         Ok(proof) => {
             let took_ms = u64::try_from(proof.took.as_millis()).unwrap_or(u64::MAX);
             tracing::info!(took_ms, proven_by = proof.what, "KVM runs guests here");

@@ -322,7 +322,7 @@ mod tests {
                 attachment: Attachment::User,
                 socket_dir: "/s".into(),
             };
-            self.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+            self.hypervisor.host().disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
             self.hypervisor.start(&spec).await.unwrap();
             id
         }

@@ -268,14 +268,14 @@ async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
         screen.say(&format!("image `{}` holds dayfly's stand-in runner, not the official gitlab-runner", args.image));
     }
     let directories = Directories::choose(args.work_directory.clone())?;
-    let claim = directories.claim(&args.libvirt, &*backends.hypervisor, &*backends.files, &backends.rng);
+    let claim = directories.claim(&args.libvirt, &*backends.host.hypervisor, &*backends.files, &backends.rng);
     let instance = tokio::select! {
         biased;
         // The interrupt first: nothing of this run exists yet.
         Some(()) = interrupts.recv() => return Ok(EXIT_INTERRUPTED),
         instance = claim => instance?,
     };
-    let hypervisor = backends.hypervisor.clone();
+    let hypervisor = backends.host.hypervisor.clone();
     let prepared = prepare(&mut config, &instance, repository.as_ref(), &backends).await;
     let code = match prepared {
         Ok((standin, project, served)) => {

@@ -217,7 +217,7 @@ impl Driver {
 
     /// Makes overlay and VM, unless the VM runs already. `Some`: it should have, and has ended.
     async fn start(&mut self, order: &Order) -> Result<Option<Ending>, VmError> {
-        let hypervisor = self.supply.hypervisor().clone();
+        let host = self.supply.host().clone();
         let mut state = self.look(order.make.is_none()).await?;
         if state != VmState::Gone && order.make.is_some() {
             match (self.is_ours().await?, state) {
@@ -238,12 +238,12 @@ impl Driver {
             let Some(make) = &order.make else { return Ok(Some(ending)) };
             let place = self.supply.place();
             let overlay = self.supply.overlay(&self.record.id);
-            hypervisor.remove_sockets(&place.socket_dir, &self.record.id).await.map_err(|source| VmError::Refused {
+            host.sockets.remove(&place.socket_dir, &self.record.id).await.map_err(|source| VmError::Refused {
                 what: "remove sockets of",
                 name: self.name.to_string(),
                 source: source.into(),
             })?;
-            hypervisor.create_overlay(&overlay, &make.base, make.disk_gib).await?;
+            host.disks.create(&overlay, &make.base, make.disk_gib).await?;
             reached(Point::K5);
             self.tell(MachineEvent::DiskReady).await;
             if self.wish() != Wish::Keep {
@@ -263,7 +263,7 @@ impl Driver {
                 socket_dir: place.socket_dir.clone(),
             };
             reached(Point::K8);
-            hypervisor.start(&spec).await?;
+            host.hypervisor.start(&spec).await?;
             // QEMU has the files open by now: what is exchanged later does not matter to this machine.
             if !make.stamp.holds().await {
                 return Err(VmError::Refused {
@@ -371,7 +371,7 @@ impl Driver {
             (self.supply.clone(), self.record.id.clone(), self.greeted.clone(), self.events.clone());
         wires.spawn(async move {
             loop {
-                if let Ok(stream) = supply.hypervisor().open_channel(&supply.place().socket_dir, &id).await {
+                if let Ok(stream) = supply.host().sockets.channel(&supply.place().socket_dir, &id).await {
                     let (reader, mut writer) = tokio::io::split(stream);
                     // One at a time: a guest that asks and does not read waits for itself.
                     let (questions_out, mut questions) = mpsc::channel::<ClockQuestion>(1);
@@ -407,7 +407,7 @@ impl Driver {
         let (supply, id, console) = (self.supply.clone(), self.record.id.clone(), self.console.clone());
         wires.spawn(async move {
             loop {
-                if let Ok(mut stream) = supply.hypervisor().open_console(&supply.place().socket_dir, &id).await {
+                if let Ok(mut stream) = supply.host().sockets.console(&supply.place().socket_dir, &id).await {
                     let mut buffer = [0; 4096];
                     while let Ok(read @ 1..) = stream.read(&mut buffer).await {
                         console.lock().unwrap_or_else(PoisonError::into_inner).push(&buffer[..read]);
@@ -421,7 +421,7 @@ impl Driver {
     /// Takes down all there may be, in the order in which nothing can be left over. For ever: a
     /// stuck VM keeps its reservation, and nobody else's.
     async fn take_down(&mut self) {
-        let hypervisor = self.supply.hypervisor().clone();
+        let host = self.supply.host().clone();
         let overlay = self.supply.overlay(&self.record.id);
         let mut backoff = Backoff::hypervisor();
         let mut wish = self.wish.clone();
@@ -430,17 +430,17 @@ impl Driver {
             let attempt = async {
                 // What is not listed is gone, or is not ours to destroy.
                 if self.is_ours().await? {
-                    hypervisor.destroy(&self.name).await?;
+                    host.hypervisor.destroy(&self.name).await?;
                 }
                 reached(Point::K16);
-                let sockets = hypervisor.remove_sockets(&self.supply.place().socket_dir, &self.record.id).await;
+                let sockets = host.sockets.remove(&self.supply.place().socket_dir, &self.record.id).await;
                 sockets.map_err(|source| VmError::Refused {
                     what: "remove sockets of",
                     name: self.name.to_string(),
                     source: source.into(),
                 })?;
                 // Last: with its record lost, a machine that is half taken down is known by its overlay.
-                hypervisor.remove_overlay(&overlay).await?;
+                host.disks.remove(&overlay).await?;
                 reached(Point::K17);
                 Ok::<_, VmError>(())
             };

@@ -19,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::network::Lease;
 use crate::network::{Network, NoFreePort, PortRange};
 use crate::rng::Rng;
-use crate::vm::{Accel, Boot, Hypervisor, InstallationId, VmId, VmName, VmState};
+use crate::vm::{Accel, Boot, Host, Hypervisor, InstallationId, VmId, VmName, VmState};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -50,7 +50,7 @@ const LIST_INTERVAL: Duration = Duration::from_secs(2);
 pub struct Supply(Arc<Shared>);
 
 struct Shared {
-    hypervisor: Arc<dyn Hypervisor>,
+    host: Host,
     clock: Clock,
     rng: Rng,
     network: Network,
@@ -140,7 +140,7 @@ impl Supply {
     /// A supply, and the task that asks for the list; it ends with `stop`.
     #[must_use]
     pub fn new(
-        hypervisor: Arc<dyn Hypervisor>,
+        host: Host,
         clock: Clock,
         rng: Rng,
         network: Network,
@@ -150,7 +150,7 @@ impl Supply {
     ) -> (Self, JoinHandle<()>) {
         let listing = Latest::new(Listing::default());
         let shared = Arc::new(Shared {
-            hypervisor,
+            host,
             clock,
             rng,
             network,
@@ -216,7 +216,13 @@ impl Supply {
     /// The hypervisor.
     #[must_use]
     pub fn hypervisor(&self) -> &Arc<dyn Hypervisor> {
-        &self.0.hypervisor
+        &self.0.host.hypervisor
+    }
+
+    /// The host: machines, and what lies beside them.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.0.host
     }
 
     /// A machine was lost before its guest showed the pass; why, in words for operators.
@@ -285,7 +291,7 @@ impl Supply {
                 continue;
             }
             let asked = Instant::now();
-            match self.0.hypervisor.list(&self.0.place.installation).await {
+            match self.0.host.hypervisor.list(&self.0.place.installation).await {
                 Ok(vms) => {
                     let vms = vms.into_iter().map(|vm| (vm.name, vm.state)).collect();
                     self.0.listing.send(Listing { asked: Some(asked), vms });

@@ -1,30 +1,38 @@
 //! How a machine is started, watched and ended: the hypervisor seam.
 //!
 //! The trait speaks in names and plain data; no handle outlives a call, so a VM that was adopted
-//! after a restart is no special case. Behind it: [`libvirt`], and a fake for tests.
+//! after a restart is no special case. Behind it: [`libvirt`], and a fake for tests. What all back ends share
+//! stands beside it, as plain structs: [`disks`] and [`sockets`]; a [`Host`] is the three of them.
 //! Used by `supply` (and `recovery`, which lists). No call blocks the async runtime, each has a
 //! deadline of its own, and each may run twice: "already there" and "already gone" are successes.
 
 pub mod console;
+pub mod disks;
 pub mod domain_xml;
 #[cfg(any(test, feature = "test-util"))]
 pub mod fake;
 pub mod libvirt;
+pub mod paths;
 #[cfg(feature = "test-util")]
 pub mod processes;
 pub mod proof;
+pub mod sockets;
 mod state;
 
 pub use state::{Ending, Pause, VmState};
 
 use crate::BoxFuture;
 use crate::rng::Rng;
+use disks::Disks;
+use paths::Paths;
 use serde::{Deserialize, Serialize};
+use sockets::Sockets;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Identity of one VM: 80 random bits as 16 characters of lower-case base32 (`a-z2-7`).
@@ -297,28 +305,11 @@ pub trait DoorListener: Send {
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>>;
 }
 
-/// The hypervisor seam: a machine, its disk, its wires. See the module's rules.
+/// The hypervisor seam: machines, and nothing beside them. See the module's rules.
 pub trait Hypervisor: Send + Sync + 'static {
     /// Connects and says what this host can do. Deadline 30 s: a libvirtd that has just been started
     /// asks each QEMU first.
     fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>>;
-
-    /// Makes the directories of overlays and sockets, with the modes that the hypervisor needs:
-    /// QEMU's user must be able to pass the first, nobody but us the second.
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>>;
-
-    /// Makes a qcow2 overlay of `disk_gib` GiB (no smaller than its base) on the base image.
-    /// Deadline 60 s. An existing file at this path is replaced.
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>>;
-    /// Unlinks an overlay, never opening it: it is the guest's work by now.
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>>;
-    /// Paths of overlays `df-<id>.qcow2` in `dir`, sorted.
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>>;
 
     /// Starts a transient VM. Deadline 60 s. One of this name and installation that runs already
     /// counts as started.
@@ -336,13 +327,35 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Deadline 10 s.
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>>;
 
-    /// Connects to the guest channel of a VM. End of stream means that the VM is gone.
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>>;
-    /// Connects to the serial console of a VM. Must be drained, or the guest stands still.
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>>;
-    /// Removes what a VM leaves in `socket_dir`; none is fine.
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>>;
-
     /// Listens where a guest reaches its door: part of this seam because the guest's wires are.
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>>;
+}
+
+/// Machines, and what lies beside each. Clones are the same host.
+#[derive(Clone)]
+pub struct Host {
+    /// Machines.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Their overlays.
+    pub disks: Disks,
+    /// Their wires.
+    pub sockets: Sockets,
+}
+
+impl Host {
+    /// The machines of `hypervisor`, what is beside them by `paths`.
+    #[must_use]
+    pub fn new(hypervisor: Arc<dyn Hypervisor>, paths: Arc<dyn Paths>) -> Self {
+        Self { hypervisor, disks: Disks::new(paths.clone()), sockets: Sockets::new(paths, None) }
+    }
+
+    /// Makes the directories of overlays and sockets, with the modes that they need: QEMU's user must be able to pass
+    /// the first, nobody but us the second.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn prepare(&self, overlay_dir: &Path, socket_dir: &Path) -> io::Result<()> {
+        self.disks.prepare(overlay_dir).await?;
+        self.sockets.prepare(socket_dir).await
+    }
 }

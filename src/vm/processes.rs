@@ -13,13 +13,12 @@
 //! The program is given its description as standard input, and the paths of channel and console, which it binds, as
 //! QEMU does. The description carries a lock that the process inherits before it begins, so the lock is the machine:
 //! it is there from the fork to the last moment of the process, whoever started it and whatever became of that one.
-//! A description without a lock is what a start or a machine left behind; who finds it removes it. Overlays, sockets
-//! and doors are those of the real hypervisor: its code is used.
+//! A description without a lock is what a start or a machine left behind; who finds it removes it. Overlays and sockets
+//! are the real ones.
 
 use super::libvirt::{Config, Libvirt};
-use super::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
-};
+use super::paths::RealPaths;
+use super::{DoorListener, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary};
 use crate::BoxFuture;
 use crate::failpoint::{self, Point};
 use crate::files::plain;
@@ -50,8 +49,8 @@ pub struct Processes {
     directory: PathBuf,
     /// Held while a description is looked at or made: a look takes its lock for a moment. Never across an await.
     looking: Arc<Mutex<()>>,
-    /// For all that is no machine.
-    host: Libvirt,
+    /// For doors.
+    libvirt: Libvirt,
 }
 
 /// First line of a description.
@@ -73,7 +72,13 @@ impl Processes {
     #[must_use]
     pub fn of(config: &Config) -> Option<Self> {
         let directory = config.uri.strip_prefix("processes://")?;
-        Some(Self { directory: directory.into(), looking: Arc::default(), host: Libvirt::new(config) })
+        Some(Self { directory: directory.into(), looking: Arc::default(), libvirt: Libvirt::new(config) })
+    }
+
+    /// The host whose machines these are.
+    #[must_use]
+    pub fn host(self) -> Host {
+        Host::new(Arc::new(self), Arc::new(RealPaths::default()))
     }
 
     fn description(&self, name: &VmName) -> PathBuf {
@@ -146,27 +151,6 @@ impl Hypervisor for Processes {
         })
     }
 
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        self.host.prepare(overlay_dir, socket_dir)
-    }
-
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        self.host.create_overlay(overlay, base, disk_gib)
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        self.host.remove_overlay(overlay)
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        self.host.list_overlays(dir)
-    }
-
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         const WHAT: &str = "start VM";
         Box::pin(async move {
@@ -233,20 +217,8 @@ impl Hypervisor for Processes {
         }))
     }
 
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.host.open_channel(socket_dir, id)
-    }
-
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.host.open_console(socket_dir, id)
-    }
-
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        self.host.remove_sockets(socket_dir, id)
-    }
-
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        self.host.listen(address)
+        self.libvirt.listen(address)
     }
 }
 

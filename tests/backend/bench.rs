@@ -5,7 +5,9 @@ use dayfly::rng::Rng;
 use dayfly::vm::fake::{FakeHypervisor, Timing};
 use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
 use dayfly::vm::proof::sector::LINE;
-use dayfly::vm::{Accel, Attachment, Boot, Ending, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState};
+use dayfly::vm::{
+    Accel, Attachment, Boot, Ending, Host, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState,
+};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -23,6 +25,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 const GLANCE: Duration = Duration::from_millis(50);
 
 pub(crate) struct Bench {
+    pub(crate) host: Host,
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) installation: InstallationId,
     pub(crate) rng: Rng,
@@ -30,7 +33,7 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
-    fn new(hypervisor: Arc<dyn Hypervisor>) -> Self {
+    fn new(host: Host) -> Self {
         let parent = std::env::var_os("DAYFLY_TEST_DIRECTORY").map_or_else(std::env::temp_dir, PathBuf::from);
         let dir = tempfile::Builder::new().prefix("df").tempdir_in(parent).unwrap();
         let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
@@ -43,7 +46,7 @@ impl Bench {
         std::fs::write(dir.path().join("base.qcow2"), sector::disk()).unwrap();
         mode(&dir.path().join("base.qcow2"), 0o644);
         let rng = Rng::system();
-        Self { hypervisor, installation: VmId::random(&rng), rng, dir }
+        Self { hypervisor: host.hypervisor.clone(), host, installation: VmId::random(&rng), rng, dir }
     }
 
     /// The fake, its guests doing what the boot sector does.
@@ -51,13 +54,13 @@ impl Bench {
         let fake = FakeHypervisor::new();
         fake.set_timing(Timing { boot: Duration::from_secs(1), ..Timing::default() });
         fake.set_guest(sector::script);
-        Self::new(Arc::new(fake))
+        Self::new(fake.host())
     }
 
     /// libvirt's test driver.
     pub(crate) fn test_driver() -> Self {
         let config = Config { uri: "test:///default".into(), accel: AccelChoice::Tcg };
-        Self::new(Arc::new(Libvirt::new(&config).with_domain_type("test")))
+        Self::new(Libvirt::new(&config).with_domain_type("test").host())
     }
 
     /// The libvirtd of the environment; `None` (and a line that says so) without one.
@@ -66,7 +69,7 @@ impl Bench {
             skipped(test, "DAYFLY_TEST_LIBVIRT_URI is not set");
             return None;
         };
-        Some(Self::new(Arc::new(Libvirt::new(&Config { uri, accel: AccelChoice::Tcg }))))
+        Some(Self::new(Libvirt::new(&Config { uri, accel: AccelChoice::Tcg }).host()))
     }
 
     pub(crate) fn disks(&self) -> PathBuf {
@@ -106,7 +109,7 @@ impl Bench {
     /// Makes the overlay of a machine and starts it.
     pub(crate) async fn started(&self) -> (VmSpec, VmName) {
         let spec = self.spec();
-        self.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+        self.host.disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
         self.hypervisor.start(&spec).await.unwrap();
         let name = spec.id.clone().into();
         (spec, name)
@@ -115,16 +118,16 @@ impl Bench {
     /// Destroys it and removes all that is its.
     pub(crate) async fn end(&self, spec: &VmSpec) {
         self.hypervisor.destroy(&spec.id.clone().into()).await.unwrap();
-        self.hypervisor.remove_overlay(&spec.overlay).await.unwrap();
-        self.hypervisor.remove_sockets(&spec.socket_dir, &spec.id).await.unwrap();
+        self.host.disks.remove(&spec.overlay).await.unwrap();
+        self.host.sockets.remove(&spec.socket_dir, &spec.id).await.unwrap();
     }
 
     pub(crate) async fn channel(&self, spec: &VmSpec) -> Box<dyn Stream> {
-        self.hypervisor.open_channel(&spec.socket_dir, &spec.id).await.unwrap()
+        self.host.sockets.channel(&spec.socket_dir, &spec.id).await.unwrap()
     }
 
     pub(crate) async fn console(&self, spec: &VmSpec) -> Box<dyn Stream> {
-        self.hypervisor.open_console(&spec.socket_dir, &spec.id).await.unwrap()
+        self.host.sockets.console(&spec.socket_dir, &spec.id).await.unwrap()
     }
 
     pub(crate) async fn listed(&self) -> Vec<VmName> {

@@ -159,7 +159,7 @@ async fn the_vms_of_another_installation_are_left_alone(bench: &Bench) {
     let (ours, name) = bench.started().await;
     let mut theirs = bench.spec();
     theirs.installation = VmId::random(&bench.rng);
-    bench.hypervisor.create_overlay(&theirs.overlay, &theirs.base, 1).await.unwrap();
+    bench.host.disks.create(&theirs.overlay, &theirs.base, 1).await.unwrap();
     bench.hypervisor.start(&theirs).await.unwrap();
     assert_eq!(bench.listed().await, [name]);
     let mut same_id = theirs.clone();
@@ -180,11 +180,11 @@ async fn a_new_daemon_finds_channel_and_console_again(bench: &Bench) {
         await_line(&mut console).await;
     }
     let nowhere = bench.disks();
-    let error = bench.hypervisor.open_channel(&nowhere, &spec.id).await.err().expect("no socket lies there");
+    let error = bench.host.sockets.channel(&nowhere, &spec.id).await.err().expect("no socket lies there");
     assert_eq!(error.kind(), ErrorKind::NotFound);
     bench.end(&spec).await;
-    assert!(bench.hypervisor.open_channel(&spec.socket_dir, &spec.id).await.is_err());
-    assert!(bench.hypervisor.open_console(&spec.socket_dir, &spec.id).await.is_err());
+    assert!(bench.host.sockets.channel(&spec.socket_dir, &spec.id).await.is_err());
+    assert!(bench.host.sockets.console(&spec.socket_dir, &spec.id).await.is_err());
     bench.assert_clean().await;
 }
 
@@ -193,16 +193,16 @@ async fn overlays_are_listed_by_their_names(bench: &Bench) {
     overlays.sort();
     let foreign = bench.disks().join("df-somebody-elses.qcow2");
     for overlay in overlays.iter().chain([&foreign]) {
-        bench.hypervisor.create_overlay(overlay, &bench.base(), 1).await.unwrap();
+        bench.host.disks.create(overlay, &bench.base(), 1).await.unwrap();
     }
-    assert_eq!(bench.hypervisor.list_overlays(&bench.disks()).await.unwrap(), overlays);
+    assert_eq!(bench.host.disks.list(&bench.disks()).await.unwrap(), overlays);
     assert_eq!(
-        bench.hypervisor.list_overlays(&bench.disks().join("nowhere")).await.unwrap(),
+        bench.host.disks.list(&bench.disks().join("nowhere")).await.unwrap(),
         [""; 0].map(std::path::PathBuf::from)
     );
     for overlay in overlays.iter().chain([&foreign]) {
-        bench.hypervisor.remove_overlay(overlay).await.unwrap();
-        bench.hypervisor.remove_overlay(overlay).await.expect("gone counts as removed");
+        bench.host.disks.remove(overlay).await.unwrap();
+        bench.host.disks.remove(overlay).await.expect("gone counts as removed");
     }
     bench.assert_clean().await;
 }

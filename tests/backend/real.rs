@@ -134,7 +134,7 @@ async fn a_socket_path_that_linux_cannot_hold_is_refused_in_words() {
     let error = bench.hypervisor.start(&spec).await.unwrap_err();
     let cause = std::error::Error::source(&error).unwrap().to_string();
     assert!(cause.contains("of 107 that Linux allows: choose a shorter runtime directory"), "{cause}");
-    let error = bench.hypervisor.open_channel(&spec.socket_dir, &spec.id).await.err().unwrap();
+    let error = bench.host.sockets.channel(&spec.socket_dir, &spec.id).await.err().unwrap();
     assert!(error.to_string().contains("107"), "{error}");
 }
 
@@ -163,11 +163,11 @@ async fn a_vm_runs_in_the_directories_that_were_prepared() {
     let Some(bench) = Bench::real("a_vm_runs_in_the_directories_that_were_prepared") else { return };
     let (disks, sockets) = (bench.disks().join("above/overlays"), bench.sockets().join("made"));
     for _ in 0..2 {
-        bench.hypervisor.prepare(&disks, &sockets).await.unwrap();
+        bench.host.prepare(&disks, &sockets).await.unwrap();
     }
     let mut spec = bench.spec();
     (spec.overlay, spec.socket_dir) = (disks.join(format!("df-{}.qcow2", spec.id)), sockets.clone());
-    bench.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+    bench.host.disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
     bench.hypervisor.start(&spec).await.unwrap();
     await_line(&mut bench.console(&spec).await).await;
     bench.end(&spec).await;
@@ -182,7 +182,7 @@ async fn a_guest_under_tcg_proves_itself() {
     let Some(bench) = Bench::real("a_guest_under_tcg_proves_itself") else { return };
     let (disks, sockets) = (bench.disks(), bench.sockets());
     let places = Places { disks: &disks, sockets: &sockets };
-    prove(&*bench.hypervisor, Accel::Tcg, &Subject::Sector, places, &bench.installation, &bench.rng).await.unwrap();
+    prove(&bench.host, Accel::Tcg, &Subject::Sector, places, &bench.installation, &bench.rng).await.unwrap();
     bench.assert_clean().await;
 }
 
@@ -194,7 +194,7 @@ async fn kvm_is_proven_or_refuted_in_time_and_leaves_nothing() {
     let places = Places { disks: &disks, sockets: &sockets };
     let offered = bench.hypervisor.probe().await.unwrap().kvm_offered;
     let since = Instant::now();
-    let proof = prove_kvm(&*bench.hypervisor, &Subject::Sector, places, &bench.installation, &bench.rng).await;
+    let proof = prove_kvm(&bench.host, &Subject::Sector, places, &bench.installation, &bench.rng).await;
     let verdict = match &proof {
         Ok(proof) => format!("a guest spoke after {:?}", proof.took),
         Err(error) => chain(error),

@@ -360,7 +360,7 @@ async fn orphans_of_ours_are_reaped_and_foreign_machines_are_not_touched() {
     foreign.overlay = "/elsewhere/df-bbbbbbbbbbbbbbbb.qcow2".into();
     let overlay_only = spec("cccccccccccccccc", ours);
     for spec in [&orphan, &foreign, &overlay_only] {
-        world.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+        world.hypervisor.host().disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
     }
     for spec in [&orphan, &foreign] {
         world.hypervisor.start(spec).await.unwrap();
@@ -370,8 +370,8 @@ async fn orphans_of_ours_are_reaped_and_foreign_machines_are_not_touched() {
     assert_eq!(left, [foreign.id.clone()]);
     assert_eq!(world.hypervisor.overlays().into_keys().collect::<Vec<_>>(), [foreign.overlay.clone()]);
     world.hypervisor.destroy(&foreign.id.clone().into()).await.unwrap();
-    world.hypervisor.remove_overlay(&foreign.overlay).await.unwrap();
-    world.hypervisor.remove_sockets(&foreign.socket_dir, &foreign.id).await.unwrap();
+    world.hypervisor.host().disks.remove(&foreign.overlay).await.unwrap();
+    world.hypervisor.host().sockets.remove(&foreign.socket_dir, &foreign.id).await.unwrap();
     world.assert_clean().await;
 }
 

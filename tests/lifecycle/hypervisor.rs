@@ -434,7 +434,7 @@ fn a_name_that_is_taken_is_not_fought_over() {
                     overlay: "/elsewhere/disk.qcow2".into(),
                     ..foreign_spec(id)
                 };
-                world.hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+                world.hypervisor.host().disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
                 world.hypervisor.start(&spec).await.unwrap();
                 foreign = Some(spec);
             }
@@ -452,8 +452,8 @@ fn a_name_that_is_taken_is_not_fought_over() {
                     assert_eq!((left.len(), left[0].0.id == foreign.id), (1, true), "theirs is untouched");
                     assert_eq!(left[0].1, VmState::Running);
                     world.hypervisor.destroy(&foreign.id.clone().into()).await.unwrap();
-                    world.hypervisor.remove_overlay(&foreign.overlay).await.unwrap();
-                    world.hypervisor.remove_sockets(&foreign.socket_dir, &foreign.id).await.unwrap();
+                    world.hypervisor.host().disks.remove(&foreign.overlay).await.unwrap();
+                    world.hypervisor.host().sockets.remove(&foreign.socket_dir, &foreign.id).await.unwrap();
                 }
             }
             world.assert_clean().await;

@@ -7,14 +7,10 @@ use dayfly::image::store::{Image, ImageStore};
 use dayfly::rng::Rng;
 use dayfly::standin::JobState;
 use dayfly::vm::fake::FakeHypervisor;
-use dayfly::vm::libvirt::{Config, Libvirt};
-use dayfly::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
-    domain_xml, proof,
-};
+use dayfly::vm::paths::{Paths, RealPaths};
+use dayfly::vm::{Stream, VmError, VmId, VmName, domain_xml, proof};
 use std::collections::BTreeSet;
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -30,25 +26,25 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> 
     tokio::task::spawn_blocking(work).await.unwrap()
 }
 
-/// libvirt's disks; nothing is ever connected to.
-fn block_on<T>(work: impl AsyncFnOnce(Libvirt) -> T) -> T {
+/// The product's own disks.
+fn block_on<T>(work: impl AsyncFnOnce(RealPaths) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(work(Libvirt::new(&Config::default())))
+    runtime.block_on(work(RealPaths::default()))
 }
 
-impl Hypervisor for RealDisks {
-    fn create_overlay<'a>(
+impl Paths for RealDisks {
+    fn make_overlay<'a>(
         &'a self,
         overlay: &'a Path,
         base: &'a Path,
         disk_gib: u64,
     ) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(async move {
-            self.fake.create_overlay(overlay, base, disk_gib).await?;
+            self.fake.make_overlay(overlay, base, disk_gib).await?;
             self.made.lock().unwrap().push(overlay.to_owned());
             let (file, base) = (overlay.to_owned(), base.to_owned());
             aside(move || {
-                block_on(async |disks| disks.create_overlay(&file, &base, disk_gib).await)?;
+                block_on(async |disks| disks.make_overlay(&file, &base, disk_gib).await)?;
                 // What its guest does to it: the first sector, which the base has too.
                 let wrote = std::process::Command::new("qemu-io")
                     .args(["-f", "qcow2", "-c", "write -q -P 0x41 0 512"])
@@ -62,56 +58,32 @@ impl Hypervisor for RealDisks {
         })
     }
 
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
+    fn unlink<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         Box::pin(async move {
             let file = overlay.to_owned();
-            aside(move || block_on(async |disks| disks.remove_overlay(&file).await)).await?;
-            self.fake.remove_overlay(overlay).await
+            aside(move || block_on(async |disks| disks.unlink(&file).await)).await?;
+            self.fake.unlink(overlay).await
         })
     }
 
-    fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>> {
-        self.fake.probe()
+    fn make_passable<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move { std::fs::create_dir_all(dir) })
     }
 
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, _: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(async move { std::fs::create_dir_all(overlay_dir) })
+    fn make_private<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.fake.make_private(dir)
     }
 
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        self.fake.list_overlays(dir)
+    fn unlink_all_of<'a>(&'a self, dir: &'a Path, vm: &'a VmName) -> BoxFuture<'a, io::Result<()>> {
+        self.fake.unlink_all_of(dir, vm)
     }
 
-    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
-        self.fake.start(spec)
+    fn names<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<Vec<String>>> {
+        self.fake.names(dir)
     }
 
-    fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
-        self.fake.state(name)
-    }
-
-    fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
-        self.fake.destroy(name)
-    }
-
-    fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
-        self.fake.list(installation)
-    }
-
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.fake.open_channel(socket_dir, id)
-    }
-
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.fake.open_console(socket_dir, id)
-    }
-
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        self.fake.remove_sockets(socket_dir, id)
-    }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        self.fake.listen(address)
+    fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        self.fake.open_socket(socket)
     }
 }
 
@@ -132,7 +104,7 @@ async fn two_hundred_jobs_leave_their_base_image_as_it_was() {
     world.images = ImageStore::fixed(Image { disk: base.clone(), ..Image::of_no_disk() });
     let made: Arc<Mutex<Vec<PathBuf>>> = Arc::default();
     let makes = made.clone();
-    world.before_hypervisor = Some(Arc::new(move |fake| Arc::new(RealDisks { fake, made: makes.clone() })));
+    world.before_paths = Some(Arc::new(move |fake| Arc::new(RealDisks { fake, made: makes.clone() })));
     let jobs: Vec<_> = (0..200).map(|_| world.job(&["print hello"])).collect();
     world.start().await.unwrap();
     for job in jobs {

@@ -10,13 +10,14 @@ use dayfly::BoxFuture;
 use dayfly::files::{Entry, Files};
 use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
+use dayfly::vm::paths::Paths;
 use dayfly::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use std::future::{pending, poll_fn};
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::{Context, Poll};
@@ -172,8 +173,9 @@ impl Life {
         Arc::new(MortalFiles { life: self.clone(), files })
     }
 
-    pub fn hypervisor(&self, hypervisor: Arc<dyn Hypervisor>) -> Arc<dyn Hypervisor> {
-        Arc::new(MortalHypervisor { life: self.clone(), hypervisor })
+    pub fn host(&self, hypervisor: Arc<dyn Hypervisor>, paths: Arc<dyn Paths>) -> Host {
+        let hypervisor = MortalHypervisor { life: self.clone(), hypervisor };
+        Host::new(Arc::new(hypervisor), Arc::new(MortalPaths { life: self.clone(), paths }))
     }
 
     pub fn transport(&self, opener: Arc<dyn OpenTransport>) -> Arc<dyn OpenTransport> {
@@ -322,27 +324,6 @@ impl Hypervisor for MortalHypervisor {
         self.call(async move { self.hypervisor.probe().await })
     }
 
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        self.call(async move { self.hypervisor.prepare(overlay_dir, socket_dir).await })
-    }
-
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        self.call(async move { self.hypervisor.create_overlay(overlay, base, disk_gib).await })
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        self.call(async move { self.hypervisor.remove_overlay(overlay).await })
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        self.call(async move { self.hypervisor.list_overlays(dir).await })
-    }
-
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         self.life.spy("what a machine is started from", format!("{spec:?}").as_bytes());
         if let Ok(xml) = dayfly::vm::domain_xml::write(spec, None) {
@@ -363,24 +344,58 @@ impl Hypervisor for MortalHypervisor {
         self.call(async move { self.hypervisor.list(installation).await })
     }
 
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.call(async move { Ok(self.life.stream(self.hypervisor.open_channel(socket_dir, id).await?)) })
-    }
-
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.call(async move { Ok(self.life.stream(self.hypervisor.open_console(socket_dir, id).await?)) })
-    }
-
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        self.call(async move { self.hypervisor.remove_sockets(socket_dir, id).await })
-    }
-
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
         self.call(async move {
             let slot = Arc::new(Mutex::new(Some(self.hypervisor.listen(address).await?)));
             self.life.hold(Held::Door(Arc::downgrade(&slot)));
             Ok(Box::new(MortalDoor { life: self.life.clone(), slot }) as Box<dyn DoorListener>)
         })
+    }
+}
+
+struct MortalPaths {
+    life: Life,
+    paths: Arc<dyn Paths>,
+}
+
+impl MortalPaths {
+    fn call<'a, T: Send + 'a>(&'a self, call: impl Future<Output = T> + Send + 'a) -> BoxFuture<'a, T> {
+        Box::pin(self.life.call(Seam::Hypervisor, call))
+    }
+}
+
+impl Paths for MortalPaths {
+    fn make_passable<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call(async move { self.paths.make_passable(dir).await })
+    }
+
+    fn make_private<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call(async move { self.paths.make_private(dir).await })
+    }
+
+    fn make_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
+        self.call(async move { self.paths.make_overlay(overlay, base, disk_gib).await })
+    }
+
+    fn unlink<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.call(async move { self.paths.unlink(path).await })
+    }
+
+    fn unlink_all_of<'a>(&'a self, dir: &'a Path, vm: &'a VmName) -> BoxFuture<'a, io::Result<()>> {
+        self.call(async move { self.paths.unlink_all_of(dir, vm).await })
+    }
+
+    fn names<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<Vec<String>>> {
+        self.call(async move { self.paths.names(dir).await })
+    }
+
+    fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        self.call(async move { Ok(self.life.stream(self.paths.open_socket(socket).await?)) })
     }
 }
 

@@ -20,8 +20,8 @@ use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::standin::{Job, JobSpec, JobState, ProjectId, Recorded, Route, Standin};
 use dayfly::status::StatusReport;
-use dayfly::vm::Hypervisor;
 use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly::vm::paths::Paths;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -62,8 +62,8 @@ pub struct World {
     pub look: Option<Look>,
     /// The way to GitLab in place of the stand-ins', from the next start on.
     pub transport: Option<Arc<dyn OpenTransport>>,
-    /// What stands before the hypervisor, from the next start on.
-    pub before_hypervisor: Option<Before>,
+    /// What stands before the hypervisor's disks and sockets, from the next start on.
+    pub before_paths: Option<Before>,
     gitlabs: Gitlabs,
     /// Looks at all that leaves the daemon.
     pub spy: Spy,
@@ -82,8 +82,8 @@ struct Running {
     life: Life,
 }
 
-/// Makes the hypervisor that daemons see of the world's.
-pub type Before = Arc<dyn Fn(FakeHypervisor) -> Arc<dyn Hypervisor> + Send + Sync>;
+/// Makes the disks and sockets that daemons see of the world's.
+pub type Before = Arc<dyn Fn(FakeHypervisor) -> Arc<dyn Paths> + Send + Sync>;
 
 /// The GitLabs of this world, by URL.
 #[derive(Clone, Default)]
@@ -149,7 +149,7 @@ impl World {
             memory,
             look: None,
             transport: None,
-            before_hypervisor: None,
+            before_paths: None,
             expected: USUAL_TROUBLE.to_vec(),
             tokens,
             daemon: None,
@@ -228,13 +228,13 @@ impl World {
 
     fn living(&self, life: &Life) -> Backends {
         let hypervisor = self.hypervisor.clone();
-        let hypervisor: Arc<dyn Hypervisor> = match &self.before_hypervisor {
-            Some(before) => before(hypervisor),
-            None => Arc::new(hypervisor),
+        let paths: Arc<dyn Paths> = match &self.before_paths {
+            Some(before) => before(hypervisor.clone()),
+            None => Arc::new(hypervisor.clone()),
         };
         let transport = self.transport.clone().unwrap_or_else(|| Arc::new(self.gitlabs.clone()));
         Backends {
-            hypervisor: life.hypervisor(hypervisor),
+            host: life.host(Arc::new(hypervisor), paths),
             transport: life.transport(transport),
             files: life.files(Arc::new(self.files.clone())),
             clock: self.clock.clone(),

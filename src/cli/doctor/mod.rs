@@ -16,7 +16,7 @@ use crate::rng::Rng;
 use crate::telemetry::{chain, printable};
 use crate::vm::libvirt::AccelChoice;
 use crate::vm::proof::{Places, Subject, prove};
-use crate::vm::{Accel, Hypervisor, VmId};
+use crate::vm::{self, Accel, VmId};
 use host::Host;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
@@ -86,7 +86,7 @@ pub(super) async fn doctor(config: &Path) -> anyhow::Result<ExitCode> {
     for runner in &loaded.config.runner {
         findings.extend(gitlab(&loaded.config, runner, &backends).await);
     }
-    findings.extend(machines(&loaded.config, backends.hypervisor.as_ref(), &backends.rng).await?);
+    findings.extend(machines(&loaded.config, &backends.host, &backends.rng).await?);
     for finding in &findings {
         writeln!(io::stdout(), "{finding}")?;
     }
@@ -244,9 +244,9 @@ fn images(config: &Config, store: &ImageStore) -> Vec<Finding> {
 }
 
 /// libvirt, and a guest that has to say something.
-async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> anyhow::Result<Vec<Finding>> {
+async fn machines(config: &Config, host: &vm::Host, rng: &Rng) -> anyhow::Result<Vec<Finding>> {
     let uri = &config.hypervisor.uri;
-    let info = match hypervisor.probe().await {
+    let info = match host.hypervisor.probe().await {
         Ok(info) => info,
         Err(error) => {
             let remedy =
@@ -275,7 +275,7 @@ async fn machines(config: &Config, hypervisor: &dyn Hypervisor, rng: &Rng) -> an
     let store = ImageStore::new(&config.image_directory);
     let image = config.class.iter().find_map(|class| store.get(&class.image).ok());
     let subject = image.as_ref().map_or(Subject::Sector, Image::proof);
-    findings.push(match prove(hypervisor, accel, &subject, places, &VmId::random(rng), rng).await {
+    findings.push(match prove(host, accel, &subject, places, &VmId::random(rng), rng).await {
         Ok(proof) => Finding::ok(format!("{name} runs guests: {} spoke after {} ms", proof.what, proof.took.as_millis())),
         Err(error) => {
             let remedy = "KVM must be the hardware's own (kvm_intel or kvm_amd; nested, if the cloud offers it); see libvirt's log of the VM below /var/log/libvirt/qemu. For a trial: hypervisor.accel = \"tcg\", slow and without isolation";
@@ -346,7 +346,7 @@ mod tests {
     async fn a_libvirt_that_does_not_answer_is_bad() {
         let fake = FakeHypervisor::new();
         fake.set_reachable(false);
-        let findings = machines(&example(), &fake, &Rng::seeded(1)).await.unwrap();
+        let findings = machines(&example(), &fake.host(), &Rng::seeded(1)).await.unwrap();
         assert_eq!(levels(&findings), [Level::Bad]);
         assert!(findings[0].remedy.contains("virsh -c qemu:///session list"), "{findings:?}");
     }
@@ -355,11 +355,11 @@ mod tests {
     async fn kvm_that_is_not_offered_or_does_not_start_is_bad() {
         let fake = FakeHypervisor::new();
         fake.set_host(HostInfo { version: "fake".into(), cpus: 1, memory_mib: 1024, kvm_offered: false });
-        let findings = machines(&example(), &fake, &Rng::seeded(1)).await.unwrap();
+        let findings = machines(&example(), &fake.host(), &Rng::seeded(1)).await.unwrap();
         assert_eq!(levels(&findings), [Level::Ok, Level::Bad]);
         let fake = FakeHypervisor::new();
         fake.fail_always(Op::Start, Fault::Refused("no"));
-        let findings = machines(&example(), &fake, &Rng::seeded(1)).await.unwrap();
+        let findings = machines(&example(), &fake.host(), &Rng::seeded(1)).await.unwrap();
         assert_eq!(levels(&findings), [Level::Ok, Level::Bad]);
         assert!(findings[1].what.starts_with("KVM is not proven: "), "{findings:?}");
     }

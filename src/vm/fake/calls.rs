@@ -1,4 +1,4 @@
-//! The fake as a [`Hypervisor`]: how calls count, take their time, fail and take effect.
+//! The fake as a [`Hypervisor`], and as the [`Paths`] beside it: how calls count, take their time, fail and take effect.
 
 use super::faults::{Fault, Op};
 use super::guest::{Control, Controlled, Doors, GuestMachine, Power};
@@ -6,13 +6,14 @@ use super::wire::Wire;
 use super::{DOOR_BACKLOG, FakeHypervisor, Machine, Overlay, World};
 use crate::BoxFuture;
 use crate::planted::{self, Bug};
+use crate::vm::paths::Paths;
 use crate::vm::{
-    DoorListener, Ending, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState,
+    DoorListener, Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState,
     VmSummary,
 };
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::DuplexStream;
@@ -21,6 +22,12 @@ use tokio::time::{Instant, sleep, timeout};
 
 /// How calls run.
 impl FakeHypervisor {
+    /// The host of this world.
+    #[must_use]
+    pub fn host(&self) -> Host {
+        Host::new(Arc::new(self.clone()), Arc::new(self.clone()))
+    }
+
     /// Counts and notes a call; its number in the history, and its fault.
     fn begin(&self, op: Op, subject: &str) -> (usize, Option<Fault>) {
         let mut world = self.world();
@@ -178,38 +185,6 @@ impl Hypervisor for FakeHypervisor {
         Box::pin(self.look(Op::Probe, "host".into(), |world| world.host.clone()))
     }
 
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        let (path, made) = (overlay.to_owned(), Overlay { base: base.to_owned(), disk_gib });
-        Box::pin(self.change(Op::CreateOverlay, overlay.display().to_string(), move |fake| {
-            let mut world = fake.world();
-            world.note(None, &path.display().to_string(), "overlay made");
-            world.overlays.insert(path, made);
-            Ok(())
-        }))
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        let path = overlay.to_owned();
-        Box::pin(self.change(Op::RemoveOverlay, overlay.display().to_string(), move |fake| {
-            let mut world = fake.world();
-            if world.overlays.remove(&path).is_some() {
-                world.note(None, &path.display().to_string(), "overlay removed");
-            }
-            Ok(())
-        }))
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        Box::pin(self.look(Op::ListOverlays, dir.display().to_string(), move |world| {
-            world.overlays.keys().filter(|path| path.parent() == Some(dir) && is_overlay(path)).cloned().collect()
-        }))
-    }
-
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         let (name, spec) = (VmName::from(spec.id.clone()), spec.clone());
         Box::pin(self.change(Op::Start, name.to_string(), move |fake| {
@@ -250,39 +225,6 @@ impl Hypervisor for FakeHypervisor {
         }))
     }
 
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        Box::pin(async move {
-            let name = VmName::from(id.clone());
-            let end = self.wire(Op::OpenChannel, &name.to_string(), |world| {
-                machine(world, socket_dir, &name)?.channel.connect()
-            })?;
-            Ok(Box::new(end) as Box<dyn Stream>)
-        })
-    }
-
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        Box::pin(async move {
-            let name = VmName::from(id.clone());
-            let end = self.wire(Op::OpenConsole, &name.to_string(), |world| {
-                machine(world, socket_dir, &name)?.console.connect()
-            })?;
-            Ok(Box::new(end) as Box<dyn Stream>)
-        })
-    }
-
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(async move {
-            self.wire(Op::RemoveSockets, &VmName::from(id.clone()).to_string(), |world| {
-                world.sockets.remove(&(socket_dir.to_owned(), id.clone()));
-                Ok(())
-            })
-        })
-    }
-
-    fn prepare<'a>(&'a self, _: &'a Path, _: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
         Box::pin(async move {
             self.wire(Op::Listen, &address.to_string(), |world| {
@@ -297,6 +239,72 @@ impl Hypervisor for FakeHypervisor {
     }
 }
 
+/// Disks and sockets of this world. Directories are there.
+impl Paths for FakeHypervisor {
+    fn make_passable<'a>(&'a self, _: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn make_private<'a>(&'a self, _: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn make_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
+        let (path, made) = (overlay.to_owned(), Overlay { base: base.to_owned(), disk_gib });
+        Box::pin(self.change(Op::CreateOverlay, overlay.display().to_string(), move |fake| {
+            let mut world = fake.world();
+            world.note(None, &path.display().to_string(), "overlay made");
+            world.overlays.insert(path, made);
+            Ok(())
+        }))
+    }
+
+    fn unlink<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        let gone = path.to_owned();
+        let removed = self.change(Op::RemoveOverlay, path.display().to_string(), move |fake| {
+            let mut world = fake.world();
+            if world.overlays.remove(&gone).is_some() {
+                world.note(None, &gone.display().to_string(), "overlay removed");
+            }
+            Ok(())
+        });
+        Box::pin(async move { removed.await.map_err(io::Error::other) })
+    }
+
+    fn unlink_all_of<'a>(&'a self, dir: &'a Path, vm: &'a VmName) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            self.wire(Op::RemoveSockets, &vm.to_string(), |world| {
+                world.sockets.remove(&(dir.to_owned(), vm.id().clone()));
+                Ok(())
+            })
+        })
+    }
+
+    fn names<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<Vec<String>>> {
+        let looked = self.look(Op::ListOverlays, dir.display().to_string(), move |world| {
+            let in_dir = world.overlays.keys().filter(|path| path.parent() == Some(dir));
+            in_dir.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
+        });
+        Box::pin(async move { looked.await.map_err(io::Error::other) })
+    }
+
+    fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        Box::pin(async move {
+            let (op, name) = Op::of_socket(socket).ok_or(io::ErrorKind::NotFound)?;
+            let end = self.wire(op, &name.to_string(), |world| {
+                let machine = machine(world, socket.parent().unwrap_or(Path::new("")), &name)?;
+                if op == Op::OpenChannel { machine.channel.connect() } else { machine.console.connect() }
+            })?;
+            Ok(Box::new(end) as Box<dyn Stream>)
+        })
+    }
+}
+
 /// The VM behind a socket, if the socket lies where it is looked for.
 fn machine<'w>(world: &'w World, socket_dir: &Path, name: &VmName) -> io::Result<&'w Machine> {
     match world.vms.get(name) {
@@ -306,12 +314,6 @@ fn machine<'w>(world: &'w World, socket_dir: &Path, name: &VmName) -> io::Result
         Some(machine) => Ok(machine),
         None => Err(io::ErrorKind::ConnectionRefused.into()),
     }
-}
-
-/// Whether a path is named as overlays are.
-fn is_overlay(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".qcow2"));
-    name.is_some_and(|name| VmName::parse(name).is_some())
 }
 
 struct FakeDoor {

@@ -1,12 +1,14 @@
 //! What goes wrong in the fake, and when: asked once per call, before it has any effect.
 
+use crate::vm::VmName;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
-/// A call of the [`Hypervisor`](crate::vm::Hypervisor) trait.
+/// A call of [`Hypervisor`](crate::vm::Hypervisor), or of the [`Paths`](crate::vm::paths::Paths) beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "the trait documents its calls")]
+#[expect(missing_docs, reason = "the traits document their calls")]
 pub enum Op {
     Probe,
     CreateOverlay,
@@ -38,6 +40,17 @@ impl Op {
         Self::RemoveSockets,
         Self::Listen,
     ];
+
+    /// What a connection to this socket is, and of which VM.
+    #[must_use]
+    pub fn of_socket(socket: &Path) -> Option<(Self, VmName)> {
+        let op = match socket.extension()?.to_str()? {
+            "guest" => Self::OpenChannel,
+            "con" => Self::OpenConsole,
+            _ => return None,
+        };
+        Some((op, VmName::parse(socket.file_stem()?.to_str()?)?))
+    }
 
     /// The trait's deadline for it.
     #[must_use]

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::rng::Rng;
+use crate::vm::paths::Paths as _;
 use crate::vm::{Accel, Attachment, Boot, Hypervisor as _, VmError, VmSummary};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
@@ -29,7 +30,7 @@ const B: &str = "bbbbbbbbbbbbbbbb";
 
 async fn started(fake: &FakeHypervisor, id: &str) -> (VmSpec, VmName) {
     let spec = spec(id);
-    fake.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+    fake.make_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
     fake.start(&spec).await.unwrap();
     let name = spec.id.clone().into();
     (spec, name)
@@ -50,7 +51,7 @@ async fn things_take_the_time_they_are_given() {
     fake.set_guest(echo);
     fake.set_timing(Timing { boot: Duration::from_secs(20), destroy: Duration::from_secs(3), ..Timing::default() });
     let (spec, name) = started(&fake, A).await;
-    let mut console = fake.open_console(&spec.socket_dir, &spec.id).await.unwrap();
+    let mut console = fake.host().sockets.console(&spec.socket_dir, &spec.id).await.unwrap();
     let since = Instant::now();
     console.read_exact(&mut [0; 6]).await.unwrap();
     assert_eq!(since.elapsed().as_secs(), 20);
@@ -58,8 +59,8 @@ async fn things_take_the_time_they_are_given() {
     assert_eq!(since.elapsed().as_secs(), 23);
     assert_eq!(console.read(&mut [0; 8]).await.unwrap(), 0, "end of stream tells the VM's end");
     assert_eq!(fake.counts(), Counts { overlays: 1, sockets: 1, ..Counts::default() });
-    fake.remove_overlay(&spec.overlay).await.unwrap();
-    fake.remove_sockets(&spec.socket_dir, &spec.id).await.unwrap();
+    fake.unlink(&spec.overlay).await.unwrap();
+    fake.host().sockets.remove(&spec.socket_dir, &spec.id).await.unwrap();
     assert!(fake.counts().is_clean());
 }
 
@@ -68,14 +69,14 @@ async fn a_daemon_that_dies_in_a_call_leaves_its_effect_behind() {
     let fake = FakeHypervisor::new();
     fake.set_guest(echo);
     let spec = spec(A);
-    fake.create_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
+    fake.make_overlay(&spec.overlay, &spec.base, 1).await.unwrap();
     assert!(timeout(Duration::from_millis(1), fake.start(&spec)).await.is_err(), "the daemon is gone");
     assert_eq!(fake.counts().vms, 0);
     let next = fake.clone();
     sleep(Duration::from_secs(10)).await;
     let ours = VmSummary { name: spec.id.clone().into(), state: VmState::Running };
     assert_eq!(next.list(&spec.installation).await.unwrap(), [ours]);
-    let mut channel = next.open_channel(&spec.socket_dir, &spec.id).await.unwrap();
+    let mut channel = next.host().sockets.channel(&spec.socket_dir, &spec.id).await.unwrap();
     channel.write_all(b"config").await.unwrap();
 }
 
@@ -114,8 +115,8 @@ async fn calls_fail_where_they_are_told_to() {
 
     fake.set_reachable(false);
     assert!(fake.probe().await.is_err());
-    fake.open_channel(&spec.socket_dir, &spec.id).await.expect("QEMU does not need libvirtd");
-    fake.remove_overlay(&spec.overlay).await.expect("nor does the disk");
+    fake.host().sockets.channel(&spec.socket_dir, &spec.id).await.expect("QEMU does not need libvirtd");
+    fake.unlink(&spec.overlay).await.expect("nor does the disk");
     let errors = fake.history().iter().filter(|entry| entry.op.is_some() && entry.outcome != "ok").count();
     assert_eq!(errors, 7, "{:#?}", fake.history());
 }
@@ -150,7 +151,7 @@ async fn a_vm_can_stop_crash_pause_and_time_out_by_itself() {
         std::future::pending().await
     });
     let (spec, name) = started(&fake, B).await;
-    let mut console = fake.open_console(&spec.socket_dir, &spec.id).await.unwrap();
+    let mut console = fake.host().sockets.console(&spec.socket_dir, &spec.id).await.unwrap();
     assert_eq!(console.read_u8().await.unwrap(), b'1');
     assert_eq!(console.read_u8().await.unwrap(), b'2', "this poll goes on; the next waits");
     assert_eq!(fake.state(&name).await.unwrap(), VmState::Paused(Pause::Disk));
@@ -169,7 +170,7 @@ async fn a_paused_guest_stands_still() {
         }
     });
     let (spec, _) = started(&fake, A).await;
-    let mut console = fake.open_console(&spec.socket_dir, &spec.id).await.unwrap();
+    let mut console = fake.host().sockets.console(&spec.socket_dir, &spec.id).await.unwrap();
     console.read_u8().await.unwrap();
     fake.pause(&spec.id, Pause::Operator);
     assert!(timeout(Duration::from_secs(60), console.read_u8()).await.is_err());
@@ -207,14 +208,14 @@ async fn steps_are_taken_one_at_a_time() {
     fake.set_guest(echo);
     fake.hold();
     let spec = spec(A);
-    assert!(timeout(Duration::from_secs(1), fake.create_overlay(&spec.overlay, &spec.base, 1)).await.is_err());
+    assert!(timeout(Duration::from_secs(1), fake.make_overlay(&spec.overlay, &spec.base, 1)).await.is_err());
     fake.step();
     sleep(Duration::from_millis(1)).await;
     assert_eq!(fake.counts().overlays, 1);
     let start = fake.start(&spec);
     fake.step();
     start.await.unwrap();
-    let mut console = fake.open_console(&spec.socket_dir, &spec.id).await.unwrap();
+    let mut console = fake.host().sockets.console(&spec.socket_dir, &spec.id).await.unwrap();
     assert!(timeout(Duration::from_secs(100), console.read_u8()).await.is_err(), "started, not booted");
     fake.step();
     assert_eq!(console.read_u8().await.unwrap(), b'h');

@@ -18,27 +18,26 @@
 //! host at libvirtd's read-only socket; it holds no secret.
 
 mod calls;
-mod disk;
 mod endings;
 mod log;
 mod workers;
 
+use super::paths::RealPaths;
+use super::sockets::{Sockets, check_path};
 use super::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use crate::BoxFuture;
-use disk::Disks;
 use endings::Endings;
-use rustix::process::geteuid;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{TcpListener, UnixStream};
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 use workers::Workers;
 
@@ -53,12 +52,6 @@ const DESTROY_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Takes milliseconds.
 const LOOK_DEADLINE: Duration = Duration::from_secs(10);
-
-/// QEMU accepts from its event loop; a guest under TCG can delay that.
-const SOCKET_DEADLINE: Duration = Duration::from_secs(5);
-
-/// `sun_path` has 108 bytes, the last of them NUL.
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// Section `[hypervisor]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +84,6 @@ pub enum AccelChoice {
 /// libvirt at one URI. Connects when first asked, and again whenever the connection is lost.
 pub struct Libvirt {
     workers: Workers,
-    disks: Disks,
     endings: Endings,
     domain_type: Option<String>,
     /// See [`session_logs`].
@@ -112,11 +104,18 @@ impl Libvirt {
         virt::error::clear_error_callback();
         Self {
             workers: Workers::new(&config.uri),
-            disks: Disks { qemu_img: "qemu-img".into() },
             endings: Endings::new(&config.uri),
             domain_type: None,
             session_logs: session_logs(&config.uri, |name| std::env::var_os(name)),
         }
+    }
+
+    /// The host whose machines these are.
+    #[must_use]
+    pub fn host(self) -> Host {
+        let paths = Arc::new(RealPaths::default());
+        let sockets = Sockets::new(paths.clone(), self.session_logs.clone());
+        Host { sockets, ..Host::new(Arc::new(self), paths) }
     }
 
     /// For `test:///default`, whose driver knows domains of type `test` only.
@@ -139,76 +138,9 @@ fn session_logs(uri: &str, variable: impl Fn(&str) -> Option<OsString>) -> Optio
 /// Where the system's libvirtd keeps such logs. They are root's.
 const SYSTEM_LOGS: &str = "/var/log/libvirt/qemu";
 
-/// The socket path is too long for the kernel.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "socket path `{path}` has {bytes} bytes, of {SOCKET_PATH_BYTES_MAX} that Linux allows: choose a shorter runtime directory"
-)]
-struct SocketPathTooLong {
-    path: String,
-    bytes: usize,
-}
-
-fn check_socket_path(path: &Path) -> Result<(), SocketPathTooLong> {
-    let bytes = path.as_os_str().len();
-    if bytes <= SOCKET_PATH_BYTES_MAX {
-        Ok(())
-    } else {
-        Err(SocketPathTooLong { path: path.display().to_string(), bytes })
-    }
-}
-
-async fn connect(path: PathBuf) -> io::Result<Box<dyn Stream>> {
-    check_socket_path(&path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-    let stream = timeout(SOCKET_DEADLINE, UnixStream::connect(path)).await.map_err(|_| io::ErrorKind::TimedOut)??;
-    Ok(Box::new(stream))
-}
-
-/// Makes a directory and those above it that are missing, so that other users can pass them, and
-/// lets them pass this one if it was there and is ours. Whatever our umask: a service's is 0077.
-fn make_passable(dir: &Path) -> io::Result<()> {
-    if let Some(parent) = dir.parent().filter(|parent| !parent.exists()) {
-        make_passable(parent)?;
-    }
-    match std::fs::create_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
-    let found = std::fs::metadata(dir)?;
-    let mode = found.permissions().mode() & 0o7777;
-    if mode & 0o011 == 0o011 || found.uid() != geteuid().as_raw() {
-        return Ok(());
-    }
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o711 | mode))
-}
-
-async fn unlink(path: &Path) -> io::Result<()> {
-    match tokio::fs::remove_file(path).await {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
 impl Hypervisor for Libvirt {
     fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>> {
         Box::pin(self.workers.call("probe", "host".into(), PROBE_DEADLINE, |link| link.probe()))
-    }
-
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        Box::pin(self.disks.create(overlay, base, disk_gib))
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        Box::pin(self.disks.remove(overlay))
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        Box::pin(self.disks.list(dir))
     }
 
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
@@ -217,7 +149,7 @@ impl Hypervisor for Libvirt {
             for path in
                 [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)]
             {
-                check_socket_path(&path).map_err(|error| VmError::Refused {
+                check_path(&path).map_err(|error| VmError::Refused {
                     what: "start VM",
                     name: name.clone(),
                     source: error.into(),
@@ -265,37 +197,6 @@ impl Hypervisor for Libvirt {
         )
     }
 
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        Box::pin(connect(VmSpec::channel_socket(socket_dir, id)))
-    }
-
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        Box::pin(connect(VmSpec::console_socket(socket_dir, id)))
-    }
-
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(async move {
-            unlink(&VmSpec::channel_socket(socket_dir, id)).await?;
-            unlink(&VmSpec::console_socket(socket_dir, id)).await?;
-            if let Some(logs) = &self.session_logs {
-                // The name is ours alone: it has the VM's random id. A log that stays does no harm.
-                let _ = unlink(&logs.join(format!("{}.log", VmName::from(id.clone())))).await;
-            }
-            Ok(())
-        })
-    }
-
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        let (overlay_dir, socket_dir) = (overlay_dir.to_owned(), socket_dir.to_owned());
-        Box::pin(async move {
-            let made = tokio::task::spawn_blocking(move || {
-                make_passable(&overlay_dir)?;
-                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&socket_dir)
-            });
-            made.await.map_err(io::Error::other)?
-        })
-    }
-
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
         Box::pin(async move { Ok(Box::new(TcpDoor(TcpListener::bind(address).await?)) as Box<dyn DoorListener>) })
     }
@@ -320,21 +221,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_overlays_directory_is_passable_however_it_came_about() {
-        let dir = tempfile::tempdir().unwrap();
-        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
-        let (above, overlays) = (dir.path().join("above"), dir.path().join("above/overlays"));
-        make_passable(&overlays).unwrap();
-        assert_eq!((mode(&above) & 0o711, mode(&overlays) & 0o711), (0o711, 0o711));
-        // As under a service's umask.
-        std::fs::set_permissions(&overlays, std::fs::Permissions::from_mode(0o700)).unwrap();
-        make_passable(&overlays).unwrap();
-        assert_eq!(mode(&overlays), 0o711);
-        std::fs::write(dir.path().join("file"), "").unwrap();
-        assert!(make_passable(&dir.path().join("file/overlays")).is_err());
-    }
-
-    #[test]
     fn logs_of_domains_are_ours_to_remove_in_our_own_session_only() {
         let of = |uri: &str, set: &[(&str, &str)]| {
             let set: Vec<(String, OsString)> = set.iter().map(|(k, v)| ((*k).to_owned(), v.into())).collect();
@@ -346,13 +232,5 @@ mod tests {
         assert_eq!(of("qemu:///session", &both), Some("/cache/libvirt/qemu/log".into()));
         assert_eq!(of("qemu:///session", &[("HOME", "relative")]), None);
         assert_eq!(of("qemu:///system", &home), None);
-    }
-
-    #[test]
-    fn socket_paths_end_at_107_bytes() {
-        let path = |bytes: usize| PathBuf::from(format!("/{}", "x".repeat(bytes - 1)));
-        check_socket_path(&path(107)).unwrap();
-        let error = check_socket_path(&path(108)).unwrap_err().to_string();
-        assert!(error.contains("has 108 bytes, of 107"), "{error}");
     }
 }

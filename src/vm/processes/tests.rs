@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::rng::Rng;
+use crate::vm::VmId;
 use crate::vm::{Accel, Attachment, Boot};
 use std::os::unix::fs::symlink;
 

@@ -11,7 +11,7 @@ mod evidence;
 pub mod memory;
 pub mod sector;
 
-use super::{Accel, Attachment, Boot, Ending, Hypervisor, InstallationId, Pause, VmError, VmId, VmSpec, VmState};
+use super::{Accel, Attachment, Boot, Ending, Host, InstallationId, Pause, VmError, VmId, VmSpec, VmState};
 use crate::rng::Rng;
 use dayfly_guest_config::PROOF_CONTRACT;
 pub use dayfly_guest_config::{PROOF_LINE, PROOF_WORD};
@@ -169,13 +169,13 @@ pub struct Places<'a> {
 /// # Errors
 /// [`ProofError`]; within 15 s of a start that worked, under TCG within 60 s.
 pub async fn prove_kvm(
-    hypervisor: &dyn Hypervisor,
+    host: &Host,
     subject: &Subject,
     places: Places<'_>,
     installation: &InstallationId,
     rng: &Rng,
 ) -> Result<Proof, ProofError> {
-    prove(hypervisor, Accel::Kvm, subject, places, installation, rng).await
+    prove(host, Accel::Kvm, subject, places, installation, rng).await
 }
 
 /// [`prove_kvm`], of any acceleration. TCG may take its time.
@@ -183,7 +183,7 @@ pub async fn prove_kvm(
 /// # Errors
 /// As [`prove_kvm`].
 pub async fn prove(
-    hypervisor: &dyn Hypervisor,
+    host: &Host,
     accel: Accel,
     subject: &Subject,
     places: Places<'_>,
@@ -208,11 +208,11 @@ pub async fn prove(
         socket_dir: places.sockets.to_owned(),
         id,
     };
-    let proof = boot_once(hypervisor, &spec, subject).await;
+    let proof = boot_once(host, &spec, subject).await;
     // What cannot be removed now is an orphan, and the sweep's.
-    let _ = hypervisor.destroy(&spec.id.clone().into()).await;
-    let _ = hypervisor.remove_overlay(&spec.overlay).await;
-    let _ = hypervisor.remove_sockets(&spec.socket_dir, &spec.id).await;
+    let _ = host.hypervisor.destroy(&spec.id.clone().into()).await;
+    let _ = host.disks.remove(&spec.overlay).await;
+    let _ = host.sockets.remove(&spec.socket_dir, &spec.id).await;
     let _ = tokio::fs::remove_file(&spec.base).await;
     proof
 }
@@ -226,17 +226,17 @@ fn with_word(boot: &Boot) -> Boot {
     }
 }
 
-async fn boot_once(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: &Subject) -> Result<Proof, ProofError> {
+async fn boot_once(host: &Host, spec: &VmSpec, subject: &Subject) -> Result<Proof, ProofError> {
     write_disk(&spec.base).await.map_err(|source| ProofError::Disk { path: spec.base.clone(), source })?;
     let start = |evidence| move |error| ProofError::Start(evidence, error);
-    hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.map_err(start(Evidence::default()))?;
+    host.disks.create(&spec.overlay, &spec.base, 1).await.map_err(start(Evidence::default()))?;
     let since = Instant::now();
-    if let Err(error) = hypervisor.start(spec).await {
-        return Err(ProofError::Start(Evidence::of(hypervisor, spec, None).await, error));
+    if let Err(error) = host.hypervisor.start(spec).await {
+        return Err(ProofError::Start(Evidence::of(&*host.hypervisor, spec, None).await, error));
     }
     let mut heard = Heard { began: None, best: None };
     let within = if spec.accel == Accel::Kvm { DEADLINE } else { DEADLINE_TCG };
-    let outcome = timeout(within, watch(hypervisor, spec, subject, &mut heard)).await;
+    let outcome = timeout(within, watch(host, spec, subject, &mut heard)).await;
     let what = subject.words();
     let end = match outcome {
         Ok(Ok(End::Proven)) => return Ok(Proof { what, took: since.elapsed() }),
@@ -245,7 +245,7 @@ async fn boot_once(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: &Subject
         Err(_) => End::Silent,
     };
     let stopped = if let End::Stopped(words) = &end { Some(words.as_str()) } else { None };
-    let evidence = Evidence::of(hypervisor, spec, stopped).await;
+    let evidence = Evidence::of(&*host.hypervisor, spec, stopped).await;
     Err(match (end, heard.best) {
         (End::Stopped(_), _) => ProofError::Stopped { what, evidence },
         (End::Wrong, _) => ProofError::Wrong { what, evidence },
@@ -273,8 +273,8 @@ struct Heard {
 }
 
 /// Reads the console until it is clear, and looks at the VM meanwhile: one that QEMU has stopped says nothing more.
-async fn watch(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: &Subject, heard: &mut Heard) -> io::Result<End> {
-    let mut console = hypervisor.open_console(&spec.socket_dir, &spec.id).await?;
+async fn watch(host: &Host, spec: &VmSpec, subject: &Subject, heard: &mut Heard) -> io::Result<End> {
+    let mut console = host.sockets.console(&spec.socket_dir, &spec.id).await?;
     let name = spec.id.clone().into();
     let (mut seen, mut chunk) = (Vec::new(), [0; 256]);
     loop {
@@ -283,7 +283,7 @@ async fn watch(hypervisor: &dyn Hypervisor, spec: &VmSpec, subject: &Subject, he
             biased;
             // Both are cancel safe. What was said goes first.
             read = console.read(&mut chunk) => read?,
-            () = tokio::time::sleep(LOOK) => match hypervisor.state(&name).await {
+            () = tokio::time::sleep(LOOK) => match host.hypervisor.state(&name).await {
                 Ok(VmState::Paused(why)) => return Ok(End::Stopped(match why {
                     Pause::Itself => "paused".to_owned(),
                     Pause::Disk | Pause::Operator => format!("paused: {}", why.words()),

@@ -9,7 +9,7 @@ async fn check(fake: &FakeHypervisor, subject: &Subject) -> Result<Proof, ProofE
     let dir = tempfile::tempdir().unwrap();
     let places = Places { disks: dir.path(), sockets: Path::new("/s") };
     let rng = Rng::seeded(1);
-    let proof = prove_kvm(fake, subject, places, &VmId::random(&rng), &rng).await;
+    let proof = prove_kvm(&fake.host(), subject, places, &VmId::random(&rng), &rng).await;
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
     proof
 }

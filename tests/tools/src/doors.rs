@@ -3,17 +3,27 @@
 
 use dayfly::BoxFuture;
 use dayfly::vm::fake::FakeHypervisor;
+use dayfly::vm::paths::Paths;
 use dayfly::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use tokio::net::TcpListener;
 
 /// The fake hypervisor with doors that anybody on the loopback reaches, and directories that exist.
 #[derive(Clone, Debug)]
 pub struct TcpDoors(pub FakeHypervisor);
+
+impl TcpDoors {
+    /// The host of this world.
+    #[must_use]
+    pub fn host(self) -> Host {
+        Host::new(Arc::new(self.clone()), Arc::new(self))
+    }
+}
 
 struct TcpDoor(TcpListener);
 
@@ -32,33 +42,8 @@ impl Hypervisor for TcpDoors {
         Box::pin(async move { Ok(Box::new(TcpDoor(TcpListener::bind(address).await?)) as Box<dyn DoorListener>) })
     }
 
-    // The daemon looks for free disk in these directories, and its files here may be real ones.
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(async move {
-            tokio::fs::create_dir_all(overlay_dir).await?;
-            tokio::fs::create_dir_all(socket_dir).await
-        })
-    }
-
     fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>> {
         self.0.probe()
-    }
-
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        self.0.create_overlay(overlay, base, disk_gib)
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        self.0.remove_overlay(overlay)
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        self.0.list_overlays(dir)
     }
 
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
@@ -76,16 +61,40 @@ impl Hypervisor for TcpDoors {
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         self.0.list(installation)
     }
+}
 
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.0.open_channel(socket_dir, id)
+impl Paths for TcpDoors {
+    // The daemon looks for free disk in these directories, and its files here may be real ones.
+    fn make_passable<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(tokio::fs::create_dir_all(dir))
     }
 
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.0.open_console(socket_dir, id)
+    fn make_private<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(tokio::fs::create_dir_all(dir))
     }
 
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        self.0.remove_sockets(socket_dir, id)
+    fn make_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
+        self.0.make_overlay(overlay, base, disk_gib)
+    }
+
+    fn unlink<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.0.unlink(path)
+    }
+
+    fn unlink_all_of<'a>(&'a self, dir: &'a Path, vm: &'a VmName) -> BoxFuture<'a, io::Result<()>> {
+        self.0.unlink_all_of(dir, vm)
+    }
+
+    fn names<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<Vec<String>>> {
+        self.0.names(dir)
+    }
+
+    fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        self.0.open_socket(socket)
     }
 }

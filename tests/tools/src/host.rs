@@ -11,7 +11,7 @@ use dayfly::job::Jobs;
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::vm::Hypervisor;
+use dayfly::vm;
 use dayfly::vm::fake::{GuestMachine, Timing};
 use dayfly::vm::libvirt::AccelChoice;
 use dayfly_guest_config::{GuestConfig, Report};
@@ -61,8 +61,8 @@ pub enum HostError {
 
 /// What a tool chooses of its daemon.
 pub struct Choice {
-    /// Machines.
-    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Machines, and what lies beside them.
+    pub host: vm::Host,
     /// How they run.
     pub accel: AccelChoice,
     /// The images; the machine class uses the one of this name.
@@ -94,7 +94,7 @@ impl Host {
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
         let config = config(dir.path(), &choice)?;
         let backends = Backends {
-            hypervisor: choice.hypervisor,
+            host: choice.host,
             transport: choice.transport,
             files: choice.files,
             clock: Clock::system(),

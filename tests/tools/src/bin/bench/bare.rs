@@ -13,7 +13,8 @@ use dayfly::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
 use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::vm::{Accel, Boot, Hypervisor, VmId, VmSpec};
+use dayfly::vm::disks::Disks;
+use dayfly::vm::{Accel, Boot, VmId, VmSpec};
 use dayfly_guest_config::{Greeting, Pass};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -29,12 +30,7 @@ const GLANCE: Duration = Duration::from_millis(2);
 const PORT: u16 = 25_900;
 
 /// Boots once; from the start of QEMU to the guest's first request.
-pub(crate) async fn boot(
-    hypervisor: &dyn Hypervisor,
-    dayflys: &VmSpec,
-    executor: &str,
-    limit: Duration,
-) -> Result<Duration, String> {
+pub(crate) async fn boot(disks: &Disks, dayflys: &VmSpec, executor: &str, limit: Duration) -> Result<Duration, String> {
     let dir = tempfile::Builder::new()
         .prefix("df-bare-")
         .tempdir_in("/tmp")
@@ -47,7 +43,7 @@ pub(crate) async fn boot(
         ..dayflys.clone()
     };
     // No larger than its base: the guest sees the same disk either way.
-    hypervisor.create_overlay(&spec.overlay, &spec.base, 1).await.map_err(|error| dayfly::telemetry::chain(&error))?;
+    disks.create(&spec.overlay, &spec.base, 1).await.map_err(|error| dayfly::telemetry::chain(&error))?;
     let lease = Lease { port: PORT };
     let listener = TcpListener::bind(lease.listen_address()).await.map_err(|error| format!("listen: {error}"))?;
     let url = url::Url::parse("https://gitlab.example").map_err(|error| error.to_string())?;

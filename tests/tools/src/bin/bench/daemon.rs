@@ -277,7 +277,7 @@ pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ways: Ways) -
     let token = std::fs::read_to_string(token_file).map_err(|error| format!("read the token: {error}"))?;
     let files = FreezableFiles::new(Arc::new(RealFiles));
     let choice = Choice {
-        hypervisor: Arc::new(TcpDoors(hypervisor)),
+        host: TcpDoors(hypervisor).host(),
         accel: AccelChoice::Tcg,
         images: no_image(),
         transport: Arc::new(Trusting(ways.ca_file)),

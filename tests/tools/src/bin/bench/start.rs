@@ -8,7 +8,7 @@
 
 use crate::bare;
 use crate::figures::{Spread, figure, ms, say};
-use crate::watched::{Mark, StopWatch, WatchedGitlab, WatchedHypervisor};
+use crate::watched::{Mark, StopWatch, WatchedGitlab, watched};
 use crate::{number, text};
 use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
@@ -17,7 +17,7 @@ use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::standin::{JobSpec, ProjectId, Standin};
 use dayfly::telemetry::chain;
-use dayfly::vm::Hypervisor;
+use dayfly::vm::disks::Disks;
 use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
 use dayfly_test_tools::host::{Choice, Host};
 use std::collections::BTreeMap;
@@ -77,13 +77,12 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let images = ImageStore::new(&wanted.images);
     let image = images.load(&wanted.image).await.map_err(|error| chain(&error))?;
     let watch = StopWatch::default();
-    let libvirt = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel });
-    let libvirt: Arc<dyn Hypervisor> = Arc::new(libvirt);
+    let vms = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel }).host();
     let standin = Standin::new(Clock::system(), Rng::system());
     let project = standin.add_project("group/project");
     let runner = standin.add_runner(project);
     let choice = Choice {
-        hypervisor: Arc::new(WatchedHypervisor(libvirt.clone(), watch.clone())),
+        host: watched(&vms, &watch),
         accel: wanted.accel,
         images: (images, wanted.image.clone()),
         transport: Arc::new(WatchedGitlab(standin.opener(), watch.clone())),
@@ -95,9 +94,11 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         state_below: None,
     };
     let host = Host::start(choice).await.map_err(|error| chain(&error))?;
-    let measured =
-        rounds(wanted, &Bench { standin, project, host: &host, watch, libvirt, executor: image.manifest.executor })
-            .await;
+    let measured = rounds(
+        wanted,
+        &Bench { standin, project, host: &host, watch, disks: vms.disks, executor: image.manifest.executor },
+    )
+    .await;
     let ended = host.end().await;
     let (dayfly, bare, phases) = measured?;
     if !ended {
@@ -111,7 +112,7 @@ struct Bench<'a> {
     project: ProjectId,
     host: &'a Host,
     watch: StopWatch,
-    libvirt: Arc<dyn Hypervisor>,
+    disks: Disks,
     executor: String,
 }
 
@@ -124,7 +125,7 @@ async fn rounds(wanted: &Wanted, bench: &Bench<'_>) -> Result<Measured, String> 
         let by_dayfly = bench.dayfly().await?;
         let spec = bench.watch.spec().ok_or("no VM was started")?;
         sleep(REST).await;
-        let by_hand = ms(bare::boot(&*bench.libvirt, &spec, &bench.executor, LIMIT).await?);
+        let by_hand = ms(bare::boot(&bench.disks, &spec, &bench.executor, LIMIT).await?);
         sleep(REST).await;
         let whole: f64 = by_dayfly.iter().map(|(_, ms)| ms).sum();
         let what = if run == 0 { "warm-up".to_owned() } else { format!("run {run}") };

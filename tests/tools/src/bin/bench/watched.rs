@@ -4,14 +4,15 @@
 use dayfly::BoxFuture;
 use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
+use dayfly::vm::paths::{Paths, RealPaths};
 use dayfly::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use dayfly_guest_config::Report;
 use jiff::Timestamp;
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -199,43 +200,22 @@ impl DoorListener for WatchedDoor {
 }
 
 /// A hypervisor whose calls are noted, and what its guests report.
-pub(crate) struct WatchedHypervisor(pub(crate) Arc<dyn Hypervisor>, pub(crate) StopWatch);
+struct WatchedHypervisor(Arc<dyn Hypervisor>, StopWatch);
+
+/// This host, watched.
+pub(crate) fn watched(host: &Host, watch: &StopWatch) -> Host {
+    let paths = Arc::new(WatchedPaths(RealPaths::default(), watch.clone()));
+    let sockets = host.sockets.by(paths.clone());
+    Host { sockets, ..Host::new(Arc::new(WatchedHypervisor(host.hypervisor.clone(), watch.clone())), paths) }
+}
 
 impl Hypervisor for WatchedHypervisor {
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        Box::pin(async move {
-            self.1.mark(Mark::DiskAsked);
-            self.0.create_overlay(overlay, base, disk_gib).await?;
-            self.1.mark(Mark::DiskReady);
-            Ok(())
-        })
-    }
-
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(async move {
             self.1.seen().spec = Some(spec.clone());
             self.0.start(spec).await?;
             self.1.mark(Mark::Started);
             Ok(())
-        })
-    }
-
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        Box::pin(async move {
-            let stream = self.0.open_channel(socket_dir, id).await?;
-            let watch = self.1.clone();
-            let look = move |line: &str| match Report::parse(line) {
-                Some(Report::Ready) => watch.mark(Mark::Ready),
-                Some(Report::Applied) => watch.mark(Mark::Applied),
-                Some(Report::RunnerStarted) => watch.mark(Mark::RunnerStarted),
-                _ => {}
-            };
-            Ok(Box::new(Lines::new(stream, look)) as Box<dyn Stream>)
         })
     }
 
@@ -250,18 +230,6 @@ impl Hypervisor for WatchedHypervisor {
         self.0.probe()
     }
 
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        self.0.prepare(overlay_dir, socket_dir)
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        self.0.remove_overlay(overlay)
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        self.0.list_overlays(dir)
-    }
-
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
         self.0.state(name)
     }
@@ -273,12 +241,57 @@ impl Hypervisor for WatchedHypervisor {
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         self.0.list(installation)
     }
+}
 
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        self.0.open_console(socket_dir, id)
+/// Disks and sockets, likewise.
+struct WatchedPaths(RealPaths, StopWatch);
+
+impl Paths for WatchedPaths {
+    fn make_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(async move {
+            self.1.mark(Mark::DiskAsked);
+            self.0.make_overlay(overlay, base, disk_gib).await?;
+            self.1.mark(Mark::DiskReady);
+            Ok(())
+        })
     }
 
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        self.0.remove_sockets(socket_dir, id)
+    fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        Box::pin(async move {
+            let stream = self.0.open_socket(socket).await?;
+            let watch = self.1.clone();
+            let look = move |line: &str| match Report::parse(line) {
+                Some(Report::Ready) => watch.mark(Mark::Ready),
+                Some(Report::Applied) => watch.mark(Mark::Applied),
+                Some(Report::RunnerStarted) => watch.mark(Mark::RunnerStarted),
+                _ => {}
+            };
+            Ok(Box::new(Lines::new(stream, look)) as Box<dyn Stream>)
+        })
+    }
+
+    fn make_passable<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.0.make_passable(dir)
+    }
+
+    fn make_private<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.0.make_private(dir)
+    }
+
+    fn unlink<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.0.unlink(path)
+    }
+
+    fn unlink_all_of<'a>(&'a self, dir: &'a Path, vm: &'a VmName) -> BoxFuture<'a, io::Result<()>> {
+        self.0.unlink_all_of(dir, vm)
+    }
+
+    fn names<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<Vec<String>>> {
+        self.0.names(dir)
     }
 }

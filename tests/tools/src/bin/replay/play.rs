@@ -62,7 +62,7 @@ impl Scene {
         let button = power.subscribe();
         hypervisor.set_guest(move |machine| guest(machine, configs_in.clone(), button.clone()));
         let choice = Choice {
-            hypervisor: Arc::new(TcpDoors(hypervisor.clone())),
+            host: TcpDoors(hypervisor.clone()).host(),
             accel: AccelChoice::Tcg,
             images: no_image(),
             transport: gitlab.standin.opener(),

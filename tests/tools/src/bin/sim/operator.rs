@@ -7,6 +7,7 @@ use crate::world::World;
 use dayfly::gitlab::JobId;
 use dayfly::job::state::State;
 use dayfly::rng::Rng;
+use dayfly::vm::paths::Paths as _;
 use dayfly::vm::{Accel, Attachment, Boot, Hypervisor as _, VmId, VmName, VmSpec};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -240,12 +241,12 @@ impl World {
             attachment: Attachment::User,
             socket_dir: "/run/vm".into(),
         };
-        let made = self.fake.create_overlay(&overlay, &spec.base, 1).await.is_ok();
+        let made = self.fake.make_overlay(&overlay, &spec.base, 1).await.is_ok();
         if kind == K::Foreign {
             let mut foreign = vec![format!("df-{id}")];
             foreign.extend(made.then(|| overlay.display().to_string()));
             let other = "/state/overlays/debian.qcow2";
-            if self.fake.create_overlay(other.as_ref(), &spec.base, 1).await.is_ok() {
+            if self.fake.make_overlay(other.as_ref(), &spec.base, 1).await.is_ok() {
                 foreign.push(other.to_owned());
             }
             self.story.inner().ledger.foreign.extend(foreign);

@@ -151,8 +151,9 @@ impl World {
 
     fn backends(&self, life: &Life) -> Backends {
         let story = || self.story.clone();
+        let host = Host { fake: self.fake.clone(), story: story() };
         Backends {
-            hypervisor: life.hypervisor(Arc::new(Host { fake: self.fake.clone(), story: story() })),
+            host: life.host(Arc::new(host.clone()), Arc::new(host)),
             transport: life.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() })),
             files: life.files(Arc::new(Disk { files: self.files.clone(), story: story() })),
             clock: self.clock.clone(),

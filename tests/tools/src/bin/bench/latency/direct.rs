@@ -10,10 +10,9 @@ use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::telemetry::chain;
-use dayfly::vm::{Hypervisor, Stream, VmId, VmName, VmSpec};
+use dayfly::vm::{Host, Stream, VmId, VmName, VmSpec};
 use dayfly_guest_config::{GuestConfig, RELAY_URL};
 use dayfly_test_tools::host::DISK_GIB;
-use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -38,7 +37,7 @@ pub(super) struct Registered {
 
 /// A machine that runs one job for GitLab itself.
 pub(super) struct Direct {
-    hypervisor: Arc<dyn Hypervisor>,
+    host: Host,
     spec: VmSpec,
     // Dropped with this: the guest's wires, and the folder.
     _wires: JoinSet<()>,
@@ -47,11 +46,7 @@ pub(super) struct Direct {
 
 impl Direct {
     /// Starts a machine like dayfly's.
-    pub(super) async fn start(
-        hypervisor: &Arc<dyn Hypervisor>,
-        dayflys: &VmSpec,
-        registered: &Registered,
-    ) -> Result<Self, String> {
+    pub(super) async fn start(host: &Host, dayflys: &VmSpec, registered: &Registered) -> Result<Self, String> {
         // A short path: unix sockets end at 107 bytes.
         let dir = tempfile::Builder::new().prefix("df-direct-").tempdir_in("/tmp");
         let dir = dir.map_err(|error| format!("make a directory: {error}"))?;
@@ -66,24 +61,24 @@ impl Direct {
             socket_dir: dir.path().to_owned(),
             ..dayflys.clone()
         };
-        hypervisor.create_overlay(&spec.overlay, &spec.base, DISK_GIB).await.map_err(|error| chain(&error))?;
-        hypervisor.start(&spec).await.map_err(|error| chain(&error))?;
+        host.disks.create(&spec.overlay, &spec.base, DISK_GIB).await.map_err(|error| chain(&error))?;
+        host.hypervisor.start(&spec).await.map_err(|error| chain(&error))?;
         let mut wires = JoinSet::new();
-        wires.spawn(serve_wires(hypervisor.clone(), spec.clone(), config(&spec, registered, &rng)));
-        Ok(Self { hypervisor: hypervisor.clone(), spec, _wires: wires, _dir: dir })
+        wires.spawn(serve_wires(host.clone(), spec.clone(), config(&spec, registered, &rng)));
+        Ok(Self { host: host.clone(), spec, _wires: wires, _dir: dir })
     }
 
     /// Ends it.
     pub(super) async fn end(self) -> Result<(), String> {
         let name = VmName::from(self.spec.id.clone());
-        self.hypervisor.destroy(&name).await.map_err(|error| chain(&error))
+        self.host.hypervisor.destroy(&name).await.map_err(|error| chain(&error))
     }
 }
 
 /// Hands the guest its config and drains what it says, or it would stand still.
-async fn serve_wires(hypervisor: Arc<dyn Hypervisor>, spec: VmSpec, config: GuestConfig) {
-    let mut channel = opened(&*hypervisor, &spec, Wire::Channel).await;
-    let mut console = opened(&*hypervisor, &spec, Wire::Console).await;
+async fn serve_wires(host: Host, spec: VmSpec, config: GuestConfig) {
+    let mut channel = opened(&host, &spec, Wire::Channel).await;
+    let mut console = opened(&host, &spec, Wire::Console).await;
     // A guest without a config shows in time: its job does not start.
     let _ = channel.write_all(&config.to_line()).await;
     tokio::join!(drain(&mut *channel), drain(&mut *console));
@@ -95,13 +90,13 @@ enum Wire {
     Console,
 }
 
-async fn opened(hypervisor: &dyn Hypervisor, spec: &VmSpec, wire: Wire) -> Box<dyn Stream> {
+async fn opened(host: &Host, spec: &VmSpec, wire: Wire) -> Box<dyn Stream> {
     loop {
         let open = match wire {
-            Wire::Channel => hypervisor.open_channel(&spec.socket_dir, &spec.id),
-            Wire::Console => hypervisor.open_console(&spec.socket_dir, &spec.id),
+            Wire::Channel => host.sockets.channel(&spec.socket_dir, &spec.id).await,
+            Wire::Console => host.sockets.console(&spec.socket_dir, &spec.id).await,
         };
-        match open.await {
+        match open {
             Ok(stream) => return stream,
             Err(_) => sleep(GLANCE).await,
         }

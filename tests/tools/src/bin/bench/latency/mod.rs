@@ -24,7 +24,7 @@ mod times;
 
 use crate::figures::{Spread, figure, say};
 use crate::start::Wanted;
-use crate::watched::{StopWatch, WatchedHypervisor};
+use crate::watched::{StopWatch, watched};
 use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
 use dayfly::gitlab::{JobId, RealOpenTransport};
@@ -33,7 +33,7 @@ use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::standin::{JobState, ProjectId, Standin, serve};
 use dayfly::telemetry::chain;
-use dayfly::vm::Hypervisor;
+use dayfly::vm;
 use dayfly::vm::libvirt::{Config, Libvirt};
 use dayfly_test_tools::host::{Choice, Host};
 use direct::{Direct, Registered};
@@ -75,8 +75,7 @@ enum Side {
 pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let images = ImageStore::new(&wanted.images);
     let image = images.load(&wanted.image).await.map_err(|error| chain(&error))?;
-    let libvirt = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel });
-    let libvirt: Arc<dyn Hypervisor> = Arc::new(libvirt);
+    let vms = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel }).host();
     let watch = StopWatch::default();
 
     let standin = Standin::new(Clock::system(), Rng::system());
@@ -98,7 +97,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let registered =
         Registered { url: for_guests, token: runner_of(direct)?, executor: image.manifest.executor.clone() };
     let choice = Choice {
-        hypervisor: Arc::new(WatchedHypervisor(libvirt.clone(), watch.clone())),
+        host: watched(&vms, &watch),
         accel: wanted.accel,
         images: (images, wanted.image.clone()),
         transport: Arc::new(RealOpenTransport::default()),
@@ -110,7 +109,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         state_below: None,
     };
     let host = Host::start(choice).await.map_err(|error| chain(&error))?;
-    let bench = Bench { standin, ours, direct, registered, host: &host, watch, libvirt };
+    let bench = Bench { standin, ours, direct, registered, host: &host, watch, vms };
     let measured = bench.all(wanted.runs).await;
     let ended = host.end().await;
     let (pairs, cancels) = measured?;
@@ -127,7 +126,7 @@ struct Bench<'a> {
     registered: Registered,
     host: &'a Host,
     watch: StopWatch,
-    libvirt: Arc<dyn Hypervisor>,
+    vms: vm::Host,
 }
 
 /// One pair: by dayfly, and directly.
@@ -187,7 +186,7 @@ impl Bench<'_> {
             Side::Direct => {
                 let job = self.standin.enqueue(self.direct, spec);
                 let like = self.watch.spec().ok_or("dayfly has started no VM")?;
-                let machine = Direct::start(&self.libvirt, &like, &self.registered).await?;
+                let machine = Direct::start(&self.vms, &like, &self.registered).await?;
                 let came = self.over(job, told()).await;
                 machine.end().await?;
                 (job, came)

@@ -5,15 +5,17 @@ use crate::kinds::Kind as K;
 use crate::story::Story;
 use dayfly::BoxFuture;
 use dayfly::vm::fake::{FakeHypervisor, Fault, Op};
+use dayfly::vm::paths::Paths;
 use dayfly::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-/// The fake hypervisor, seen by the story.
+/// The fake hypervisor and what lies beside its machines, seen by the story.
+#[derive(Clone)]
 pub(crate) struct Host {
     pub(crate) fake: FakeHypervisor,
     pub(crate) story: Story,
@@ -91,31 +93,6 @@ impl Hypervisor for Host {
         Box::pin(self.call(Op::Probe, String::new(), None, async move { self.fake.probe().await }))
     }
 
-    fn prepare<'a>(&'a self, overlay_dir: &'a Path, socket_dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
-        Box::pin(async move { self.fake.prepare(overlay_dir, socket_dir).await })
-    }
-
-    fn create_overlay<'a>(
-        &'a self,
-        overlay: &'a Path,
-        base: &'a Path,
-        disk_gib: u64,
-    ) -> BoxFuture<'a, Result<(), VmError>> {
-        let subject = overlay.display().to_string();
-        Box::pin(self.call(Op::CreateOverlay, subject, None, async move {
-            self.fake.create_overlay(overlay, base, disk_gib).await
-        }))
-    }
-
-    fn remove_overlay<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, Result<(), VmError>> {
-        let subject = overlay.display().to_string();
-        Box::pin(self.call(Op::RemoveOverlay, subject, None, async move { self.fake.remove_overlay(overlay).await }))
-    }
-
-    fn list_overlays<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, Result<Vec<PathBuf>, VmError>> {
-        Box::pin(self.call(Op::ListOverlays, String::new(), None, async move { self.fake.list_overlays(dir).await }))
-    }
-
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         let subject = VmName::from(spec.id.clone()).to_string();
         Box::pin(self.call(Op::Start, subject, Some(spec), async move { self.fake.start(spec).await }))
@@ -133,21 +110,6 @@ impl Hypervisor for Host {
         Box::pin(self.call(Op::List, String::new(), None, async move { self.fake.list(installation).await }))
     }
 
-    fn open_channel<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        let call = async move { self.fake.open_channel(socket_dir, id).await };
-        Box::pin(async move { self.call(Op::OpenChannel, VmName::from(id.clone()).to_string(), None, call).await })
-    }
-
-    fn open_console<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
-        let call = async move { self.fake.open_console(socket_dir, id).await };
-        Box::pin(async move { self.call(Op::OpenConsole, VmName::from(id.clone()).to_string(), None, call).await })
-    }
-
-    fn remove_sockets<'a>(&'a self, socket_dir: &'a Path, id: &'a VmId) -> BoxFuture<'a, io::Result<()>> {
-        let call = async move { self.fake.remove_sockets(socket_dir, id).await };
-        Box::pin(async move { self.call(Op::RemoveSockets, VmName::from(id.clone()).to_string(), None, call).await })
-    }
-
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
         Box::pin(self.call(Op::Listen, address.to_string(), None, async move {
             if self.story.strikes(K::PortTaken) {
@@ -156,6 +118,49 @@ impl Hypervisor for Host {
             let door = self.fake.listen(address).await?;
             Ok(Box::new(Door { door, story: self.story.clone() }) as Box<dyn DoorListener>)
         }))
+    }
+}
+
+impl Paths for Host {
+    fn make_passable<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.fake.make_passable(dir)
+    }
+
+    fn make_private<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        self.fake.make_private(dir)
+    }
+
+    fn make_overlay<'a>(
+        &'a self,
+        overlay: &'a Path,
+        base: &'a Path,
+        disk_gib: u64,
+    ) -> BoxFuture<'a, Result<(), VmError>> {
+        let subject = overlay.display().to_string();
+        Box::pin(self.call(Op::CreateOverlay, subject, None, async move {
+            self.fake.make_overlay(overlay, base, disk_gib).await
+        }))
+    }
+
+    fn unlink<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        let subject = path.display().to_string();
+        Box::pin(self.call(Op::RemoveOverlay, subject, None, async move { self.fake.unlink(path).await }))
+    }
+
+    fn unlink_all_of<'a>(&'a self, dir: &'a Path, vm: &'a VmName) -> BoxFuture<'a, io::Result<()>> {
+        let call = async move { self.fake.unlink_all_of(dir, vm).await };
+        Box::pin(self.call(Op::RemoveSockets, vm.to_string(), None, call))
+    }
+
+    fn names<'a>(&'a self, dir: &'a Path) -> BoxFuture<'a, io::Result<Vec<String>>> {
+        Box::pin(self.call(Op::ListOverlays, String::new(), None, async move { self.fake.names(dir).await }))
+    }
+
+    fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
+        Box::pin(async move {
+            let (op, vm) = Op::of_socket(socket).ok_or(io::ErrorKind::NotFound)?;
+            self.call(op, vm.to_string(), None, async move { self.fake.open_socket(socket).await }).await
+        })
     }
 }
 

@@ -1,12 +1,14 @@
 //! Overlays: made by `qemu-img` on a base image that is looked at first, and from then on only
-//! ever unlinked, for a used one is the guest's work (threats.md T16).
+//! ever unlinked, for a used one is the guest's work (threats.md T16). The same for every back end.
 
+use super::paths::{Paths, unlink};
+use super::{VmError, VmName};
 use crate::files::plain;
 use crate::process::{ProcessError, Program};
-use crate::vm::{VmError, VmName};
 use std::io::{self, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// `qemu-img create` takes 15 ms; a host whose disk is that busy is of no use.
@@ -41,69 +43,85 @@ fn refused(what: &'static str, path: &Path, source: impl Into<Box<dyn std::error
     VmError::Refused { what, name: path.display().to_string(), source: source.into() }
 }
 
-/// Makes and removes overlays with this `qemu-img`.
-#[derive(Clone, Debug)]
-pub(super) struct Disks {
-    pub(super) qemu_img: PathBuf,
-}
+/// The disks of VMs. Clones are the same.
+#[derive(Clone)]
+pub struct Disks(Arc<dyn Paths>);
 
 impl Disks {
+    /// Disks that are made and removed like this.
+    #[must_use]
+    pub fn new(paths: Arc<dyn Paths>) -> Self {
+        Self(paths)
+    }
+
+    /// Makes the directory of overlays, and those above it that are missing. QEMU's user must be able to pass them.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn prepare(&self, dir: &Path) -> io::Result<()> {
+        self.0.make_passable(dir).await
+    }
+
     /// Makes an overlay of `disk_gib` GiB, or of its base's size if that is more, readable by
-    /// nobody but us and, once a VM has it, QEMU's user.
-    pub(super) async fn create(&self, overlay: &Path, base: &Path, disk_gib: u64) -> Result<(), VmError> {
-        const WHAT: &str = "create overlay";
-        for path in [overlay, base] {
-            // qemu-img would look for a protocol or an option in anything else.
-            if !path.is_absolute() {
-                return Err(refused(WHAT, path, "the path is not absolute"));
-            }
-        }
-        let bytes = virtual_bytes(base).await.map_err(|error| refused(WHAT, overlay, error))?;
-        let bytes = bytes.max(disk_gib.saturating_mul(GIB));
-        self.remove(overlay).await?;
-        claim(overlay).await.map_err(|error| refused(WHAT, overlay, error))?;
-        let made = Program::new(&self.qemu_img, DEADLINE)
-            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
-            .arg(base)
-            .arg(overlay)
-            .arg(bytes.to_string())
-            .output_bytes_max(OUTPUT_BYTES_MAX)
-            .run()
-            .await;
-        let Err(error) = made else { return Ok(()) };
-        self.remove(overlay).await?;
-        Err(match error {
-            ProcessError::Deadline { deadline, .. } => {
-                VmError::Deadline { what: WHAT, name: overlay.display().to_string(), seconds: deadline.as_secs() }
-            }
-            error => refused(WHAT, overlay, error),
-        })
+    /// nobody but us and, once a VM has it, QEMU's user. Deadline 60 s. An existing file at this path is replaced.
+    ///
+    /// # Errors
+    /// [`VmError`]; nothing half-made is left.
+    pub async fn create(&self, overlay: &Path, base: &Path, disk_gib: u64) -> Result<(), VmError> {
+        self.0.make_overlay(overlay, base, disk_gib).await
     }
 
-    pub(super) async fn remove(&self, overlay: &Path) -> Result<(), VmError> {
-        match tokio::fs::remove_file(overlay).await {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(refused("remove overlay", overlay, error)),
-            _ => Ok(()),
-        }
+    /// Unlinks an overlay, never opening it: it is the guest's work by now. None is fine.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn remove(&self, overlay: &Path) -> Result<(), VmError> {
+        self.0.unlink(overlay).await.map_err(|error| refused("remove overlay", overlay, error))
     }
 
-    pub(super) async fn list(&self, dir: &Path) -> Result<Vec<PathBuf>, VmError> {
-        let failed = |error| refused("list overlays in", dir, error);
-        let mut entries = match tokio::fs::read_dir(dir).await {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(failed)?,
-        };
-        let mut overlays = Vec::new();
-        while let Some(entry) = entries.next_entry().await.map_err(failed)? {
-            let name = entry.file_name();
-            let name = name.to_str().and_then(|name| name.strip_suffix(".qcow2"));
-            if name.is_some_and(|name| VmName::parse(name).is_some()) {
-                overlays.push(entry.path());
-            }
-        }
+    /// Paths of overlays `df-<id>.qcow2` in `dir`, sorted.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn list(&self, dir: &Path) -> Result<Vec<PathBuf>, VmError> {
+        let names = self.0.names(dir).await.map_err(|error| refused("list overlays in", dir, error))?;
+        let ours = |name: &String| name.strip_suffix(".qcow2").is_some_and(|name| VmName::parse(name).is_some());
+        let mut overlays: Vec<PathBuf> = names.iter().filter(|name| ours(name)).map(|name| dir.join(name)).collect();
         overlays.sort();
         Ok(overlays)
     }
+}
+
+/// [`Disks::create`], with this `qemu-img`.
+pub(super) async fn make(qemu_img: &Path, overlay: &Path, base: &Path, disk_gib: u64) -> Result<(), VmError> {
+    const WHAT: &str = "create overlay";
+    for path in [overlay, base] {
+        // qemu-img would look for a protocol or an option in anything else.
+        if !path.is_absolute() {
+            return Err(refused(WHAT, path, "the path is not absolute"));
+        }
+    }
+    let bytes = virtual_bytes(base).await.map_err(|error| refused(WHAT, overlay, error))?;
+    let bytes = bytes.max(disk_gib.saturating_mul(GIB));
+    let remove = || async { unlink(overlay).await.map_err(|error| refused("remove overlay", overlay, error)) };
+    remove().await?;
+    claim(overlay).await.map_err(|error| refused(WHAT, overlay, error))?;
+    let made = Program::new(qemu_img, DEADLINE)
+        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .arg(base)
+        .arg(overlay)
+        .arg(bytes.to_string())
+        .output_bytes_max(OUTPUT_BYTES_MAX)
+        .run()
+        .await;
+    let Err(error) = made else { return Ok(()) };
+    remove().await?;
+    Err(match error {
+        ProcessError::Deadline { deadline, .. } => {
+            VmError::Deadline { what: WHAT, name: overlay.display().to_string(), seconds: deadline.as_secs() }
+        }
+        error => refused(WHAT, overlay, error),
+    })
 }
 
 /// Makes the empty file that qemu-img will fill: it would leave it readable to all, and a guest's

@@ -1,6 +1,7 @@
 //! Overlays by the real `qemu-img` where it counts, and by shell scripts where it must misbehave.
 
 use super::*;
+use crate::vm::paths::RealPaths;
 use crate::vm::proof::sector::disk_image;
 use std::error::Error as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -12,11 +13,15 @@ struct Bench {
     disks: Disks,
 }
 
+fn disks(qemu_img: &Path) -> Disks {
+    Disks::new(Arc::new(RealPaths { qemu_img: qemu_img.into() }))
+}
+
 impl Bench {
     fn new(qemu_img: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("base.qcow2"), disk_image()).unwrap();
-        Self { dir, disks: Disks { qemu_img: qemu_img.into() } }
+        Self { dir, disks: disks(Path::new(qemu_img)) }
     }
 
     /// A `qemu-img` that is this shell script. What is executed is a file of the source tree: one
@@ -25,9 +30,9 @@ impl Bench {
         let mut bench = Self::new("");
         let program = bench.path("qemu-img");
         std::fs::write(bench.path("qemu-img.sh"), script).unwrap();
-        let player = concat!(env!("CARGO_MANIFEST_DIR"), "/src/vm/libvirt/disk/qemu-img-script");
+        let player = concat!(env!("CARGO_MANIFEST_DIR"), "/src/vm/disks/qemu-img-script");
         std::os::unix::fs::symlink(player, &program).unwrap();
-        bench.disks.qemu_img = program;
+        bench.disks = disks(&program);
         bench
     }
 
