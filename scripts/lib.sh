@@ -65,12 +65,12 @@ build_guest_programs() {
         -p dayfly-guest -p dayfly-test-runner)
 }
 
-# stage PROFILE DIRECTORY: dayfly and the guest's programs side by side, as an installation has them.
+# stage PROFILE DIRECTORY: dayfly, dayfly-exec and the guest's programs side by side, as an installation has them.
 stage() {
     local profile=$1 dir=$2 sub=$1
     [ "$profile" = dev ] && sub=debug
     mkdir -p "$dir"
-    install -m 755 "$target/$sub/dayfly" "$dir/dayfly"
+    install -m 755 "$target/$sub/dayfly" "$target/$sub/dayfly-exec" "$dir"
     # What users build has nothing of the tests in it (src/lib.rs).
     ! grep -q dayfly-built-with-test-util "$dir/dayfly" || die "$target/$sub/dayfly is a build for tests"
     local program

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 /// A value and its watcher in one. Clones watch the same value; each knows which change it has seen.
 #[derive(Debug)]
-pub(crate) struct Latest<T> {
+pub struct Latest<T> {
     shared: Arc<Shared<T>>,
     seen: u64,
 }
@@ -29,7 +29,7 @@ impl<T> Clone for Latest<T> {
 
 impl<T> Latest<T> {
     /// The first value counts as seen.
-    pub(crate) fn new(value: T) -> Self {
+    pub fn new(value: T) -> Self {
         Self { shared: Arc::new(Shared { value: Mutex::new((0, value)), changed: Notify::new() }), seen: 0 }
     }
 
@@ -38,7 +38,7 @@ impl<T> Latest<T> {
     }
 
     /// Replaces the value and wakes all that wait.
-    pub(crate) fn send(&self, value: T) {
+    pub fn send(&self, value: T) {
         let mut current = self.lock();
         *current = (current.0.wrapping_add(1), value);
         drop(current);
@@ -46,7 +46,7 @@ impl<T> Latest<T> {
     }
 
     /// Looks at the value, which counts as seen then.
-    pub(crate) fn look<R>(&mut self, look: impl FnOnce(&T) -> R) -> R {
+    pub fn look<R>(&mut self, look: impl FnOnce(&T) -> R) -> R {
         let (seen, result) = {
             let current = self.lock();
             (current.0, look(&current.1))
@@ -56,7 +56,7 @@ impl<T> Latest<T> {
     }
 
     /// Waits for a value that has not been seen. Cancel safe: it is seen when it is looked at.
-    pub(crate) async fn changed(&self) {
+    pub async fn changed(&self) {
         loop {
             let mut notified = pin!(self.shared.changed.notified());
             // Before the look, or a change between the two would be slept over.

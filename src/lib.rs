@@ -23,15 +23,13 @@ pub mod gitlab; // how do we speak the runner API?
 pub mod recovery; // what exists, what should exist?
 pub mod status; // how are we doing?
 pub mod control; // what may the operator tell a running daemon?
-pub mod exec; // one job without a GitLab
-pub mod standin; // how does GitLab answer?
 pub mod files; // how do bytes get to disk for good?
 pub mod process; // how do we run another program?
 pub mod clock; // what time is it, for people and protocols?
 pub mod awake; // for how long did this process not run?
 pub mod rng; // where do ids and jitter come from?
 pub mod retry; // when do we try again?
-mod latest; // who waits for the newest value?
+pub mod latest; // who waits for the newest value?
 pub mod secret; // what must never be printed?
 pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
@@ -39,9 +37,7 @@ mod repeats; // how often may a guest fill the log?
 pub mod failpoint; // where may a test pull the plug?
 pub mod planted; // would our tests notice?
 #[cfg(feature = "test-util")]
-pub mod fuzzing; // what must hold for any bytes?
-#[cfg(feature = "test-util")]
-pub(crate) mod pieces; // how do bytes arrive, when a property is tried?
+pub mod pieces; // how do bytes arrive, when a property is tried?
 
 use std::future::Future;
 use std::pin::Pin;

@@ -7,9 +7,11 @@
 
 #[cfg(feature = "test-util")]
 mod outliving;
+mod replace;
 
 #[cfg(feature = "test-util")]
 pub(crate) use outliving::start_outliving;
+pub(crate) use replace::replace_by;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::collections::BTreeMap;

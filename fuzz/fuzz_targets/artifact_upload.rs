@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::artifact_upload`.
+//! See `dayfly_doubles::fuzzing::artifact_upload`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::artifact_upload(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::artifact_upload(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::config`.
+//! See `dayfly_doubles::fuzzing::config`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::config(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::config(input));

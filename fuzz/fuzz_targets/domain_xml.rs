@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::domain_xml`.
+//! See `dayfly_doubles::fuzzing::domain_xml`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::domain_xml(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::domain_xml(input));

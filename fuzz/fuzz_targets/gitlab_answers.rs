@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::gitlab_answers`.
+//! See `dayfly_doubles::fuzzing::gitlab_answers`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::gitlab_answers(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::gitlab_answers(input));

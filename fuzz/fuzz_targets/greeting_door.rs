@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::greeting_door`.
+//! See `dayfly_doubles::fuzzing::greeting_door`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::greeting_door(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::greeting_door(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::greeting_relay`.
+//! See `dayfly_doubles::fuzzing::greeting_relay`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::greeting_relay(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::greeting_relay(input));

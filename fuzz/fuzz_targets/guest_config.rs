@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::guest_config`.
+//! See `dayfly_doubles::fuzzing::guest_config`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::guest_config(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::guest_config(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::image`.
+//! See `dayfly_doubles::fuzzing::image`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::image(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::image(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::journal`.
+//! See `dayfly_doubles::fuzzing::journal`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::journal(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::journal(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::payload`.
+//! See `dayfly_doubles::fuzzing::payload`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::payload(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::payload(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::pipeline`.
+//! See `dayfly_doubles::fuzzing::pipeline`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::pipeline(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::pipeline(input));

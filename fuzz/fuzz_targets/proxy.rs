@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::proxy`.
+//! See `dayfly_doubles::fuzzing::proxy`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::proxy(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::proxy(input));

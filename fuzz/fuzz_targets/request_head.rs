@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::request_head`.
+//! See `dayfly_doubles::fuzzing::request_head`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::request_head(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::request_head(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::requests`.
+//! See `dayfly_doubles::fuzzing::requests`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::requests(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::requests(input));

@@ -1,3 +1,3 @@
-//! See `dayfly::fuzzing::route`.
+//! See `dayfly_doubles::fuzzing::route`.
 #![no_main]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly::fuzzing::route(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| dayfly_doubles::fuzzing::route(input));

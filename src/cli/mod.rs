@@ -6,6 +6,7 @@
 
 mod check;
 mod doctor;
+mod exec;
 pub(crate) mod image;
 mod operate;
 mod prompt;
@@ -15,7 +16,6 @@ mod scratch;
 
 use crate::config::ConfigError;
 use crate::daemon::DaemonError;
-use crate::exec;
 use crate::job::journal::JournalError;
 use crate::telemetry::printable;
 use clap::Parser as _;
@@ -28,6 +28,8 @@ use std::process::ExitCode;
 const EXIT_USAGE: u8 = 64;
 /// 128 + SIGINT, as shells have it.
 const EXIT_INTERRUPTED: u8 = 130;
+/// What `dayfly exec` says of a job that could not be run.
+const EXIT_NOT_THE_JOBS: u8 = 125;
 /// `EX_CONFIG` of sysexits.h; `RestartPreventExitStatus` of the unit names it.
 const EXIT_CONFIG: u8 = 78;
 
@@ -55,7 +57,8 @@ enum Command {
     /// Build, test, list and remove base images
     Image(image::Args),
     /// Run jobs of a local pipeline file, each in a fresh VM, without a GitLab
-    Exec(Box<exec::Args>),
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Exec(exec::Args),
     /// Show how the running daemon is doing
     Status {
         /// As JSON
@@ -112,7 +115,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Check => check::check(&config)?,
         Command::Doctor => return wait_for(doctor::doctor(&config)),
         Command::Image(args) => wait_for(image::image(&config, args))?,
-        Command::Exec(args) => return Ok(exec::main(&args)),
+        Command::Exec(args) => return Err(exec::become_it(args)),
         Command::Status { json } => wait_for(operate::status(&config, json))?,
         Command::Drain => wait_for(operate::drain(&config))?,
         Command::Kill { job, runner } => wait_for(operate::kill(&config, job, runner))?,
@@ -128,6 +131,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         EXIT_USAGE
     } else if error.is::<Interrupted>() {
         EXIT_INTERRUPTED
+    } else if error.is::<exec::NoProgram>() {
+        EXIT_NOT_THE_JOBS
     } else {
         1
     }

@@ -239,7 +239,7 @@ pub fn child(dir: &Path, name: &str) -> PathBuf {
     dir.join(name)
 }
 
-pub(crate) mod plain;
+pub mod plain;
 
 #[cfg(any(test, feature = "test-util"))]
 pub mod fake;

@@ -12,23 +12,23 @@ use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 /// A file to read. A link is not followed.
-pub(crate) fn open(path: &Path) -> io::Result<File> {
+pub fn open(path: &Path) -> io::Result<File> {
     open_with(File::options().read(true), path)
 }
 
 /// A file to read at a path that the operator has chosen: it may be a link, for they may have made it one.
-pub(crate) fn open_chosen(path: &Path) -> io::Result<File> {
+pub fn open_chosen(path: &Path) -> io::Result<File> {
     regular(File::options().read(true), path, OFlags::empty())
 }
 
 /// A file with these options. A link is not followed.
-pub(crate) fn open_with(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+pub fn open_with(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     regular(options, path, OFlags::NOFOLLOW)
 }
 
 /// A file that is only there to be locked: made if there is none, mode 0600, and never emptied. One that is neither
 /// ours nor root's nor of the directory's owner is refused: a stranger could hold it for ever.
-pub(crate) fn open_lock(path: &Path) -> io::Result<File> {
+pub fn open_lock(path: &Path) -> io::Result<File> {
     let file = open_with(File::options().read(true).write(true).create(true).mode(0o600), path)?;
     let owner = file.metadata()?.uid();
     let directory = super::parent(path)?.metadata()?.uid();
@@ -40,7 +40,7 @@ pub(crate) fn open_lock(path: &Path) -> io::Result<File> {
 }
 
 /// A directory, to be given away or looked at: a link is not followed.
-pub(crate) fn open_directory(path: &Path) -> io::Result<File> {
+pub fn open_directory(path: &Path) -> io::Result<File> {
     let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::DIRECTORY).bits()).map_err(io::Error::other)?;
     File::options().read(true).custom_flags(flags).open(path)
 }

@@ -9,7 +9,7 @@ mod answers;
 mod bodies;
 mod calls;
 #[cfg(feature = "test-util")]
-pub(crate) mod fuzzing;
+pub mod fuzzing;
 mod job_client;
 mod json;
 mod payload;

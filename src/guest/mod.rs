@@ -11,7 +11,7 @@ mod body; // how much, how fast?
 mod chunks; // where does a chunked body end?
 mod door; // who comes in?
 #[cfg(feature = "test-util")]
-pub(crate) mod fuzzing; // what must hold for any bytes?
+pub mod fuzzing; // what must hold for any bytes?
 mod greeting; // is it our guest's relay?
 mod handler; // may it, and who answers?
 mod head; // is this head one that we serve?

@@ -5,6 +5,6 @@
 
 pub mod build;
 pub mod manifest;
-pub(crate) mod qcow2;
+pub mod qcow2;
 pub mod stamp;
 pub mod store;

@@ -18,7 +18,7 @@ const FEATURE_EXTERNAL_DATA: u64 = 0b100;
 
 /// Why a file is no disk for a guest.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Qcow2Error {
+pub enum Qcow2Error {
     /// It cannot be read.
     #[error("read its header")]
     Read(#[from] io::Error),
@@ -31,14 +31,14 @@ pub(super) enum Qcow2Error {
 ///
 /// # Errors
 /// [`Qcow2Error`].
-pub(super) fn check(disk: &Path) -> Result<u64, Qcow2Error> {
+pub fn check(disk: &Path) -> Result<u64, Qcow2Error> {
     let mut header = Vec::with_capacity(HEADER_BYTES);
     plain::open_chosen(disk)?.take(HEADER_BYTES as u64).read_to_end(&mut header)?;
     parse(&header).map_err(Qcow2Error::Unfit)
 }
 
 /// Reads a header; why it is none of a guest's disk otherwise.
-pub(crate) fn parse(header: &[u8]) -> Result<u64, &'static str> {
+pub fn parse(header: &[u8]) -> Result<u64, &'static str> {
     let u32_at = |at: usize| Some(u32::from_be_bytes(header.get(at..at + 4)?.try_into().ok()?));
     let u64_at = |at: usize| Some(u64::from_be_bytes(header.get(at..at + 8)?.try_into().ok()?));
     if header.get(..4) != Some(b"QFI\xfb") {
@@ -72,7 +72,7 @@ pub(crate) fn parse(header: &[u8]) -> Result<u64, &'static str> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A header as `qemu-img create -f qcow2` makes it, less what nobody reads here.

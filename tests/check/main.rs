@@ -12,6 +12,7 @@
 mod advisories;
 mod modules;
 mod pages;
+mod programs;
 mod scripts;
 
 use serde_json::Value;
@@ -21,9 +22,8 @@ use toml_edit::DocumentMut;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// Crates in the product's normal tree, and in the lock, at most.
-const PRODUCT_CRATES_MAX: usize = 200;
-const LOCK_CRATES_MAX: usize = 320;
+/// Folders whose code users get.
+const SHIPPED: [&str; 2] = ["src", "exec/src"];
 
 fn metadata() -> Value {
     #[expect(clippy::disallowed_methods, reason = "process.rs is the product's; a test may ask cargo")]
@@ -150,50 +150,13 @@ fn bans(deny: &DocumentMut) -> impl Iterator<Item = &toml_edit::InlineTable> {
     deny["bans"]["deny"].as_array().unwrap().iter().map(|ban| ban.as_inline_table().unwrap())
 }
 
-/// What a test's crate turns on is not in the product: Cargo's own resolver says what is built of it.
 #[test]
 fn no_banned_crate_is_in_the_product_whoever_wants_it() {
-    #[expect(clippy::disallowed_methods, reason = "process.rs is the product's; a test may ask cargo")]
-    let output = std::process::Command::new(env!("CARGO"))
-        .args(["tree", "--locked", "-p", "dayfly", "-e", "normal,build", "--prefix", "none", "--format", "{p}"])
-        .current_dir(ROOT)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let tree = String::from_utf8(output.stdout).unwrap();
-    let crates: BTreeSet<&str> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
-    assert!(crates.len() > 100, "{tree}");
-    let found: Vec<&str> = bans(&deny())
-        .map(|ban| ban["crate"].as_str().unwrap().to_owned())
-        .filter_map(|name| crates.get(name.as_str()).copied())
-        .collect();
-    assert_eq!(found, [""; 0]);
-}
-
-#[test]
-fn the_tree_stays_small() {
-    let metadata = metadata();
-    let nodes: BTreeMap<&str, &Value> = metadata["resolve"]["nodes"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|node| (node["id"].as_str().unwrap(), node))
-        .collect();
-    let product = metadata["resolve"]["root"].as_str().unwrap();
-    let mut product_crates = BTreeSet::from([product]);
-    let mut open = vec![product];
-    while let Some(id) = open.pop() {
-        for dependency in nodes[id]["deps"].as_array().unwrap() {
-            let normal = dependency["dep_kinds"].as_array().unwrap().iter().any(|kind| kind["kind"].is_null());
-            let id = dependency["pkg"].as_str().unwrap();
-            if normal && product_crates.insert(id) {
-                open.push(id);
-            }
-        }
-    }
-    let lock = std::fs::read_to_string(Path::new(ROOT).join("Cargo.lock")).unwrap().matches("[[package]]").count();
-    assert!(product_crates.len() <= PRODUCT_CRATES_MAX, "{} crates in the product", product_crates.len());
-    assert!(lock <= LOCK_CRATES_MAX, "{lock} crates in Cargo.lock");
+    let product = programs::product_crates("normal,build");
+    let names: BTreeSet<&str> = product.iter().filter_map(|line| line.split(' ').next()).collect();
+    let deny = deny();
+    let banned = bans(&deny).map(|ban| ban["crate"].as_str().unwrap());
+    assert_eq!(banned.filter(|name| names.contains(name)).collect::<Vec<_>>(), [""; 0]);
 }
 
 /// The product's source files and their text, comments taken away.
@@ -224,14 +187,13 @@ fn holds(text: &str, word: &str) -> bool {
 
 /// Only files below `at_home` hold `word`; at least one does, or the rule has lost its object.
 fn only(word: &str, at_home: &[&str]) {
-    let src = Path::new(ROOT).join("src");
     // A file's own tests may say what they like: they come last in it.
     let product = |text: &str| text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().to_owned();
-    let holders: Vec<PathBuf> = sources(&src)
-        .into_iter()
-        .filter(|(_, text)| holds(&product(text), word))
-        .map(|(path, _)| path.strip_prefix(&src).unwrap().to_owned())
-        .collect();
+    let mut holders: Vec<PathBuf> = Vec::new();
+    for folder in SHIPPED.map(|folder| Path::new(ROOT).join(folder)) {
+        let found = sources(&folder).into_iter().filter(|(_, text)| holds(&product(text), word));
+        holders.extend(found.map(|(path, _)| path.strip_prefix(&folder).unwrap().to_owned()));
+    }
     assert!(!holders.is_empty(), "`{word}` is nowhere: has it another name now?");
     let strays: Vec<_> = holders.iter().filter(|path| !at_home.iter().any(|home| path.starts_with(home))).collect();
     assert!(strays.is_empty(), "`{word}` belongs into {at_home:?} only: {strays:?}");
@@ -245,8 +207,6 @@ fn what_belongs_into_one_place_stays_there() {
     only("Command::new(", &["process.rs", "process"]);
     // One place knows GitLab's URLs.
     only("/api/v4/", &["gitlab", "guest", "standin"]);
-    // The stand-in is no part of the daemon's path.
-    only("standin::", &["exec", "standin", "cli"]);
 }
 
 /// The bodies of the macros of `tracing` in a text: from the parenthesis to its partner.
@@ -301,7 +261,7 @@ fn a_value_in_rusts_own_form_is_found_in_a_log_call() {
 #[test]
 fn the_log_is_in_words() {
     let mut calls = 0;
-    for (path, text) in sources(&Path::new(ROOT).join("src")) {
+    for (path, text) in SHIPPED.iter().flat_map(|folder| sources(&Path::new(ROOT).join(folder))) {
         for call in log_calls(&text) {
             calls += 1;
             assert!(!logs_debug(call), "{}: {call}", path.display());
@@ -313,7 +273,7 @@ fn the_log_is_in_words() {
 #[test]
 fn no_code_of_ours_is_unsafe() {
     let root = Path::new(ROOT);
-    for dir in ["src", "tests", "vm-images"] {
+    for dir in ["src", "exec", "tests", "vm-images"] {
         for (path, text) in sources(&root.join(dir)) {
             let word = ["unsafe", " {"].concat();
             assert!(!text.contains(&word), "{}", path.display());

@@ -5,7 +5,7 @@ use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::standin::{self, Job, JobSpec, JobState, ProjectId, Served, Standin};
+use dayfly_exec::standin::{self, Job, JobSpec, JobState, ProjectId, Served, Standin};
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;

@@ -21,7 +21,7 @@ mod restarts;
 mod times;
 mod tools;
 
-use dayfly::standin::{JobState, Variable};
+use dayfly_exec::standin::{JobState, Variable};
 use lab::{Lab, Options, run};
 use std::fs;
 use std::time::Duration;

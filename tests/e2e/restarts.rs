@@ -1,7 +1,7 @@
 //! What a restart costs a job: nothing. Of the daemon, handed over or killed, and of libvirtd.
 
 use super::lab::{LIMIT, Lab, Options, run};
-use dayfly::standin::{Fault, JobState, Matcher, Route};
+use dayfly_exec::standin::{Fault, JobState, Matcher, Route};
 use std::time::Duration;
 
 /// E1: SIGTERM in the middle of a job, exit 0, and the next one goes on.

@@ -1,7 +1,7 @@
 //! What time it is in a guest, and what times its log has.
 
 use super::lab::{Lab, Options};
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 use jiff::Timestamp;
 use std::net::Ipv4Addr;
 use tokio::io::AsyncWriteExt as _;

@@ -1,7 +1,7 @@
 //! What a job finds in the image, and what the image costs.
 
 use super::lab::{self, Lab, Options};
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 

@@ -69,7 +69,7 @@ async fn a_world_notices_a_runner_token_in_files_machines_and_traces() {
     let mut world = World::new(1);
     let job = world.job(&[&format!("print {}", runner_token(1))]);
     world.start().await.unwrap();
-    world.until(job, dayfly::standin::JobState::Success).await;
+    world.until(job, dayfly_exec::standin::JobState::Success).await;
     let leaks = world.leaks();
     for place in ["a file", "a byte to a machine", "GitLab's copy of a trace"] {
         assert!(leaks.iter().any(|leak| leak.starts_with(place)), "not noticed in {place}: {leaks:?}");

@@ -3,7 +3,7 @@
 use crate::support::guest::Guest;
 use crate::support::world::{LONG, World};
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route};
+use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Route};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 

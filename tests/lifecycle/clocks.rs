@@ -1,8 +1,8 @@
 //! A host whose clock somebody sets, or that slept.
 
 use crate::support::world::{World, paused};
-use dayfly::standin::{JobSpec, JobState, Route};
 use dayfly::vm::fake::GuestMachine;
+use dayfly_exec::standin::{JobSpec, JobState, Route};
 use dayfly_guest_config::{ClockAnswer, ClockQuestion, GuestConfig};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};

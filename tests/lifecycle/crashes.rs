@@ -2,7 +2,7 @@
 
 use crate::support::mortal::{End, Seam, When};
 use crate::support::world::{World, paused};
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 
 /// What a job does in these stories: trace before, between and after, and an artifact.
 const SCRIPT: &[&str] = &["print one", "sleep 5", "upload 1000", "print two", "sleep 4", "print three"];

@@ -1,7 +1,7 @@
 //! The same seed gives the same event log.
 
 use crate::support::world::{World, paused};
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 
 /// What GitLab and the hypervisor saw of a few jobs, in order, with their virtual times and ids.
 fn event_log(seed: u64) -> String {

@@ -3,10 +3,10 @@
 #![expect(clippy::unwrap_used, clippy::disallowed_methods, reason = "helpers of tests")]
 
 use crate::support::world::World;
-use dayfly::exec::pipeline::{self, Plan};
-use dayfly::exec::unpack::{Folder, Limits};
-use dayfly::exec::{Screen, Session};
-use dayfly::standin::ArtifactKeep;
+use dayfly_exec::pipeline::{self, Plan};
+use dayfly_exec::standin::ArtifactKeep;
+use dayfly_exec::unpack::{Folder, Limits};
+use dayfly_exec::{Screen, Session};
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};

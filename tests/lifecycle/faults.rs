@@ -5,8 +5,8 @@
 //! systemd would.
 
 use crate::support::world::{World, paused};
-use dayfly::standin::{Fault, JobState, Matcher, Route};
 use dayfly::vm::fake;
+use dayfly_exec::standin::{Fault, JobState, Matcher, Route};
 use std::io;
 use std::time::Duration;
 use tokio::time::sleep;

@@ -3,8 +3,8 @@
 use crate::support::world::World;
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
-use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Persist, Recorded, Route};
 use dayfly::status::RunnerState;
+use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Persist, Recorded, Route};
 use std::time::Duration;
 use tokio::time::sleep;
 

@@ -4,9 +4,9 @@ use crate::support::world::{World, paused};
 use dayfly::files::Files as _;
 use dayfly::image::manifest::MANIFEST_FILE;
 use dayfly::image::store::{Image, ImageStore};
-use dayfly::standin::{Fault, JobState, Matcher, Route};
 use dayfly::status::RunnerState;
 use dayfly::vm::fake::{Fault as VmFault, Op, Timing};
+use dayfly_exec::standin::{Fault, JobState, Matcher, Route};
 use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ async fn a_job_without_its_image_fails_naming_it_and_others_run() {
     let away = dir.path().join(".away");
     std::fs::rename(&image, &away).unwrap();
     world.until_failed(job, "runner_system_failure", "the image `test` of this runner's machines cannot be used").await;
-    let other = second.enqueue(project, dayfly::standin::JobSpec::script(["print hello"]));
+    let other = second.enqueue(project, dayfly_exec::standin::JobSpec::script(["print hello"]));
     second.wait_for(|m| m.jobs[&other].state == JobState::Success, Duration::from_secs(60)).await.unwrap();
     let next = world.job(&["print again"]);
     world

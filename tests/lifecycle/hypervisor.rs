@@ -4,10 +4,10 @@
 use crate::support::guest::Guest;
 use crate::support::world::{LONG, World, paused};
 use dayfly::gitlab::JobId;
-use dayfly::standin::{JobState, Route};
 use dayfly::status::RunnerState;
 use dayfly::vm::fake::{Fault, Op, Timing};
 use dayfly::vm::{Hypervisor as _, Stream, VmId, VmSpec, VmState};
+use dayfly_exec::standin::{JobState, Route};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -4,8 +4,8 @@ use crate::support::mortal::{End, Seam, When};
 use crate::support::world::{World, paused};
 use dayfly::config::Class;
 use dayfly::gitlab::JobId;
-use dayfly::standin::JobState;
 use dayfly::vm::fake::Op;
+use dayfly_exec::standin::JobState;
 use std::time::Duration;
 
 const SCRIPT: &[&str] = &["print begun", "sleep 200", "print finished"];

@@ -2,9 +2,9 @@
 
 use crate::support::guest::Guest;
 use crate::support::world::World;
-use dayfly::standin::JobState;
 use dayfly::vm::Hypervisor as _;
 use dayfly::vm::fake::{Fault, GuestMachine, Op};
+use dayfly_exec::standin::JobState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;

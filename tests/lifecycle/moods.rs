@@ -2,7 +2,7 @@
 
 use crate::support::world::{LONG, World, paused};
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Recorded, Route};
+use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Recorded, Route};
 use jiff::Timestamp;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
@@ -180,7 +180,7 @@ async fn a_verdict_carries_checksum_and_size_of_the_whole_trace() {
         let mut world = World::new(1);
         let job = world.job(&script);
         world.start().await.unwrap();
-        let over = |m: &dayfly::standin::Model| m.jobs[&job].state.is_over();
+        let over = |m: &dayfly_exec::standin::Model| m.jobs[&job].state.is_over();
         assert!(world.standin.wait_for(over, LONG).await.is_ok());
         world.until_idle().await;
         let held = world.found(job).trace.bytes;

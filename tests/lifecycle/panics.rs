@@ -2,8 +2,8 @@
 
 use crate::support::world::World;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{JobState, Recorded, Route};
 use dayfly::vm::fake::{Op, Timing};
+use dayfly_exec::standin::{JobState, Recorded, Route};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -3,11 +3,11 @@
 use crate::support::guest::Guest;
 use crate::support::world::World;
 use dayfly::daemon::DaemonError;
-use dayfly::standin::JobState;
 use dayfly::vm::fake::GuestMachine;
 use dayfly::vm::libvirt::AccelChoice;
 use dayfly::vm::proof::sector;
 use dayfly::vm::{Accel, HostInfo, Hypervisor as _};
+use dayfly_exec::standin::JobState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;

@@ -4,7 +4,7 @@ use crate::support::mortal::{End, Seam, When};
 use crate::support::world::{World, paused};
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
-use dayfly::standin::{Fault, JobSpec, JobState, Matcher, Route};
+use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Route};
 use std::io;
 use std::time::Duration;
 use tokio::time::sleep;

@@ -5,7 +5,7 @@ use dayfly::config::Limits;
 use dayfly::config::{Config, Span};
 use dayfly::daemon::ReloadError;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{JobState, Route};
+use dayfly_exec::standin::{JobState, Route};
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -78,8 +78,8 @@ async fn a_removed_runner_finishes_its_jobs_and_asks_for_none() {
     world.assert_clean().await;
 }
 
-fn spec_of(gitlab: &dayfly::standin::Standin, project: dayfly::standin::ProjectId) -> JobId {
-    gitlab.enqueue(project, dayfly::standin::JobSpec::script(["print other", "sleep 20"]))
+fn spec_of(gitlab: &dayfly_exec::standin::Standin, project: dayfly_exec::standin::ProjectId) -> JobId {
+    gitlab.enqueue(project, dayfly_exec::standin::JobSpec::script(["print other", "sleep 20"]))
 }
 
 /// E10: image, class, network, limits and capacity hold for the next machine; the one that runs keeps its own.

@@ -1,9 +1,9 @@
 //! Jobs are asked for only where there is room for them.
 
 use crate::support::world::World;
-use dayfly::standin::{JobSpec, JobState, Route};
 use dayfly::status::RunnerState;
 use dayfly::vm::fake::Timing;
+use dayfly_exec::standin::{JobSpec, JobState, Route};
 use std::time::Duration;
 use tokio::time::sleep;
 

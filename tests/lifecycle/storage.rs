@@ -3,7 +3,7 @@
 use crate::support::world::{World, paused};
 use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{JobState, Route};
+use dayfly_exec::standin::{JobState, Route};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -127,7 +127,7 @@ async fn a_missing_image_costs_its_own_runner_only() {
         world.until(job, JobState::Success).await;
     }
     let asked = world.requests(Route::RequestJob);
-    let token = |request: &dayfly::standin::Recorded| request.headers.get("runner-token").cloned();
+    let token = |request: &dayfly_exec::standin::Recorded| request.headers.get("runner-token").cloned();
     assert!(asked.iter().all(|request| token(request) == token(&asked[0])), "only one runner asks");
     assert_eq!(world.status().daemon.problems.len(), 1);
     tokio::time::sleep(Duration::from_secs(60)).await;

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use dayfly::BoxFuture;
 use dayfly::gitlab::transport::{Body, Call, OpenError, TransportError};
 use dayfly::gitlab::{Endpoint, JobId, OpenTransport, Transport};
-use dayfly::standin::{Fault, JobState, Recorded, Route};
+use dayfly_exec::standin::{Fault, JobState, Recorded, Route};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
 use std::sync::Arc;

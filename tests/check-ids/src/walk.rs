@@ -284,7 +284,7 @@ impl Walk<'_> {
 
     /// Files that no `mod` names must not look as if they showed anything.
     fn strays(&mut self) {
-        let mut open = vec![PathBuf::from("src"), PathBuf::from("tests"), PathBuf::from("vm-images")];
+        let mut open = ["src", "exec", "tests", "vm-images"].map(PathBuf::from).to_vec();
         while let Some(folder) = open.pop() {
             for entry in std::fs::read_dir(self.root.join(&folder)).into_iter().flatten().flatten() {
                 let path = folder.join(entry.file_name());

@@ -13,7 +13,7 @@ mod plan; // what happens in one case
 mod rig; // door, spool and uploader alone
 mod whole; // the whole daemon
 
-use dayfly::standin::Persist;
+use dayfly_exec::standin::Persist;
 use plan::Plan;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 use std::io::Write as _;

@@ -4,7 +4,7 @@ use super::plan::{Mood, Plan, Range};
 use dayfly::files::Files as _;
 use dayfly::files::fake::MemoryFiles;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Fault, Recorded, Route, Standin};
+use dayfly_exec::standin::{Fault, Recorded, Route, Standin};
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};

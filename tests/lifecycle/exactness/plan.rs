@@ -1,7 +1,7 @@
 //! What happens in one case, and how such a plan is made at random.
 
 use crate::support::mortal::{End, Seam, When};
-use dayfly::standin::Persist;
+use dayfly_exec::standin::Persist;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::sync::OnceLock;

@@ -7,8 +7,8 @@ use crate::support::guest::Guest;
 use crate::support::world::{World, paused};
 use dayfly::BoxFuture;
 use dayfly::job::journal::JobKey;
-use dayfly::standin::{Job, JobSpec, JobState};
 use dayfly::vm::Stream;
+use dayfly_exec::standin::{Job, JobSpec, JobState};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 

@@ -12,7 +12,7 @@ use crate::proxy::weigh::Scales;
 use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
-use dayfly::standin::{JobSpec, JobState, Model, Standin};
+use dayfly_exec::standin::{JobSpec, JobState, Model, Standin};
 use dayfly_guest_config::GuestConfig;
 use std::io;
 use std::path::{Path, PathBuf};

@@ -5,7 +5,7 @@ use crate::fact::Fact;
 use crate::job;
 use crate::names::Names;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{InnerFault, Manager, Model, ProjectId, RunnerId, RunnerType, Settings, Standin, manager};
+use dayfly_exec::standin::{InnerFault, Manager, Model, ProjectId, RunnerId, RunnerType, Settings, Standin, manager};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
@@ -395,5 +395,5 @@ fn place_manager(
 
 /// `enqueue_job`: a job that comes while the fact runs.
 pub(crate) fn enqueue_another(model: &mut Model, names: &Names, now: Timestamp) -> Option<JobId> {
-    names.project.map(|project| model.enqueue(project, dayfly::standin::JobSpec::default(), now))
+    names.project.map(|project| model.enqueue(project, dayfly_exec::standin::JobSpec::default(), now))
 }

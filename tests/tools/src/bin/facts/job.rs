@@ -3,7 +3,7 @@
 use crate::given::{Kind, Members, Trouble, ago};
 use crate::names::{Names, Placeholders, as_text};
 use dayfly::gitlab::JobId;
-use dayfly::standin::{
+use dayfly_exec::standin::{
     Acknowledgement, Artifact, ArtifactContent, Chunks, Job, JobSpec, JobState, Model, PendingState, ProjectId, User,
     Variable,
 };

@@ -1,7 +1,7 @@
 //! Placeholders, and texts that are described instead of written out.
 
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Model, ProjectId, RunnerId};
+use dayfly_exec::standin::{Model, ProjectId, RunnerId};
 use serde_json::{Map, Value, json};
 
 /// The things of one fact that a placeholder may name.

@@ -8,7 +8,7 @@ use crate::send::{self, Reply};
 use crate::state::{Snapshot, snapshot};
 use dayfly::clock::Clock;
 use dayfly::rng::Rng;
-use dayfly::standin::{Chunks, Standin, serve};
+use dayfly_exec::standin::{Chunks, Standin, serve};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -3,7 +3,7 @@
 use crate::job::trace_of;
 use crate::names::Names;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Job, Manager, Model, Runner, RunnerId};
+use dayfly_exec::standin::{Job, Manager, Model, Runner, RunnerId};
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;

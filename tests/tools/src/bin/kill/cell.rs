@@ -13,7 +13,7 @@ use dayfly::clock::Clock;
 use dayfly::control::{self, Answer, Request};
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
-use dayfly::standin::{Job, JobState, Model, ProjectId, Served, Standin, serve};
+use dayfly_exec::standin::{Job, JobState, Model, ProjectId, Served, Standin, serve};
 use jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,7 +1,7 @@
 //! Whether one job ended as it must: once, with the right verdict, and with each byte of its trace.
 
 use crate::work::Wanted;
-use dayfly::standin::{Job, JobState};
+use dayfly_exec::standin::{Job, JobState};
 use dayfly_test_tools::killing::{CANCELED_LINE, Step, artifact, expected, first_line};
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;

@@ -5,7 +5,7 @@ use crate::leftovers::Places;
 use crate::work::Source;
 use dayfly::image::manifest::{ImageFile, MANIFEST_FILE, Manifest};
 use dayfly::image::store::Image;
-use dayfly::standin::{Artifact, ArtifactContent, JobSpec, JobState, ProjectId, Standin};
+use dayfly_exec::standin::{Artifact, ArtifactContent, JobSpec, JobState, ProjectId, Standin};
 use dayfly_test_tools::killing::artifact;
 use std::fmt::Write as _;
 use std::fs;

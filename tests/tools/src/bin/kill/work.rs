@@ -3,7 +3,7 @@
 use crate::plan::small;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
-use dayfly::standin::JobSpec;
+use dayfly_exec::standin::JobSpec;
 use dayfly_test_tools::killing::Step;
 use std::time::Duration;
 

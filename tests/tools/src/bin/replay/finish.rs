@@ -13,7 +13,7 @@ use crate::compare;
 use crate::gitlab::Gitlab;
 use crate::play::{LIMIT, Scene, Stage};
 use crate::recording::{Class, Recording};
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 use dayfly_guest::relay::Target;
 use dayfly_guest_config::{GuestConfig, Pass};
 use dayfly_test_tools::host::{door, guest_token};

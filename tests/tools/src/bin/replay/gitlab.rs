@@ -7,7 +7,7 @@ use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::standin::{Artifact, ArtifactContent, JobSpec, JobState, ProjectId, Standin};
+use dayfly_exec::standin::{Artifact, ArtifactContent, JobSpec, JobState, ProjectId, Standin};
 use serde::Deserialize;
 use std::io::{self, Write as _};
 

@@ -3,9 +3,9 @@
 
 use crate::kinds::Kind;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Job, Route};
 use dayfly::vm::VmSpec;
 use dayfly::vm::fake::Op;
+use dayfly_exec::standin::{Job, Route};
 use http::{HeaderMap, Uri};
 use std::fmt;
 use std::path::Path;

@@ -9,8 +9,8 @@ use crate::event::{DaemonDoes, Event, FileOp, GuestDoes, Trouble};
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::Record;
 use dayfly::job::state::State;
-use dayfly::standin::Route;
 use dayfly::vm::fake::Op;
+use dayfly_exec::standin::Route;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
@@ -143,7 +143,7 @@ impl Ledger {
         }
     }
 
-    fn held(&mut self, job: &dayfly::standin::Job, last: bool) {
+    fn held(&mut self, job: &dayfly_exec::standin::Job, last: bool) {
         let now = self.now;
         let Some(note) = self.jobs.get_mut(&job.id) else { return };
         note.changed_after_end |= note.over_at.is_some() && note.state != job.state;

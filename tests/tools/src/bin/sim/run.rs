@@ -9,7 +9,7 @@ use crate::panics;
 use crate::plan::{Action, Plan};
 use crate::story::{Keep, Story};
 use crate::world::World;
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};

@@ -50,7 +50,7 @@ pub(crate) struct Inner {
     armed: Option<Kind>,
     life: Option<Life>,
     /// Faults that the stand-in is to put on a request, by its id.
-    pub(crate) planned: BTreeMap<String, Vec<dayfly::standin::Fault>>,
+    pub(crate) planned: BTreeMap<String, Vec<dayfly_exec::standin::Fault>>,
     /// The life ends at its next call of the file layer.
     pub(crate) kill_at_next_file: bool,
     /// Any number of events is right: the soak.

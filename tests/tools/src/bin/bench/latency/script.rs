@@ -6,7 +6,7 @@
 //! `EPOCHREALTIME`: microseconds, without a process, and nobody sets it once the machine has its config.
 
 use dayfly::rng::Rng;
-use dayfly::standin::{JobSpec, Standin, Variable};
+use dayfly_exec::standin::{JobSpec, Standin, Variable};
 use jiff::Timestamp;
 use std::fmt::Write as _;
 use std::io;

@@ -6,7 +6,7 @@
 
 use super::script::{END, Stamp, line};
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Model, Recorded, Route};
+use dayfly_exec::standin::{Model, Recorded, Route};
 use http::StatusCode;
 use jiff::Timestamp;
 

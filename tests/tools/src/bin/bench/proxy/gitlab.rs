@@ -10,7 +10,7 @@ use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;
 use dayfly::gitlab::transport::{Body, full};
 use dayfly::rng::Rng;
-use dayfly::standin::Standin;
+use dayfly_exec::standin::Standin;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;

@@ -28,7 +28,7 @@ use crate::figures::{Spread, figure, say};
 use content::Content;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
-use dayfly::standin::{Fault, JobSpec, JobState, Matcher, ProjectId, Route};
+use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, ProjectId, Route};
 use dayfly_guest_config::GuestConfig;
 use gitlab::Gitlab;
 use runner::{Runner, Way};

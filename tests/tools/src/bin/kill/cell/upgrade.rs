@@ -7,7 +7,7 @@ use crate::upgrade::{Last, Upgrade};
 use crate::work::Wanted;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::RECORD_VERSION;
-use dayfly::standin::{JobState, Model, Route};
+use dayfly_exec::standin::{JobState, Model, Route};
 use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST};
 use dayfly_test_tools::killing::Step;
 use serde_json::Value;

@@ -3,7 +3,7 @@
 use super::{Checker, Findings};
 use crate::event::{Event, Trouble};
 use crate::ledger::Ledger;
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 use std::time::Duration;
 
 const ALL: &[Trouble] = &[Trouble::Gitlab, Trouble::Daemon, Trouble::Libvirt, Trouble::Disk];

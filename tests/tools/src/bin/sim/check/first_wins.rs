@@ -5,7 +5,7 @@ use crate::event::Event;
 use crate::ledger::Ledger;
 use dayfly::gitlab::JobId;
 use dayfly::job::state::State;
-use dayfly::standin::Route;
+use dayfly_exec::standin::Route;
 use std::collections::BTreeSet;
 
 #[derive(Default)]

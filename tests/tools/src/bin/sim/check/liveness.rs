@@ -3,7 +3,7 @@
 use super::{Checker, Findings};
 use crate::event::{DaemonDoes, Event, Trouble};
 use crate::ledger::{At, Ledger};
-use dayfly::standin::Route;
+use dayfly_exec::standin::Route;
 use std::time::Duration;
 
 #[derive(Default)]

@@ -4,7 +4,7 @@ use super::{Checker, Findings};
 use crate::event::{Event, FileOp};
 use crate::ledger::{JobNote, Ledger, job_of};
 use crate::plan::Plan;
-use dayfly::standin::{JobState, Route};
+use dayfly_exec::standin::{JobState, Route};
 use std::time::Duration;
 
 const REASONS: [&str; 3] = ["runner_system_failure", "job_execution_timeout", "runner_interrupted"];

@@ -4,7 +4,7 @@ use super::{Checker, Findings};
 use crate::event::{DaemonDoes, Event};
 use crate::ledger::{At, Ledger};
 use dayfly::gitlab::JobId;
-use dayfly::standin::Route;
+use dayfly_exec::standin::Route;
 use std::collections::BTreeMap;
 use std::time::Duration;
 

@@ -3,7 +3,7 @@
 use super::{Checker, Findings};
 use crate::event::Event;
 use crate::ledger::Ledger;
-use dayfly::standin::Route;
+use dayfly_exec::standin::Route;
 
 pub(crate) struct SuccessStands;
 

@@ -5,7 +5,7 @@ use super::{Checker, Findings};
 use crate::event::{Event, FileOp};
 use crate::ledger::{JobNote, Ledger, job_of};
 use dayfly::gitlab::JobId;
-use dayfly::standin::Route;
+use dayfly_exec::standin::Route;
 use std::collections::BTreeMap;
 
 /// Keeps each spool as the file layer was told to write it.

@@ -4,7 +4,7 @@ use super::At;
 use crate::plan::Script;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::Record;
-use dayfly::standin::JobState;
+use dayfly_exec::standin::JobState;
 use std::sync::Arc;
 
 /// One job.

@@ -7,7 +7,7 @@ use crate::ledger::Ledger;
 use crate::story::Inner;
 use bytes::Bytes;
 use dayfly::gitlab::JobId;
-use dayfly::standin::{Fault, JobState, Route};
+use dayfly_exec::standin::{Fault, JobState, Route};
 use std::time::Duration;
 
 /// What is put on one request.
@@ -64,7 +64,7 @@ impl Gate {
                     let runner = model.runners.values().find(|runner| runner.token.matches(&head.shown))?.id;
                     let queue_is_empty = !model.jobs.values().any(|job| job.queued);
                     let mine =
-                        |job: &&dayfly::standin::Job| job.state == JobState::Running && job.runner == Some(runner);
+                        |job: &&dayfly_exec::standin::Job| job.state == JobState::Running && job.runner == Some(runner);
                     model.jobs.values().find(mine).map(|job| job.id).filter(|_| queue_is_empty)
                 });
                 let known =

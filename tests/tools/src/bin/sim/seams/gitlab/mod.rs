@@ -10,7 +10,7 @@ use bytes::Bytes;
 use dayfly::BoxFuture;
 use dayfly::gitlab::transport::{Body, OpenError, full};
 use dayfly::gitlab::{Call, Endpoint, JobId, OpenTransport, Transport, TransportError};
-use dayfly::standin::{Hook, Recorded, Route, Standin};
+use dayfly_exec::standin::{Hook, Recorded, Route, Standin};
 use http::{HeaderMap, Method};
 use http_body_util::BodyExt as _;
 use serde_json::Value;

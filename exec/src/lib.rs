@@ -1,0 +1,476 @@
+//! What happens to one job without a GitLab? `dayfly exec JOB…`
+//!
+//! A program of its own, `dayfly-exec`, which `dayfly exec` finds: the daemon's holds neither it nor the
+//! stand-in GitLab (decision D29).
+//!
+//! A job of a local `.gitlab-ci.yml` in a fresh VM, through exactly the daemon's path: the stand-in
+//! GitLab listens on a loopback port, a daemon in this process polls it, and the VM's runner does
+//! what it always does. The trace goes to stdout, our own words to stderr, artifacts into a folder.
+//!
+//! ```text
+//! .gitlab-ci.yml ─ pipeline ─► Plan ─ payload ─► stand-in GitLab ◄─ polls ─ daemon ─► VM
+//!          HEAD ─ repository ─► bare copy ──────────┘    │ trace, verdict, artifacts
+//!                                      terminal, unpack ◄┘
+//! ```
+//!
+//! Exit codes: 64 for a wrong command line; 0; the script's own (none: 1); 124 the job ran out of time; 125 it is not the job's
+//! fault (the pipeline file, the machine, dayfly itself); 130 interrupted. A failure that
+//! `allow_failure` allows gives 0 and a line.
+//!
+//! The jobs are strangers: what they upload is unpacked with care ([`unpack`]), what they print is
+//! filtered (`terminal`). A run is an installation of its own ([`instance`]).
+
+mod archive;
+#[cfg(test)]
+mod corpus;
+mod given;
+pub mod instance;
+mod payload;
+pub mod pipeline;
+mod reports;
+pub mod repository;
+mod screen;
+mod session;
+pub mod standin;
+mod terminal;
+pub mod unpack;
+
+pub use screen::Screen;
+pub use session::{EXIT_INTERRUPTED, EXIT_OURS, EXIT_TIMEOUT, Session};
+
+use clap::Parser as _;
+use dayfly::config::{Class, Config, Runner, Span};
+use dayfly::daemon::{Backends, DaemonError};
+use dayfly::gitlab::{ProxyEnvironment, RealLimits, RealOpenTransport};
+use dayfly::image::store::ImageError;
+use dayfly::network::PortRange;
+use dayfly::telemetry::{self, chain};
+use dayfly::vm::libvirt::AccelChoice;
+use given::{Given, GivenError};
+use instance::{Directories, Instance, InstanceError};
+use pipeline::sources::Directory;
+use pipeline::{Job, PipelineError};
+use repository::{REPOSITORY_BYTES_MAX, Repository, RepositoryError};
+use standin::{ArtifactKeep, ProjectId, Standin};
+use std::ffi::OsString;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use unpack::{Folder, UnpackError};
+
+/// `EX_USAGE` of sysexits.h, as `dayfly` has it.
+const EXIT_USAGE: u8 = 64;
+/// Name of the runner in the job's log.
+const RUNNER_NAME: &str = "dayfly-exec";
+/// Doors of runs: not where a service has its own, whose ports must be free when it comes back.
+const GUEST_PORTS: PortRange = PortRange { first: 22_000, last: 22_999 };
+/// How the guest reaches the host's loopback (SLIRP).
+const HOST_FROM_GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// Host of the container registry, which there is none of: `.invalid` resolves nowhere (RFC 2606), so that
+/// `CI_REGISTRY*` have their usual form and a login fails by name. `-e CI_REGISTRY=…` names another.
+const REGISTRY: &str = "registry.invalid";
+/// Largest artifact, as much as may be unpacked of one.
+const ARTIFACT_MIB_MAX: u64 = 4096;
+
+/// Run jobs of a local pipeline file, each in a fresh VM, without a GitLab
+///
+/// The job's log goes to stdout, its artifacts into a folder. Exit code: the job's own; 124 if it ran
+/// out of time; 125 if it could not be run; 130 if interrupted.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "dayfly-exec", bin_name = "dayfly exec", version)]
+struct Args {
+    /// Jobs to run, in the order of stages and `needs`; one of several of a key by its name: 'test: [linux, 3.11]', 'test 1/4'
+    #[arg(required_unless_present = "list", value_name = "JOB")]
+    jobs: Vec<String>,
+    /// List the file's jobs with their stages, and why one cannot run here; run none
+    #[arg(long, conflicts_with = "jobs")]
+    list: bool,
+    /// Pipeline file
+    #[arg(short, long, value_name = "FILE", default_value = ".gitlab-ci.yml")]
+    file: PathBuf,
+    /// Image of the VM
+    #[arg(long, value_name = "NAME", default_value = "debian-12-shell")]
+    image: String,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    cpus: u32,
+    /// Memory of the VM, MiB
+    #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(128..=16_777_216))]
+    memory: u64,
+    /// Disk of the VM, GiB
+    #[arg(long, value_name = "GIB", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    disk: u64,
+    /// Run the job as root in the VM
+    #[arg(long)]
+    root: bool,
+    /// Virtualisation: auto (KVM, proven by a boot), kvm, or tcg (slow, and it isolates nothing)
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_accel)]
+    accel: AccelChoice,
+    /// Folder for artifacts; what an earlier run of a job left there is replaced
+    #[arg(long, value_name = "DIR", default_value = "dayfly-artifacts")]
+    artifacts: PathBuf,
+    /// Timeout of jobs that name none
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = parse_timeout)]
+    timeout: Duration,
+    /// A variable for the jobs, wins over the file's; FILE:KEY=PATH: a file-type variable with the content of PATH
+    #[arg(short = 'e', long = "variable", value_name = "[FILE:]KEY=VALUE", value_parser = given::parse)]
+    variables: Vec<Given>,
+    /// Directory with the images
+    #[arg(long, value_name = "DIR", env = "DAYFLY_IMAGE_DIRECTORY")]
+    image_directory: Option<PathBuf>,
+    /// Directory for what a run needs while it lasts
+    #[arg(long, value_name = "DIR")]
+    work_directory: Option<PathBuf>,
+    /// Hypervisor
+    #[arg(long, value_name = "URI", default_value = "qemu:///session")]
+    libvirt: String,
+    /// Say more: -v what dayfly does, -vv each call
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+fn parse_accel(text: &str) -> Result<AccelChoice, String> {
+    match text {
+        "auto" => Ok(AccelChoice::Auto),
+        "kvm" => Ok(AccelChoice::Kvm),
+        "tcg" => Ok(AccelChoice::Tcg),
+        _ => Err("it is one of auto, kvm, tcg".into()),
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    pipeline::parse_timeout(text).ok_or_else(|| "write it like `1h 30m`, at most a month".into())
+}
+
+/// Why no job could be run. Exit code 125.
+#[derive(Debug, thiserror::Error)]
+enum ExecError {
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Artifacts(#[from] UnpackError),
+    #[error(transparent)]
+    Place(#[from] InstanceError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("use image `{0}`: nobody has seen it boot; run `dayfly image test {0}`")]
+    Untested(String),
+    #[error("use KVM: {0}; `--accel tcg` works without hardware virtualisation, slowly and without isolation")]
+    NoKvm(String),
+    #[error(transparent)]
+    Daemon(DaemonError),
+    #[error(transparent)]
+    Variable(#[from] GivenError),
+    #[error("{what}")]
+    System {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<DaemonError> for ExecError {
+    fn from(error: DaemonError) -> Self {
+        match error {
+            // The daemon's own remedy is a key of its configuration.
+            DaemonError::NoKvm(reason) => Self::NoKvm(reason),
+            other => Self::Daemon(other),
+        }
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> ExecError {
+    move |source| ExecError::System { what, source }
+}
+
+/// Runs the command line and returns the exit code.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    match Args::try_parse_from(args) {
+        Ok(args) => run_jobs(&args),
+        Err(error) => {
+            // To stdout for --help and --version, else to stderr. Nobody can be told if that fails.
+            let _ = error.print();
+            if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS }
+        }
+    }
+}
+
+/// Runs the jobs and returns the exit code.
+fn run_jobs(args: &Args) -> ExitCode {
+    let mut screen = Screen::of_process();
+    let log = telemetry::Config {
+        level: match args.verbose {
+            0 => "warn",
+            1 => "info",
+            _ => "debug",
+        }
+        .into(),
+        ..telemetry::Config::default()
+    };
+    // Its last lines are written out when this is dropped, after all else.
+    let _log = telemetry::init(&log);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            screen.say(&format!("start threads: {error}"));
+            return ExitCode::from(EXIT_OURS);
+        }
+    };
+    let code = runtime.block_on(async {
+        match run(args, &mut screen).await {
+            Ok(code) => code,
+            Err(error) => {
+                screen.say(&chain(&error));
+                EXIT_OURS
+            }
+        }
+    });
+    // A call to a hypervisor that does not answer is not waited for.
+    runtime.shutdown_background();
+    ExitCode::from(code)
+}
+
+/// Prints the jobs: stage, name, and why one cannot run. The exit code is 0 whatever they are.
+async fn list(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
+    let variables = given::read_all(&args.variables)?;
+    let directory = args.file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // A repository that cannot be served has jobs all the same.
+    let repository = Repository::find(directory).await.ok().flatten();
+    let sources = Directory::around(&args.file, payload::known(repository.as_ref(), &variables));
+    let (jobs, more) = pipeline::list(&args.file, &sources)?;
+    let width = jobs.iter().filter_map(|job| job.stage.as_ref()).map(|stage| stage.chars().count()).max().unwrap_or(0);
+    for job in &jobs {
+        let stage = job.stage.as_deref().unwrap_or("-");
+        screen.show(&format!("{stage:width$}  {}", job.name));
+        if let Some(refused) = &job.refused {
+            screen.show(&format!("{:width$}    cannot run: {refused}", ""));
+        }
+    }
+    if more > 0 {
+        screen.say(&format!("{more} more keys are not listed"));
+    }
+    Ok(0)
+}
+
+async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
+    if args.list {
+        return list(args, screen).await;
+    }
+    let mut interrupts = interrupts().map_err(system("listen to signals"))?;
+    let variables = given::read_all(&args.variables)?;
+    let repository = find_repository(&args.file, screen).await?;
+    let sources = Directory::around(&args.file, payload::known(repository.as_ref(), &variables));
+    let plan = pipeline::read(&args.file, &args.jobs, &sources)?;
+    for note in &plan.notes {
+        let file = plan.files.get(note.line.file).unwrap_or(&args.file);
+        screen.say(&format!("{}:{note}", file.display()));
+    }
+    let folder = match plan.jobs.iter().any(Job::uploads) {
+        true => Some(Folder::open(&args.artifacts, unpack::Limits::default())?),
+        false => None,
+    };
+    let mut config = config(args);
+    let mut backends = Backends::real(&config)?;
+    // The stand-in is on this host: whatever proxy the developer uses is not for it.
+    backends.transport = Arc::new(RealOpenTransport::new(RealLimits::default(), ProxyEnvironment::default()));
+    let image = backends.images.load(&args.image).await?;
+    if image.manifest.runner_info().is_none() {
+        return Err(ExecError::Untested(args.image.clone()));
+    }
+    if image.manifest.is_standin() {
+        screen.say(&format!("image `{}` holds dayfly's stand-in runner, not the official gitlab-runner", args.image));
+    }
+    let directories = Directories::choose(args.work_directory.clone())?;
+    let claim = directories.claim(&args.libvirt, &*backends.host.hypervisor, &*backends.files, &backends.rng);
+    let instance = tokio::select! {
+        biased;
+        // The interrupt first: nothing of this run exists yet.
+        Some(()) = interrupts.recv() => return Ok(EXIT_INTERRUPTED),
+        instance = claim => instance?,
+    };
+    let hypervisor = backends.host.hypervisor.clone();
+    let prepared = prepare(&mut config, &instance, repository.as_ref(), &backends).await;
+    let code = match prepared {
+        Ok((standin, project, served)) => {
+            let session = Session {
+                plan: &plan,
+                repository: repository.as_ref(),
+                file: &args.file,
+                timeout: args.timeout,
+                variables: &variables,
+                folder,
+                standin,
+                project,
+                config,
+                backends,
+            };
+            let code = session.run(screen, &mut interrupts).await.map_err(ExecError::from);
+            served.stop().await;
+            code
+        }
+        Err(error) => Err(error),
+    };
+    // A developer who has interrupted twice does not wait for this either.
+    tokio::select! {
+        biased;
+        Some(()) = interrupts.recv() => {}
+        () = instance.close(&*hypervisor) => {}
+    }
+    code
+}
+
+/// SIGINT, SIGTERM and SIGHUP, each one message.
+fn interrupts() -> io::Result<mpsc::Receiver<()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut int = signal(SignalKind::interrupt())?;
+    let mut term = signal(SignalKind::terminate())?;
+    let mut hup = signal(SignalKind::hangup())?;
+    // A third interrupt means no more than the second.
+    let (sender, receiver) = mpsc::channel(2);
+    #[expect(clippy::disallowed_methods, reason = "ends with the process")]
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                biased;
+                // All are cancel safe and mean the same.
+                _ = int.recv() => {}
+                _ = term.recv() => {}
+                _ = hup.recv() => {}
+            }
+            let _ = sender.try_send(());
+        }
+    });
+    Ok(receiver)
+}
+
+/// The repository around the pipeline file, and what the developer should know about it.
+async fn find_repository(file: &Path, screen: &mut Screen) -> Result<Option<Repository>, ExecError> {
+    let directory = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let found = Repository::find(directory).await?;
+    match &found {
+        None => {
+            screen.say("there is no git repository here, so the job starts in an empty directory (GIT_STRATEGY=none)")
+        }
+        Some(Repository { changes: Some(0), .. }) => {}
+        Some(repository) => {
+            let count = repository.changes.map_or("many".to_owned(), |n| n.to_string());
+            screen.say(&format!("{count} changed or new files are not committed: the job gets HEAD without them"));
+        }
+    }
+    if let Some(Repository { relative_submodules, .. }) = &found
+        && !relative_submodules.is_empty()
+    {
+        screen.say(&format!(
+            "submodules with a relative URL are not served, and a job that fetches them fails: {}; only this repository is; \
+             give them an absolute URL in .gitmodules, or set GIT_SUBMODULE_STRATEGY=none",
+            relative_submodules.join(", ")
+        ));
+    }
+    Ok(found)
+}
+
+/// What does not depend on the place of this run.
+fn config(args: &Args) -> Config {
+    let image_directory = args.image_directory.clone().unwrap_or_else(default_image_directory);
+    let mut config = Config {
+        image_directory: std::path::absolute(&image_directory).unwrap_or(image_directory),
+        class: vec![Class {
+            name: "exec".into(),
+            image: args.image.clone(),
+            cpus: args.cpus,
+            memory_mib: args.memory,
+            disk_gib: args.disk,
+            run_as_root: args.root,
+            // Said on the screen and in the job's log.
+            allow_standin_runner: true,
+        }],
+        ..Config::default()
+    };
+    config.hypervisor.uri.clone_from(&args.libvirt);
+    config.hypervisor.accel = args.accel;
+    config.network.guest_ports = GUEST_PORTS;
+    config
+}
+
+/// The user's own images if there are any, else the system's.
+fn default_image_directory() -> PathBuf {
+    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let data = variable("XDG_DATA_HOME").or_else(|| variable("HOME").map(|home| home.join(".local/share")));
+    let own = data.map(|data| data.join("dayfly/images")).filter(|path| path.is_dir());
+    own.unwrap_or_else(|| Config::default().image_directory)
+}
+
+/// The stand-in GitLab with its project, runner and repository, and the configuration for them.
+async fn prepare(
+    config: &mut Config,
+    instance: &Instance,
+    repository: Option<&Repository>,
+    backends: &Backends,
+) -> Result<(Standin, ProjectId, standin::Served), ExecError> {
+    let standin = Standin::new(backends.clock.clone(), backends.rng.clone());
+    let project = standin.add_project(&match repository {
+        Some(repository) => repository.project_path.clone(),
+        None => repository::project_path(None, &std::env::current_dir().unwrap_or_default()),
+    });
+    let runner = standin.add_runner(project);
+    let uploads = instance.state.join("artifacts");
+    backends.files.create_dir(&uploads).await.map_err(system("make a directory for artifacts"))?;
+    if let Some(repository) = repository {
+        let copy = instance.state.join("repository.git");
+        repository.serve_from(&copy, REPOSITORY_BYTES_MAX).await?;
+        standin.edit(|model| {
+            if let Some(project) = model.projects.get_mut(&project) {
+                project.repository = Some(copy);
+            }
+        });
+    }
+    let listener =
+        tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(system("listen on a loopback port"))?;
+    let served = standin::serve(standin.clone(), listener, None).map_err(system("serve the stand-in GitLab"))?;
+    let port = served.address().port();
+    standin.edit(|model| {
+        model.settings.external_url = format!("http://{HOST_FROM_GUEST}:{port}");
+        // The trace is watched: a second is as live as a terminal needs.
+        model.settings.trace_update_interval = Some(Duration::from_secs(1));
+        model.settings.max_artifacts_size_mib = ARTIFACT_MIB_MAX;
+        model.settings.registry = Some(REGISTRY.into());
+        model.settings.artifact_keep = ArtifactKeep::Directory(uploads);
+        if let Some(runner) = model.runners.get_mut(&runner) {
+            RUNNER_NAME.clone_into(&mut runner.description);
+        }
+    });
+    let token_file = instance.state.join("token");
+    let token = standin.runner_token(runner).map(|t| t.expose().to_owned()).unwrap_or_default();
+    write_private(&token_file, &token).map_err(system("write the runner token"))?;
+    let url = |host: Ipv4Addr| format!("http://{host}:{port}").parse().expect("address and port make a URL");
+    config.state_directory.clone_from(&instance.state);
+    config.runtime_directory.clone_from(&instance.runtime);
+    config.runner = vec![Runner {
+        name: RUNNER_NAME.into(),
+        url: url(Ipv4Addr::LOCALHOST),
+        token_file,
+        class: "exec".into(),
+        limit: Some(1),
+        tls_ca_file: None,
+        tls_cert_file: None,
+        tls_key_file: None,
+        clone_url: Some(url(HOST_FROM_GUEST)),
+        allow_insecure_http: true,
+        direct_download: false,
+        poll_interval: Span::from_millis(500),
+    }];
+    Ok((standin, project, served))
+}
+
+fn write_private(path: &Path, text: &str) -> io::Result<()> {
+    use std::io::Write as _;
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(text.as_bytes())
+}
