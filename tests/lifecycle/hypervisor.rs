@@ -8,10 +8,12 @@ use dayfly::status::RunnerState;
 use dayfly::vm::fake::{Fault, Op, Timing};
 use dayfly::vm::{Hypervisor as _, Stream, VmId, VmSpec, VmState};
 use dayfly_exec::standin::{JobState, Route};
+use dayfly_test_guest::Connection;
+use dayfly_test_guest::job::update;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::{Instant, sleep, timeout};
 
 /// How long GitLab saw the job run.
@@ -248,14 +250,14 @@ async fn an_old_connection_never_reaches_the_next_job_behind_the_same_port() {
     world.config.concurrent = 1;
     world.config.network.guest_ports = "20000-20000".parse().unwrap();
     // Connection, pass and door of each machine.
-    type Kept = (Box<dyn Stream>, String, String);
+    type Kept = (Connection<Box<dyn Stream>>, String, String);
     let kept: Arc<Mutex<Vec<Kept>>> = Arc::default();
     let keeps = kept.clone();
     world.set_guest(move |mut guest: Guest| {
         let keeps = keeps.clone();
         async move {
-            let stream = guest.connect().await.unwrap();
-            keeps.lock().unwrap().push((stream, guest.config.pass.clone(), guest.config.door.clone()));
+            let connection = guest.connect().await.unwrap();
+            keeps.lock().unwrap().push((connection, guest.config.pass.clone(), guest.config.door.clone()));
             let payload = guest.ask().await.unwrap();
             guest.work(&payload).await;
             guest.power_off().await;
@@ -273,13 +275,9 @@ async fn an_old_connection_never_reaches_the_next_job_behind_the_same_port() {
     assert_ne!(kept[0].1, kept[1].1, "another pass");
     let (mut old, ..) = kept.remove(0);
     let token = world.found(second).token.expose().to_owned();
-    let text = format!(
-        "PUT /api/v4/jobs/{second} HTTP/1.1\r\nHost: x\r\nJob-Token: {token}\r\nContent-Length: 17\r\n\r\n{{\"state\":\"failed\"}}"
-    );
-    let _ = old.write_all(text.as_bytes()).await;
-    let mut answer = Vec::new();
-    let read = timeout(Duration::from_secs(5), old.read_to_end(&mut answer)).await;
-    assert!(read.is_ok() && answer.is_empty(), "it was cut: {read:?} {:?}", String::from_utf8_lossy(&answer));
+    let _ = old.send(&update(second.0, &token, r#"{"state":"failed"}"#)).await;
+    let read = timeout(Duration::from_secs(5), old.rest()).await;
+    assert!(read.as_ref().is_ok_and(Vec::is_empty), "it was not cut: {read:?}");
     drop(kept);
     world.until(second, JobState::Success).await;
     world.assert_clean().await;

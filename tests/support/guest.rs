@@ -1,4 +1,4 @@
-//! A guest that a test scripts: relay and runner in one, speaking HTTP by hand over the fake's wires.
+//! A guest that a test scripts: relay and runner in one, over the fake's wires.
 //!
 //! The job's own script tells it what to do, one step a line, so a test reads like the job it is:
 //!
@@ -18,36 +18,18 @@ mod upload; // as 19.3's uploader
 
 use dayfly::vm::fake::GuestMachine;
 use dayfly::vm::{Pause, Stream};
-use dayfly_guest_config::{Greeting, GuestConfig, Pass, Report};
+use dayfly_guest_config::{GuestConfig, Pass, Report};
+use dayfly_test_guest::boot::{self, report};
+use dayfly_test_guest::{Answer, Connection, Job, Word, enter, job};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::{Instant, sleep, timeout};
 
-/// What GitLab, through the door, said last about the job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Word {
-    Running,
-    Canceling,
-    Over,
-}
-
-/// One HTTP answer.
-#[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    pub headers: Vec<(String, String)>,
-    pub body: Vec<u8>,
-}
-
-impl Answer {
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str())
-    }
-}
+/// Before a door that did not let it in is tried again.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// What guests know of their jobs, by job token: the truth that GitLab's copy is held to.
 #[derive(Clone, Debug, Default)]
@@ -88,100 +70,26 @@ pub struct Guest {
 impl Guest {
     /// Boots: reports, waits for its config, applies it.
     pub async fn boot(mut machine: GuestMachine) -> Option<Self> {
-        report(&mut machine, &Report::Ready).await;
-        let mut line = Vec::new();
-        loop {
-            BufReader::new(&mut machine.channel).read_until(b'\n', &mut line).await.ok()?;
-            if line.ends_with(b"\n") {
-                break;
-            }
-            // Nobody is connected: wait and read again.
-            line.clear();
-            sleep(Duration::from_millis(100)).await;
-        }
-        let config = GuestConfig::from_line(&line).ok()?;
-        report(&mut machine, &Report::Applied).await;
-        report(&mut machine, &Report::RunnerStarted).await;
-        let toml: toml_edit::DocumentMut = config.runner.config_toml.parse().ok()?;
-        let token = toml["runners"][0]["token"].as_str()?.to_owned();
+        let config = boot::boot(&mut machine.channel).await?;
+        let token = boot::guest_token(&config)?;
         Some(Self { machine, config, memory: Memory::default(), token })
     }
 
     /// A connection to the door after the greeting. A door that refuses is waited for, as the relay does.
-    pub async fn connect(&self) -> Option<Box<dyn Stream>> {
-        let port = self.config.door.rsplit(':').next()?.parse().ok()?;
-        let door = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    pub async fn connect(&self) -> Option<Connection<Box<dyn Stream>>> {
+        let (door, pass) = (boot::door(&self.config)?, Pass::from_text(&self.config.pass)?);
         let patience = Instant::now() + Duration::from_secs(self.config.door_patience_s);
-        loop {
-            if let Ok(stream) = self.machine.doors.connect(door)
-                && let Ok(Some(stream)) = timeout(Duration::from_secs(5), self.greet(stream)).await
-            {
-                return Some(stream);
-            }
-            if Instant::now() >= patience {
-                return None;
-            }
-            sleep(Duration::from_millis(200)).await;
-        }
-    }
-
-    async fn greet(&self, mut stream: Box<dyn Stream>) -> Option<Box<dyn Stream>> {
-        let pass = Pass::from_text(&self.config.pass)?;
-        let nonce = [7; 16];
-        stream.write_all(format!("{}\r\n", Greeting::opening(&nonce)).as_bytes()).await.ok()?;
-        let mut line = Vec::new();
-        while !line.ends_with(b"\r\n") {
-            line.push(stream.read_u8().await.ok()?);
-        }
-        let line = String::from_utf8(line).ok()?;
-        let greeting = Greeting::relay(&pass, nonce, line.trim_end()).ok()?;
-        stream.write_all(format!("{}\r\n", greeting.relay_line()).as_bytes()).await.ok()?;
-        Some(stream)
+        enter(&pass, || self.machine.doors.connect(door), || [7; 16], RETRY, || Instant::now() < patience).await
     }
 
     /// One request on a connection of its own. `None`: no answer came.
-    pub async fn call(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Answer> {
-        let mut stream = self.connect().await?;
-        let mut head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {}\r\nConnection: close\r\n",
-            body.len()
-        );
-        for (name, value) in headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
-        }
-        head.push_str("\r\n");
-        stream.write_all(head.as_bytes()).await.ok()?;
-        stream.write_all(body).await.ok()?;
-        stream.flush().await.ok()?;
-        let mut reader = BufReader::new(stream);
-        let mut line = String::new();
-        reader.read_line(&mut line).await.ok()?;
-        let status = line.split(' ').nth(1)?.parse().ok()?;
-        let mut headers = Vec::new();
-        loop {
-            line.clear();
-            reader.read_line(&mut line).await.ok()?;
-            let Some((name, value)) = line.trim_end().split_once(':') else { break };
-            headers.push((name.to_owned(), value.trim().to_owned()));
-        }
-        let mut answer = Answer { status, headers, body: Vec::new() };
-        match answer.header("content-length").and_then(|n| n.parse().ok()) {
-            Some(length) => {
-                answer.body.resize(length, 0);
-                reader.read_exact(&mut answer.body).await.ok()?;
-            }
-            None => drop(reader.read_to_end(&mut answer.body).await),
-        }
-        Some(answer)
+    pub async fn exchange(&self, request: &[u8]) -> Option<Answer> {
+        self.connect().await?.exchange(request).await.ok()
     }
 
     /// Asks once for a job.
     pub async fn ask_once(&self) -> Option<Answer> {
-        let info: Value =
-            json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
-        let body = json!({"info": info, "token": self.token, "system_id": "s_0123456789ab"}).to_string();
-        let headers = [("Content-Type", "application/json"), ("Runner-Token", self.token.as_str())];
-        self.call("POST", "/api/v4/jobs/request", &headers, body.as_bytes()).await
+        self.exchange(&job::ask(&self.token)).await
     }
 
     /// Asks until there is a job, as `run-single` does.
@@ -208,8 +116,8 @@ impl Guest {
 
     /// Says that the job runs, as the runner does before it does anything else.
     pub async fn begin(&self, payload: &Value) {
-        let mut job = JobRun::new(payload, Memory::default());
-        job.put(self, json!({"state": "running", "output": {}})).await;
+        let job = Job::new(payload).expect("a payload names a job");
+        self.exchange(&job.begin()).await;
     }
 
     /// Runs the job that it was given.
@@ -221,27 +129,17 @@ impl Guest {
     /// Ends, as the guest program does when its runner has ended.
     pub async fn power_off(self) {
         let mut guest = self;
-        report(&mut guest.machine, &Report::RunnerExited(0)).await;
+        report(&mut guest.machine.channel, &Report::RunnerExited(0)).await;
         guest.machine.power.off();
         std::future::pending::<()>().await;
     }
 }
 
-async fn report(machine: &mut GuestMachine, report: &Report) {
-    // Dropped when nobody listens, as the guest program does.
-    let _ = timeout(Duration::from_millis(10), machine.channel.write_all(format!("{report}\n").as_bytes())).await;
-}
-
 /// One job in a guest.
 pub struct JobRun {
     memory: Memory,
-    id: u64,
-    token: String,
-    trace: Vec<u8>,
-    sent: usize,
-    interval: Duration,
+    job: Job,
     next_tick: Instant,
-    word: Word,
     /// Canceled, and on its way out.
     after_script: bool,
     /// Ignores timeout and cancel.
@@ -256,31 +154,24 @@ enum End {
 }
 
 impl JobRun {
+    /// # Panics
+    /// If the payload names no job.
     pub fn new(payload: &Value, memory: Memory) -> Self {
-        memory.note(payload["token"].as_str().unwrap_or_default(), |told| told.runs += 1);
-        Self {
-            memory,
-            id: payload["id"].as_u64().unwrap_or(0),
-            token: payload["token"].as_str().unwrap_or_default().to_owned(),
-            trace: Vec::new(),
-            sent: 0,
-            interval: Duration::from_secs(3),
-            next_tick: Instant::now() + Duration::from_secs(3),
-            word: Word::Running,
-            after_script: false,
-            deaf: false,
-        }
+        let job = Job::new(payload).expect("a payload names a job");
+        memory.note(&job.token, |told| told.runs += 1);
+        let next_tick = Instant::now() + job.interval;
+        Self { memory, job, next_tick, after_script: false, deaf: false }
     }
 
     fn print(&mut self, text: &str) {
-        self.trace.extend_from_slice(text.as_bytes());
-        self.trace.push(b'\n');
-        self.memory.note(&self.token, |told| told.printed.clone_from(&self.trace));
+        self.job.trace.extend_from_slice(text.as_bytes());
+        self.job.trace.push(b'\n');
+        self.memory.note(&self.job.token, |told| told.printed.clone_from(&self.job.trace));
     }
 
     async fn run(&mut self, guest: &mut Guest, payload: &Value) {
         self.put(guest, json!({"state": "running", "output": {}})).await;
-        if self.word == Word::Over {
+        if self.job.word == Word::Over {
             return;
         }
         self.print("Running with gitlab-runner 19.3.0");
@@ -295,7 +186,7 @@ impl JobRun {
             Ok(End::Exit(code)) => ("failed", Some("script_failure"), code),
             Ok(End::Aborted) => {
                 self.patch(guest).await;
-                self.put(guest, self.verdict("failed", Some("unknown_failure"), 0)).await;
+                self.put(guest, self.job.verdict("failed", Some("unknown_failure"), 0)).await;
                 return;
             }
             Ok(End::Canceled) => {
@@ -309,39 +200,25 @@ impl JobRun {
             self.print("Job succeeded");
         }
         for _ in 0..20 {
-            while self.sent < self.trace.len() {
-                let before = self.sent;
+            while self.job.sent < self.job.trace.len() {
+                let before = self.job.sent;
                 self.patch(guest).await;
-                if self.word == Word::Over {
+                if self.job.word == Word::Over {
                     return;
                 }
-                if self.sent == before {
+                if self.job.sent == before {
                     sleep(Duration::from_secs(1)).await;
                 }
             }
-            match self.put(guest, self.verdict(state, reason, code)).await {
+            match self.put(guest, self.job.verdict(state, reason, code)).await {
                 Some(200) => {
-                    self.memory.note(&self.token, |told| told.verdict = Some(state.to_owned()));
+                    self.memory.note(&self.job.token, |told| told.verdict = Some(state.to_owned()));
                     return;
                 }
                 Some(403 | 404) => return,
                 _ => sleep(Duration::from_secs(3)).await,
             }
         }
-    }
-
-    fn verdict(&self, state: &str, reason: Option<&str>, code: i64) -> Value {
-        let mut hasher = crc32fast::Hasher::new();
-        hasher.update(&self.trace);
-        let checksum = format!("crc32:{:08x}", hasher.finalize());
-        let mut body = json!({"state": state, "checksum": checksum, "output": {"checksum": checksum, "bytesize": self.trace.len()}});
-        if let Some(reason) = reason {
-            body["failure_reason"] = reason.into();
-        }
-        if code != 0 {
-            body["exit_code"] = code.into();
-        }
-        body
     }
 
     async fn script(&mut self, guest: &mut Guest, script: &[Value]) -> End {
@@ -357,7 +234,7 @@ impl JobRun {
                         if Instant::now() >= self.next_tick {
                             self.tick(guest).await;
                         }
-                        match self.word {
+                        match self.job.word {
                             _ if self.deaf => {}
                             Word::Running => {}
                             Word::Canceling if self.after_script => {}
@@ -397,56 +274,27 @@ impl JobRun {
     }
 
     async fn tick(&mut self, guest: &Guest) {
-        if self.sent < self.trace.len() {
+        if self.job.piece().is_some() {
             self.patch(guest).await;
         } else {
             self.put(guest, json!({"state": "running"})).await;
         }
-        self.next_tick = Instant::now() + self.interval;
+        self.next_tick = Instant::now() + self.job.interval;
     }
 
     async fn patch(&mut self, guest: &Guest) {
-        let end = self.trace.len().min(self.sent + 1024 * 1024);
-        if end == self.sent {
-            return;
+        let Some(piece) = self.job.piece() else { return };
+        let Some(answer) = guest.exchange(&piece).await else { return };
+        self.job.heard(&answer);
+        if self.job.patched(&answer) {
+            self.memory.note(&self.job.token, |told| told.taken = self.job.sent);
         }
-        let range = format!("{}-{}", self.sent, end - 1);
-        let path = format!("/api/v4/jobs/{}/trace?debug_trace=false", self.id);
-        let headers =
-            [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", self.token.as_str())];
-        let Some(answer) = guest.call("PATCH", &path, &headers, &self.trace[self.sent..end]).await else { return };
-        self.heard(&answer);
-        match answer.status {
-            202 => {
-                self.sent = end;
-                self.memory.note(&self.token, |told| told.taken = end);
-            }
-            416 => {
-                let range = answer.header("Range").and_then(|r| r.split_once('-')?.1.parse().ok());
-                self.sent = range.unwrap_or(0);
-                assert!(self.sent <= self.trace.len(), "a 416 beyond what the guest has sent kills real runners");
-            }
-            _ => {}
-        }
+        assert!(self.job.sent <= self.job.trace.len(), "a 416 beyond what the guest has sent kills real runners");
     }
 
-    async fn put(&mut self, guest: &Guest, mut body: Value) -> Option<u16> {
-        body["token"] = self.token.clone().into();
-        let path = format!("/api/v4/jobs/{}", self.id);
-        let headers = [("Content-Type", "application/json"), ("Job-Token", self.token.as_str())];
-        let answer = guest.call("PUT", &path, &headers, body.to_string().as_bytes()).await?;
-        self.heard(&answer);
+    async fn put(&mut self, guest: &Guest, body: Value) -> Option<u16> {
+        let answer = guest.exchange(&self.job.update(body)).await?;
+        self.job.heard(&answer);
         Some(answer.status)
-    }
-
-    fn heard(&mut self, answer: &Answer) {
-        if let Some(seconds) = answer.header("X-GitLab-Trace-Update-Interval").and_then(|s| s.parse().ok()) {
-            self.interval = Duration::from_secs(seconds);
-        }
-        self.word = match (answer.status, answer.header("Job-Status")) {
-            (403, _) | (_, Some("canceled" | "failed")) => Word::Over,
-            (_, Some("canceling")) if self.word == Word::Running => Word::Canceling,
-            _ => self.word,
-        };
     }
 }

@@ -26,6 +26,7 @@ const ROOTS: &[(&str, &str)] = &[
     ("tests/tools/src/bin/*/main.rs", "-p dayfly-test-tools"),
     ("tests/tools/tests/*.rs", "-p dayfly-test-tools"),
     ("tests/check-ids/src/main.rs", "-p dayfly-check-ids"),
+    ("tests/guest/src/lib.rs", "-p dayfly-test-guest"),
 ];
 
 /// Scripts that run rings.

@@ -4,12 +4,10 @@
 use super::plan::{Ending, Lie, Move, Plan};
 use dayfly::BoxFuture;
 use dayfly::vm::Stream;
+use dayfly_test_guest::job::{self, PIECE_BYTES, range};
+use dayfly_test_guest::{Answer, Connection, Kept};
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::time::{sleep, timeout};
-
-/// Largest PATCH of the official runner.
-const PIECE_MAX: usize = 1 << 20;
 
 /// A guest that gets no answer for this long asks again.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -17,19 +15,11 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How a guest reaches its door, and what else happens at its moves.
 pub(super) trait Way: Send + Sync {
     /// A connection after the greeting; waits for a door that refuses. `None`: it is gone for good.
-    fn connect(&self) -> BoxFuture<'_, Option<Box<dyn Stream>>>;
+    fn connect(&self) -> BoxFuture<'_, Option<Connection<Box<dyn Stream>>>>;
     /// GitLab loses its log but for so many thousandths.
     fn gitlab_loses(&self, permille: usize);
     /// The plan's [`Ending::Ours`] begins, when the door has taken so many bytes for sure.
     fn we_end(&self, taken: usize) -> BoxFuture<'_, ()>;
-}
-
-/// One answer.
-struct Answer {
-    status: u16,
-    /// The size in its `Range`.
-    range: Option<usize>,
-    closes: bool,
 }
 
 /// What a guest knows at its end.
@@ -49,7 +39,7 @@ pub(super) struct Client<'a, W: Way> {
     job: u64,
     token: String,
     log: &'static [u8],
-    connection: Option<BufReader<Box<dyn Stream>>>,
+    kept: Kept<Box<dyn Stream>>,
     /// Bytes that the door has taken, as far as the guest knows.
     pub(super) taken: usize,
     /// Bytes that were ever on their way: no 416 may name more.
@@ -63,7 +53,8 @@ pub(super) struct Client<'a, W: Way> {
 impl<'a, W: Way> Client<'a, W> {
     pub(super) fn new(way: &'a W, job: u64, token: String, plan: &Plan) -> Self {
         let log = plan.log.bytes();
-        Self { way, job, token, log, connection: None, taken: 0, offered: 0, last: None, debug: false, over: None }
+        let kept = Kept::default();
+        Self { way, job, token, log, kept, taken: 0, offered: 0, last: None, debug: false, over: None }
     }
 
     /// Everything that the plan says.
@@ -79,7 +70,7 @@ impl<'a, W: Way> Client<'a, W> {
             self.way.we_end(self.taken).await;
             // It may not have heard, and goes on until it does.
             while self.over.is_none() && self.taken < self.log.len() {
-                self.send(self.taken, PIECE_MAX).await?;
+                self.send(self.taken, PIECE_BYTES).await?;
                 sleep(Duration::from_secs(1)).await;
             }
             return Ok(self.over.unwrap_or(Heard::Nothing));
@@ -90,7 +81,7 @@ impl<'a, W: Way> Client<'a, W> {
                     return Ok(heard);
                 }
                 let before = self.taken;
-                self.send(self.taken, PIECE_MAX).await?;
+                self.send(self.taken, PIECE_BYTES).await?;
                 if self.taken == before {
                     sleep(Duration::from_secs(1)).await;
                 }
@@ -132,8 +123,7 @@ impl<'a, W: Way> Client<'a, W> {
                 let first = at + ahead;
                 let length = length.min(self.log.len().saturating_sub(first));
                 if length > 0 {
-                    let range = format!("{first}-{}", first + length - 1);
-                    let answer = self.patch(&range, &self.log[first..first + length]).await;
+                    let answer = self.patch(&range(first, length), &self.log[first..first + length]).await;
                     self.refused(answer.as_ref(), 416)?;
                 }
             }
@@ -163,13 +153,13 @@ impl<'a, W: Way> Client<'a, W> {
         }
         self.offered = self.offered.max(end);
         self.last = Some((first, end - first));
-        let answer = self.patch(&format!("{first}-{}", end - 1), &self.log[first..end]).await;
+        let answer = self.patch(&range(first, end - first), &self.log[first..end]).await;
         self.believe(answer)
     }
 
     fn believe(&mut self, answer: Option<Answer>) -> Result<(), String> {
         let Some(answer) = answer else { return Ok(()) };
-        match (answer.status, answer.range) {
+        match (answer.status, job::size(&answer)) {
             (202 | 416, Some(size)) if size > self.offered => {
                 Err(format!("the door names {size} bytes where {} were ever sent", self.offered))
             }
@@ -224,15 +214,15 @@ impl<'a, W: Way> Client<'a, W> {
             return Ok(());
         }
         self.offered = self.offered.max(at + one.max(other));
-        let (way, path, log) = (self.way, self.trace_path(), self.log);
+        let way = self.way;
         let [one, other] = [one, other].map(|length| {
-            let head = self.head("PATCH", &path, &range_header(at, length), length);
-            async move { exchange(&mut BufReader::new(way.connect().await?), &head, &log[at..at + length]).await }
+            let request = self.request(&range(at, length), &self.log[at..at + length]);
+            async move { way.connect().await?.exchange(&request).await.ok() }
         });
         let (first, second) = tokio::join!(one, other);
         // The answers may have crossed: the larger size is the newer one.
         let answers = [first, second].into_iter().flatten();
-        let newest = answers.max_by_key(|answer| (answer.status == 403, answer.range));
+        let newest = answers.max_by_key(|answer| (answer.status == 403, job::size(answer)));
         self.believe(newest)
     }
 
@@ -241,86 +231,40 @@ impl<'a, W: Way> Client<'a, W> {
         if length == 0 {
             return;
         }
-        self.connection = None;
-        let Some(mut stream) = self.way.connect().await else { return };
-        let head = self.head("PATCH", &self.trace_path(), &range_header(at, length), length);
-        let body = &self.log[at..at + cut.map_or(length, |cut| cut.min(length - 1))];
-        let write = async {
-            stream.write_all(head.as_bytes()).await?;
-            stream.write_all(body).await?;
-            stream.flush().await
-        };
+        drop(self.kept.take());
+        let Some(mut connection) = self.way.connect().await else { return };
+        let mut request = self.request(&range(at, length), &self.log[at..at + length]);
+        request.truncate(request.len() - cut.map_or(0, |cut| length - cut.min(length - 1)));
         // A door that reads no more is the same to a guest that goes away.
-        let _ = timeout(PATIENCE, write).await;
+        let _ = timeout(PATIENCE, connection.send(&request)).await;
         sleep(stay).await;
     }
 
-    fn trace_path(&self) -> String {
-        format!("/api/v4/jobs/{}/trace?debug_trace={}", self.job, self.debug)
+    fn request(&self, range: &str, bytes: &[u8]) -> Vec<u8> {
+        job::patch_as(self.job, &self.token, range, bytes, self.debug)
     }
 
-    fn head(&self, method: &str, path: &str, header: &str, length: usize) -> String {
-        let token = &self.token;
-        format!(
-            "{method} {path} HTTP/1.1\r\nHost: 192.0.2.1\r\nJob-Token: {token}\r\n{header}\r\nContent-Length: {length}\r\n\r\n"
-        )
-    }
-
-    async fn patch(&mut self, range: &str, body: &[u8]) -> Option<Answer> {
-        let header = format!("Content-Range: {range}\r\nContent-Type: text/plain");
-        let head = self.head("PATCH", &self.trace_path(), &header, body.len());
-        self.call(&head, body).await
+    async fn patch(&mut self, range: &str, bytes: &[u8]) -> Option<Answer> {
+        self.call(self.request(range, bytes)).await
     }
 
     async fn put(&mut self, state: &str) -> Option<Answer> {
         let body = format!(r#"{{"token":"{}","state":"{state}"}}"#, self.token);
-        let head =
-            self.head("PUT", &format!("/api/v4/jobs/{}", self.job), "Content-Type: application/json", body.len());
-        self.call(&head, body.as_bytes()).await
+        self.call(job::update(self.job, &self.token, &body)).await
     }
 
     /// One call on the connection that is kept open, or on a new one.
-    async fn call(&mut self, head: &str, body: &[u8]) -> Option<Answer> {
-        if self.connection.is_none() {
-            self.connection = self.way.connect().await.map(BufReader::new);
-            if self.connection.is_none() {
-                self.over = Some(Heard::Nothing);
-            }
-        }
-        let mut connection = self.connection.take()?;
-        let answer = timeout(PATIENCE, exchange(&mut connection, head, body)).await.ok().flatten()?;
-        if !answer.closes {
-            self.connection = Some(connection);
-        }
-        Some(answer)
+    async fn call(&mut self, request: Vec<u8>) -> Option<Answer> {
+        let connection = match self.kept.take() {
+            Some(connection) => connection,
+            None => match self.way.connect().await {
+                Some(connection) => connection,
+                None => {
+                    self.over = Some(Heard::Nothing);
+                    return None;
+                }
+            },
+        };
+        self.kept.exchange(connection, &request, PATIENCE).await.ok()
     }
-}
-
-fn range_header(at: usize, length: usize) -> String {
-    format!("Content-Range: {at}-{}\r\nContent-Type: text/plain", at + length - 1)
-}
-
-async fn exchange(stream: &mut BufReader<Box<dyn Stream>>, head: &str, body: &[u8]) -> Option<Answer> {
-    stream.write_all(head.as_bytes()).await.ok()?;
-    stream.write_all(body).await.ok()?;
-    stream.flush().await.ok()?;
-    let mut line = String::new();
-    stream.read_line(&mut line).await.ok()?;
-    let status = line.split(' ').nth(1)?.parse().ok()?;
-    let (mut length, mut range, mut closes) = (0, None, false);
-    loop {
-        line.clear();
-        stream.read_line(&mut line).await.ok()?;
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
-        let value = value.trim();
-        match name.to_ascii_lowercase().as_str() {
-            "content-length" => length = value.parse().ok()?,
-            "range" => range = value.split_once('-').and_then(|(_, size)| size.parse().ok()),
-            "connection" => closes = value.eq_ignore_ascii_case("close"),
-            _ => {}
-        }
-    }
-    let mut rest = vec![0; length];
-    stream.read_exact(&mut rest).await.ok()?;
-    Some(Answer { status, range, closes })
 }

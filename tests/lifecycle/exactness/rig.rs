@@ -21,17 +21,20 @@ use dayfly::uploader::{Outbox, Upload, UploaderEvent, upload};
 use dayfly::vm::fake::FakeHypervisor;
 use dayfly::vm::{Stream, VmId};
 use dayfly_exec::standin::{JobSpec, Standin};
-use dayfly_guest_config::{Greeting, Pass};
+use dayfly_guest_config::Pass;
+use dayfly_test_guest::{Connection, enter};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 const SPOOL: &str = "/state/trace";
 const DOOR: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10_000);
+
+/// Before a door that did not let the guest in is tried again.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Lines of ours.
 const FIRST_LINE: &str = "2026-01-01T00:00:00.000000Z 00O dayfly: a first line\n";
@@ -293,21 +296,10 @@ async fn live(life: &Life, world: &World, plan: &Plan) {
 }
 
 impl Way for World {
-    fn connect(&self) -> BoxFuture<'_, Option<Box<dyn Stream>>> {
-        Box::pin(async {
-            loop {
-                if let Ok(stream) = self.doors.connect(DOOR)
-                    && let Ok(Some(stream)) = timeout(Duration::from_secs(5), self.greet(stream)).await
-                {
-                    return Some(stream);
-                }
-                // The door is closed for good once the job is over.
-                if self.gitlab.standin.read(|model| model.jobs[&self.gitlab.job].state.is_over()) {
-                    return None;
-                }
-                sleep(Duration::from_millis(200)).await;
-            }
-        })
+    fn connect(&self) -> BoxFuture<'_, Option<Connection<Box<dyn Stream>>>> {
+        // The door is closed for good once the job is over.
+        let waits = || !self.gitlab.standin.read(|model| model.jobs[&self.gitlab.job].state.is_over());
+        Box::pin(enter(&self.pass, || self.doors.connect(DOOR), || [7; 16], RETRY, waits))
     }
 
     fn gitlab_loses(&self, permille: usize) {
@@ -317,20 +309,5 @@ impl Way for World {
     fn we_end(&self, _: usize) -> BoxFuture<'_, ()> {
         self.we_end.notify_one();
         Box::pin(std::future::ready(()))
-    }
-}
-
-impl World {
-    async fn greet(&self, mut stream: Box<dyn Stream>) -> Option<Box<dyn Stream>> {
-        let nonce = [7; 16];
-        stream.write_all(format!("{}\r\n", Greeting::opening(&nonce)).as_bytes()).await.ok()?;
-        let mut line = Vec::new();
-        while !line.ends_with(b"\r\n") {
-            line.push(stream.read_u8().await.ok()?);
-        }
-        let line = String::from_utf8(line).ok()?;
-        let greeting = Greeting::relay(&self.pass, nonce, line.trim_end()).ok()?;
-        stream.write_all(format!("{}\r\n", greeting.relay_line()).as_bytes()).await.ok()?;
-        Some(stream)
     }
 }

@@ -9,6 +9,7 @@ use dayfly::BoxFuture;
 use dayfly::job::journal::JobKey;
 use dayfly::vm::Stream;
 use dayfly_exec::standin::{Job, JobSpec, JobState};
+use dayfly_test_guest::Connection;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -150,7 +151,7 @@ struct Inside<'a> {
 }
 
 impl Way for Inside<'_> {
-    fn connect(&self) -> BoxFuture<'_, Option<Box<dyn Stream>>> {
+    fn connect(&self) -> BoxFuture<'_, Option<Connection<Box<dyn Stream>>>> {
         Box::pin(self.guest.connect())
     }
 

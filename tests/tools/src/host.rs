@@ -1,4 +1,4 @@
-//! A whole daemon on real clock and real files, and the first half of a guest program for fake VMs.
+//! A whole daemon on real clock and real files.
 
 use dayfly::clock::Clock;
 use dayfly::config::{Class, Config, Runner, Span};
@@ -12,16 +12,13 @@ use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::vm;
-use dayfly::vm::fake::{GuestMachine, Timing};
+use dayfly::vm::fake::Timing;
 use dayfly::vm::libvirt::AccelChoice;
-use dayfly_guest_config::{GuestConfig, Report};
 use std::io::{self, Write as _};
-use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::task::JoinHandle;
 
 /// How long a daemon may take to end when told to: it ends its jobs first.
@@ -174,40 +171,4 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
 #[must_use]
 pub fn no_image() -> (ImageStore, String) {
     (ImageStore::fixed(Image::of_no_disk()), "test".into())
-}
-
-/// The guest program's first half: reports, and takes its config. `None`: the VM is ending.
-pub async fn take_config(machine: &mut GuestMachine) -> Option<GuestConfig> {
-    report(machine, &Report::Ready).await;
-    let mut line = Vec::new();
-    while !line.ends_with(b"\n") {
-        if BufReader::new(&mut machine.channel).read_until(b'\n', &mut line).await.ok()? == 0 {
-            return None;
-        }
-    }
-    let config = GuestConfig::from_line(&line).ok()?;
-    for told in [Report::Applied, Report::RunnerStarted] {
-        report(machine, &told).await;
-    }
-    Some(config)
-}
-
-async fn report(machine: &mut GuestMachine, report: &Report) {
-    // Dropped when nobody listens, as the guest program does.
-    let line = format!("{report}\n");
-    let _ = tokio::time::timeout(Duration::from_millis(10), machine.channel.write_all(line.as_bytes())).await;
-}
-
-/// Where a guest of this host finds its door: SLIRP would map its address to the loopback.
-#[must_use]
-pub fn door(config: &GuestConfig) -> Option<SocketAddr> {
-    let port = config.door.rsplit(':').next()?.parse().ok()?;
-    Some(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))
-}
-
-/// The guest token that the runner's config.toml holds.
-#[must_use]
-pub fn guest_token(config: &GuestConfig) -> Option<String> {
-    let toml: toml_edit::DocumentMut = config.runner.config_toml.parse().ok()?;
-    Some(toml.get("runners")?.get(0)?.get("token")?.as_str()?.to_owned())
 }

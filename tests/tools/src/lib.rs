@@ -2,5 +2,4 @@
 
 pub mod doors;
 pub mod host;
-pub mod http;
 pub mod killing;

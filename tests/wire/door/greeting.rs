@@ -80,6 +80,27 @@ async fn a_wrong_proof_is_closed_and_counted() {
     assert_eq!(door.metrics.guest().greetings_failed.get("wrong_proof"), 4);
 }
 
+/// P10: whichever byte of the relay's lines is spoilt, nobody comes in, and no more than the door's line is said.
+#[tokio::test(start_paused = true)]
+async fn a_greeting_with_any_byte_spoilt_lets_nobody_in() {
+    let door = Door::new().await;
+    let opening = Greeting::opening(&[7; 16]);
+    let proof = Greeting::relay_line_for_test(&door.pass);
+    let lines = opening.len() + proof.len() + 4;
+    for at in 0..lines {
+        let mut guest = door.connect().await;
+        guest.0.spoil(move |before, bytes| {
+            if let Some(byte) = at.checked_sub(before).and_then(|at| bytes.get_mut(at)) {
+                *byte ^= 1;
+            }
+        });
+        // A door that has closed already, or whose proof is of another nonce, ends it on this side.
+        let _ = guest.0.greet(&door.pass, [7; 16], &poll("x")).await;
+        assert!(guest.rest().await.is_empty(), "byte {at} was spoilt");
+    }
+    assert!(door.told().is_empty() && door.metrics.guest().greetings.get() == 0);
+}
+
 /// P10: byte by byte, in time and too slow.
 #[tokio::test(start_paused = true)]
 async fn a_greeting_byte_by_byte_must_still_be_in_time() {

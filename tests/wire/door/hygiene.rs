@@ -306,7 +306,7 @@ async fn guests_that_break_off_leave_nothing_behind() {
         }
         let mut guest = super::support::Guest::new(stream);
         guest.greet(&door.pass, &whole[..(n * 7) % whole.len()]).await;
-        guest.stream.shutdown().await.unwrap();
+        guest.0.finish().await.unwrap();
         drop(guest);
     }
     // 150 connections were here, and 64 may be: all are gone, or this one finds no place.

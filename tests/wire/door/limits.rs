@@ -87,7 +87,8 @@ async fn a_long_transfer_is_no_idle_connection() {
         }
         drop(pieces);
     };
-    let (reply, ()) = tokio::join!(guest.reply(), feeding);
+    let (reply, ()) = tokio::join!(guest.0.answer(), feeding);
+    let reply = reply.unwrap().expect("an answer");
     assert_eq!((reply.status, reply.body.len(), reply.whole), (200, 100, true));
 }
 

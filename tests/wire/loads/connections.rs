@@ -3,7 +3,8 @@
 use super::scales::{Growth, Neighbour, alone, assert_unaffected, open_files, run, sized, until_files_are};
 use crate::door::support::{Door, Entrance, Guest, LIMIT, Setup, request};
 use dayfly::guest::Limits;
-use dayfly_guest_config::{Greeting, Pass};
+use dayfly_guest_config::Pass;
+use dayfly_test_guest::Connection;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,17 +21,9 @@ fn address(door: &Door) -> SocketAddr {
 
 /// The relay's half of the greeting; `None` if the door closed instead, for want of room.
 async fn greeted(address: SocketAddr, pass: &Pass) -> Option<TcpStream> {
-    let mut stream = TcpStream::connect(address).await.unwrap();
-    let nonce = [7; 16];
-    stream.write_all(format!("{}\r\n", Greeting::opening(&nonce)).as_bytes()).await.ok()?;
-    let mut line = Vec::new();
-    while !line.ends_with(b"\r\n") {
-        line.push(stream.read_u8().await.ok()?);
-    }
-    let line = String::from_utf8(line).unwrap();
-    let greeting = Greeting::relay(pass, nonce, line.trim_end()).expect("the door holds the pass");
-    stream.write_all(format!("{}\r\n", greeting.relay_line()).as_bytes()).await.ok()?;
-    Some(stream)
+    let mut connection = Connection::new(TcpStream::connect(address).await.unwrap());
+    connection.greet(pass, [7; 16], b"").await.ok()?;
+    Some(connection.into_stream())
 }
 
 /// Sends `text` byte by byte, slowly and over again, until the door closes; how long that took.

@@ -12,13 +12,14 @@ use dayfly::gitlab::{Endpoint, JobId, OpenTransport, Transport, TransportError};
 use dayfly::guest::Limits;
 use dayfly::vm::Stream;
 use dayfly_exec::standin::{JobSpec, JobState};
+use dayfly_test_guest::job::patch;
+use dayfly_test_guest::{Connection, Job};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::time::{Instant, sleep, timeout};
 
 const MIB: u64 = 1 << 20;
@@ -107,73 +108,47 @@ impl Gitlab {
 
 /// PATCHes of one connection, many at a time.
 struct Patches {
-    wire: BufReader<Box<dyn Stream>>,
-    job: u64,
-    token: String,
-    sent: u64,
+    connection: Connection<Box<dyn Stream>>,
+    job: Job,
 }
 
 impl Patches {
+    /// Says that the job runs, and begins to send its trace.
+    async fn begin(guest: &Guest, payload: &Value) -> Self {
+        guest.begin(payload).await;
+        let connection = guest.connect().await.expect("a place at the door");
+        Self { connection, job: Job::new(payload).expect("a job") }
+    }
+
     async fn send(&mut self, number: usize, bytes: usize) {
         let body = vec![b'x'; bytes];
         for _ in 0..number {
-            let last = self.sent + bytes as u64 - 1;
-            let head = format!(
-                "PATCH /api/v4/jobs/{}/trace?debug_trace=false HTTP/1.1\r\nHost: 192.0.2.1\r\nContent-Length: {bytes}\r\nContent-Range: {}-{last}\r\nContent-Type: text/plain\r\nJob-Token: {}\r\n\r\n",
-                self.job, self.sent, self.token
-            );
-            self.wire.write_all(head.as_bytes()).await.unwrap();
-            self.wire.write_all(&body).await.unwrap();
-            self.sent += bytes as u64;
+            self.connection.send(&patch(self.job.id, &self.job.token, self.job.sent, &body)).await.unwrap();
+            self.job.sent += bytes;
         }
         for _ in 0..number {
-            assert_eq!(timeout(LIMIT, self.answer()).await.expect("an answer"), 202);
+            let answer = timeout(LIMIT, self.connection.answer()).await.expect("an answer in time").unwrap();
+            assert_eq!(answer.expect("an answer").status, 202);
         }
-    }
-
-    async fn answer(&mut self) -> u16 {
-        let (mut status, mut length) = (None, 0);
-        loop {
-            let mut line = String::new();
-            self.wire.read_line(&mut line).await.unwrap();
-            let line = line.trim_end().to_ascii_lowercase();
-            if let Some(value) = line.strip_prefix("content-length: ") {
-                length = value.parse().unwrap();
-            }
-            if line.is_empty() {
-                break;
-            }
-            status = status.or_else(|| line.strip_prefix("http/1.1 ")?.get(..3)?.parse().ok());
-        }
-        self.wire.read_exact(&mut vec![0; length]).await.unwrap();
-        status.expect("a status line")
     }
 }
 
 /// Sends single bytes, then megabytes, as fast as it is let; then ends like any other job.
 async fn flood(guest: &Guest, payload: &Value, ones: usize, pieces: usize) {
-    let (job, token) = (payload["id"].as_u64().unwrap(), payload["token"].as_str().unwrap().to_owned());
-    guest.begin(payload).await;
-    let wire = BufReader::new(guest.connect().await.expect("a place at the door"));
-    let mut patches = Patches { wire, job, token: token.clone(), sent: 0 };
+    let mut patches = Patches::begin(guest, payload).await;
     for _ in 0..ones / 50 {
         patches.send(50, 1).await;
     }
     for _ in 0..pieces {
         patches.send(1, usize::try_from(MIB).unwrap()).await;
     }
-    let body = json!({"token": token, "state": "success", "output": {}}).to_string();
-    let headers = [("Content-Type", "application/json"), ("Job-Token", token.as_str())];
-    let answer = guest.call("PUT", &format!("/api/v4/jobs/{job}"), &headers, body.as_bytes()).await;
-    assert_eq!(answer.expect("an answer").status, 200);
+    let verdict = patches.job.update(json!({"state": "success", "output": {}}));
+    assert_eq!(guest.exchange(&verdict).await.expect("an answer").status, 200);
 }
 
 /// Sends a byte a second until the flood is over; the longest time that one took.
 async fn go_on(guest: &Guest, payload: &Value, over: &AtomicBool) -> Duration {
-    let (job, token) = (payload["id"].as_u64().unwrap(), payload["token"].as_str().unwrap().to_owned());
-    guest.begin(payload).await;
-    let wire = BufReader::new(guest.connect().await.expect("a place at the door"));
-    let mut patches = Patches { wire, job, token, sent: 0 };
+    let mut patches = Patches::begin(guest, payload).await;
     let mut longest = Duration::ZERO;
     while !over.load(Ordering::SeqCst) {
         let begun = Instant::now();

@@ -5,7 +5,6 @@ use super::server::{Pattern, Server};
 use crate::door::support::{DEPENDENCY, DEPENDENCY_TOKEN, Door, Guest, JOB, JOB_TOKEN, Setup};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
 
 const MIB: u64 = 1 << 20;
@@ -21,7 +20,7 @@ async fn upload(mut guest: Guest, chunks: u64, chunk: Arc<Vec<u8>>) -> u16 {
     );
     guest.send(head).await;
     for _ in 0..chunks {
-        guest.stream.write_all(&chunk).await.unwrap();
+        guest.send(chunk.as_slice()).await;
     }
     guest.send("0\r\n\r\n").await;
     guest.reply().await.status
@@ -79,15 +78,12 @@ async fn download(mut guest: Guest, from: u64, bytes: u64, pattern: Arc<Pattern>
         }
     }
     assert_eq!(length, Some(bytes));
-    let (mut piece, mut at) = (vec![0; 32 * 1024], from);
-    let first = guest.buffered();
-    assert!(first == pattern.at(at, first.len()), "the first {} bytes", first.len());
-    at += first.len() as u64;
+    let mut at = from;
     while at < from + bytes {
-        let count = guest.stream.read(&mut piece).await.unwrap();
-        assert!(count > 0, "it broke off at {at}");
-        assert!(piece[..count] == *pattern.at(at, count), "{count} bytes at {at}");
-        at += count as u64;
+        let piece = guest.0.some().await.unwrap();
+        assert!(!piece.is_empty(), "it broke off at {at}");
+        assert!(piece == *pattern.at(at, piece.len()), "{} bytes at {at}", piece.len());
+        at += piece.len() as u64;
     }
     assert_eq!(at, from + bytes);
 }

@@ -29,8 +29,9 @@ use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
 use dayfly::vm::libvirt::AccelChoice;
 use dayfly_exec::standin::{JobSpec, Model, ProjectId, RunnerId, Served, Standin, serve};
 use dayfly_guest_config::GuestConfig;
+use dayfly_test_guest::boot::boot;
 use dayfly_test_tools::doors::TcpDoors;
-use dayfly_test_tools::host::{AT_ONCE, Choice, Host, no_image, take_config};
+use dayfly_test_tools::host::{AT_ONCE, Choice, Host, no_image};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -268,7 +269,7 @@ pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ways: Ways) -
     hypervisor.set_guest(move |mut machine: GuestMachine| {
         let configs = configs.clone();
         async move {
-            if let Some(config) = take_config(&mut machine).await {
+            if let Some(config) = boot(&mut machine.channel).await {
                 let _ = configs.send(config.to_line()).await;
             }
             std::future::pending().await

@@ -14,6 +14,7 @@ use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
 use dayfly_exec::standin::{JobSpec, JobState, Model, Standin};
 use dayfly_guest_config::GuestConfig;
+use dayfly_test_guest::job;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -148,15 +149,9 @@ async fn run(
     requests: Arc<AtomicU64>,
 ) -> io::Result<(u64, Vec<u8>)> {
     let rng = Rng::system();
-    let Begun { runner, job, token } = guest::begin(&config, &rng).await?;
+    let Begun { runner, job } = guest::begin(&config, &rng).await?;
     drop(runner);
-    let path = format!("/api/v4/jobs/{job}/trace?debug_trace=false");
-    let patch = |offset: usize, piece: &[u8]| {
-        let range = format!("{offset}-{}", offset + piece.len() - 1);
-        let headers =
-            [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", token.as_str())];
-        guest::request("PATCH", &path, &headers, piece)
-    };
+    let patch = |offset: usize, piece: &[u8]| job::patch(job.id, &job.token, offset, piece);
     let mut bytes = vec![0; PIECE_BYTES * 2];
     rng.fill(&mut bytes);
     let mut runner = guest::connect(&config, &rng).await?;
@@ -168,11 +163,11 @@ async fn run(
     let _ = phases.wait_for(|phase| *phase != Phase::WarmUp).await;
     let piece = patch(PIECE_BYTES, &bytes[PIECE_BYTES..]);
     while *phases.borrow() == Phase::Storm {
-        if let Ok(Ok(mut stream)) = timeout(CONNECT, guest::greeted(&config, &rng)).await {
+        if let Ok(Ok(mut connection)) = timeout(CONNECT, guest::connect(&config, &rng)).await {
             requests.fetch_add(1, Ordering::Relaxed);
             let hung_up = Instant::now() + PATIENCE;
             // However far it came.
-            let _ = timeout_at(hung_up, stream.write_all(&piece)).await;
+            let _ = timeout_at(hung_up, connection.send(&piece)).await;
             sleep_until(hung_up).await;
         }
     }
@@ -185,11 +180,9 @@ async fn run(
             Err(_) => sleep(PATIENCE).await,
         }
     }
-    let verdict = serde_json::json!({"token": token, "state": "success", "output": {}}).to_string();
-    let headers = [("Content-Type", "application/json"), ("Job-Token", token.as_str())];
-    let mut runner = guest::connect(&config, &rng).await?;
-    guest::call(&mut runner, "PUT", &format!("/api/v4/jobs/{job}"), &headers, verdict.as_bytes(), 200).await?;
-    Ok((job, bytes))
+    let verdict = job.update(serde_json::json!({"state": "success", "output": {}}));
+    guest::call(&mut guest::connect(&config, &rng).await?, &verdict, 200).await?;
+    Ok((job.id, bytes))
 }
 
 /// Sends what follows, as a runner whose last answer was lost; where it stands then.
@@ -203,8 +196,7 @@ async fn piece_by_piece(
     let mut runner = guest::connect(config, rng).await?;
     let piece = &bytes[taken..(taken + PIECE_BYTES).min(bytes.len())];
     let answer = runner.exchange(&patch(taken, piece)).await?;
-    let range = answer.header("range").and_then(|range| range.strip_prefix("0-")?.parse().ok());
-    match (answer.status, range) {
+    match (answer.status, job::size(&answer)) {
         (202 | 416, Some(next)) => Ok(next),
         (status, _) => Err(io::Error::other(format!("a piece was answered {status}"))),
     }

@@ -15,15 +15,15 @@
 mod runner;
 
 use dayfly_guest::relay::{Limits, Relay, Target};
-use dayfly_guest_config::{CONFIG_BYTES_MAX, GuestConfig, Pass, Report};
-use dayfly_test_tools::host::{door, guest_token};
+use dayfly_guest_config::{GuestConfig, Pass, Report};
+use dayfly_test_guest::boot::{config_line, door, guest_token, report};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Mutex, mpsc};
@@ -32,9 +32,6 @@ use tokio::time::{sleep, timeout};
 
 /// A machine that nobody tells anything does not stay for ever.
 const CONFIG_LIMIT: Duration = Duration::from_secs(300);
-
-/// A report that nobody takes is dropped, or a guest without a host would stand still.
-const REPORT_LIMIT: Duration = Duration::from_millis(10);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
@@ -112,10 +109,9 @@ async fn silence(relay: &Relay, longest: Duration) {
 struct Reports(Arc<Mutex<Option<OwnedWriteHalf>>>);
 
 impl Reports {
-    async fn tell(&self, report: &Report) {
+    async fn tell(&self, what: &Report) {
         if let Some(host) = &mut *self.0.lock().await {
-            // Dropped if the host does not take it.
-            let _ = timeout(REPORT_LIMIT, host.write_all(format!("{report}\n").as_bytes())).await;
+            report(host, what).await;
         }
     }
 }
@@ -132,12 +128,7 @@ async fn serve_channel(listener: UnixListener, reports: Reports, configs: mpsc::
 
 async fn read_configs(reader: OwnedReadHalf, configs: &mpsc::Sender<GuestConfig>) {
     let mut reader = BufReader::new(reader);
-    loop {
-        let mut line = Vec::new();
-        let read = (&mut reader).take(CONFIG_BYTES_MAX as u64).read_until(b'\n', &mut line).await;
-        if !matches!(read, Ok(1..)) || !line.ends_with(b"\n") {
-            return;
-        }
+    while let Ok(Some(line)) = config_line(&mut reader).await {
         if let Ok(config) = GuestConfig::from_line(&line) {
             // The same one again is fine; one is taken.
             let _ = configs.try_send(config);

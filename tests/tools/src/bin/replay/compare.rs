@@ -5,7 +5,7 @@ use crate::gitlab::Gitlab;
 use crate::message::content;
 use crate::recording::{Body, Class, Recording, Request};
 use dayfly_exec::standin::{Job, JobState, Recorded, Route};
-use dayfly_test_tools::http::Answer;
+use dayfly_test_guest::Answer;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 

@@ -16,7 +16,7 @@ use crate::recording::{Class, Recording};
 use dayfly_exec::standin::JobState;
 use dayfly_guest::relay::Target;
 use dayfly_guest_config::{GuestConfig, Pass};
-use dayfly_test_tools::host::{door, guest_token};
+use dayfly_test_guest::boot::{door, guest_token};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

@@ -19,9 +19,10 @@ use dayfly::vm::fake::{FakeHypervisor, GuestMachine};
 use dayfly::vm::libvirt::AccelChoice;
 use dayfly_guest::relay::{Relay, Target};
 use dayfly_guest_config::{GuestConfig, Pass};
+use dayfly_test_guest::boot::{boot, door, guest_token};
+use dayfly_test_guest::{Answer, Connection};
 use dayfly_test_tools::doors::TcpDoors;
-use dayfly_test_tools::host::{AT_ONCE, Choice, Host, door, guest_token, no_image, take_config};
-use dayfly_test_tools::http::{Answer, Connection};
+use dayfly_test_tools::host::{AT_ONCE, Choice, Host, no_image};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -119,7 +120,7 @@ pub(crate) async fn play(stage: &Stage, recording: &Recording, until: Option<usi
 
 /// A VM: it takes its config, and is there until the runner in it has ended.
 async fn guest(mut machine: GuestMachine, configs: mpsc::Sender<GuestConfig>, mut power: watch::Receiver<bool>) {
-    let Some(config) = take_config(&mut machine).await else { return };
+    let Some(config) = boot(&mut machine.channel).await else { return };
     // Full: nobody plays this VM, and the job fails with its boot deadline.
     let _ = configs.try_send(config);
     let _ = power.wait_for(|on| !on).await;
@@ -159,7 +160,7 @@ struct Runner<'a> {
     recording: &'a Recording,
     /// The guest token of this run; the recorded one is another.
     token: String,
-    connections: BTreeMap<&'a str, Connection>,
+    connections: BTreeMap<&'a str, Connection<TcpStream>>,
     /// The number of the request that got the job.
     hand_out: usize,
     /// Bytes of trace that were sent.
@@ -194,8 +195,9 @@ impl<'a> Runner<'a> {
         let bytes = message(request, &self.recording.runner_token, &self.token).map_err(|error| error.to_string())?;
         let exchange = async {
             if !self.connections.contains_key(request.connection.as_str()) {
-                let connection = Connection::new(TcpStream::connect(self.relay).await?)?;
-                self.connections.insert(&request.connection, connection);
+                let stream = TcpStream::connect(self.relay).await?;
+                stream.set_nodelay(true)?;
+                self.connections.insert(&request.connection, Connection::new(stream));
             }
             let Some(connection) = self.connections.get_mut(request.connection.as_str()) else {
                 return Err(std::io::ErrorKind::NotConnected.into());

@@ -12,7 +12,7 @@ use dayfly::gitlab::transport::{Body, full};
 use dayfly::rng::Rng;
 use dayfly::vm::Stream;
 use dayfly_guest_config::GuestConfig;
-use dayfly_test_tools::host::guest_token;
+use dayfly_test_guest::boot::guest_token;
 use http::{Method, Request, Response};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -73,11 +73,7 @@ impl Way {
                 let name = ServerName::from(address.ip());
                 Box::new(TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?)
             }
-            Self::Door(config) => {
-                let stream = guest::greeted(config, rng).await?;
-                stream.set_nodelay(true)?;
-                Box::new(stream)
-            }
+            Self::Door(config) => Box::new(guest::connect(config, rng).await?.into_stream()),
         };
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         let mut driver = JoinSet::new();

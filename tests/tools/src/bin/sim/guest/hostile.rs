@@ -1,14 +1,16 @@
 //! What bad guests do: to their VM, to their door, to their job. Each says what must not come of it.
 
 use super::job::Runner;
-use super::wire::{Line, head};
+use super::wire::{Line, Wire};
 use super::{Guest, transfer};
 use crate::event::GuestDoes;
 use crate::kinds::Kind;
-use dayfly::vm::{Pause, Stream};
+use dayfly::vm::Pause;
+use dayfly_test_guest::http::{Framing, head, request};
+use dayfly_test_guest::job::{patch_as, update};
 use serde_json::{Value, json};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::{sleep, timeout};
 
 /// Connections of [`Kind::ManyConnections`]: more than a door serves.
@@ -67,8 +69,7 @@ pub(crate) async fn act(runner: &mut Runner, guest: &mut Guest, kind: Kind) {
 /// Nonsense in `Content-Range`. The door's offset must not move.
 async fn bad_offsets(runner: &mut Runner, line: &mut Line) {
     runner.patch(line).await;
-    let path = format!("/api/v4/jobs/{}/trace", runner.id);
-    let sent = runner.sent;
+    let sent = runner.job.sent;
     let ranges = [
         format!("{}-{}", sent + 7, sent + 10),
         format!("{sent}-{}", sent + 100),
@@ -78,10 +79,7 @@ async fn bad_offsets(runner: &mut Runner, line: &mut Line) {
         "x".to_owned(),
     ];
     for range in ranges {
-        let token = runner.token.clone();
-        let headers =
-            [("Content-Range", range.as_str()), ("Content-Type", "text/plain"), ("Job-Token", token.as_str())];
-        let reply = line.call("PATCH", &path, &headers, b"evil").await;
+        let reply = line.call(&patch_as(runner.job.id, &runner.job.token, &range, b"evil", false)).await;
         if reply.is_some_and(|reply| reply.status < 300) {
             line.tell(GuestDoes::Wrong { invariant: 5, what: "a PATCH with a nonsense range was taken" });
         }
@@ -91,16 +89,18 @@ async fn bad_offsets(runner: &mut Runner, line: &mut Line) {
 /// The same piece twice at once: taken once.
 async fn parallel_patches(runner: &mut Runner, line: &mut Line) {
     runner.print(line, 200, true);
-    let piece = runner.trace[runner.sent..].to_vec();
+    let piece = runner.job.trace[runner.job.sent..].to_vec();
     if piece.len() > 500_000 {
         return;
     }
     let mut other = line.another();
-    let (a, b) =
-        tokio::join!(runner.patch_at(line, runner.sent, &piece), runner.patch_at(&mut other, runner.sent, &piece));
+    let (a, b) = tokio::join!(
+        runner.patch_at(line, runner.job.sent, &piece),
+        runner.patch_at(&mut other, runner.job.sent, &piece)
+    );
     if [a, b].into_iter().flatten().any(|reply| reply.status == 202) {
-        runner.sent += piece.len();
-        line.tell(GuestDoes::Taken(runner.sent));
+        runner.job.sent += piece.len();
+        line.tell(GuestDoes::Taken(runner.job.sent));
     }
 }
 
@@ -113,18 +113,18 @@ async fn others_job(runner: &Runner, line: &mut Line) {
         .jobs
         .iter()
         .map(|(id, note)| (id.0, note.token.clone()))
-        .find(|(id, _)| *id != runner.id);
-    let (id, theirs) = other.unwrap_or((runner.id + 1, "glcbt-64_nobody".to_owned()));
-    for token in [runner.token.clone(), theirs, String::new()] {
+        .find(|(id, _)| *id != runner.job.id);
+    let (id, theirs) = other.unwrap_or((runner.job.id + 1, "glcbt-64_nobody".to_owned()));
+    for token in [runner.job.token.clone(), theirs, String::new()] {
         let body = json!({"state": "success", "token": token}).to_string();
         let json = [("Content-Type", "application/json"), ("Job-Token", token.as_str())];
         let text = [("Content-Type", "text/plain"), ("Job-Token", token.as_str()), ("Content-Range", "0-3")];
         let job = format!("/api/v4/jobs/{id}");
         let replies = [
-            line.call("PUT", &job, &json, body.as_bytes()).await,
-            line.call("PATCH", &format!("{job}/trace"), &text, b"evil").await,
-            line.call("POST", &format!("{job}/artifacts"), &json, b"{}").await,
-            line.call("GET", &format!("{job}/artifacts"), &json, b"").await,
+            line.call(&request("PUT", &job, &json, body)).await,
+            line.call(&request("PATCH", &format!("{job}/trace"), &text, "evil")).await,
+            line.call(&request("POST", &format!("{job}/artifacts"), &json, "{}")).await,
+            line.call(&request("GET", &format!("{job}/artifacts"), &json, "")).await,
         ];
         if replies.into_iter().flatten().any(|reply| reply.status < 400) {
             line.tell(GuestDoes::Wrong { invariant: 9, what: "a call for another job was served" });
@@ -141,10 +141,8 @@ async fn strange_verdicts(runner: &mut Runner, line: &mut Line) {
             line.tell(GuestDoes::Wrong { invariant: 2, what: "a state that is none was taken" });
         }
     }
-    let path = format!("/api/v4/jobs/{}", runner.id);
-    let headers = [("Content-Type", "application/json"), ("Job-Token", runner.token.as_str())];
     for body in ["{", "[]", "{\"state\":7}", "null"] {
-        line.call("PUT", &path, &headers, body.as_bytes()).await;
+        line.call(&update(runner.job.id, &runner.job.token, body)).await;
     }
 }
 
@@ -169,7 +167,7 @@ pub(crate) async fn after(runner: &mut Runner, guest: &mut Guest, kind: Kind, ve
         }
         Kind::IgnoresShutdown => std::future::pending::<()>().await,
         Kind::LateTrace => {
-            let reply = runner.patch_at(&mut guest.line, runner.sent, b"too late\n").await;
+            let reply = runner.patch_at(&mut guest.line, runner.job.sent, b"too late\n").await;
             if reply.is_some_and(|reply| reply.status < 300) {
                 guest.line.tell(GuestDoes::Wrong { invariant: 5, what: "trace was taken after the verdict" });
             }
@@ -180,7 +178,7 @@ pub(crate) async fn after(runner: &mut Runner, guest: &mut Guest, kind: Kind, ve
         }
         Kind::SecondVerdict => {
             let other = if verdict["state"] == "success" { "failed" } else { "success" };
-            let body = runner.verdict(other, None, 0);
+            let body = runner.job.verdict(other, None, 0);
             if runner.put(&mut guest.line, body).await == Some(200) {
                 guest.line.tell(GuestDoes::Wrong { invariant: 2, what: "another verdict was taken" });
             }
@@ -196,14 +194,14 @@ pub(crate) async fn after(runner: &mut Runner, guest: &mut Guest, kind: Kind, ve
             }
         }
         Kind::KeptOpen => {
-            let stream = match guest.line.keep() {
-                Some(stream) => Some(stream),
+            let connection = match guest.line.keep() {
+                Some(connection) => Some(connection),
                 None => guest.line.connect().await,
             };
-            if let Some(stream) = stream {
+            if let Some(connection) = connection {
                 let (vm, job) = (guest.line.vm.clone(), guest.line.job);
                 #[expect(clippy::disallowed_methods, reason = "outlives its VM on purpose; ends with the runtime")]
-                tokio::spawn(hold(stream, story, vm, job));
+                tokio::spawn(hold(connection, story, vm, job));
             }
         }
         _ => {}
@@ -211,9 +209,8 @@ pub(crate) async fn after(runner: &mut Runner, guest: &mut Guest, kind: Kind, ve
 }
 
 /// Holds a connection beyond the end of its VM. It must be cut.
-async fn hold(mut stream: Box<dyn Stream>, story: crate::story::Story, vm: String, job: dayfly::gitlab::JobId) {
-    let mut buffer = [0; 512];
-    let cut = async { while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {} };
+async fn hold(mut connection: Wire, story: crate::story::Story, vm: String, job: dayfly::gitlab::JobId) {
+    let cut = connection.rest();
     // The longest way to a VM's end: grace, a stuck destroy, a daemon that is away.
     if timeout(Duration::from_secs(4000), cut).await.is_err() {
         let does = GuestDoes::Wrong { invariant: 13, what: "a connection outlived its VM" };
@@ -236,24 +233,21 @@ pub(crate) async fn wrong_pass(line: &mut Line) {
     let mut passes: Vec<String> = others.into_iter().take(2).collect();
     passes.push("AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA".to_owned());
     for pass in passes {
-        let Some(mut stream) = line.knock().await else { return };
+        let Some(mut connection) = line.knock().await else { return };
         let nonce = line.nonce();
         // A relay with another pass does not get past the door's own proof; it goes on all the same.
         let opening = format!("{}\r\n", dayfly_guest_config::Greeting::opening(&nonce));
-        let _ = stream.write_all(opening.as_bytes()).await;
-        let mut buffer = [0; 400];
-        let _ = timeout(Duration::from_secs(6), stream.read(&mut buffer)).await;
-        let proof = format!("DAYFLY1 {pass}\r\n");
-        let _ = stream.write_all(proof.as_bytes()).await;
-        let _ = stream.write_all(b"GET /api/v4/jobs/1/artifacts HTTP/1.1\r\nHost: x\r\n\r\n").await;
-        served_nothing(line, stream).await;
+        let _ = connection.send(opening.as_bytes()).await;
+        let _ = timeout(Duration::from_secs(6), connection.some()).await;
+        let _ = connection.send(format!("DAYFLY1 {pass}\r\n").as_bytes()).await;
+        let _ = connection.send(b"GET /api/v4/jobs/1/artifacts HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        served_nothing(line, connection).await;
     }
 }
 
 /// Reads to the end: an HTTP answer would be wrong.
-async fn served_nothing(line: &Line, mut stream: Box<dyn Stream>) {
-    let mut all = Vec::new();
-    let _ = timeout(Duration::from_secs(8), stream.read_to_end(&mut all)).await;
+async fn served_nothing(line: &Line, mut connection: Wire) {
+    let all = timeout(Duration::from_secs(8), connection.rest()).await.unwrap_or_else(|_| connection.buffered());
     if all.windows(5).any(|window| window == b"HTTP/") {
         line.tell(GuestDoes::Wrong { invariant: 10, what: "HTTP was served without the pass" });
     }
@@ -261,15 +255,13 @@ async fn served_nothing(line: &Line, mut stream: Box<dyn Stream>) {
 
 /// Bytes that no HTTP client of good will sends.
 async fn raw(runner: &Runner, line: &mut Line, kind: Kind) {
-    let put = format!("/api/v4/jobs/{}", runner.id);
-    let json = [("Content-Type", "application/json"), ("Job-Token", runner.token.as_str())];
-    let running = json!({"state": "running", "token": runner.token}).to_string();
-    let whole = format!("{}{running}", head("PUT", &put, &json, running.len()));
+    let put = format!("/api/v4/jobs/{}", runner.job.id);
+    let whole = runner.job.update(json!({"state": "running"}));
     match kind {
         Kind::NoGreeting => {
-            let Some(mut stream) = line.knock().await else { return };
-            let _ = stream.write_all(whole.as_bytes()).await;
-            served_nothing(line, stream).await;
+            let Some(mut connection) = line.knock().await else { return };
+            let _ = connection.send(&whole).await;
+            served_nothing(line, connection).await;
         }
         Kind::ManyConnections => {
             let mut held = Vec::new();
@@ -280,29 +272,28 @@ async fn raw(runner: &Runner, line: &mut Line, kind: Kind) {
         }
         Kind::HalfClosed => {
             for part in [20, whole.len() - 3] {
-                let Some(mut stream) = line.connect().await else { return };
-                let _ = stream.write_all(&whole.as_bytes()[..part]).await;
-                let _ = stream.shutdown().await;
+                let Some(mut connection) = line.connect().await else { return };
+                let _ = connection.send(&whole[..part]).await;
+                let _ = connection.finish().await;
             }
         }
         Kind::Pipelined => {
-            let Some(mut stream) = line.connect().await else { return };
+            let Some(connection) = line.connect().await else { return };
             let many = whole.repeat(30);
-            let (mut reader, mut writer) = tokio::io::split(&mut stream);
-            let write = async { drop(writer.write_all(many.as_bytes()).await) };
-            let mut all = Vec::new();
-            let read = timeout(Duration::from_secs(3), reader.read_to_end(&mut all));
-            let _ = tokio::join!(write, read);
+            let (mut sending, mut reading) = connection.split();
+            let write = async { drop(sending.write_all(&many).await) };
+            let _ = tokio::join!(write, timeout(Duration::from_secs(3), reading.rest()));
         }
-        Kind::SlowLoris => refused(line, &whole.as_bytes()[..40], Duration::from_secs(100)).await,
+        Kind::SlowLoris => refused(line, &whole[..40], Duration::from_secs(100)).await,
         Kind::HugeHead => {
             let mut text = format!("PUT {put} HTTP/1.1\r\nHost: x\r\nX-Padding: ");
             text.extend(std::iter::repeat_n('p', 60_000));
             refused(line, text.as_bytes(), Duration::from_secs(20)).await;
         }
         Kind::HugeBody => {
-            let text = [("Content-Type", "text/plain"), ("Job-Token", runner.token.as_str()), ("Content-Range", "0-1")];
-            let head = head("PATCH", &format!("{put}/trace"), &text, 100 << 20);
+            let text =
+                [("Content-Type", "text/plain"), ("Job-Token", runner.job.token.as_str()), ("Content-Range", "0-1")];
+            let head = head("PATCH", &format!("{put}/trace"), &text, Framing::Length(100 << 20));
             refused(line, head.as_bytes(), Duration::from_secs(100)).await;
         }
         Kind::Tunnel => {
@@ -322,13 +313,11 @@ async fn raw(runner: &Runner, line: &mut Line, kind: Kind) {
 
 /// Sends these bytes after a greeting: no 2xx may come of them.
 async fn refused(line: &mut Line, bytes: &[u8], patience: Duration) {
-    let Some(mut stream) = line.connect().await else { return };
-    let (mut reader, mut writer) = tokio::io::split(&mut stream);
-    let write = async { drop(writer.write_all(bytes).await) };
-    let mut first = [0; 64];
-    let read = timeout(patience, reader.read(&mut first));
-    let (_, read) = tokio::join!(timeout(patience, write), read);
-    if read.is_ok_and(|read| read.is_ok_and(|n| n > 12 && first.starts_with(b"HTTP/1.1 2"))) {
+    let Some(connection) = line.connect().await else { return };
+    let (mut sending, mut reading) = connection.split();
+    let write = async { drop(sending.write_all(bytes).await) };
+    let (_, read) = tokio::join!(timeout(patience, write), timeout(patience, reading.some()));
+    if read.is_ok_and(|read| read.is_ok_and(|first| first.starts_with(b"HTTP/1.1 2"))) {
         line.tell(GuestDoes::Wrong { invariant: 10, what: "a request that is none was served" });
     }
 }

@@ -14,13 +14,14 @@ use dayfly::gitlab::JobId;
 use dayfly::vm::VmName;
 use dayfly::vm::fake::GuestMachine;
 use dayfly_guest_config::{GuestConfig, Report};
+use dayfly_test_guest::boot::{self, report, wait_for_config};
+use dayfly_test_guest::{Answer, job::ask as poll};
 use job::Runner;
-use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::time::{Instant, sleep, timeout};
-use wire::{Line, Reply};
+use tokio::io::AsyncWriteExt as _;
+use tokio::time::{Instant, sleep};
+use wire::Line;
 
 /// A guest that has its config.
 pub(crate) struct Guest {
@@ -83,24 +84,17 @@ async fn boot(
         }
         _ => {}
     }
-    report(&mut machine, &Report::Ready).await;
-    let config = loop {
-        let mut line = Vec::new();
-        BufReader::new(&mut machine.channel).read_until(b'\n', &mut line).await.ok()?;
-        if line.ends_with(b"\n") {
-            break GuestConfig::from_line(&line).ok().inspect(|_| {
-                story.tell(&crate::event::Event::Guest { vm, job, does: GuestDoes::Reads(&line) });
-            })?;
-        }
-        sleep(Duration::from_millis(200)).await;
-    };
-    report(&mut machine, &Report::Applied).await;
+    report(&mut machine.channel, &Report::Ready).await;
+    let line = wait_for_config(&mut machine.channel).await?;
+    let config = GuestConfig::from_line(&line).ok()?;
+    story.tell(&crate::event::Event::Guest { vm, job, does: GuestDoes::Reads(&line) });
+    report(&mut machine.channel, &Report::Applied).await;
     if script.before == Before::NoRunner {
         story.hit(Kind::NoRunner);
-        report(&mut machine, &Report::Failed("gitlab-runner: not found".into())).await;
+        report(&mut machine.channel, &Report::Failed("gitlab-runner: not found".into())).await;
         std::future::pending::<()>().await;
     }
-    report(&mut machine, &Report::RunnerStarted).await;
+    report(&mut machine.channel, &Report::RunnerStarted).await;
     match script.before {
         Before::Reboots(machines) if number <= machines => {
             story.hit(Kind::RebootsBooting);
@@ -114,27 +108,18 @@ async fn boot(
         }
         _ => {}
     }
-    let token =
-        config.runner.config_toml.lines().find_map(|line| line.trim().strip_prefix("token = \"")?.strip_suffix('"'))?;
-    let port = config.door.rsplit(':').next()?.parse().ok()?;
+    let (token, door) = (boot::guest_token(&config)?, boot::door(&config)?);
     let patience = Duration::from_secs(config.door_patience_s);
     let who = (story.clone(), vm.to_owned(), job);
-    let line = Line::new(machine.doors.clone(), port, &config.pass, patience, who, dice);
+    let line = Line::new(machine.doors.clone(), door, &config.pass, patience, who, dice);
     line.tell(GuestDoes::Configured { pass: &config.pass });
-    let token = token.to_owned();
     Some(Guest { machine, line, token, script, wait: Duration::from_secs(config.runner.wait_timeout_s) })
-}
-
-pub(crate) async fn report(machine: &mut GuestMachine, report: &Report) {
-    // Dropped when nobody listens, as the guest program does.
-    let _ = timeout(Duration::from_millis(10), machine.channel.write_all(format!("{report}\n").as_bytes())).await;
 }
 
 impl Guest {
     async fn live(mut self, number: u32) {
         let payload = self.come_to_payload(number).await;
-        if let Some(payload) = payload {
-            let mut runner = Runner::new(&payload, &self);
+        if let Some(mut runner) = payload.and_then(|payload| Runner::new(&payload, &self)) {
             runner.run(&mut self).await;
         }
         self.power_off().await;
@@ -142,7 +127,7 @@ impl Guest {
 
     /// Ends, as the guest program does when its runner has ended.
     pub(crate) async fn power_off(mut self) {
-        report(&mut self.machine, &Report::RunnerExited(0)).await;
+        report(&mut self.machine.channel, &Report::RunnerExited(0)).await;
         self.machine.power.off();
         std::future::pending::<()>().await;
     }
@@ -213,7 +198,7 @@ impl Guest {
         };
         let (a, b, c) = tokio::join!(timed(a), timed(b), timed(c));
         let given = [a, b, c].into_iter().filter_map(|(life, at, reply)| Some((life, at, reply?)));
-        let mut given: Vec<(u32, Instant, Reply)> = given.filter(|(.., reply)| reply.status == 201).collect();
+        let mut given: Vec<(u32, Instant, Answer)> = given.filter(|(.., reply)| reply.status == 201).collect();
         given.sort_by_key(|(_, at, _)| *at);
         // One whose connection came late is a second ask, which may be answered (V5); so is one to the next daemon.
         let at_once =
@@ -227,9 +212,6 @@ impl Guest {
 }
 
 /// One poll.
-pub(crate) async fn ask(line: &mut Line, token: &str) -> Option<Reply> {
-    let info = json!({"name": "gitlab-runner", "version": "19.3.0", "features": {"cancel_gracefully": true}});
-    let body = json!({"info": info, "token": token, "system_id": "s_0123456789ab"}).to_string();
-    let headers = [("Content-Type", "application/json"), ("Runner-Token", token)];
-    line.call("POST", "/api/v4/jobs/request", &headers, body.as_bytes()).await
+pub(crate) async fn ask(line: &mut Line, token: &str) -> Option<Answer> {
+    line.call(&poll(token)).await
 }

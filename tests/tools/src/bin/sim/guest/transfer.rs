@@ -2,38 +2,35 @@
 
 use super::Guest;
 use super::job::Runner;
-use super::wire::head;
 use crate::event::GuestDoes;
 use crate::kinds::Kind;
+use dayfly_test_guest::http::request;
+use dayfly_test_guest::job::{MULTIPART, multipart, upload_path};
 use std::time::Duration;
-use tokio::io::AsyncWriteExt as _;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
-const BOUNDARY: &str = "------------------------0123456789abcdef";
+/// How long a slow upload's answer may take.
+const SLOW: Duration = Duration::from_secs(700);
 
-fn multipart(bytes: usize) -> Vec<u8> {
-    let mut body = format!(
-        "--{BOUNDARY}\r\nContent-Disposition: form-data; name=\"file\"; filename=\"artifacts.zip\"\r\nContent-Type: application/octet-stream\r\n\r\n"
-    )
-    .into_bytes();
-    body.extend((0..bytes).map(|n| b'a' + u8::try_from(n % 26).unwrap_or(0)));
-    body.extend_from_slice(format!("\r\n--{BOUNDARY}--\r\n").as_bytes());
-    body
+fn content(bytes: usize) -> Vec<u8> {
+    (b'a'..=b'z').cycle().take(bytes).collect()
+}
+
+/// An upload of so many bytes, whole.
+fn upload_of(runner: &Runner, bytes: usize) -> Vec<u8> {
+    let headers = [("Content-Type", MULTIPART), ("Job-Token", runner.job.token.as_str())];
+    request("POST", &upload_path(runner.job.id), &headers, multipart(&content(bytes)))
 }
 
 /// Uploads, three tries as the official runner makes them.
 pub(crate) async fn upload(runner: &mut Runner, guest: &mut Guest, bytes: usize, slow: bool) {
-    let body = multipart(bytes);
-    let path = format!("/api/v4/jobs/{}/artifacts?artifact_format=zip&artifact_type=archive", runner.id);
-    let content = format!("multipart/form-data; boundary={BOUNDARY}");
-    let token = runner.token.clone();
-    let headers = [("Content-Type", content.as_str()), ("Job-Token", token.as_str())];
+    let request = upload_of(runner, bytes);
     for _ in 0..3 {
         guest.line.tell(GuestDoes::Transfers { uploads: Some(bytes) });
         let status = if slow {
-            slowly(guest, &path, &headers, &body).await
+            slowly(guest, &request).await
         } else {
-            guest.line.call("POST", &path, &headers, &body).await.map(|reply| reply.status)
+            guest.line.call(&request).await.map(|reply| reply.status)
         };
         guest.line.tell(GuestDoes::Uploaded { bytes, status });
         if status.is_some_and(|status| status < 500) {
@@ -44,30 +41,23 @@ pub(crate) async fn upload(runner: &mut Runner, guest: &mut Guest, bytes: usize,
 }
 
 /// The same in two halves with a pause between.
-async fn slowly(guest: &mut Guest, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<u16> {
-    let mut stream = guest.line.connect().await?;
-    stream.write_all(head("POST", path, headers, body.len()).as_bytes()).await.ok()?;
-    let (first, second) = body.split_at(body.len() / 2);
-    stream.write_all(first).await.ok()?;
+async fn slowly(guest: &mut Guest, request: &[u8]) -> Option<u16> {
+    let mut connection = guest.line.connect().await?;
+    let (first, second) = request.split_at(request.len() / 2);
+    connection.send(first).await.ok()?;
     sleep(Duration::from_secs(2)).await;
-    stream.write_all(second).await.ok()?;
-    let read = tokio::time::timeout(Duration::from_secs(700), super::wire::read_reply(&mut stream)).await;
-    let (reply, raw) = read.ok()??;
-    guest.line.tell(GuestDoes::Reads(&raw));
-    Some(reply.status)
+    connection.send(second).await.ok()?;
+    let answer = timeout(SLOW, connection.answer()).await.ok()?.ok()??.complete().ok()?;
+    guest.line.tell(GuestDoes::Reads(&answer.raw));
+    Some(answer.status)
 }
 
 /// Begins an upload and dies in the middle of it.
 pub(crate) async fn dies(runner: &Runner, guest: &mut Guest) {
-    let body = multipart(5000);
-    let path = format!("/api/v4/jobs/{}/artifacts?artifact_format=zip&artifact_type=archive", runner.id);
-    let content = format!("multipart/form-data; boundary={BOUNDARY}");
-    let headers = [("Content-Type", content.as_str()), ("Job-Token", runner.token.as_str())];
+    let request = upload_of(runner, 5000);
     guest.line.tell(GuestDoes::Transfers { uploads: None });
-    if let Some(mut stream) = guest.line.connect().await {
-        let half = &body[..body.len() / 2];
-        let _ = stream.write_all(head("POST", &path, &headers, body.len()).as_bytes()).await;
-        let _ = stream.write_all(half).await;
+    if let Some(mut connection) = guest.line.connect().await {
+        let _ = connection.send(&request[..request.len() / 2]).await;
         sleep(Duration::from_millis(300)).await;
     }
     guest.line.story.hit(Kind::UploadVmDies);
@@ -83,18 +73,16 @@ pub(crate) async fn download(runner: &Runner, guest: &mut Guest) {
         return;
     };
     guest.line.story.hit(Kind::DownloadRange);
-    let path = format!("/api/v4/jobs/{}/artifacts", runner.id);
-    let whole = multipart(bytes);
-    let begin = whole.windows(4).position(|window| window == b"\r\n\r\n").unwrap_or(0) + 4;
-    let content = &whole[begin..begin + bytes];
+    let path = format!("/api/v4/jobs/{}/artifacts", runner.job.id);
+    let content = content(bytes);
     for (from, to) in [(0, bytes / 2), (bytes / 2, bytes)] {
         if from == to {
             continue;
         }
         let range = format!("bytes={from}-{}", to - 1);
         guest.line.tell(GuestDoes::Transfers { uploads: None });
-        let headers = [("Job-Token", runner.token.as_str()), ("Range", range.as_str())];
-        let reply = guest.line.call("GET", &path, &headers, b"").await;
+        let headers = [("Job-Token", runner.job.token.as_str()), ("Range", range.as_str())];
+        let reply = guest.line.call(&request("GET", &path, &headers, "")).await;
         // Anything else is what a fault has made of it.
         if reply.is_some_and(|reply| reply.status == 206 && reply.body != content[from..to]) {
             guest.line.tell(GuestDoes::Wrong { invariant: 9, what: "an artifact with other bytes than were uploaded" });
