@@ -6,10 +6,14 @@
 //! has taken it or says that the job is over (decision D5). It never waits for anybody else's answer
 //! than GitLab's, and it may be stopped at any await: a successor learns GitLab's offset from a 416.
 
+mod next;
 mod owed;
 mod pace;
+mod trace;
 
+use self::next::Next;
 use self::owed::Owed;
+use self::trace::PATCH_BYTES_MAX;
 use crate::awake::{Awake, Moment};
 use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
@@ -19,16 +23,11 @@ use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
 use crate::secret::Secret;
-use crate::spool::{SpoolReader, SpoolView};
+use crate::spool::SpoolReader;
 use crate::telemetry::chain;
-use bytes::Bytes;
-use std::io;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-
-/// Bytes of one PATCH at most, as the official runner sends them.
-const PATCH_BYTES_MAX: usize = 1024 * 1024;
 
 /// A 404 on a job route comes from something in between (GitLab never sends it): the job counts as
 /// over only after this long of nothing else (threats.md G22).
@@ -36,15 +35,6 @@ const NOT_FOUND_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Interval between PATCHes before GitLab has named one: its own while somebody watches the log.
 const FIRST_INTERVAL: Duration = Duration::from_secs(3);
-
-/// GitLab's pieces are halved down to this where something says that they are too large.
-const PATCH_BYTES_MIN: usize = 4096;
-
-/// One read of the spool; a disk that hangs must not keep the verdict for ever.
-const SPOOL_READ_MAX: Duration = Duration::from_secs(60);
-
-/// Failed reads of the spool after which the verdict goes without the rest of the trace.
-const SPOOL_READ_TRIES: u32 = 20;
 
 /// What an uploader needs.
 pub struct Upload {
@@ -203,16 +193,6 @@ enum Step {
     Done,
 }
 
-/// What to do next.
-enum Next {
-    Patch(u64),
-    Keepalive,
-    MarkDebug,
-    Verdict(Verdict),
-    Wait(Option<Instant>),
-    Stop,
-}
-
 impl Uploader {
     async fn step(&mut self) -> Step {
         self.renewals.mark_unchanged();
@@ -227,213 +207,6 @@ impl Uploader {
             Next::Wait(until) => {
                 self.wait(until, seen).await;
                 Step::Continue
-            }
-        }
-    }
-
-    fn next(&self) -> Next {
-        let outbox = self.upload.outbox.borrow().clone();
-        if outbox == Outbox::Abandoned {
-            return Next::Stop;
-        }
-        let now = Instant::now();
-        if now < self.not_before {
-            return Next::Wait(Some(self.not_before));
-        }
-        let waiting = self.end().saturating_sub(self.sent);
-        if let (Outbox::Verdict(verdict), true) = (&outbox, self.given_up) {
-            return Next::Verdict(verdict.clone());
-        }
-        // A keepalive that is due goes before a PATCH: while PATCHes fail it is the only sign of life, and it tells
-        // whether GitLab is away or takes no trace.
-        let state_due = self.last_state.map_or(now, |last| last + self.upload.keepalive);
-        if self.owed.is_failing() && now >= state_due {
-            return Next::Keepalive;
-        }
-        // The mark goes before everything else: a trace with secrets in it must not stand unmarked.
-        if *self.upload.debug_trace.borrow() && !self.marked_debug && self.sent > 0 {
-            return Next::MarkDebug;
-        }
-        if let Outbox::Verdict(verdict) = outbox {
-            if waiting > 0 && !planted::on(Bug::LostLastLine) {
-                return Next::Patch(self.sent);
-            }
-            // The last byte again: GitLab takes it without effect if it holds what it should, and
-            // names its size if not.
-            let last = self.end().checked_sub(1).filter(|_| self.doubt);
-            return last.map_or(Next::Verdict(verdict), Next::Patch);
-        }
-        // GitLab hears `running` first: a server that waits for it takes no trace before (threats.md
-        // G20), and a job that is over by now ends here (G18).
-        if !self.opened {
-            return Next::Keepalive;
-        }
-        let keepalive_due = self.last_answer.map_or(now, |last| last + self.upload.keepalive);
-        if now >= keepalive_due {
-            return Next::Keepalive;
-        }
-        let view = self.upload.spool.view();
-        let guest_interval = self.upload.guest_interval;
-        let patch_due =
-            pace::patch_due(&view, self.sent, self.last_patch, self.interval, guest_interval).unwrap_or(now);
-        if waiting > 0 && (now >= patch_due || waiting >= PATCH_BYTES_MAX as u64) {
-            return Next::Patch(self.sent);
-        }
-        Next::Wait(Some(if waiting > 0 { keepalive_due.min(patch_due) } else { keepalive_due }))
-    }
-
-    fn end(&self) -> u64 {
-        self.truncated_at.unwrap_or_else(|| self.upload.spool.view().length)
-    }
-
-    /// A guest's next piece may be the one that is waited for, and its last one waits for nothing.
-    async fn wait(&mut self, until: Option<Instant>, seen: SpoolView) {
-        let until = until.unwrap_or_else(Instant::now);
-        let backing_off = Instant::now() < self.not_before;
-        tokio::select! {
-            biased;
-            // All branches are cancel safe. The outbox first: an abandoned job sends nothing more.
-            changed = self.upload.outbox.changed() => if changed.is_err() {
-                // The job task is gone without a word: a crash of it, or the daemon ends.
-                std::future::pending::<()>().await;
-            },
-            changed = self.upload.debug_trace.changed() => if changed.is_err() {
-                std::future::pending::<()>().await;
-            },
-            () = self.upload.spool.news_since(seen), if !backing_off && self.truncated_at.is_none() => {}
-            () = tokio::time::sleep_until(until) => {}
-        }
-    }
-
-    /// Sends what there is from `offset`: the bytes that GitLab lacks, or one that it should have.
-    async fn patch(&mut self, offset: u64) -> Step {
-        let asks = offset < self.sent;
-        let wanted = usize::try_from(self.end() - offset).map_or(self.piece_max, |n| n.min(self.piece_max));
-        let from =
-            if planted::on(Bug::UploadOffByOne) && self.refusals > 0 { offset.saturating_sub(1) } else { offset };
-        let bytes = match self.read(from, wanted).await {
-            Ok(bytes) if !bytes.is_empty() => {
-                self.read_failures = 0;
-                bytes
-            }
-            read => {
-                let error = read.err().map_or_else(|| "file is shorter than it was".to_owned(), |e| e.to_string());
-                self.read_failures += 1;
-                tracing::error!(error, "read the trace's spool");
-                if asks {
-                    self.doubt = false;
-                } else if self.read_failures >= SPOOL_READ_TRIES {
-                    self.truncated_at = Some(offset);
-                }
-                self.owed.trace_failed();
-                self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
-                return Step::Continue;
-            }
-        };
-        let (sending, length) = (bytes.len(), bytes.len() as u64);
-        self.last_patch = Some(Instant::now());
-        let debug = *self.upload.debug_trace.borrow();
-        let (at, tried) = (self.lead.unwrap_or(0) + offset, std::mem::replace(&mut self.tried, true));
-        reached(Point::K12);
-        match self.upload.client.append_trace(at, bytes, debug).await {
-            Ok(answer) => {
-                reached(Point::K12);
-                self.answered(answer.interval);
-                // GitLab takes the mark from a PATCH at offset 0, even from one that it refuses.
-                self.marked_debug |= debug && at == 0;
-                match answer.continue_at {
-                    None if answer.status != JobStatus::Over => {
-                        self.lead.get_or_insert(0);
-                        self.sent = offset + length;
-                        self.doubt = false;
-                        self.progressed();
-                        if self.owed.holds(self.sent) {
-                            self.tell(String::new()).await;
-                        }
-                    }
-                    None => {}
-                    Some(held) => {
-                        let held = self.of_spool(held, tried);
-                        if held > self.end() {
-                            self.upload.metrics.job().trace_ahead.inc();
-                            tracing::error!(
-                                held,
-                                ours = self.end(),
-                                "GitLab holds more of the trace than was ever sent"
-                            );
-                        }
-                        // GitLab may have lost bytes (resend them) or have taken a piece whose answer was lost.
-                        self.sent = held;
-                        self.doubt = !asks && held > offset + length;
-                        self.refused();
-                        if self.refusals > 1 {
-                            self.owed.trace_failed();
-                        }
-                    }
-                }
-                self.status(answer.status).await
-            }
-            Err(error) if error.status() == Some(413) && sending > PATCH_BYTES_MIN => {
-                let halved = (sending / 2).max(PATCH_BYTES_MIN);
-                tracing::warn!(
-                    bytes = length,
-                    halved,
-                    "a piece of the trace is too large for GitLab; sending smaller ones"
-                );
-                self.piece_max = halved;
-                Step::Continue
-            }
-            Err(error) => {
-                if asks {
-                    self.doubt = false;
-                } else {
-                    self.owed.trace_failed();
-                }
-                self.failed(&error, "log").await
-            }
-        }
-    }
-
-    /// Of the bytes that GitLab says it holds, those of the spool. `tried`: some of it may have come through unheard.
-    fn of_spool(&mut self, held: u64, tried: bool) -> u64 {
-        let lead = match self.lead {
-            Some(lead) if lead <= held => lead,
-            None if tried && held <= self.end() => 0,
-            // A trace from before, or less of it than there was.
-            Some(_) | None => held,
-        };
-        self.lead = Some(lead);
-        held - lead
-    }
-
-    async fn read(&self, offset: u64, bytes: usize) -> io::Result<Bytes> {
-        let read = tokio::time::timeout(SPOOL_READ_MAX, self.upload.spool.read(offset, bytes)).await;
-        read.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-    }
-
-    /// GitLab takes the mark from a PATCH at offset 0 only, and even from one that it answers 416.
-    async fn mark_debug(&mut self) -> Step {
-        let first = match self.read(0, 1).await {
-            Ok(first) => first,
-            Err(error) => {
-                tracing::error!(error = chain(&error), "read the trace's spool");
-                self.owed.trace_failed();
-                self.not_before = Instant::now() + self.backoff.next(&self.upload.rng);
-                return Step::Continue;
-            }
-        };
-        match self.upload.client.append_trace(0, first, true).await {
-            Ok(answer) => {
-                self.answered(answer.interval);
-                self.marked_debug = true;
-                if answer.continue_at.is_none() && self.sent == 0 && answer.status != JobStatus::Over {
-                    self.sent = 1;
-                }
-                self.status(answer.status).await
-            }
-            Err(error) => {
-                self.owed.trace_failed();
-                self.failed(&error, "log").await
             }
         }
     }
