@@ -90,14 +90,6 @@ impl Awake {
     }
 }
 
-impl Moment {
-    /// The same moment, so much earlier.
-    #[must_use]
-    pub fn earlier(self, by: Duration) -> Self {
-        Self { at: self.at.checked_sub(by).unwrap_or(self.at), ..self }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,10 +6,9 @@
 use crate::clock::Clock;
 use crate::machine_spec::MachineSpec;
 use crate::network::Lease;
-use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use crate::vm::VmId;
-use dayfly_guest_config::{CA_FILE, GuestConfig, GuestRunner, PASS_BYTES, Pass, RELAY_URL};
+use dayfly_guest_config::{CA_FILE, GuestConfig, GuestRunner, Pass, RELAY_URL};
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -44,7 +43,7 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         version: parts.spec.contract,
         vm: parts.vm.to_string(),
         door: parts.lease.guest_door(),
-        pass: Pass::new(if planted::on(Bug::PassReused) { [1; PASS_BYTES] } else { rng.bytes() }).to_text(),
+        pass: Pass::new(rng.bytes()).to_text(),
         hostname: format!("df-{}", parts.vm),
         machine_id: hex(&rng.bytes::<16>()),
         runner_machine_id: parts.installation_machine_id.to_owned(),

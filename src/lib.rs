@@ -35,7 +35,6 @@ pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
 mod repeats; // how often may a guest fill the log?
 pub mod failpoint; // where may a test pull the plug?
-pub mod planted; // would our tests notice?
 #[cfg(feature = "test-util")]
 pub mod pieces; // how do bytes arrive, when a property is tried?
 

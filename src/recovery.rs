@@ -12,7 +12,6 @@ use crate::job::journal::{Loaded, Record};
 use crate::job::state::State;
 use crate::job::{self, JobHandle, Parts, Runner};
 use crate::network::Lease;
-use crate::planted::{self, Bug};
 use crate::supply::MachineRecord;
 use crate::supply::{Machine, overlay_id};
 use crate::telemetry::chain;
@@ -125,9 +124,9 @@ pub async fn orphans(
     let vms = supply.hypervisor().list(&place.installation).await?;
     let vms: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
     let overlays = supply.host().disks.list(&place.overlay_dir).await?;
-    let overlays = overlays.iter().filter_map(|path| overlay_id(path)).filter(|_| !planted::on(Bug::LeakedOverlay));
+    let overlays = overlays.iter().filter_map(|path| overlay_id(path));
     let all: BTreeSet<VmId> = overlays.chain(vms.iter().cloned()).collect();
-    let owned = if planted::on(Bug::AdoptedReaped) { BTreeSet::new() } else { owned() };
+    let owned = owned();
     let driven = supply.driven();
     let orphans = all.into_iter().filter(|id| !owned.contains(id) && !driven.contains(id));
     Ok(orphans.map(|id| Orphan { is_vm: vms.contains(&id), id }).collect())

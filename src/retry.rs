@@ -4,7 +4,6 @@
 //! clock, and may be stopped while it does. The steps are backon's; its jitter is not used, because
 //! jitter comes from our [`Rng`], so that a simulation repeats itself.
 
-use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use std::time::Duration;
@@ -60,8 +59,7 @@ impl Backoff {
     /// pauses are what makes the first poll after an outage come within 15 s.
     #[must_use]
     pub fn poll() -> Self {
-        let longest = if planted::on(Bug::LateAfterOutage) { 300 } else { 5 };
-        Self::new(Duration::from_secs(longest / 5), Duration::from_secs(longest), 20)
+        Self::new(Duration::from_secs(1), Duration::from_secs(5), 20)
     }
 
     /// Trace and verdict of one job: 1 s doubling to 60 s, then every 60 s, ± 10 %.
@@ -85,7 +83,6 @@ impl Backoff {
     /// The pause before the next try.
     pub fn next(&mut self, rng: &Rng) -> Duration {
         let step = self.now.next().unwrap_or(self.longest);
-        let step = if planted::on(Bug::RetryStorm) { step / 100 } else { step };
         rng.jitter(step, self.jitter_percent)
     }
 

@@ -3,34 +3,62 @@
 //! In production every byte comes from the operating system. A simulation seeds it, and the same
 //! seed gives the same ids in the same order.
 
-use crate::planted::{self, Bug};
 use sha2::{Digest as _, Sha256};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+/// What chance is made of.
+pub trait Dice: Send + Sync + 'static {
+    /// Fills `bytes`.
+    fn fill(&self, bytes: &mut [u8]);
+}
+
 /// A handle to the source; clones share it.
 #[derive(Clone)]
-pub struct Rng(Source);
+pub struct Rng(Arc<dyn Dice>);
 
-#[derive(Clone)]
-enum Source {
-    System,
-    /// Seed and number of blocks drawn. A mutex held for a few lines, never across an await.
-    Seeded(Arc<Mutex<(u64, u64)>>),
+/// The operating system's generator.
+struct System;
+
+impl Dice for System {
+    fn fill(&self, bytes: &mut [u8]) {
+        getrandom::fill(bytes).expect("the kernel always has randomness after boot");
+    }
+}
+
+/// SHA-256 over seed and number of blocks drawn. A mutex held for a few lines, never across an await.
+struct Seeded(Mutex<(u64, u64)>);
+
+impl Dice for Seeded {
+    fn fill(&self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(32) {
+            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            state.1 += 1;
+            let block =
+                Sha256::new().chain_update(state.0.to_le_bytes()).chain_update(state.1.to_le_bytes()).finalize();
+            chunk.copy_from_slice(&block[..chunk.len()]);
+        }
+    }
 }
 
 impl Rng {
     /// The operating system's generator.
     #[must_use]
     pub fn system() -> Self {
-        Self(Source::System)
+        Self::of(Arc::new(System))
     }
 
     /// A reproducible generator, for simulations only: SHA-256 over seed and counter.
     #[must_use]
     pub fn seeded(seed: u64) -> Self {
-        Self(Source::Seeded(Arc::new(Mutex::new((seed, 0)))))
+        Self::of(Arc::new(Seeded(Mutex::new((seed, 0)))))
+    }
+
+    /// Chance from elsewhere.
+    #[must_use]
+    pub fn of(dice: Arc<dyn Dice>) -> Self {
+        Self(dice)
     }
 
     /// Fills `bytes`.
@@ -38,20 +66,7 @@ impl Rng {
     /// # Panics
     /// If the operating system has no randomness: nothing of ours would be safe then.
     pub fn fill(&self, bytes: &mut [u8]) {
-        match &self.0 {
-            Source::System => getrandom::fill(bytes).expect("the kernel always has randomness after boot"),
-            Source::Seeded(state) => {
-                for chunk in bytes.chunks_mut(32) {
-                    let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-                    state.1 += 1;
-                    let block = Sha256::new()
-                        .chain_update(state.0.to_le_bytes())
-                        .chain_update(state.1.to_le_bytes())
-                        .finalize();
-                    chunk.copy_from_slice(&block[..chunk.len()]);
-                }
-            }
-        }
+        self.0.fill(bytes);
     }
 
     /// `N` random bytes.
@@ -73,9 +88,8 @@ impl Rng {
     pub fn jitter(&self, duration: Duration, percent: u32) -> Duration {
         let span = duration.mul_f64(f64::from(percent) / 100.0);
         let nanos = u64::try_from(span.as_nanos()).unwrap_or(u64::MAX / 2);
-        let dice = if planted::on(Bug::OwnDice) { &Self::system() } else { self };
         (duration - span.min(duration))
-            .saturating_add(Duration::from_nanos(dice.below(nanos.saturating_mul(2).saturating_add(1))))
+            .saturating_add(Duration::from_nanos(self.below(nanos.saturating_mul(2).saturating_add(1))))
     }
 }
 

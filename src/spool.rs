@@ -6,7 +6,6 @@
 //! uploader ([`Spool::reader`]). The lock is held across one write, so writes are serialised.
 
 use crate::files::Files;
-use crate::planted::{self, Bug};
 use crate::retry;
 use crate::telemetry::chain;
 use bytes::Bytes;
@@ -88,6 +87,11 @@ pub enum Appended {
 /// Room that is kept beyond the bound for the notice and our last lines.
 const OWN_LINES_BYTES: u64 = 64 * 1024;
 
+/// How many of a spool's bytes are its guest's, if they begin there.
+fn guest_bytes(length: u64, guest_base: Option<u64>) -> u64 {
+    guest_base.map_or(0, |base| length.saturating_sub(base))
+}
+
 impl Spool {
     /// Opens the spool of a new job, or of one that lived before a restart; then `guest_base` is
     /// from its record, and length and CRC are those of the file.
@@ -116,8 +120,7 @@ impl Spool {
             guest_closed: false,
             whole: true,
         });
-        let forgets = planted::on(Bug::GuestOffsetForgotten);
-        let guest_length = guest_base.map_or(0, |base| length.saturating_sub(if forgets { 0 } else { base }));
+        let guest_length = guest_bytes(length, guest_base);
         let full = guest_base.is_some() && length >= bytes_max;
         let state = State {
             length,
@@ -280,9 +283,7 @@ impl Shared {
         };
         let failed = written.is_err();
         self.failing_since.send_modify(|since| *since = failed.then(|| since.unwrap_or_else(Instant::now)));
-        if !planted::on(Bug::SpoolErrorIgnored) {
-            written?;
-        }
+        written?;
         self.grow(state, &bytes);
         Ok(())
     }
@@ -327,7 +328,7 @@ impl SpoolWriter {
                 state.full = false;
             }
         }
-        if offset != state.guest_length && !planted::on(Bug::GuestOffsetIgnored) {
+        if offset != state.guest_length {
             // Exactly the last piece again (its answer was lost) is a success, as at GitLab.
             if offset.checked_add(bytes.len() as u64) == Some(state.guest_length) {
                 return Ok(Appended::Taken(state.guest_length));

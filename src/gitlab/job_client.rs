@@ -6,7 +6,6 @@ use super::answers;
 use super::calls::{Draft, JOB_TOKEN, Kind, REQUEST_ID, is_request_id, query};
 use super::transport::{Body, Call};
 use super::{GitlabError, JobId, JobStatus, Transport};
-use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use bytes::Bytes;
@@ -199,10 +198,8 @@ impl JobClient {
         let last = offset.saturating_add((bytes.len() as u64).saturating_sub(1));
         let range = HeaderValue::try_from(format!("{offset}-{last}")).expect("digits are a header value");
         let token = self.token();
-        let in_url =
-            if planted::on(Bug::CredentialInUrl) { format!("&job_token={}", token.expose()) } else { String::new() };
         let call = self
-            .draft(Method::PATCH, &format!("/trace?debug_trace={debug_trace}{in_url}"), &token)
+            .draft(Method::PATCH, &format!("/trace?debug_trace={debug_trace}"), &token)
             .header(CONTENT_RANGE, range)
             .header(CONTENT_TYPE, HeaderValue::from_static("text/plain"))
             .bytes(bytes, Kind::Small);

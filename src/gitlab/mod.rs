@@ -29,7 +29,6 @@ pub use runner_api::{Poll, RunnerApi, RunnerInfo, Verified};
 pub use runner_token::{RunnerToken, TokenFileError};
 pub use transport::{Body, Call, Connection, Endpoint, OpenTransport, Transport, TransportError};
 
-use crate::planted::{self, Bug};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
@@ -147,7 +146,6 @@ impl GitlabError {
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            _ if planted::on(Bug::RetryAfterIgnored) => None,
             Self::Unavailable { retry_after, .. } => *retry_after,
             Self::RateLimited { retry_after } => Some(*retry_after),
             _ => None,

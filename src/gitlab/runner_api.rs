@@ -6,7 +6,6 @@ use super::payload::{PayloadError, salvage};
 use super::transport::Body;
 use super::{GitlabError, JobPayload, RunnerToken, Transport};
 use crate::failpoint::{Point, reached};
-use crate::planted::{self, Bug};
 use crate::rng::Rng;
 use http::header::CONTENT_ENCODING;
 use http::{Method, Response, StatusCode};
@@ -92,9 +91,6 @@ impl RunnerApi {
     /// None: GitLab may assign a job before the reply is read. Let it finish.
     pub async fn request_job(&self, info: &RunnerInfo, last_update: Option<&str>) -> Result<Poll, GitlabError> {
         let body = PollBody { info, token: self.token.0.expose(), system_id: &self.system_id, last_update };
-        if planted::on(Bug::RunnerTokenInLog) {
-            tracing::info!(body = serde_json::to_string(&body).unwrap_or_default(), "asking for a job");
-        }
         let call = self.draft("/api/v4/jobs/request").json(&body, Kind::Poll);
         let response = self.transport.call(call).await?;
         match response.status() {

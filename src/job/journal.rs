@@ -17,7 +17,6 @@ use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
 use crate::machine_spec::MachineSpec;
-use crate::planted::{self, Bug};
 use crate::retry;
 use crate::secret::{self, Secret};
 use crate::supply::MachineRecord;
@@ -243,8 +242,7 @@ impl Journal {
     /// The file layer's; the job must not be started then.
     pub async fn accept(&self, record: &Record, payload: Bytes) -> io::Result<()> {
         let name = record.key.directory();
-        let directory = if planted::on(Bug::PayloadOnDisk) { &self.state } else { &self.runtime };
-        let made = self.files.replace_in_new_dir(&child(directory, &name), "payload", payload.to_vec()).await;
+        let made = self.files.replace_in_new_dir(&child(&self.runtime, &name), "payload", payload.to_vec()).await;
         self.note(made)?;
         // Without the record nothing of this counts.
         reached(Point::K3);

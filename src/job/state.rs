@@ -12,7 +12,6 @@
 //! tests below send any sequence of events.
 
 use crate::gitlab::{JobStatus, Verdict};
-use crate::planted::{self, Bug};
 use crate::vm::{Ending, Pause};
 use serde::{Deserialize, Serialize};
 
@@ -151,7 +150,6 @@ impl Failure {
         match self {
             Self::Timeout => "job_execution_timeout",
             Self::Killed => "runner_interrupted",
-            _ if planted::on(Bug::AuthorBlamed) => "script_failure",
             _ => "runner_system_failure",
         }
     }
@@ -308,9 +306,6 @@ impl State {
                 Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
                 vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
             ),
-            Event::MachineStopped(_) if planted::on(Bug::RunTwice) => {
-                (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
-            }
             Event::MachineStopped(ending) => Self::fail(Failure::Died(ending)),
             Event::MachineFailed => Self::fail(Failure::Died(Ending::Unseen)),
             Event::MachinePaused(Pause::Itself) => Self::fail(Failure::HostStopped),
@@ -323,11 +318,8 @@ impl State {
             }
             Event::GraceOver if canceling => Self::fail(Failure::CancelGrace),
             Event::Gitlab(JobStatus::Over) => {
-                let (mut state, mut commands) = Self::over();
+                let (state, mut commands) = Self::over();
                 commands.push(Command::Arm(Grace::Over));
-                if planted::on(Bug::MachineForgotten) {
-                    state = Self::Releasing { verdict: None, machine_gone: true, delivered: false };
-                }
                 (state, commands)
             }
             Event::Killed => Self::fail(Failure::Killed),

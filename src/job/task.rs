@@ -21,7 +21,6 @@ use crate::awake::Moment;
 use crate::capacity::Held;
 use crate::config::Span;
 use crate::gitlab::{JobPayload, JobStatus};
-use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::spool::Spool;
 use crate::telemetry::chain;
@@ -123,7 +122,6 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             Happened::Next(Next::Guest(event)) => job.guest(event).await,
             Happened::Next(Next::Machine(event)) => job.machine(event).await,
             Happened::Next(Next::Panicked) => job.feed(Event::Panicked).await,
-            Happened::Next(Next::Gitlab(_)) if planted::on(Bug::CancelUnheard) => {}
             Happened::Next(Next::Gitlab(status)) => {
                 job.m.tell_guest(status);
                 job.feed(Event::Gitlab(status)).await;
@@ -134,9 +132,6 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             }
             Happened::Next(Next::Waits(what)) => job.say_phase(&what),
             Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
-        }
-        if planted::on(Bug::RoomBackTooEarly) && matches!(job.m.record.state, State::Releasing { .. }) {
-            job.reservation.release();
         }
     }
     job.m.leave().await;
@@ -230,33 +225,28 @@ impl Job {
     fn deadline(&self) -> (Instant, Event) {
         let (limits, awake) = (&self.m.parts.limits, &self.m.parts.awake);
         let mut next = self.grace.map(|since| (awake.deadline(since, self.graced), Event::GraceOver));
-        let mut sooner = |at: Instant, event: Event, forgotten: Bug| {
-            if !planted::on(forgotten) && next.as_ref().is_none_or(|(first, _)| at < *first) {
+        let mut sooner = |at: Instant, event: Event| {
+            if next.as_ref().is_none_or(|(first, _)| at < *first) {
                 next = Some((at, event));
             }
         };
         match self.m.record.state {
             State::Booting { .. } => {
-                let early = if planted::on(Bug::BootDeadlineEarly) { 10 } else { 1 };
                 // After a restart the guest's request may be waiting in its relay: it gets time to arrive.
-                let deadline = self.m.awake_since_received(limits.boot_deadline.get() / early).max(self.m.reopened());
-                sooner(deadline, Event::BootDeadline, Bug::BootDeadlineNever);
-                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline, Bug::CapIgnored);
+                let deadline = self.m.awake_since_received(limits.boot_deadline.get()).max(self.m.reopened());
+                sooner(deadline, Event::BootDeadline);
+                sooner(self.m.since_received(self.m.cap()), Event::TimeoutDeadline);
             }
             State::Running { .. } => {
                 // Its guest tries again and again, so this is looked at often enough.
                 if let Some(since) = self.m.spool_failing_since() {
-                    sooner(
-                        (since + SPOOL_PATIENCE).max(self.m.heard_after_sleep()),
-                        Event::HostDiskFailed,
-                        Bug::SilenceNever,
-                    );
+                    sooner((since + SPOOL_PATIENCE).max(self.m.heard_after_sleep()), Event::HostDiskFailed);
                 }
                 let silence = awake.deadline(self.m.last_spoke, limits.silence_deadline.get());
-                sooner(silence, Event::SilenceDeadline, Bug::SilenceNever);
+                sooner(silence, Event::SilenceDeadline);
                 // Its machine was not asleep, so this counts on; but its verdict may be waiting to be heard.
                 let cap = self.m.since_received(self.m.cap()).max(self.m.heard_after_sleep());
-                sooner(cap, Event::TimeoutDeadline, Bug::CapIgnored);
+                sooner(cap, Event::TimeoutDeadline);
             }
             State::Accepted | State::Releasing { .. } | State::Ended => {}
         }
@@ -319,11 +309,7 @@ impl Job {
 
     /// Nothing of the machine is left.
     fn give_room_back(&self) {
-        if planted::on(Bug::RoomNeverBack) && self.graced == self.m.parts.limits.cancel_grace.get() {
-            std::mem::forget(self.reservation.clone());
-        } else {
-            self.reservation.release();
-        }
+        self.reservation.release();
     }
 
     /// Machines that the host loses count; what a guest can bring about at will, once it has a job, does not.
@@ -420,7 +406,7 @@ impl Job {
                     // A silent guest would learn it after up to 30 s; what it could end by then GitLab takes no more.
                     self.graced = self.graced.min(limits.guest_update_interval.get() + UNTOLD_SLACK);
                 }
-                self.grace = (!planted::on(Bug::GraceNeverOver)).then(|| self.m.parts.awake.now());
+                self.grace = Some(self.m.parts.awake.now());
                 None
             }
             Command::ReleaseMachine => self.m.release_machine().await.then_some(Event::MachineReleased),
@@ -469,9 +455,6 @@ impl Job {
                 let mut text = lines::failure(now, failure, job, limit, &image);
                 if matches!(failure, Failure::Died(_) | Failure::Silent | Failure::NotTaken) {
                     text.push_str(&hints.lines(now));
-                }
-                if planted::on(Bug::FailureUnexplained) {
-                    text.clear();
                 }
                 text.extend(tail.map(|tail| lines::console(now, &tail)));
                 text

@@ -15,7 +15,6 @@ use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo};
 use crate::job::Jobs;
 use crate::job::journal::JobKey;
 use crate::job::{self, GivenAgain, Parts, Runner};
-use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::status::RunnerState;
 use crate::telemetry::chain;
@@ -313,9 +312,6 @@ impl Poller {
         let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
-        if planted::on(Bug::JobTokenInLog) {
-            tracing::info!(%key, token = payload.token.expose(), "the job's token");
-        }
         let taking = Taking { parts: self.parts.clone(), runner: self.runner.clone(), jobs: self.jobs.clone(), key };
         match self.jobs.give_again(&taking.key, &payload) {
             None => taking.begin(payload, reservation).await,

@@ -10,7 +10,6 @@
 //! (decision D3).
 
 use crate::gitlab::GitlabError;
-use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
 use std::time::Duration;
@@ -166,8 +165,7 @@ impl Policy {
             Seen::NoJob { held, last_update } => {
                 self.answered();
                 self.last_update = last_update.or(self.last_update.take());
-                let interval = if planted::on(Bug::RetryStorm) { self.interval / 100 } else { self.interval };
-                Step::Rest(if held >= HELD { HELD_REST } else { interval }, Why::Answered)
+                Step::Rest(if held >= HELD { HELD_REST } else { self.interval }, Why::Answered)
             }
             Seen::Failed(error) => self.failed(error, rng),
         }

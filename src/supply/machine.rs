@@ -11,7 +11,6 @@
 use super::MachineRecord;
 use super::{Order, Supply};
 use crate::failpoint::{Point, reached};
-use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
@@ -205,9 +204,6 @@ impl Driver {
             Err(error) => {
                 self.tell(MachineEvent::Failed(error)).await;
                 self.wait_for_wish().await;
-                if planted::on(Bug::LeakedOverlay) {
-                    return self.tell(MachineEvent::Released).await;
-                }
             }
         }
         if self.wish() == Wish::Release {
@@ -338,7 +334,6 @@ impl Driver {
                 // … the list within its interval, whatever becomes of the channel.
                 () = listing.changed() => listing.look(|list| {
                     let newer = list.asked.is_some_and(|asked| asked > started);
-                    let newer = newer && !planted::on(Bug::ListIgnored);
                     newer.then(|| list.vms.get(&self.name).copied().unwrap_or(VmState::Gone))
                 }),
             };
@@ -453,7 +448,6 @@ impl Driver {
             };
             match result {
                 Ok(()) => break,
-                Err(_) if planted::on(Bug::DestroyGivenUp) => break,
                 Err(error) => {
                     tracing::warn!(vm = %self.record.id, error = chain(&error), "could not take a VM down; trying again");
                     stuck.get_or_insert_with(|| Stuck::count(&self.supply));

@@ -19,7 +19,6 @@ use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
 use crate::metrics::Metrics;
-use crate::planted::{self, Bug};
 use crate::retry::Backoff;
 use crate::rng::Rng;
 use crate::secret::Secret;
@@ -215,12 +214,10 @@ impl Uploader {
         let view = self.upload.spool.view();
         let whole = !self.given_up && self.truncated_at.is_none() && self.sent == view.length && self.lead == Some(0);
         let first = self.last_answer.is_none();
-        let crc = if planted::on(Bug::WrongChecksum) { view.crc.swap_bytes() } else { view.crc };
-        let length = view.length.saturating_sub(u64::from(planted::on(Bug::WrongSize)));
-        let trace = (whole && !(first && verdict.is_none())).then_some((crc, length));
+        let trace = (whole && !(first && verdict.is_none())).then_some((view.crc, view.length));
         let last = verdict.is_some();
         reached(if last { Point::K14 } else { Point::K11 });
-        let mut update = JobUpdate { verdict, trace };
+        let update = JobUpdate { verdict, trace };
         match self.upload.client.update_job(&update).await {
             Ok(answer) => {
                 // GitLab has it, and nobody here has noted that.
@@ -252,12 +249,6 @@ impl Uploader {
                 if let Some(pause) = answer.ask_again.filter(|_| last) {
                     self.not_before = Instant::now() + pause;
                     return Step::Continue;
-                }
-                if planted::on(Bug::DoubleReport)
-                    && let Some(verdict) = &mut update.verdict
-                {
-                    verdict.success = !verdict.success;
-                    let _ = self.upload.client.update_job(&update).await;
                 }
                 if last && !self.is_refused(answer.status) { Step::Done } else { self.status(answer.status).await }
             }
@@ -354,16 +345,6 @@ impl Uploader {
         };
         self.tell(format!("its {what} waits: {why}")).await;
         let outbox = self.upload.outbox.borrow().clone();
-        if planted::on(Bug::VerdictDropped) && matches!(outbox, Outbox::Verdict(_)) {
-            return Step::Done;
-        }
-        if planted::on(Bug::SuccessTurnedFailed)
-            && let Outbox::Verdict(verdict @ Verdict { success: true, .. }) = &outbox
-        {
-            let verdict =
-                Verdict { success: false, failure_reason: Some("runner_system_failure".into()), ..verdict.clone() };
-            let _ = self.upload.client.update_job(&JobUpdate { verdict: Some(verdict), trace: None }).await;
-        }
         let mut pause = self.backoff.next(&self.upload.rng);
         if outbox == Outbox::Empty {
             // A live job is spoken of often, or a cancel would be learnt late.

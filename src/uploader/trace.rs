@@ -3,7 +3,6 @@
 use super::{Step, Uploader};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobStatus;
-use crate::planted::{self, Bug};
 use crate::telemetry::chain;
 use bytes::Bytes;
 use std::io;
@@ -27,9 +26,7 @@ impl Uploader {
     pub(super) async fn patch(&mut self, offset: u64) -> Step {
         let asks = offset < self.sent;
         let wanted = usize::try_from(self.end() - offset).map_or(self.piece_max, |n| n.min(self.piece_max));
-        let from =
-            if planted::on(Bug::UploadOffByOne) && self.refusals > 0 { offset.saturating_sub(1) } else { offset };
-        let bytes = match self.read(from, wanted).await {
+        let bytes = match self.read(offset, wanted).await {
             Ok(bytes) if !bytes.is_empty() => {
                 self.read_failures = 0;
                 bytes

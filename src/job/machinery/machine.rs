@@ -9,7 +9,6 @@ use crate::job::journal::Record;
 use crate::job::lines;
 use crate::job::state::Event;
 use crate::machine_spec::MachineSpec;
-use crate::planted::{self, Bug};
 use crate::secret::Secret;
 use crate::supply::{Blueprint, MachineRecord, Order, Supply};
 use crate::telemetry::chain;
@@ -93,17 +92,12 @@ impl Machinery {
                 }
             },
         };
-        let known = self.record.machine.clone().filter(|_| resume || !planted::on(Bug::SecondMachine));
-        let (machine, config, listener) = match (known, &made_of) {
+        let (machine, config, listener) = match (self.record.machine.clone(), &made_of) {
             (Some(machine), made_of) => self.known_machine(machine, made_of.as_ref().map(|(spec, _)| spec)).await?,
             (None, Some((spec, _))) => self.new_machine(spec).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
         self.open_door(&machine, &config, listener)?;
-        if planted::on(Bug::SilenceWhileAway) && resume {
-            let silent = self.parts.limits.silence_deadline.get();
-            self.last_spoke = self.parts.awake.now().earlier(silent);
-        }
         self.machine_task_lost = None;
         self.machine = Some(self.parts.supply.take(Order {
             machine,
@@ -247,7 +241,7 @@ impl Machinery {
                 Event::NoDoor
             })?;
             self.record.machine = Some(machine.clone());
-            if !planted::on(Bug::DomainBeforeRecord) && !self.put().await {
+            if !self.put().await {
                 self.let_go(false).await;
                 return Err(Event::HostDiskFailed);
             }
@@ -358,13 +352,7 @@ impl Machinery {
     /// The machine is gone: its door closes. `true`: another is wanted.
     pub(in crate::job) async fn machine_released(&mut self) -> bool {
         self.machine = None;
-        if planted::on(Bug::DoorLeftOpen) {
-            std::mem::forget(self.door.take());
-        }
         self.close_door().await;
-        if planted::on(Bug::MachineReused) && self.another {
-            return std::mem::take(&mut self.another);
-        }
         if self.another {
             self.let_go(false).await;
         } else if let Some(gone) = self.record.machine.take() {

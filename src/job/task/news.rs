@@ -5,7 +5,6 @@ use crate::failpoint::{Point, reached};
 use crate::guest::{GuestEvent, HandOut, VerdictAnswer};
 use crate::job::lines;
 use crate::job::state::{Event, State};
-use crate::planted::{self, Bug};
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
 use crate::vm::Pause;
@@ -68,8 +67,7 @@ impl Job {
         let first = matches!(self.m.record.state, State::Booting { .. });
         let rested = self.last_hand_out.is_none_or(|at| at.elapsed() >= ASK_AGAIN_AFTER);
         let lost = !self.spoke && rested;
-        let again = matches!(self.m.record.state, State::Running { canceling: false })
-            && (lost || rested && planted::on(Bug::HandedOutTwice));
+        let again = matches!(self.m.record.state, State::Running { canceling: false }) && lost;
         let mut answer = None;
         if first {
             answer = self.m.hand_out().await;

@@ -5,7 +5,6 @@ use super::guest::{Control, Controlled, Doors, GuestMachine, Power};
 use super::wire::Wire;
 use super::{DOOR_BACKLOG, FakeHypervisor, Machine, Overlay, World};
 use crate::BoxFuture;
-use crate::planted::{self, Bug};
 use crate::vm::paths::Paths;
 use crate::vm::{
     DoorListener, Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState,
@@ -219,8 +218,7 @@ impl Hypervisor for FakeHypervisor {
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         Box::pin(self.look(Op::List, installation.to_string(), move |world| {
             // As the real one would list them.
-            let all = planted::on(Bug::ForeignReaped);
-            let ours = world.vms.iter().filter(|(_, machine)| all || machine.spec.installation == *installation);
+            let ours = world.vms.iter().filter(|(_, machine)| machine.spec.installation == *installation);
             ours.map(|(name, machine)| VmSummary { name: name.clone(), state: machine.state }).collect()
         }))
     }

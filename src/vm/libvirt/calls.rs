@@ -4,7 +4,6 @@
 //! Each call looks before it acts, so each may run twice. Only machines whose metadata is ours are
 //! ever touched: the names of others, even if they look like ours, change nothing.
 
-use crate::planted::{self, Bug};
 use crate::vm::domain_xml::{self, METADATA_NAMESPACE, Metadata, Ownership};
 use crate::vm::{Ending, HostInfo, InstallationId, Pause, VmName, VmSpec, VmState, VmSummary};
 use rustix::process::getegid;
@@ -142,8 +141,7 @@ impl Link {
         let mut ours = Vec::new();
         for domain in self.connect.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)? {
             let Some(name) = VmName::parse(&domain.name()?) else { continue };
-            let foreign = |m: &Metadata| m.installation != *installation && !planted::on(Bug::ForeignReaped);
-            if metadata(&domain)?.is_none_or(|m| foreign(&m) || m.vm != *name.id()) {
+            if metadata(&domain)?.is_none_or(|m| m.installation != *installation || m.vm != *name.id()) {
                 continue;
             }
             match state(&domain)? {

@@ -2,6 +2,7 @@
 
 use crate::dice::Dice;
 use crate::kinds::Kind;
+use crate::planted::Bug;
 use std::time::Duration;
 
 /// One run.
@@ -18,6 +19,8 @@ pub(crate) struct Plan {
     pub(crate) actions: Vec<(Duration, Action)>,
     /// From here on nothing new goes wrong.
     pub(crate) heals: Duration,
+    /// What is wrong with the daemon.
+    pub(crate) bug: Option<Bug>,
 }
 
 /// Deadlines and bounds of the daemon.
@@ -303,16 +306,19 @@ impl Plan {
             })
             .collect();
         actions.sort_by_key(|(at, _)| *at);
-        Self { seed, runners, concurrent, limits, gitlab, jobs, rates, actions, heals: Duration::from_millis(span) }
+        let heals = Duration::from_millis(span);
+        Self { seed, runners, concurrent, limits, gitlab, jobs, rates, actions, heals, bug: None }
     }
 }
 
 impl Plan {
     /// Draws a run that a planted bug is looked for in: what is rare, and shows some bugs alone, is done once more. So is a
     /// hand-over, now and then to a life whose doors are somebody else's for a while: adoption takes its time then.
-    pub(crate) fn for_bugs(seed: u64) -> Self {
+    pub(crate) fn for_bugs(seed: u64, bug: Option<Bug>) -> Self {
         const RARE: &[Kind] = &[Kind::Outage, Kind::Foreign];
-        let (mut plan, mut dice) = (Self::draw(seed), Dice::new(seed, 3));
+        const FEW: &[Kind] =
+            &[Kind::RateLimited, Kind::OverAtFirstWord, Kind::FinalLost, Kind::DestroyFails, Kind::SyncFails];
+        let (mut plan, mut dice) = (Self { bug, ..Self::draw(seed) }, Dice::new(seed, 3));
         for kind in [*dice.pick(RARE), Kind::HandOver] {
             if let Some((_, from, to)) = ACTION_KINDS.iter().find(|(of, _, _)| *of == kind) {
                 let at = dice.time(0, u64::try_from(plan.heals.as_millis()).unwrap_or(u64::MAX));
@@ -326,6 +332,11 @@ impl Plan {
         // Doors that do not open at once keep a start and its first sweep apart.
         if dice.chance(600) {
             plan.rates[Kind::FdShort as usize] = 800;
+        }
+        for (kind, rate) in CALL_KINDS.iter().filter(|(kind, _)| FEW.contains(kind)) {
+            if dice.chance(250) {
+                plan.rates[*kind as usize] = *rate;
+            }
         }
         plan
     }

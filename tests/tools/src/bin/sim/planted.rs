@@ -1,102 +1,185 @@
-//! Would the simulation notice? Each planted bug is switched on alone and must be found; the run that finds it must be
-//! clean without it.
+//! Would the simulation notice? Bugs planted on purpose, one at a time, each between the daemon and one of its seams.
+//!
+//! A bug behaves like a mistake that somebody could make at the daemon's outermost line, so that the checkers see what
+//! they would see of that. What no seam can do wrong (states, the order of record and effect, accounting) is not here.
 
-use crate::batch::nth;
-use crate::plan::Plan;
-use crate::report::{keep, say};
-use crate::run::{self, Outcome};
-use crate::story::Keep;
-use dayfly::planted::{Bug, plant};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+mod dice;
+mod disk;
+mod gitlab;
+mod host;
+mod hunt;
+mod settings;
 
-/// Jobs within which a bug must be found.
-const JOBS_MAX: u64 = 2000;
+pub(crate) use hunt::all;
 
-/// Runs of each bug that are run a second time, for bugs that make two runs of a seed differ.
-const TWICE: u64 = 3;
+use crate::mortal::Life;
+use dayfly::config::Config;
+use dayfly::files::Files;
+use dayfly::gitlab::OpenTransport;
+use dayfly::rng::Rng;
+use dayfly::vm::Hypervisor;
+use dayfly::vm::fake::FakeHypervisor;
+use dayfly::vm::paths::Paths;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
-/// What found a bug.
-struct Found {
-    seed: u64,
-    jobs: u64,
-    by: String,
-    /// By two runs that differ.
-    differs: bool,
-}
+macro_rules! bugs {
+    ($($(#[$doc:meta])+ $name:ident breaks $invariant:literal,)+) => {
+        /// A mistake that somebody could make.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Bug { $($(#[$doc])+ $name,)+ }
 
-/// Tries all of them. `false`: one was missed, or a run is not clean without its bug.
-pub(crate) fn all(seed: u64, threads: usize) -> bool {
-    say(&format!("seed {seed}"));
-    let (mut found, mut missed) = (0, 0);
-    for bug in Bug::ALL {
-        plant(Some(*bug));
-        let finding = hunt(seed, threads);
-        plant(None);
-        match finding {
-            Some(finding) if is_clean(&finding) => {
-                found += 1;
-                say(&format!("{bug:?}: found after {} jobs (seed {}): {}", finding.jobs, finding.seed, finding.by));
-            }
-            Some(finding) => {
-                missed += 1;
-                let path = keep(&run::run(Plan::for_bugs(finding.seed), Keep::Text));
-                let Found { seed, by, .. } = finding;
-                say(&format!(
-                    "{bug:?}: seed {seed} is not clean without it: {by}; its event log is {}",
-                    path.display()
-                ));
-            }
-            None => {
-                missed += 1;
-                say(&format!("{bug:?}: MISSED in {JOBS_MAX} jobs"));
+        impl Bug {
+            /// All of them, in the order in which they are tried.
+            pub(crate) const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The invariant of threats.md §4 that it breaks, and whose checker must find it.
+            pub(crate) fn invariant(self) -> u8 {
+                match self { $(Self::$name => $invariant,)+ }
             }
         }
-    }
-    say(&format!("figure planted.found {found}"));
-    say(&format!("figure planted.missed {missed}"));
-    missed == 0
+    };
 }
 
-/// Runs seeds until something is violated.
-fn hunt(seed: u64, threads: usize) -> Option<Found> {
-    let (next, jobs, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-    let found: Mutex<Option<Found>> = Mutex::new(None);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) && jobs.load(Ordering::Relaxed) < JOBS_MAX {
-                    let n = next.fetch_add(1, Ordering::Relaxed);
-                    let seed = nth(seed, n);
-                    let (outcome, differs) = look(seed, n < TWICE);
-                    let so_far = jobs.fetch_add(outcome.jobs, Ordering::Relaxed) + outcome.jobs;
-                    let by = match outcome.violations.first() {
-                        Some(violation) => violation.to_string(),
-                        None if differs => "VIOLATION of invariant 22: two runs differ".to_owned(),
-                        None => continue,
-                    };
-                    stop.store(true, Ordering::Relaxed);
-                    let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-                    found.get_or_insert(Found { seed, jobs: so_far, by, differs: outcome.violations.is_empty() });
-                }
-            });
+bugs! {
+    /// A verdict that does not get through is never sent again.
+    VerdictDropped breaks 1,
+    /// The verdict is sent a second time, as the other state.
+    DoubleReport breaks 2,
+    /// When a success may or may not have arrived, `failed` is sent.
+    SuccessTurnedFailed breaks 3,
+    /// A failure of ours is called the author's.
+    AuthorBlamed breaks 4,
+    /// The verdict does not wait for the last of the trace.
+    LostLastLine breaks 5,
+    /// After GitLab has said where it stands, the trace goes on one byte too early.
+    UploadOffByOne breaks 5,
+    /// The verdict's checksum has its bytes the wrong way round.
+    WrongChecksum breaks 5,
+    /// The verdict's size is one byte short.
+    WrongSize breaks 5,
+    /// A piece of trace that the disk did not take counts as written.
+    SpoolErrorIgnored breaks 5,
+    /// The payload is parsed and written anew instead of passed on.
+    PayloadRewritten breaks 6,
+    /// A job that ran when the daemon ended is begun again on another machine.
+    RunTwice breaks 6,
+    /// The request for a job is logged, with the runner token in it.
+    RunnerTokenInLog breaks 7,
+    /// The guest's token is the runner token, all of it.
+    RunnerTokenToGuest breaks 7,
+    /// A job's token is logged.
+    JobTokenInLog breaks 8,
+    /// The payload is kept in the state directory, which outlives a reboot.
+    PayloadOnDisk breaks 8,
+    /// A piece of trace carries the job token in its URL too.
+    CredentialInUrl breaks 9,
+    /// GitLab's word on a job is not heard: a canceled one boots, and runs, nevertheless.
+    CancelUnheard breaks 11,
+    /// All machines have the same pass.
+    PassReused breaks 12,
+    /// Of a machine that could not be made the disk stays, and no sweep looks for overlays.
+    LeakedOverlay breaks 13,
+    /// The door of a machine that is gone stays open.
+    DoorLeftOpen breaks 13,
+    /// A machine that could not be destroyed at once counts as gone.
+    DestroyGivenUp breaks 16,
+    /// One job more than configured.
+    OneJobTooMany breaks 14,
+    /// Machines of other installations are taken for ours.
+    ForeignReaped breaks 15,
+    /// A machine is made before a record names it.
+    DomainBeforeRecord breaks 16,
+    /// A record that the disk did not take counts as written.
+    RecordErrorIgnored breaks 16,
+    /// The record of a job that is over stays.
+    RecordKept breaks 16,
+    /// Adoption makes a second machine beside the one that is there.
+    SecondMachine breaks 17,
+    /// The boot deadline comes ten times too early.
+    BootDeadlineEarly breaks 4,
+    /// A guest that never asks for its job is waited for until the job's own end.
+    BootDeadlineNever breaks 18,
+    /// A running guest may be silent for ever.
+    SilenceNever breaks 18,
+    /// A guest counts as silent since ever when the daemon comes back.
+    SilenceWhileAway breaks 4,
+    /// A job's timeout ends nothing.
+    CapIgnored breaks 18,
+    /// A guest that was told to end, or has said its last word, may live as long as it likes.
+    GraceNeverOver breaks 18,
+    /// The hypervisor's list is not looked at: a paused machine goes unnoticed.
+    ListIgnored breaks 18,
+    /// After an outage of GitLab it is minutes until the next poll.
+    LateAfterOutage breaks 19,
+    /// GitLab's word on when to come back is not heard.
+    RetryAfterIgnored breaks 20,
+    /// What has failed, or had no answer for us, is tried again at once, and again.
+    RetryStorm breaks 20,
+    /// The jitter of a pause is the operating system's.
+    OwnDice breaks 22,
+}
+
+/// What stands between the daemon and its seams: nothing, or one bug. It outlives each daemon.
+pub(crate) struct Planted {
+    bug: Option<Bug>,
+    first_records: Arc<Mutex<BTreeMap<PathBuf, Vec<u8>>>>,
+}
+
+impl Planted {
+    pub(crate) fn new(bug: Option<Bug>) -> Self {
+        Self { bug, first_records: Arc::default() }
+    }
+
+    /// The way to GitLab.
+    pub(crate) fn transport(&self, opener: Arc<dyn OpenTransport>) -> Arc<dyn OpenTransport> {
+        match self.bug {
+            None => opener,
+            Some(bug) => Arc::new(gitlab::Opener { bug, opener }),
         }
-    });
-    found.into_inner().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// One run; if asked for, whether a second one is another.
-fn look(seed: u64, twice: bool) -> (Outcome, bool) {
-    if !twice {
-        return (run::run(Plan::for_bugs(seed), Keep::Nothing), false);
     }
-    let [first, second] = [(); 2].map(|()| run::run(Plan::for_bugs(seed), Keep::Digest));
-    let differs = (first.digest, first.events) != (second.digest, second.events);
-    (first, differs)
-}
 
-/// Whether the run that found a bug is clean without it.
-fn is_clean(found: &Found) -> bool {
-    let (outcome, differs) = look(found.seed, found.differs);
-    outcome.violations.is_empty() && !differs
+    /// The file layer.
+    pub(crate) fn files(&self, files: Arc<dyn Files>) -> Arc<dyn Files> {
+        match self.bug {
+            None => files,
+            Some(bug) => Arc::new(disk::Disk { bug, files, first_records: self.first_records.clone() }),
+        }
+    }
+
+    /// Machines, their doors, and what lies beside them, as `life` sees them.
+    pub(crate) fn host<H: Hypervisor + Paths>(
+        &self,
+        host: Arc<H>,
+        fake: &FakeHypervisor,
+        life: &Life,
+        runner_token: &str,
+    ) -> (Arc<dyn Hypervisor>, Arc<dyn Paths>) {
+        let Some(bug) = self.bug else { return (host.clone(), host) };
+        let host = Arc::new(host::Host {
+            bug,
+            hypervisor: host.clone(),
+            paths: host,
+            fake: fake.clone(),
+            life: life.clone(),
+            runner_token: runner_token.to_owned(),
+            not_made: Mutex::default(),
+        });
+        (host.clone(), host)
+    }
+
+    /// Where chance comes from.
+    pub(crate) fn rng(&self, rng: &Rng) -> Rng {
+        self.bug.map_or_else(|| rng.clone(), |bug| dice::plant(bug, rng))
+    }
+
+    /// What the daemon reads of its configuration in its `lives`-th life.
+    pub(crate) fn config(&self, config: &Config, lives: u32) -> Config {
+        let mut config = config.clone();
+        if let Some(bug) = self.bug {
+            settings::misread(bug, &mut config, lives);
+        }
+        config
+    }
 }

@@ -131,6 +131,7 @@ fn plan(seed: u64) -> Plan {
         rates: vec![0; crate::kinds::Kind::ALL.len()],
         actions: Vec::new(),
         heals: Duration::ZERO,
+        bug: None,
     }
 }
 

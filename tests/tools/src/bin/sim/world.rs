@@ -5,6 +5,7 @@ use crate::guest;
 use crate::ledger::JobNote;
 use crate::mortal::{End, Life};
 use crate::plan::{Plan, Script};
+use crate::planted::Planted;
 use crate::seams::disk::Disk;
 use crate::seams::gitlab::{self, Opener};
 use crate::seams::host::{self, Host};
@@ -42,6 +43,7 @@ pub(crate) struct World {
     pub(crate) config: Config,
     pub(crate) project: ProjectId,
     pub(crate) doomed: ProjectId,
+    pub(crate) planted: Planted,
     pub(crate) daemon: Option<Daemon>,
 }
 
@@ -97,6 +99,7 @@ impl World {
             config: config(plan),
             project,
             doomed,
+            planted: Planted::new(plan.bug),
             daemon: None,
         };
         for number in 0..plan.runners {
@@ -151,13 +154,16 @@ impl World {
 
     fn backends(&self, life: &Life) -> Backends {
         let story = || self.story.clone();
-        let host = Host { fake: self.fake.clone(), story: story() };
+        let host = Arc::new(Host { fake: self.fake.clone(), story: story() });
+        let (token, _) = tokens::of_runner(0);
+        let (hypervisor, paths) = self.planted.host(host, &self.fake, life, &token);
         Backends {
-            host: life.host(Arc::new(host.clone()), Arc::new(host)),
-            transport: life.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() })),
-            files: life.files(Arc::new(Disk { files: self.files.clone(), story: story() })),
+            host: life.host(hypervisor, paths),
+            transport: life
+                .transport(self.planted.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() }))),
+            files: life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() }))),
             clock: self.clock.clone(),
-            rng: self.rng.clone(),
+            rng: self.planted.rng(&self.rng),
             images: self.images.clone(),
             door_limits: Limits::default(),
         }
@@ -170,7 +176,8 @@ impl World {
         self.story.set_life(Some(life.clone()));
         self.story.tell(&Event::Daemon(DaemonDoes::Starts));
         let shutdown = Shutdown::new();
-        let (config, switch) = (self.config.clone(), shutdown.clone());
+        let lives = self.story.inner().ledger.lives;
+        let (config, switch) = (self.planted.config(&self.config, lives), shutdown.clone());
         let (tell, told) = oneshot::channel();
         #[expect(clippy::disallowed_methods, reason = "joined when it ends by itself; else it ends with the runtime")]
         let task = tokio::spawn(async move {

@@ -194,7 +194,7 @@ impl Gate {
     }
 }
 
-fn find_route(method: &Method, path: &str) -> (Route, Option<JobId>) {
+pub(crate) fn find_route(method: &Method, path: &str) -> (Route, Option<JobId>) {
     let parts: Vec<&str> = path.trim_start_matches("/api/v4/").split('/').collect();
     let id = |text: &str| text.parse().ok().map(JobId);
     match (method.as_str(), parts.as_slice()) {
@@ -208,7 +208,7 @@ fn find_route(method: &Method, path: &str) -> (Route, Option<JobId>) {
     }
 }
 
-fn read_update(json: &Value) -> Update {
+pub(crate) fn read_update(json: &Value) -> Update {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let checksum = text(&json["output"]["checksum"]);
     Update {
