@@ -222,3 +222,62 @@ fn a_ring_that_did_not_run_has_not_passed() {
     assert_eq!(summary(&told)[..4], expected, "{told}");
     assert!(!told.contains("went on") && !told.contains("== ring three\n"), "{told}");
 }
+
+/// Runs `scripts/mutants` over this list, with a cargo beside it whose mutants are `seen` and `unseen` by any tests.
+#[expect(clippy::disallowed_methods, reason = "a script is what is tested")]
+fn mutants(list: &str) -> (String, Option<i32>) {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, bin) = (dir.path().join("list"), dir.path().join("bin"));
+    fs::write(&file, list).unwrap();
+    fs::create_dir(&bin).unwrap();
+    let cargo = r#"#!/bin/bash
+        case "$*" in
+            --version) echo cargo 1.99.0 ;;
+            "mutants --version") echo cargo-mutants 26.0.0 ;;
+            *--list*) printf 'src/rng.rs:%s: replace %s with ()\n' 7:9 seen 8:9 unseen 9:9 unseen ;;
+            mutants*)
+                while [ "$1" != -o ]; do shift; done
+                mkdir "$2/mutants.out" && cd "$2/mutants.out" || exit 1
+                case $* in *":7:9: replace seen "*) echo it >caught.txt ;; *":9:9: replace unseen "*) echo it >missed.txt ;; esac ;;
+            test*) echo "test result: ok. 3 passed" ;;
+        esac"#;
+    fs::write(bin.join("cargo"), cargo).unwrap();
+    fs::set_permissions(bin.join("cargo"), fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new("bash")
+        .args(["-c", "exec bash \"$0\" 2>&1"])
+        .arg(root().join("scripts/mutants"))
+        .env("DAYFLY_TEST_MUTANTS", &file)
+        .env("CARGO_TARGET_DIR", dir.path().join("target"))
+        .env("PATH", format!("{}:/usr/bin:/bin", bin.display()))
+        .env("HOME", dir.path())
+        .output()
+        .expect("it runs");
+    (out(&output), output.status.code())
+}
+
+/// B4: a mutant that no test sees is missed, a line that names none any more is an error, and so is a control that is
+/// not missed.
+#[test]
+fn a_mutant_that_no_test_sees_is_missed() {
+    let seen = "Seen; 5; src/rng.rs; replace seen with (); lib rng::\n";
+    let control = "Control; -; src/rng.rs; replace unseen with () #2; lib rng::\n";
+    let (told, code) = mutants(&format!("# a comment\n\n{seen}{control}"));
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.ends_with("figure planted.controls 1\nfigure planted.tried 1\nfigure planted.missed 0\n"), "{told}");
+    let (told, code) = mutants(&format!("{seen}Unseen; 5; src/rng.rs; replace unseen with () #2; lib rng::\n"));
+    assert_eq!(code, Some(1), "{told}");
+    assert!(
+        told.contains("Unseen: MISSED: ") && told.contains("figure planted.tried 2\nfigure planted.missed 1\n"),
+        "{told}"
+    );
+    let (told, code) = mutants("Control; -; src/rng.rs; replace seen with (); lib rng::\n");
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("this script misjudges") && !told.contains("figure"), "{told}");
+    for gone in
+        ["src/rng.rs; replace gone with ()", "src/rng.rs; replace seen with () #2", "src/gone.rs; replace seen with ()"]
+    {
+        let (told, code) = mutants(&format!("{seen}Gone; 5; {gone}; lib rng::\n"));
+        assert_eq!(code, Some(1), "{told}");
+        assert!(told.contains("Gone: no mutation ") && !told.contains("Seen: caught"), "{told}");
+    }
+}

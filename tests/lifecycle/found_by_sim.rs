@@ -185,6 +185,7 @@ async fn the_room_of_a_job_whose_end_is_not_on_disk_is_kept() {
     world.files.fail_writes(Some(std::io::ErrorKind::ReadOnlyFilesystem));
     let _ = world.kill_job(job);
     world.until_status(|status| status.jobs.iter().all(|job| job.vm.is_none())).await;
+    assert_eq!(world.hypervisor.doors(), [], "the door goes with its machine");
     sleep(Duration::from_secs(10)).await;
     assert_eq!(world.status().capacity.jobs, 1, "{}", world.histories());
     world.files.fail_writes(None);

@@ -5,6 +5,7 @@ use crate::support::world::World;
 use dayfly::vm::Hypervisor as _;
 use dayfly::vm::fake::{Fault, GuestMachine, Op};
 use dayfly_exec::standin::JobState;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -92,7 +93,10 @@ async fn a_machine_that_dies_booting_is_replaced_once() {
     world.start().await.unwrap();
     world.until(job, JobState::Success).await;
     world.assert_clean().await;
-    assert_eq!(world.machines_started(), 2);
+    let history = world.hypervisor.history();
+    let started = history.iter().filter(|entry| entry.op.is_none() && entry.outcome == "started");
+    let names: BTreeSet<&str> = started.map(|entry| entry.subject.as_str()).collect();
+    assert_eq!((world.machines_started(), names.len()), (2, 2), "each machine has names of its own: {names:?}");
 }
 
 #[tokio::test(start_paused = true)]

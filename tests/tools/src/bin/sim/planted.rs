@@ -1,7 +1,8 @@
 //! Would the simulation notice? Bugs planted on purpose, one at a time, each between the daemon and one of its seams.
 //!
 //! A bug behaves like a mistake that somebody could make at the daemon's outermost line, so that the checkers see what
-//! they would see of that. What no seam can do wrong (states, the order of record and effect, accounting) is not here.
+//! they would see of that. What no seam can do wrong (states, the order of record and effect, accounting) is a mutation
+//! of the code: `tests/mutants.txt`.
 
 mod dice;
 mod disk;
