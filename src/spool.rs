@@ -399,3 +399,29 @@ impl SpoolReader {
         Ok(unwritten.slice(begin..begin.saturating_add(bytes).min(unwritten.len())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// H6: lines that no file takes are read from memory, and stand in the file of before where that ends.
+    #[tokio::test]
+    async fn last_lines_in_memory_are_read_like_any_others() {
+        let spool = Spool::of_last_lines(100);
+        let mut reader = spool.reader();
+        let (offset, line_ended) = spool.end().await;
+        assert_eq!((offset, line_ended, reader.view().whole), (100, true, false));
+        assert!(spool.append_own("no\n").await.is_err(), "nothing but last lines");
+        let seen = reader.view();
+        spool.end_with(offset, "first\nsecond\n").await;
+        reader.news_since(seen).await;
+        // Once, however often they are said.
+        spool.end_with(offset, "first\nsecond\n").await;
+        spool.sync().await.unwrap();
+        let view = reader.view();
+        assert_eq!((view.length, view.crc), (13, crc32fast::hash(b"first\nsecond\n")));
+        assert_eq!(reader.read(6, 100).await.unwrap(), "second\n");
+        assert_eq!(reader.read(0, 5).await.unwrap(), "first");
+        assert!(matches!(spool.writer().append(0, Bytes::from("guest")).await, Ok(Appended::Closed)));
+    }
+}

@@ -4,7 +4,7 @@
 //! kills). One mutex around the list, held for a few lines.
 
 use super::journal::JobKey;
-use super::{GivenAgain, JobCommand, JobHandle, JobView};
+use super::{JobCommand, JobHandle, JobView, Reassigned};
 use crate::capacity::Held;
 use crate::control::KillOutcome;
 use crate::gitlab::{JobId, JobPayload};
@@ -122,12 +122,12 @@ impl Jobs {
 
     /// Tells a job that GitLab has given it out once more; what becomes of that is in its answer.
     /// `None`: it is not under way here.
-    pub fn give_again(&self, key: &JobKey, payload: &JobPayload) -> Option<oneshot::Receiver<GivenAgain>> {
+    pub fn reassign(&self, key: &JobKey, payload: &JobPayload) -> Option<oneshot::Receiver<Reassigned>> {
         let entries = self.lock();
         let entry = entries.get(key)?;
         let (payload, (reply, answer)) = (Box::new(payload.clone()), oneshot::channel());
         // If it has ended in between, or hears nothing more, the reply is dropped.
-        let _ = entry.inbox.try_send(JobCommand::GivenAgain { payload, reply });
+        let _ = entry.inbox.try_send(JobCommand::Reassign { payload, reply });
         Some(answer)
     }
 

@@ -107,17 +107,17 @@ pub enum JobCommand {
     /// End it, with an honest verdict: the operator's word.
     Kill,
     /// GitLab has given it out once more.
-    GivenAgain {
+    Reassign {
         /// The newer payload.
         payload: Box<JobPayload>,
         /// What became of that.
-        reply: oneshot::Sender<GivenAgain>,
+        reply: oneshot::Sender<Reassigned>,
     },
 }
 
 /// What became of a job's second 201 (threats.md G17).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GivenAgain {
+pub enum Reassigned {
     /// It is the job that is under way, which speaks for it.
     UnderWay,
     /// The job of before is over at GitLab: this is another, to be begun once that one has gone.

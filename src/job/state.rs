@@ -7,9 +7,10 @@
 //!                 └──────────┴─ cancel, deadline, loss, kill ─┘
 //! ```
 //!
-//! The job task journals each new state before it carries the commands out, and every command may
-//! run twice. Whatever happens, a job ends with one verdict and everything released: the property
-//! tests below send any sequence of events.
+//! Each new state is written down by a command, [`Command::Write`] or [`Command::Commit`], and what follows it comes
+//! after that: a guest gets no answer that the next daemon would not know of. Every command may run twice. Whatever
+//! happens, each question of the guest has one answer, and a job ends with one verdict and everything released: the
+//! property tests below send any sequence of events to any disk.
 
 use crate::gitlab::{JobStatus, Verdict};
 use crate::vm::{Ending, Pause};
@@ -49,10 +50,12 @@ pub enum State {
 pub enum Event {
     /// The job task began, for the first time or after a restart.
     Started,
-    /// The guest asks for its job, or would: it has shown no work of it.
-    GuestAsked,
-    /// The guest's final PUT; spool and record hold it already.
+    /// The guest asks for its job. Answered by [`Command::Answer`].
+    GuestAsked(Ask),
+    /// The guest's final PUT. Answered likewise.
     GuestVerdict(Verdict),
+    /// The guest of a job that is over has shown no work of it: it has nothing to end.
+    GuestIdle,
     /// The machine could not be made.
     MachineFailed,
     /// The machine has no door yet: none is free, or this daemon leaves before it is open.
@@ -69,8 +72,6 @@ pub enum Event {
     Delivered,
     /// Nothing came from the guest before the boot deadline.
     BootDeadline,
-    /// The guest has been given its job several times, and asks for it again: its runner cannot read it.
-    NotTaken,
     /// The guest said nothing for the silence deadline.
     SilenceDeadline,
     /// The job's timeout and its grace are over.
@@ -91,6 +92,19 @@ pub enum Event {
     Refused(Failure),
 }
 
+/// What it means that the guest asks for its job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// It has shown no work of the job: not given to it yet, or not for a while (V5).
+    Idle,
+    /// It works at it, or was given it a moment ago, or its machine is on the way out: it gets nothing.
+    Busy,
+    /// It has been given its job several times and shown no work of it: its runner cannot read it.
+    Untaken,
+    /// Nothing is left of the job's time.
+    TooLate,
+}
+
 /// Why a job ends without a verdict of its guest; chooses the author's lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -100,7 +114,7 @@ pub enum Failure {
     DiedBooting(Ending),
     /// The boot deadline passed.
     BootDeadline,
-    /// See [`Event::NotTaken`].
+    /// See [`Ask::Untaken`].
     NotTaken,
     /// The machine ended in mid-job, like this.
     Died(Ending),
@@ -170,18 +184,21 @@ pub enum Command {
     ResumeMachine,
     /// Take down what there is of the machine, then make another, on a fresh overlay.
     ReplaceMachine,
-    /// Give the payload out.
-    HandOut,
-    /// The guest asks a second time: the rule V5 decides.
-    HandOutAgain,
-    /// There is no job for this guest: 204.
-    HandNothing,
+    /// Write the record. Where the disk does not take it the job goes on, and it is tried again.
+    Write,
+    /// Write the record, and the trace before it that the guest's verdict ends. Where the disk does not take that,
+    /// nothing has happened: the state is that of before, the guest is asked to come again, and what follows is left out.
+    Commit,
+    /// Begin the guest's part of the trace.
+    BeginGuest,
+    /// Answer the guest.
+    Answer(Answer),
     /// The guest writes no more; its calls meet 403.
     CloseGuest,
-    /// Write the author's lines for this failure and give its verdict to the uploader.
-    Fail(Failure),
-    /// Give the guest's verdict to the uploader.
-    Deliver(Verdict),
+    /// Put the author's lines for this failure into the record.
+    Explain(Failure),
+    /// Give the verdict to the uploader, once the record holds it.
+    Deliver,
     /// The job is over at GitLab: the uploader stops.
     Abandon,
     /// Send [`Event::GraceOver`] after this grace.
@@ -190,6 +207,19 @@ pub enum Command {
     ReleaseMachine,
     /// Remove record, spool and runtime files, and give the reservation back.
     Finish,
+}
+
+/// What the guest is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Its job.
+    Job,
+    /// There is no job for it: 204.
+    NoJob,
+    /// Its verdict is taken.
+    Taken,
+    /// The job has ended without its verdict.
+    Over,
 }
 
 /// The graces.
@@ -206,9 +236,20 @@ pub enum Grace {
 }
 
 impl State {
-    /// The next state, and what to do. An event that means nothing here changes nothing.
+    /// The next state, and what to do, in this order. An event that means nothing here changes nothing.
     #[must_use]
     pub fn on(self, event: Event) -> (Self, Vec<Command>) {
+        let before = self.clone();
+        let (state, mut commands) = self.step(event);
+        if state != before && !commands.contains(&Command::Commit) {
+            // The record holds the author's lines too.
+            let explained = commands.iter().position(|command| matches!(command, Command::Explain(_)));
+            commands.insert(explained.map_or(0, |at| at + 1), Command::Write);
+        }
+        (state, commands)
+    }
+
+    fn step(self, event: Event) -> (Self, Vec<Command>) {
         match self {
             Self::Accepted => Self::accepted(event),
             Self::Booting { replaced } => Self::booting(replaced, event),
@@ -219,7 +260,8 @@ impl State {
             Self::Ended => (
                 Self::Ended,
                 match event {
-                    Event::GuestAsked => vec![Command::HandNothing],
+                    Event::GuestAsked(_) => vec![Command::Answer(Answer::NoJob)],
+                    Event::GuestVerdict(_) => vec![Command::Answer(Answer::Over)],
                     Event::Started | Event::Panicked | Event::Refused(_) => vec![Command::Finish],
                     _ => vec![],
                 },
@@ -253,7 +295,7 @@ impl State {
     fn accepted(event: Event) -> (Self, Vec<Command>) {
         match event {
             Event::Started => (Self::Booting { replaced: false }, vec![Command::TakeMachine]),
-            Event::GuestAsked => (Self::Accepted, vec![Command::HandNothing]),
+            Event::GuestAsked(_) => (Self::Accepted, vec![Command::Answer(Answer::NoJob)]),
             // Nothing is on the host, but the machine's end is what ends a release: take the same way.
             event => Self::booting(true, event),
         }
@@ -262,7 +304,16 @@ impl State {
     fn booting(replaced: bool, event: Event) -> (Self, Vec<Command>) {
         match event {
             Event::Started => (Self::Booting { replaced }, vec![Command::TakeMachine]),
-            Event::GuestAsked => (Self::Running { canceling: false }, vec![Command::HandOut]),
+            // Asked again, it gets it, should the disk not take that it has it.
+            Event::GuestAsked(Ask::Idle) => (
+                Self::Running { canceling: false },
+                vec![Command::BeginGuest, Command::Commit, Command::Answer(Answer::Job)],
+            ),
+            Event::GuestAsked(Ask::TooLate) => Self::turn_away(Failure::BootDeadline),
+            Event::GuestAsked(Ask::Busy | Ask::Untaken) => {
+                (Self::Booting { replaced }, vec![Command::Answer(Answer::NoJob)])
+            }
+            Event::GuestVerdict(_) => (Self::Booting { replaced }, vec![Command::Answer(Answer::Over)]),
             Event::MachineFailed | Event::MachineStopped(_) | Event::MachinePaused(Pause::Itself) if !replaced => {
                 (Self::Booting { replaced: true }, vec![Command::ReplaceMachine])
             }
@@ -287,12 +338,11 @@ impl State {
             Event::ImageUnusable => Self::fail(Failure::NoImage),
             Event::Panicked => Self::fail(Failure::Bug),
             Event::Refused(why) => Self::fail(why),
-            Event::GuestVerdict(_)
+            Event::GuestIdle
             | Event::MachineReleased
             | Event::MachinePaused(Pause::Operator)
             | Event::Gitlab(JobStatus::Running)
             | Event::Delivered
-            | Event::NotTaken
             | Event::SilenceDeadline => (Self::Booting { replaced }, vec![]),
         }
     }
@@ -300,17 +350,28 @@ impl State {
     fn running(canceling: bool, event: Event) -> (Self, Vec<Command>) {
         match event {
             // The answer to its first ask was lost, and it must not begin any more: nothing of the job runs.
-            Event::GuestAsked if canceling => Self::fail(Failure::CanceledBooting),
-            Event::GuestAsked => (Self::Running { canceling }, vec![Command::HandOutAgain]),
+            Event::GuestAsked(Ask::Idle | Ask::Untaken | Ask::TooLate) if canceling => {
+                Self::turn_away(Failure::CanceledBooting)
+            }
+            Event::GuestAsked(Ask::Idle) => (Self::Running { canceling }, vec![Command::Answer(Answer::Job)]),
+            Event::GuestAsked(Ask::Untaken) => Self::turn_away(Failure::NotTaken),
+            Event::GuestAsked(Ask::Busy | Ask::TooLate) => {
+                (Self::Running { canceling }, vec![Command::Answer(Answer::NoJob)])
+            }
             Event::GuestVerdict(verdict) => (
-                Self::Releasing { verdict: Some(verdict.clone()), machine_gone: false, delivered: false },
-                vec![Command::CloseGuest, Command::Deliver(verdict), Command::Arm(Grace::PowerOff)],
+                Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false },
+                vec![
+                    Command::Commit,
+                    Command::CloseGuest,
+                    Command::Answer(Answer::Taken),
+                    Command::Deliver,
+                    Command::Arm(Grace::PowerOff),
+                ],
             ),
             Event::MachineStopped(ending) => Self::fail(Failure::Died(ending)),
             Event::MachineFailed => Self::fail(Failure::Died(Ending::Unseen)),
             Event::MachinePaused(Pause::Itself) => Self::fail(Failure::HostStopped),
             Event::MachinePaused(Pause::Disk) | Event::HostDiskFailed => Self::fail(Failure::HostDisk),
-            Event::NotTaken => Self::fail(Failure::NotTaken),
             Event::SilenceDeadline => Self::fail(Failure::Silent),
             Event::TimeoutDeadline => Self::fail(Failure::Timeout),
             Event::Gitlab(JobStatus::Canceling) if !canceling => {
@@ -333,7 +394,8 @@ impl State {
                 commands.extend(canceling.then_some(Command::Arm(Grace::Canceling)));
                 (Self::Running { canceling }, commands)
             }
-            Event::MachineReleased
+            Event::GuestIdle
+            | Event::MachineReleased
             | Event::MachinePaused(Pause::Operator)
             | Event::Gitlab(_)
             | Event::Delivered
@@ -347,12 +409,17 @@ impl State {
         let mut commands = Vec::new();
         let (mut machine_gone, mut delivered) = (machine_gone, delivered);
         match event {
-            // It has not begun the job that is over by now: no grace is of use to it.
-            Event::GuestAsked => {
-                commands.push(Command::HandNothing);
-                commands.extend((!machine_gone).then_some(Command::ReleaseMachine));
+            Event::GuestAsked(ask) => {
+                commands.push(Command::Answer(Answer::NoJob));
+                // It has not begun the job that is over by now: no grace is of use to it.
+                commands.extend((ask != Ask::Busy && !machine_gone).then_some(Command::ReleaseMachine));
             }
-            Event::MachineStopped(_)
+            Event::GuestVerdict(said) => {
+                let known = verdict.as_ref() == Some(&said);
+                commands.push(Command::Answer(if known { Answer::Taken } else { Answer::Over }));
+            }
+            Event::GuestIdle
+            | Event::MachineStopped(_)
             | Event::MachineFailed
             | Event::MachinePaused(_)
             | Event::HostDiskFailed
@@ -368,7 +435,7 @@ impl State {
             Event::Started | Event::Panicked | Event::Refused(_) => {
                 commands.push(Command::CloseGuest);
                 match (&verdict, delivered) {
-                    (Some(verdict), false) => commands.push(Command::Deliver(verdict.clone())),
+                    (Some(_), false) => commands.push(Command::Deliver),
                     (None, false) => commands.push(Command::Abandon),
                     (_, true) => {}
                 }
@@ -379,7 +446,9 @@ impl State {
             _ => {}
         }
         if machine_gone && delivered {
-            return (Self::Ended, vec![Command::Finish]);
+            commands.retain(|command| matches!(command, Command::Answer(_)));
+            commands.push(Command::Finish);
+            return (Self::Ended, commands);
         }
         (Self::Releasing { verdict, machine_gone, delivered }, commands)
     }
@@ -388,8 +457,15 @@ impl State {
         let verdict = Verdict { success: false, failure_reason: Some(failure.reason().to_owned()), exit_code: None };
         (
             Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false },
-            vec![Command::CloseGuest, Command::Fail(failure), Command::ReleaseMachine],
+            vec![Command::Explain(failure), Command::CloseGuest, Command::Deliver, Command::ReleaseMachine],
         )
+    }
+
+    /// Fails, and the guest that asks for its job gets none.
+    fn turn_away(failure: Failure) -> (Self, Vec<Command>) {
+        let (state, mut commands) = Self::fail(failure);
+        commands.insert(0, Command::Answer(Answer::NoJob));
+        (state, commands)
     }
 
     fn over() -> (Self, Vec<Command>) {

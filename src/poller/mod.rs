@@ -14,7 +14,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo};
 use crate::job::Jobs;
 use crate::job::journal::JobKey;
-use crate::job::{self, GivenAgain, Parts, Runner};
+use crate::job::{self, Parts, Reassigned, Runner};
 use crate::secret::Secret;
 use crate::status::RunnerState;
 use crate::telemetry::chain;
@@ -313,7 +313,7 @@ impl Poller {
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
         let taking = Taking { parts: self.parts.clone(), runner: self.runner.clone(), jobs: self.jobs.clone(), key };
-        match self.jobs.give_again(&taking.key, &payload) {
+        match self.jobs.reassign(&taking.key, &payload) {
             None => taking.begin(payload, reservation).await,
             Some(answer) => {
                 self.parts.metrics.job().assigned_again.inc();
@@ -338,16 +338,16 @@ impl Taking {
     }
 
     /// GitLab gave out a job that is under way here: that job says what becomes of it.
-    async fn again(self, payload: JobPayload, reservation: Reservation, answer: oneshot::Receiver<GivenAgain>) {
+    async fn again(self, payload: JobPayload, reservation: Reservation, answer: oneshot::Receiver<Reassigned>) {
         let key = &self.key;
         match answer.await {
-            Ok(GivenAgain::UnderWay) => return,
+            Ok(Reassigned::UnderWay) => return,
             Err(_) if self.parts.leave.is_cancelled() => {
                 tracing::warn!(%key, "GitLab assigned a job again during a hand-over; it goes on as it is");
                 return;
             }
             // No answer: it has ended just now.
-            Ok(GivenAgain::Another) | Err(_) => {}
+            Ok(Reassigned::Another) | Err(_) => {}
         }
         match tokio::time::timeout(GIVEN_AGAIN_PATIENCE, self.jobs.gone(key)).await {
             Ok(()) => self.begin(payload, reservation).await,

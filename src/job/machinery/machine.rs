@@ -124,8 +124,8 @@ impl Machinery {
             job: self.record.key.id,
             job_token: self.record.job_token.clone(),
             dependencies: self.payload.as_ref().map(|payload| payload.dependencies.clone()).unwrap_or_default(),
-            spool: self.spool.writer(),
-            client: self.client.clone(),
+            spool: self.trace.spool.writer(),
+            client: self.trace.client.clone(),
             direct_download: self.record.machine_spec.as_ref().is_some_and(|spec| spec.runner.direct_download),
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),
@@ -151,16 +151,14 @@ impl Machinery {
             knows_interrupted: payload.failure_reasons.iter().any(|reason| reason == "runner_interrupted"),
             ..self.record.clone()
         };
-        self.kept = None;
         if let Err(error) = self.parts.journal.accept(&record, payload.raw().clone()).await {
             tracing::error!(error = chain(&error), "write the newer job down");
             return Ok(false);
         }
         self.record = record;
-        (self.started, self.elapsed_before) = (Instant::now(), Duration::ZERO);
-        self.awake_since = self.parts.awake.now();
-        self.debug_trace.send_replace(self.record.debug_trace);
-        self.client.renew(payload.token.clone());
+        self.times.begin_anew(&self.parts);
+        self.trace.debug_trace.send_replace(self.record.debug_trace);
+        self.trace.client.renew(payload.token.clone());
         self.payload = Some(payload);
         // The door holds its guest to the token of before. Its relay waits meanwhile.
         if let (Some(machine), true, false) = (self.record.machine.clone(), self.door.is_some(), self.another) {
@@ -175,7 +173,7 @@ impl Machinery {
     /// the guest knows as long as it takes that, and by the newer one from then on.
     pub(in crate::job) async fn note_newer_token(&mut self, token: Secret) {
         self.record.newer_token = Some(token.clone());
-        self.newer_token.send_replace(Some(token));
+        self.trace.newer_token.send_replace(Some(token));
         self.put().await;
     }
 

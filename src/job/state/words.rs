@@ -1,6 +1,6 @@
 //! What happened and what went wrong, in words for an operator's log.
 
-use super::{Event, Failure};
+use super::{Ask, Event, Failure};
 use crate::gitlab::Verdict;
 
 impl Event {
@@ -9,8 +9,14 @@ impl Event {
     pub fn words(&self) -> String {
         let words = match self {
             Self::Started => "the job's task began",
-            Self::GuestAsked => "the guest asked for its job",
+            Self::GuestAsked(ask) => match ask {
+                Ask::Idle => "the guest asked for its job",
+                Ask::Busy => "the guest asked for its job once more",
+                Ask::Untaken => "the guest asks again and again for the job that it was given",
+                Ask::TooLate => "the guest asked for its job when nothing was left of its time",
+            },
             Self::GuestVerdict(verdict) => return format!("the guest's verdict: {}", verdict_words(verdict)),
+            Self::GuestIdle => "its guest has shown no work of it",
             Self::MachineFailed => "the machine could not be made",
             Self::NoDoor => "the machine has no door yet",
             Self::MachineStopped(ending) => ending.words(),
@@ -19,7 +25,6 @@ impl Event {
             Self::Gitlab(status) => return format!("GitLab's word on the job: {}", status.word()),
             Self::Delivered => "GitLab has all of the job",
             Self::BootDeadline => "the boot deadline is over",
-            Self::NotTaken => "the guest asks again and again for the job that it was given",
             Self::SilenceDeadline => "the silence deadline is over",
             Self::TimeoutDeadline => "the job's timeout is over",
             Self::GraceOver => "the grace is over",
