@@ -1,9 +1,10 @@
 //! Where may a test pull the plug? The named places of a job's life at which the kill harness ends the process.
 //!
-//! Product code says that it has reached one, with [`reached`]; without the feature `test-util` that is nothing at
-//! all. With it, the environment variable [`VARIABLE`] names one place and which visit of it counts, `K8` or `K8:3`:
-//! there the process ends itself by SIGKILL, so that nothing after that line has happened, not even a destructor.
+//! Product code says that it has reached one, with [`reached`]: a look at one pointer, which nothing in the product ever
+//! sets. The harness runs a program of its own, the same daemon with [`arm`] called first (`dayfly-under-test`).
 //! The places are those of the table "SIGKILL at every step" in `docs/architecture.md`.
+
+use std::sync::OnceLock;
 
 /// A named place in a job's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,40 +31,19 @@ pub enum Point {
     K18,
 }
 
-/// Names the place at which this process ends: `K8`, or `K8:3` for the third time that it is reached.
-#[cfg(feature = "test-util")]
-pub const VARIABLE: &str = "DAYFLY_FAILPOINT";
+/// What happens at a place: set once, by the program of a test.
+static ARMED: OnceLock<fn(Point)> = OnceLock::new();
 
-/// How the line on standard error begins that says where the process ended itself; the place's name follows.
-#[cfg(feature = "test-util")]
-pub const DIED_AT: &str = "dayfly: failpoint ";
+/// From now on `at` is called at each place that is reached: for the programs of tests, before anything else. The first
+/// call counts.
+pub fn arm(at: fn(Point)) {
+    let _ = ARMED.set(at);
+}
 
 /// Says that this place has been reached. Does not return if a test asked for the process to end here.
-#[cfg(not(feature = "test-util"))]
 #[inline]
-pub(crate) const fn reached(_: Point) {}
-
-/// Says that this place has been reached. Does not return if a test asked for the process to end here.
-#[cfg(feature = "test-util")]
-pub(crate) fn reached(point: Point) {
-    use std::sync::LazyLock;
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    static ASKED: LazyLock<Option<(String, u64)>> = LazyLock::new(|| {
-        let asked = std::env::var(VARIABLE).ok()?;
-        let (name, visit) = asked.split_once(':').unwrap_or((&asked, "1"));
-        Some((name.to_owned(), visit.parse().unwrap_or(1)))
-    });
-    static VISITS: AtomicU64 = AtomicU64::new(0);
-
-    let Some((name, visit)) = ASKED.as_ref() else { return };
-    if *name == format!("{point:?}") && VISITS.fetch_add(1, Ordering::SeqCst) + 1 == *visit {
-        // For whoever asked: it was this place, and no other SIGKILL.
-        let _ = rustix::io::write(rustix::stdio::stderr(), format!("{DIED_AT}{name}\n").as_bytes());
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-        // The signal is on its way; nothing more of this process may happen meanwhile.
-        loop {
-            std::hint::spin_loop();
-        }
+pub fn reached(point: Point) {
+    if let Some(at) = ARMED.get() {
+        at(point);
     }
 }

@@ -35,16 +35,9 @@ pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
 mod repeats; // how often may a guest fill the log?
 pub mod failpoint; // where may a test pull the plug?
-#[cfg(feature = "test-util")]
-pub mod pieces; // how do bytes arrive, when a property is tried?
 
 use std::future::Future;
 use std::pin::Pin;
 
 /// A boxed future, for the traits of the seams, which must be usable as `dyn`.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
-
-/// The marker that a released binary must not contain: `packaging/build-deb` looks for it. The
-/// daemon logs it at its start, so that a build for tests does contain it.
-#[cfg(feature = "test-util")]
-pub const TEST_UTIL_MARKER: &str = "dayfly-built-with-test-util";

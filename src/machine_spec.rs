@@ -61,7 +61,7 @@ pub struct GuestRunnerSpec {
     pub direct_download: bool,
 }
 
-#[cfg(any(test, feature = "test-util"))]
+#[cfg(test)]
 impl MachineSpec {
     /// The machine of a small class on the image `test`.
     #[must_use]

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    dayfly::cli::main(std::env::args_os())
+    dayfly::cli::main(std::env::args_os(), dayfly::daemon::Backends::real)
 }

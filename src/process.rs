@@ -5,12 +5,8 @@
 //! is dropped the whole group is killed; nothing that we start outlives its caller. No secret goes
 //! into arguments: others can read them; give it by [`Program::stdin`]. Knows nothing of jobs or VMs.
 
-#[cfg(feature = "test-util")]
-mod outliving;
 mod replace;
 
-#[cfg(feature = "test-util")]
-pub(crate) use outliving::start_outliving;
 pub(crate) use replace::replace_by;
 
 use rustix::process::{Pid, Signal, kill_process_group};

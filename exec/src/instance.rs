@@ -280,8 +280,8 @@ fn make_private(path: &Path) -> Result<(), InstanceError> {
 mod tests {
     use super::*;
     use dayfly::files::RealFiles;
-    use dayfly::vm::fake::FakeHypervisor;
     use dayfly::vm::{Accel, Attachment, Boot, VmSpec};
+    use dayfly_doubles::fake::FakeHypervisor;
 
     const URI: &str = "qemu:///session";
 

@@ -4,7 +4,7 @@ use super::Interrupted;
 use crate::boot_test::{BootTest, Booted, DEADLINE};
 use crate::config::Config;
 use crate::image::build::{BuildRequest, RECIPES, RunnerSource, build, find_guest_program};
-use crate::image::store::{Image, ImageStore};
+use crate::image::store::{Image, ImageStore, Images as _};
 use crate::rng::Rng;
 use crate::telemetry::printable;
 use crate::vm::libvirt::{AccelChoice, Libvirt};

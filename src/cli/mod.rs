@@ -5,7 +5,7 @@
 //! An error is printed once, here, with its causes.
 
 mod check;
-mod doctor;
+pub mod doctor;
 mod exec;
 pub(crate) mod image;
 mod operate;
@@ -15,7 +15,7 @@ mod run;
 mod scratch;
 
 use crate::config::ConfigError;
-use crate::daemon::DaemonError;
+use crate::daemon::{Connect, DaemonError};
 use crate::job::journal::JournalError;
 use crate::telemetry::printable;
 use clap::Parser as _;
@@ -87,8 +87,8 @@ struct Usage(String);
 #[error("interrupted")]
 struct Interrupted;
 
-/// Runs the command line and returns its exit code.
-pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+/// Runs the command line and returns its exit code; a daemon's seams are what `connect` makes.
+pub fn main(args: impl Iterator<Item = OsString>, connect: Connect) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -97,7 +97,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
             return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
         }
     };
-    match dispatch(cli) {
+    match dispatch(cli, connect) {
         Ok(code) => code,
         Err(error) => {
             let lines: Vec<String> = format!("dayfly: {error:#}").lines().map(printable).collect();
@@ -107,10 +107,10 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
     let config = cli.config;
     match cli.command {
-        Command::Run => run::run(&config)?,
+        Command::Run => run::run(&config, connect)?,
         Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
         Command::Check => check::check(&config)?,
         Command::Doctor => return wait_for(doctor::doctor(&config)),
@@ -155,11 +155,12 @@ fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::Backends;
     use clap::CommandFactory as _;
     use std::path::Path;
 
     fn exit_of(args: &[&str]) -> ExitCode {
-        main(std::iter::once("dayfly").chain(args.iter().copied()).map(OsString::from))
+        main(std::iter::once("dayfly").chain(args.iter().copied()).map(OsString::from), Backends::real)
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `dayfly run`: the daemon, once configuration and logging stand.
 
 use crate::config::Config;
-use crate::daemon;
+use crate::daemon::{self, Connect};
 use crate::telemetry::{self, chain};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use std::path::Path;
@@ -10,7 +10,7 @@ use std::path::Path;
 const RUNTIME_PATIENCE: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// Runs until a signal ends it.
-pub(super) fn run(config: &Path) -> anyhow::Result<()> {
+pub(super) fn run(config: &Path, connect: Connect) -> anyhow::Result<()> {
     let loaded = Config::load(config)?;
     loaded.check_for_running()?;
     // Its last lines are written out when this is dropped, after all else.
@@ -20,7 +20,7 @@ pub(super) fn run(config: &Path) -> anyhow::Result<()> {
         tracing::warn!("configuration: {warning}");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ended = runtime.block_on(daemon::main(loaded));
+    let ended = runtime.block_on(daemon::main(loaded, connect));
     // A blocking call that hangs (a disk, libvirt) must not hold a hand-over up.
     runtime.shutdown_timeout(RUNTIME_PATIENCE);
     ended

@@ -24,7 +24,7 @@ mod wiring;
 
 pub use error::DaemonError;
 pub use installation::Installation;
-pub use process::{Lock, lock, main};
+pub use process::{Connect, Lock, lock, main};
 pub use reload::{ReloadError, Reloader};
 pub use setup::endpoint;
 pub use shutdown::{Mode, Shutdown};
@@ -37,7 +37,7 @@ use crate::control::ControlHandler;
 use crate::files::Files;
 use crate::gitlab::OpenTransport;
 use crate::guest;
-use crate::image::store::ImageStore;
+use crate::image::store::Images;
 use crate::job::journal::{JobKey, Journal, Record};
 use crate::job::{self, Jobs, Parts, Runner, Started};
 use crate::metrics::Metrics;
@@ -83,7 +83,7 @@ const TCG_OVERHEAD_MIB: u64 = 256 + 150;
 /// What QEMU takes besides the guest's memory under KVM.
 const KVM_OVERHEAD_MIB: u64 = 150;
 
-/// The five seams.
+/// The seams.
 #[derive(Clone)]
 pub struct Backends {
     /// Machines, and what lies beside them.
@@ -97,7 +97,7 @@ pub struct Backends {
     /// Randomness.
     pub rng: Rng,
     /// Base images.
-    pub images: ImageStore,
+    pub images: Arc<dyn Images>,
     /// Limits of doors.
     pub door_limits: guest::Limits,
 }

@@ -10,7 +10,6 @@ use crate::guest;
 use crate::image::store::ImageStore;
 use crate::rng::Rng;
 use crate::telemetry::chain;
-use crate::vm::Host;
 use crate::vm::libvirt::Libvirt;
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
@@ -96,30 +95,25 @@ impl Backends {
     pub fn real(config: &Config) -> Result<Self, DaemonError> {
         let rng = Rng::system();
         Ok(Self {
-            host: host(config),
+            host: Libvirt::new(&config.hypervisor).host(),
             transport: Arc::new(RealOpenTransport::default()),
             files: Arc::new(RealFiles),
             clock: Clock::system(),
             rng,
-            images: ImageStore::new(&config.image_directory),
+            images: Arc::new(ImageStore::new(&config.image_directory)),
             door_limits: guest::Limits::default(),
         })
     }
 }
 
-fn host(config: &Config) -> Host {
-    #[cfg(feature = "test-util")]
-    if let Some(processes) = crate::vm::processes::Processes::of(&config.hypervisor) {
-        return processes.host();
-    }
-    Libvirt::new(&config.hypervisor).host()
-}
+/// What makes the seams of a configuration: [`Backends::real`], in all programs but those of tests.
+pub type Connect = fn(&Config) -> Result<Backends, DaemonError>;
 
 /// Runs the daemon as a service until it is told to stop.
 ///
 /// # Errors
 /// [`DaemonError`].
-pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
+pub async fn main(loaded: Loaded, connect: Connect) -> anyhow::Result<()> {
     let Loaded { config, file, .. } = loaded;
     places::check(&config)?;
     let _lock = lock_after_the_dead(&config.state_directory).await?;
@@ -128,7 +122,7 @@ pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
     let signals = listen(&shutdown)?;
     let hangups = signal(SignalKind::hangup())?;
     let socket = control::bind(&control::socket(&config.runtime_directory))?;
-    let backends = Backends::real(&config)?;
+    let backends = connect(&config)?;
     let daemon = start(config, backends, shutdown.clone()).await?;
     let handler = daemon.handler();
     let stop = CancellationToken::new();
@@ -137,8 +131,6 @@ pub async fn main(loaded: Loaded) -> anyhow::Result<()> {
     // Errors mean that nobody waits for us: no systemd.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "dayfly runs");
-    #[cfg(feature = "test-util")]
-    tracing::warn!(marker = crate::TEST_UTIL_MARKER, "this build can be told to end itself, for tests");
     let hangups = reload_on(hangups, daemon.reloader(), file);
     let run = daemon.run();
     let watchdog = watchdog();

@@ -240,8 +240,3 @@ pub fn child(dir: &Path, name: &str) -> PathBuf {
 }
 
 pub mod plain;
-
-#[cfg(any(test, feature = "test-util"))]
-pub mod fake;
-#[cfg(any(test, feature = "test-util"))]
-pub mod frozen;

@@ -73,18 +73,18 @@ fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 
 /// Whether the answer is a page for people: no answer of GitLab's API, whatever its status says
 /// (a login or maintenance page of something in between: G22).
-pub(super) fn is_page(headers: &HeaderMap) -> bool {
+pub fn is_page(headers: &HeaderMap) -> bool {
     media_type(headers)
         .is_some_and(|t| t.eq_ignore_ascii_case("text/html") || t.eq_ignore_ascii_case("application/xhtml+xml"))
 }
 
 /// Whether the answer says that it is JSON.
-pub(super) fn is_json(headers: &HeaderMap) -> bool {
+pub fn is_json(headers: &HeaderMap) -> bool {
     media_type(headers).is_some_and(|t| t.eq_ignore_ascii_case("application/json"))
 }
 
 /// The content type without its parameters.
-pub(super) fn media_type(headers: &HeaderMap) -> Option<&str> {
+pub fn media_type(headers: &HeaderMap) -> Option<&str> {
     text(headers, &CONTENT_TYPE)?.split(';').next().map(str::trim)
 }
 
@@ -94,7 +94,7 @@ fn text(headers: &HeaderMap, name: impl http::header::AsHeaderName) -> Option<&s
 
 /// What the headers of an answer say about the job. Words that we don't know mean that it runs on,
 /// as the official runner reads them.
-pub(super) fn job_status<T>(response: &Response<T>) -> JobStatus {
+pub fn job_status<T>(response: &Response<T>) -> JobStatus {
     if response.status() == StatusCode::FORBIDDEN {
         return JobStatus::Over;
     }
@@ -106,7 +106,7 @@ pub(super) fn job_status<T>(response: &Response<T>) -> JobStatus {
 }
 
 /// `X-GitLab-Trace-Update-Interval`, in seconds, clamped; `None` if there is no number.
-pub(super) fn update_interval(headers: &HeaderMap) -> Option<Duration> {
+pub fn update_interval(headers: &HeaderMap) -> Option<Duration> {
     let text = text(headers, "x-gitlab-trace-update-interval")?;
     let (negative, digits) = text.strip_prefix('-').map_or((false, text), |digits| (true, digits));
     let seconds = whole_number(digits)?;
@@ -124,7 +124,7 @@ fn whole_number(digits: &str) -> Option<u64> {
 ///
 /// The date is compared with the same answer's `Date`, so a clock that differs from GitLab's
 /// (G21) changes nothing; without a `Date` it says nothing.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let reset = date(headers, "ratelimit-resettime").zip(date(headers, DATE));
     let reset = reset.map(|(reset, now)| Duration::try_from(reset.duration_since(now)).unwrap_or_default());
     let told = reset.or_else(|| whole_number(text(headers, RETRY_AFTER)?).map(Duration::from_secs))?;
@@ -139,7 +139,7 @@ fn date(headers: &HeaderMap, name: impl http::header::AsHeaderName) -> Option<ji
 
 /// The size that GitLab's `Range: 0-SIZE` names, as the official runner reads it: the number
 /// after the dash, and 0 if there is none that can be read.
-pub(super) fn range_size(headers: &HeaderMap) -> u64 {
+pub fn range_size(headers: &HeaderMap) -> u64 {
     let Some((_, size)) = text(headers, &RANGE).and_then(|range| range.split_once('-')) else { return 0 };
     if size.is_empty() || !size.bytes().all(|b| b.is_ascii_digit()) {
         return 0;
@@ -149,7 +149,7 @@ pub(super) fn range_size(headers: &HeaderMap) -> u64 {
 
 /// The error that an answer means which the caller has no use for. `token` is taken out of
 /// GitLab's message, should a server echo it.
-pub(super) async fn error(what: &'static str, response: Response<Body>, token: &Secret) -> GitlabError {
+pub async fn error(what: &'static str, response: Response<Body>, token: &Secret) -> GitlabError {
     let (parts, body) = response.into_parts();
     let status = parts.status.as_u16();
     let retry_after = retry_after(&parts.headers);

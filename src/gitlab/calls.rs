@@ -125,7 +125,7 @@ pub(super) fn is_token(text: &str) -> bool {
 
 /// Query pairs as text, with everything encoded that could end a pair or the query. What is
 /// encoded already stays as it is.
-pub(super) fn query(pairs: &[(String, String)]) -> String {
+pub fn query(pairs: &[(String, String)]) -> String {
     let mut text = String::new();
     for (key, value) in pairs {
         text.push(if text.is_empty() { '?' } else { '&' });

@@ -8,8 +8,6 @@
 mod answers;
 mod bodies;
 mod calls;
-#[cfg(feature = "test-util")]
-pub mod fuzzing;
 mod job_client;
 mod json;
 mod payload;
@@ -20,6 +18,15 @@ mod runner_token;
 mod tls;
 pub mod transport;
 mod verifier;
+
+/// What reads GitLab's bytes: any bytes (`dayfly_doubles::fuzzing` tries them).
+pub mod readers {
+    pub use super::answers::{
+        error, is_json, is_page, job_status, media_type, range_size, retry_after, update_interval,
+    };
+    pub use super::calls::query;
+    pub use super::payload::salvage;
+}
 
 pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, UpdateAnswer, Verdict};
 pub use payload::{Containers, Dependency, JobPayload, PayloadError};

@@ -181,7 +181,7 @@ impl JobPayload {
 
 /// Id and token from a body that cannot be used as a whole, cut off perhaps: so that the job can
 /// at least be ended (G6).
-pub(super) fn salvage(raw: &[u8]) -> Option<(JobId, Secret)> {
+pub fn salvage(raw: &[u8]) -> Option<(JobId, Secret)> {
     let (mut id, mut token) = (None, None);
     for (key, value) in json::members(raw, 0) {
         if json::is_key(key, "id") {

@@ -164,7 +164,7 @@ impl Handler {
 }
 
 /// The headers that go on; `None` if an upload's type is not the one that GitLab takes.
-pub(super) fn request_headers(route: JobRoute, headers: &HeaderMap) -> Option<HeaderMap> {
+pub fn request_headers(route: JobRoute, headers: &HeaderMap) -> Option<HeaderMap> {
     let mut passed = HeaderMap::new();
     let mut pass = |name: HeaderName, fits: fn(&str) -> bool| {
         // Of a repeated header nothing passes: which one counts is a matter of opinion.
@@ -205,12 +205,7 @@ fn is_range(range: &str) -> bool {
 
 /// The headers that come back; `None` for an answer that must not: a redirect where none may pass
 /// (`redirected`: one may), or no final status at all.
-pub(super) fn response_headers(
-    status: StatusCode,
-    headers: &HeaderMap,
-    redirected: bool,
-    clock: &Clock,
-) -> Option<HeaderMap> {
+pub fn response_headers(status: StatusCode, headers: &HeaderMap, redirected: bool, clock: &Clock) -> Option<HeaderMap> {
     if status.is_informational() {
         return None;
     }

@@ -92,7 +92,7 @@ impl RequestBody {
 
 /// Reads a small body's JSON object. Of what serde is lenient about nothing passes: a list of the members' values is
 /// no object, and what is no UTF-8 is no JSON, even in a member that nobody reads.
-pub(super) fn object<'a, T: serde::Deserialize<'a>>(body: &'a [u8]) -> Option<T> {
+pub fn object<'a, T: serde::Deserialize<'a>>(body: &'a [u8]) -> Option<T> {
     let text = std::str::from_utf8(body).ok()?;
     text.trim_ascii_start().starts_with('{').then(|| serde_json::from_str(text).ok()).flatten()
 }

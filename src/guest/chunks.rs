@@ -16,11 +16,11 @@ const SIZE_DIGITS_MAX: u32 = 15;
 
 /// The framing is broken; the connection cannot go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BadChunk;
+pub struct BadChunk;
 
 /// Follows one body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Chunks(State);
+pub struct Chunks(State);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -76,17 +76,17 @@ impl Trailers {
 
 impl Chunks {
     /// At the start of a body.
-    pub(super) fn new() -> Self {
+    pub fn new() -> Self {
         Self(State::Size { size: 0, digits: 0 })
     }
 
     /// Whether the body's last byte was seen.
-    pub(super) fn is_done(&self) -> bool {
+    pub fn is_done(&self) -> bool {
         self.0 == State::Done
     }
 
     /// Follows `bytes`; returns how many of them belong to the body.
-    pub(super) fn follow(&mut self, bytes: &[u8]) -> Result<usize, BadChunk> {
+    pub fn follow(&mut self, bytes: &[u8]) -> Result<usize, BadChunk> {
         let mut at = 0;
         while at < bytes.len() && !self.is_done() {
             if let State::Data { left } = &mut self.0 {

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// Why a connection is closed before any HTTP. Each is a word of the metric's `reason`.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub enum Failure {
     /// A line is not of its form, or too long.
     Malformed,
     /// Bytes behind the first line, before our answer to it.
@@ -24,7 +24,8 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    pub(super) fn word(&self) -> &'static str {
+    /// The label of this failure in the metrics.
+    pub fn word(&self) -> &'static str {
         match self {
             Self::Malformed => "malformed",
             Self::Hasty => "hasty",
@@ -53,7 +54,7 @@ impl From<io::Error> for Failure {
 /// Greets. Returns the bytes that were read beyond the greeting: HTTP already.
 ///
 /// Not cancel safe: a connection whose greeting was dropped can only be closed.
-pub(super) async fn greet(stream: &mut dyn Stream, pass: &Pass, nonce: Nonce) -> Result<BytesMut, Failure> {
+pub async fn greet(stream: &mut dyn Stream, pass: &Pass, nonce: Nonce) -> Result<BytesMut, Failure> {
     let mut read = BytesMut::with_capacity(2 * GREETING_LINE_MAX);
     let opening = line(stream, &mut read).await?;
     if !read.is_empty() {

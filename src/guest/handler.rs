@@ -93,8 +93,9 @@ pub(super) struct Handler {
 
 /// The body of `jobs/request` and `verify`, as far as we read it.
 #[derive(Deserialize)]
-pub(super) struct RunnerRequest {
-    pub(super) token: String,
+pub struct RunnerRequest {
+    /// What the runner takes for its runner token.
+    pub token: String,
     #[serde(default)]
     info: Option<RunnerInfo>,
 }

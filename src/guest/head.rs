@@ -6,17 +6,17 @@
 //! whole. Pure: bytes in, verdict out.
 
 /// Bytes of a head at most, its empty line included.
-pub(super) const HEAD_BYTES_MAX: usize = 16 * 1024;
+pub const HEAD_BYTES_MAX: usize = 16 * 1024;
 /// Header fields at most.
-pub(super) const FIELDS_MAX: usize = 48;
+pub const FIELDS_MAX: usize = 48;
 /// Bytes of a request target at most.
-pub(super) const TARGET_BYTES_MAX: usize = 2 * 1024;
+pub const TARGET_BYTES_MAX: usize = 2 * 1024;
 /// Bytes of a method at most; the longest that HTTP registers has 17, the longest here 7.
 const METHOD_BYTES_MAX: usize = 16;
 
 /// How the body that follows a head is delimited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Framing {
+pub enum Framing {
     /// This many bytes; 0 without a body.
     Length(u64),
     /// Chunks.
@@ -25,7 +25,7 @@ pub(super) enum Framing {
 
 /// Why a head is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub enum Refusal {
     /// 400.
     Malformed,
     /// 414.
@@ -36,7 +36,7 @@ pub(super) enum Refusal {
 
 /// What [`scan`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Scan {
+pub enum Scan {
     /// More bytes are needed.
     Partial,
     /// The head is this many bytes, its empty line included.
@@ -45,7 +45,7 @@ pub(super) enum Scan {
 
 /// Looks for the head's end in `bytes`, whose first `scanned` bytes were looked at before; updates
 /// `scanned`. Refuses as early as it can, so that a TLS hello or garbage is answered at once.
-pub(super) fn scan(bytes: &[u8], scanned: &mut usize) -> Result<Scan, Refusal> {
+pub fn scan(bytes: &[u8], scanned: &mut usize) -> Result<Scan, Refusal> {
     for (at, byte) in bytes.iter().copied().enumerate().skip(*scanned) {
         let before = at.checked_sub(1).map(|before| bytes[before]);
         match byte {
@@ -74,7 +74,7 @@ pub(super) fn scan(bytes: &[u8], scanned: &mut usize) -> Result<Scan, Refusal> {
 }
 
 /// Checks a whole head, as [`scan`] found it.
-pub(super) fn check(head: &[u8]) -> Result<Framing, Refusal> {
+pub fn check(head: &[u8]) -> Result<Framing, Refusal> {
     let head = head.strip_suffix(b"\r\n\r\n").ok_or(Refusal::Malformed)?;
     let mut lines = Lines(Some(head));
     request_line(lines.next().ok_or(Refusal::Malformed)?)?;

@@ -10,8 +10,6 @@ mod artifacts; // the routes that go on to GitLab
 mod body; // how much, how fast?
 mod chunks; // where does a chunked body end?
 mod door; // who comes in?
-#[cfg(feature = "test-util")]
-pub mod fuzzing; // what must hold for any bytes?
 mod greeting; // is it our guest's relay?
 mod handler; // may it, and who answers?
 mod head; // is this head one that we serve?
@@ -21,6 +19,20 @@ mod routes; // what is asked for?
 mod trace; // PATCH
 mod update; // PUT
 mod wire; // the bytes between connection and hyper
+
+/// What reads a guest's bytes: any bytes (`dayfly_doubles::fuzzing` tries them).
+pub mod readers {
+    pub use super::artifacts::{request_headers, response_headers};
+    pub use super::body::object;
+    pub use super::chunks::{BadChunk, Chunks};
+    pub use super::greeting::{Failure, greet};
+    pub use super::handler::RunnerRequest;
+    pub use super::head::{FIELDS_MAX, Framing, HEAD_BYTES_MAX, Refusal, Scan, TARGET_BYTES_MAX, check, scan};
+    pub use super::routes::{BadQuery, JobRoute, NoRoute, Query, Route, route};
+    pub use super::trace::{content_range, parse_content_range};
+    pub use super::update::{Said, Update};
+    pub use super::wire::{Active, Notes, Times, Wire};
+}
 
 use crate::clock::Clock;
 use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};

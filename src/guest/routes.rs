@@ -7,7 +7,7 @@ use crate::gitlab::JobId;
 
 /// A request that we know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Route {
+pub enum Route {
     /// `POST /jobs/request`.
     AskForJob,
     /// `POST /runners/verify`.
@@ -22,7 +22,7 @@ pub(super) enum Route {
 
 /// What is asked of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum JobRoute {
+pub enum JobRoute {
     /// `PUT /jobs/:id`.
     Update,
     /// `PATCH /jobs/:id/trace`.
@@ -37,7 +37,7 @@ pub(super) enum JobRoute {
 
 /// A request that we do not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum NoRoute {
+pub enum NoRoute {
     /// 404.
     NotFound,
     /// 405: the path exists, and takes these methods.
@@ -46,7 +46,7 @@ pub(super) enum NoRoute {
 
 impl Route {
     /// The word for logs and metrics.
-    pub(super) fn word(self) -> &'static str {
+    pub fn word(self) -> &'static str {
         match self {
             Self::AskForJob => "ask_for_job",
             Self::Verify => "verify",
@@ -61,7 +61,7 @@ impl Route {
     }
 
     /// Query keys that it takes (threats.md §6.1).
-    pub(super) fn query_keys(self) -> &'static [&'static str] {
+    pub fn query_keys(self) -> &'static [&'static str] {
         match self {
             Self::Job(_, JobRoute::Trace) => &["debug_trace"],
             Self::Job(_, JobRoute::Upload) => &["artifact_type", "artifact_format", "expire_in", "accessibility"],
@@ -72,7 +72,7 @@ impl Route {
 }
 
 /// Finds the route of `method` and `path`, which is what stands before the question mark.
-pub(super) fn route(method: &str, path: &str) -> Result<Route, NoRoute> {
+pub fn route(method: &str, path: &str) -> Result<Route, NoRoute> {
     let path = path.strip_prefix("/api/v4/").ok_or(NoRoute::NotFound)?;
     let (allowed, found): (&'static str, &[(&str, Route)]) = match path {
         "jobs/request" => ("POST", &[("POST", Route::AskForJob)]),
@@ -113,16 +113,16 @@ fn job_id(text: &str) -> Option<JobId> {
 
 /// The pairs of a query that may go on, still encoded, and how many were dropped.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Query {
+pub struct Query {
     /// In the guest's order.
-    pub(super) pairs: Vec<(String, String)>,
+    pub pairs: Vec<(String, String)>,
     /// Unknown keys, harmless.
-    pub(super) dropped: u64,
+    pub dropped: u64,
 }
 
 /// A repeated key, one that looks like a credential, or a value of odd characters: 400.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct BadQuery;
+pub struct BadQuery;
 
 /// What a key must not hold: GitLab reads `token`, `job_token`, `private_token` and others from the
 /// query before it looks at a header (threats.md F2).
@@ -130,7 +130,7 @@ const CREDENTIAL_WORDS: [&str; 7] = ["token", "password", "secret", "auth", "cre
 
 impl Query {
     /// Reads what stands behind the question mark; an empty query is one, too (`/artifacts?`).
-    pub(super) fn parse(query: &str, allowed: &[&str]) -> Result<Self, BadQuery> {
+    pub fn parse(query: &str, allowed: &[&str]) -> Result<Self, BadQuery> {
         let mut read = Self { pairs: Vec::new(), dropped: 0 };
         let mut seen = Vec::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -152,7 +152,7 @@ impl Query {
     }
 
     /// The value of `key`, still encoded.
-    pub(super) fn get(&self, key: &str) -> Option<&str> {
+    pub fn get(&self, key: &str) -> Option<&str> {
         self.pairs.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 }

@@ -92,13 +92,14 @@ pub(super) fn is_over(view: &GuestView) -> bool {
 
 /// The offset of `Content-Range: <first>-<last>` if there is exactly one and it agrees with the
 /// body. GitLab reads the first number only; a guest that contradicts itself is told so.
-pub(super) fn content_range(headers: &HeaderMap, length: usize) -> Option<u64> {
+pub fn content_range(headers: &HeaderMap, length: usize) -> Option<u64> {
     let mut values = headers.get_all(CONTENT_RANGE).iter();
     let (Some(value), None) = (values.next(), values.next()) else { return None };
     parse_content_range(value.to_str().ok()?, length)
 }
 
-pub(super) fn parse_content_range(value: &str, length: usize) -> Option<u64> {
+/// Where a piece of this length begins, by the value of its `Content-Range`; `None`: the two do not agree.
+pub fn parse_content_range(value: &str, length: usize) -> Option<u64> {
     let number = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u64>().ok()).flatten();
     let (first, last) = value.split_once('-')?;
     let (first, last) = (number(first)?, number(last)?);

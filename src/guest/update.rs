@@ -25,9 +25,10 @@ const UNKNOWN_FAILURE: &str = "unknown_failure";
 /// An update, as far as we read it: `output`, `checksum` and `info` are about the guest's own view
 /// of its trace, and ours is what counts. A repeated member is an error of serde's.
 #[derive(Deserialize)]
-pub(super) struct Update {
+pub struct Update {
+    /// The job's token, as the guest has it.
     #[serde(default)]
-    pub(super) token: Option<String>,
+    pub token: Option<String>,
     #[serde(default)]
     state: String,
     #[serde(default)]
@@ -38,14 +39,16 @@ pub(super) struct Update {
 
 /// What an update says.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Said {
+pub enum Said {
+    /// The job goes on.
     Running,
+    /// The job is over.
     Verdict(Verdict),
 }
 
 impl Update {
     /// `None`: a state that no runner reports.
-    pub(super) fn said(self) -> Option<Said> {
+    pub fn said(self) -> Option<Said> {
         let success = match self.state.as_str() {
             "running" => return Some(Said::Running),
             "success" => true,

@@ -24,7 +24,7 @@ const STAND_IN_HEAD: &[u8] = b"GET / HTTP/1.1\r\nHost: refused\r\nConnection: cl
 
 /// What the two sides of a connection, stream and service, tell each other. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Notes(Arc<Mutex<Noted>>);
+pub struct Notes(Arc<Mutex<Noted>>);
 
 #[derive(Debug, Default)]
 struct Noted {
@@ -53,7 +53,7 @@ enum HandOutState {
 
 /// A request that is being served; ends when its answer is with hyper, or was given up.
 #[derive(Debug)]
-pub(super) struct Active(Notes);
+pub struct Active(Notes);
 
 impl Notes {
     fn lock(&self) -> MutexGuard<'_, Noted> {
@@ -62,7 +62,7 @@ impl Notes {
     }
 
     /// The next request's service call begins: its refusal, if it was refused.
-    pub(super) fn begin(&self) -> (Option<Refusal>, Active) {
+    pub fn begin(&self) -> (Option<Refusal>, Active) {
         // hyper calls the service once for each head that we gave it, or not at all.
         let refusal = self.lock().heads.pop_front().unwrap_or(Some(Refusal::Malformed));
         (refusal, Active(self.clone()))
@@ -97,13 +97,13 @@ impl Drop for Active {
 
 /// Time limits of a connection.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Times {
+pub struct Times {
     /// A head, from its first byte.
-    pub(super) head: Duration,
+    pub head: Duration,
     /// From the end of an answer to the next head's first byte.
-    pub(super) idle: Duration,
+    pub idle: Duration,
     /// A write that does not go on.
-    pub(super) stall: Duration,
+    pub stall: Duration,
 }
 
 enum State {
@@ -115,7 +115,7 @@ enum State {
 }
 
 /// A greeted connection as hyper sees it.
-pub(super) struct Wire {
+pub struct Wire {
     stream: Box<dyn Stream>,
     notes: Notes,
     metrics: GuestMetrics,
@@ -136,13 +136,7 @@ pub(super) struct Wire {
 
 impl Wire {
     /// `read` are bytes that came behind the greeting.
-    pub(super) fn new(
-        stream: Box<dyn Stream>,
-        read: BytesMut,
-        notes: Notes,
-        metrics: GuestMetrics,
-        times: Times,
-    ) -> Self {
+    pub fn new(stream: Box<dyn Stream>, read: BytesMut, notes: Notes, metrics: GuestMetrics, times: Times) -> Self {
         Self {
             stream,
             notes,
@@ -161,7 +155,7 @@ impl Wire {
     }
 
     /// The stream, if the guest may still be there to read what was written.
-    pub(super) fn into_stream(self) -> Option<Box<dyn Stream>> {
+    pub fn into_stream(self) -> Option<Box<dyn Stream>> {
         if self.ended { None } else { Some(self.stream) }
     }
 

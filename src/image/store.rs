@@ -15,7 +15,9 @@
 use super::manifest::{BootKind, ImageFile, Learnt, MANIFEST_FILE, Manifest, ManifestError};
 use super::qcow2::{self, Qcow2Error};
 use super::stamp::{Known, Stamp, Stamps};
+use crate::BoxFuture;
 use crate::files::plain;
+use crate::machine_spec::ImageRef;
 use crate::vm::Boot;
 use crate::vm::proof::Subject;
 use sha2::{Digest as _, Sha256};
@@ -135,118 +137,43 @@ impl Image {
     }
 }
 
-#[cfg(any(test, feature = "test-util"))]
-impl Image {
-    /// The image `test`, boot-tested, with an official runner, and on no disk: the fake hypervisor
-    /// reads none.
-    #[must_use]
-    pub fn of_no_disk() -> Self {
-        use super::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, RunnerOrigin};
-        let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
-        Self {
-            name: "test".into(),
-            dir: "/images/test".into(),
-            disk: "/images/test/disk.qcow2".into(),
-            disk_bytes: 1 << 30,
-            boot: Boot::Disk,
-            manifest: Manifest {
-                format_version: 1,
-                name: "test".into(),
-                architecture: "x86_64".into(),
-                boot: BootKind::Disk,
-                cmdline: None,
-                contract: dayfly_guest_config::CONTRACT,
-                executor: "shell".into(),
-                info: Some(
-                    r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into(),
-                ),
-                runner: ImageRunner {
-                    version: "19.3.0".into(),
-                    revision: None,
-                    origin: RunnerOrigin::Path,
-                    sha256: String::new(),
-                },
-                disk: file("disk.qcow2"),
-                kernel: None,
-                initrd: None,
-                build: BuildInputs::default(),
-            },
-            stamp: Stamp::default(),
-        }
-    }
-}
-
 /// An image's name, and the image or what is wrong with it.
 pub type Listed = (String, Result<Image, ImageError>);
+
+/// Where a job's image comes from: [`ImageStore`], or one image on no disk.
+pub trait Images: Send + Sync {
+    /// The image of this name, checked. [`ImageStore::get`] on a blocking thread; dropping the future is safe.
+    fn load<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Image, ImageError>>;
+
+    /// This very version of an image: the one in use, or the one before; [`ImageError::Replaced`] if it is not here any
+    /// more. [`ImageStore::get_version`] on a blocking thread; dropping the future is safe.
+    fn load_version<'a>(&'a self, wanted: &'a ImageRef) -> BoxFuture<'a, Result<Image, ImageError>>;
+}
+
+impl Images for ImageStore {
+    fn load<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Image, ImageError>> {
+        let name = name.to_owned();
+        Box::pin(self.on_a_thread(move |store| store.get(&name)))
+    }
+
+    fn load_version<'a>(&'a self, wanted: &'a ImageRef) -> BoxFuture<'a, Result<Image, ImageError>> {
+        let wanted = wanted.clone();
+        Box::pin(self.on_a_thread(move |store| store.get_version(&wanted)))
+    }
+}
 
 /// An image directory.
 #[derive(Clone, Debug)]
 pub struct ImageStore {
     directory: PathBuf,
     stamps: Stamps,
-    /// The one image of a world without files.
-    #[cfg(any(test, feature = "test-util"))]
-    fixed: Option<Image>,
-    /// Whether somebody has taken that away.
-    #[cfg(any(test, feature = "test-util"))]
-    missing: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl ImageStore {
     /// Images below `directory`, which need not exist yet.
     #[must_use]
     pub fn new(directory: impl Into<PathBuf>) -> Self {
-        Self {
-            directory: directory.into(),
-            stamps: Stamps::default(),
-            #[cfg(any(test, feature = "test-util"))]
-            fixed: None,
-            #[cfg(any(test, feature = "test-util"))]
-            missing: std::sync::Arc::default(),
-        }
-    }
-
-    /// A store that holds `image` and nothing else, on no disk: for tests on paused time.
-    #[cfg(any(test, feature = "test-util"))]
-    #[must_use]
-    pub fn fixed(image: Image) -> Self {
-        Self {
-            directory: image.dir.clone(),
-            stamps: Stamps::default(),
-            fixed: Some(image),
-            missing: std::sync::Arc::default(),
-        }
-    }
-
-    #[cfg(any(test, feature = "test-util"))]
-    pub(super) fn is_fixed(&self) -> bool {
-        self.fixed.is_some()
-    }
-
-    /// Whether the image of [`ImageStore::fixed`] is there: somebody may take it away, and bring it back.
-    #[cfg(any(test, feature = "test-util"))]
-    pub fn set_missing(&self, missing: bool) {
-        self.missing.store(missing, std::sync::atomic::Ordering::Relaxed);
-    }
-
-    /// [`ImageStore::get`] on a blocking thread.
-    ///
-    /// # Errors
-    /// As `get`.
-    ///
-    /// # Panics
-    /// Passes a panic of `get` on.
-    pub async fn load(&self, name: &str) -> Result<Image, ImageError> {
-        #[cfg(any(test, feature = "test-util"))]
-        if let Some(image) = &self.fixed {
-            return if image.name == name && !self.missing.load(std::sync::atomic::Ordering::Relaxed) {
-                Ok(image.clone())
-            } else {
-                Err(ImageError::Missing { name: name.to_owned(), directory: self.directory.clone() })
-            };
-        }
-        let name = name.to_owned();
-        self.on_a_thread(move |store| store.get(&name)).await
+        Self { directory: directory.into(), stamps: Stamps::default() }
     }
 
     /// Looks on a blocking thread, and passes a panic of it on.

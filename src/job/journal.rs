@@ -9,7 +9,7 @@
 //! cannot be read is set aside, named in the log, and costs nobody else anything; one of a newer
 //! version stops the daemon.
 
-mod format;
+pub mod format;
 mod load;
 
 use super::state::State;
@@ -340,47 +340,3 @@ impl Journal {
         parse(&self.read(&path, RECORD_BYTES_MAX).await.ok()?).ok()
     }
 }
-
-#[cfg(test)]
-mod damage;
-
-#[cfg(any(test, feature = "test-util"))]
-impl Record {
-    /// What these bytes of a `record.json` say. `None`: they are no record for this daemon.
-    #[must_use]
-    pub fn read(bytes: &[u8]) -> Option<Self> {
-        parse(bytes).ok()
-    }
-
-    /// A record as it should be, of a job that nothing has happened to yet.
-    #[must_use]
-    #[expect(clippy::unwrap_used, reason = "for tests: address and installation are constants")]
-    pub fn example(id: u64) -> Self {
-        Self {
-            version: RECORD_VERSION,
-            installation: None,
-            key: JobKey { runner: "linux \"vm\"/1".into(), id: JobId(id) },
-            gitlab: "https://gitlab.example".parse().unwrap(),
-            job_token: Secret::new("glcbt-1"),
-            received: Timestamp::UNIX_EPOCH,
-            received_uptime_ms: None,
-            timeout_s: Some(3600),
-            name: "test".into(),
-            project: "g/p".into(),
-            debug_trace: false,
-            trace_sections: true,
-            knows_interrupted: true,
-            class: "small".into(),
-            machine_spec: Some(MachineSpec::example()),
-            resources: crate::capacity::Resources { cpus: 1, memory_mib: 512, disk_gib: 10 },
-            machine: None,
-            guest_base: None,
-            newer_token: None,
-            last_lines: None,
-            state: State::Accepted,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -10,7 +10,7 @@ use std::io;
 
 /// What the journal has of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kept {
+pub enum Kept {
     /// Its record.
     There,
     /// Perhaps something: it did not take the first record, or was not asked yet.
@@ -25,12 +25,12 @@ pub(super) enum Kept {
 
 impl Kept {
     /// Whether the next daemon would go on with the job.
-    pub(super) fn is_there(self) -> bool {
+    pub fn is_there(self) -> bool {
         matches!(self, Self::There | Self::Suspect | Self::Behind)
     }
 
     /// Whether something is to be removed when the job is over.
-    pub(super) fn leaves_files(self) -> bool {
+    pub fn leaves_files(self) -> bool {
         self != Self::Nothing
     }
 
@@ -38,7 +38,7 @@ impl Kept {
     ///
     /// # Errors
     /// The file layer's: what the journal has is behind.
-    pub(super) async fn put(&mut self, journal: &Journal, record: &Record) -> io::Result<()> {
+    pub async fn put(&mut self, journal: &Journal, record: &Record) -> io::Result<()> {
         match self {
             Self::There => journal.put(record).await,
             Self::New => {
@@ -68,49 +68,5 @@ impl Kept {
         journal.remove(key).await?;
         *self = Self::Nothing;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::files::fake::MemoryFiles;
-    use std::path::Path;
-    use std::sync::Arc;
-
-    async fn journal(files: &MemoryFiles) -> Journal {
-        Journal::open(Arc::new(files.clone()), Path::new("/state"), Path::new("/run")).await.unwrap()
-    }
-
-    /// H6: a first record that no disk takes leaves nothing that the next daemon would run.
-    #[tokio::test]
-    async fn what_the_journal_has_of_a_job_that_is_not_run_is_known() {
-        let files = MemoryFiles::default();
-        let (journal, record) = (journal(&files).await, Record::example(7));
-        let mut kept = Kept::New;
-        kept.put(&journal, &record).await.unwrap();
-        assert!(kept == Kept::There && kept.is_there() && journal.load(&record.key).await.is_some());
-        // It counts from then on.
-        files.fail_replaces(Some(io::ErrorKind::StorageFull));
-        assert!(kept.put(&journal, &record).await.is_err() && kept == Kept::There);
-        let mut kept = Kept::New;
-        kept.put(&journal, &record).await.unwrap();
-        assert!(kept == Kept::Nothing && !kept.leaves_files(), "nothing of it is left");
-        assert_eq!(files.paths_below(Path::new("/")), [] as [&Path; 0]);
-        kept.put(&journal, &record).await.unwrap();
-    }
-
-    /// H8: as long as something may be there, nobody is told.
-    #[tokio::test]
-    async fn a_disk_that_takes_nothing_may_hold_something() {
-        let files = MemoryFiles::default();
-        let (journal, record) = (journal(&files).await, Record::example(7));
-        files.fail_writes(Some(io::ErrorKind::ReadOnlyFilesystem));
-        let mut kept = Kept::New;
-        assert!(kept.put(&journal, &record).await.is_err());
-        assert!(kept == Kept::New && kept.leaves_files() && !kept.is_there());
-        files.fail_writes(None);
-        kept.put(&journal, &record).await.unwrap();
-        assert_eq!(kept, Kept::There);
     }
 }

@@ -15,7 +15,7 @@
 mod forget;
 pub mod journal;
 mod jobs;
-mod keeper;
+pub mod keeper;
 mod lines;
 mod machinery;
 mod oom;
@@ -36,7 +36,7 @@ use crate::config;
 use crate::files::Files;
 use crate::gitlab::{JobPayload, RunnerApi, Transport};
 use crate::guest;
-use crate::image::store::ImageStore;
+use crate::image::store::Images;
 use crate::metrics::Metrics;
 use crate::rng::Rng;
 use crate::supply::Supply;
@@ -71,7 +71,7 @@ pub struct Parts {
     /// Records.
     pub journal: Journal,
     /// Base images.
-    pub images: ImageStore,
+    pub images: Arc<dyn Images>,
     /// Deadlines.
     pub limits: Arc<config::Limits>,
     /// Limits of doors.

@@ -13,7 +13,10 @@ const VMSTAT_BYTES_MAX: u64 = 64 * 1024;
 /// cgroup's: `oom_kill` in `/proc/vmstat`, since Linux 4.13. `None`: this host does not say.
 pub(super) async fn oom_kills(files: &dyn Files) -> Option<u64> {
     let text = files.read(Path::new(VMSTAT), VMSTAT_BYTES_MAX).await.ok()?;
-    let text = std::str::from_utf8(&text).ok()?;
+    count(std::str::from_utf8(&text).ok()?)
+}
+
+fn count(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
 
@@ -21,18 +24,14 @@ pub(super) async fn oom_kills(files: &dyn Files) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::files::RealFiles;
-    use crate::files::fake::MemoryFiles;
 
     #[tokio::test]
     async fn the_count_is_that_of_the_kernel_or_none() {
         assert!(oom_kills(&RealFiles).await.is_some(), "this host's kernel counts");
-        let files = MemoryFiles::default();
-        assert_eq!(oom_kills(&files).await, None);
-        for (text, count) in
+        for (text, expected) in
             [("drop_slab 0\noom_kill 17\n", Some(17)), ("oom_kill_x 3\n", None), ("oom_kill many\n", None), ("", None)]
         {
-            files.meddle(Path::new(VMSTAT), Some(text.into()));
-            assert_eq!(oom_kills(&files).await, count, "{text}");
+            assert_eq!(count(text), expected, "{text}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! How a machine is started, watched and ended: the hypervisor seam.
 //!
 //! The trait speaks in names and plain data; no handle outlives a call, so a VM that was adopted
-//! after a restart is no special case. Behind it: [`libvirt`], and a fake for tests. What all back ends share
+//! after a restart is no special case. Behind it: [`libvirt`], and the fakes of `dayfly-doubles`. What all back ends share
 //! stands beside it, as plain structs: [`disks`] and [`sockets`]; a [`Host`] is the three of them.
 //! Used by `supply` (and `recovery`, which lists). No call blocks the async runtime, each has a
 //! deadline of its own, and each may run twice: "already there" and "already gone" are successes.
@@ -9,12 +9,8 @@
 pub mod console;
 pub mod disks;
 pub mod domain_xml;
-#[cfg(any(test, feature = "test-util"))]
-pub mod fake;
 pub mod libvirt;
 pub mod paths;
-#[cfg(feature = "test-util")]
-pub mod processes;
 pub mod proof;
 pub mod sockets;
 mod state;

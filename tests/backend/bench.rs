@@ -2,12 +2,12 @@
 
 use crate::sector;
 use dayfly::rng::Rng;
-use dayfly::vm::fake::{FakeHypervisor, Timing};
 use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
 use dayfly::vm::proof::sector::LINE;
 use dayfly::vm::{
     Accel, Attachment, Boot, Ending, Host, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState,
 };
+use dayfly_doubles::fake::{FakeHypervisor, Timing};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};

@@ -10,8 +10,8 @@
 //! | `s` | suspends it to RAM: ACPI S3, by the register, whatever ACPI's tables offer |
 //! | `p` | says on the panic device that its kernel panicked |
 
-use dayfly::vm::fake::GuestMachine;
 use dayfly::vm::proof::sector::{LINE, disk_image};
+use dayfly_doubles::fake::GuestMachine;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;

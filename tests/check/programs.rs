@@ -75,4 +75,11 @@ fn the_daemons_program_holds_nothing_of_exec_and_nothing_of_tests() {
     let strange = symbols_of(&daemon, &NOT_THE_DAEMONS);
     println!("figure product.strange_symbols {strange}");
     assert_eq!(strange, 0, "{NOT_THE_DAEMONS:?} in {daemon}");
+    // Nothing in its environment, or its configuration, makes another program of it.
+    let bytes = std::fs::read(&daemon).unwrap();
+    let holds = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+    assert!(holds("DAYFLY_CONFIG"), "no texts in {daemon}");
+    for text in ["DAYFLY_FAILPOINT", "processes://"] {
+        assert!(!holds(text), "`{text}` in {daemon}");
+    }
 }

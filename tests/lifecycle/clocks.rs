@@ -1,7 +1,7 @@
 //! A host whose clock somebody sets, or that slept.
 
 use crate::support::world::{World, paused};
-use dayfly::vm::fake::GuestMachine;
+use dayfly_doubles::fake::GuestMachine;
 use dayfly_exec::standin::{JobSpec, JobState, Route};
 use dayfly_guest_config::{ClockAnswer, ClockQuestion, GuestConfig};
 use std::time::Duration;

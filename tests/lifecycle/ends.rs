@@ -5,7 +5,7 @@ use crate::support::world::{World, paused};
 use dayfly::control::KillOutcome;
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
-use dayfly::vm::fake::Timing;
+use dayfly_doubles::fake::Timing;
 use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Route};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

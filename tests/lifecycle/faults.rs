@@ -5,7 +5,7 @@
 //! systemd would.
 
 use crate::support::world::{World, paused};
-use dayfly::vm::fake;
+use dayfly_doubles::fake;
 use dayfly_exec::standin::{Fault, JobState, Matcher, Route};
 use std::io;
 use std::time::Duration;

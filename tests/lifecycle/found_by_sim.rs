@@ -8,7 +8,7 @@ use dayfly::gitlab::JobId;
 use dayfly::job::journal::JobKey;
 use dayfly::secret::Secret;
 use dayfly::vm::Hypervisor as _;
-use dayfly::vm::fake::{self, Op, Timing};
+use dayfly_doubles::fake::{self, Op, Timing};
 use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Persist, Route};
 use std::path::Path;
 use std::sync::{Arc, Mutex};

@@ -3,13 +3,15 @@
 use crate::support::world::{World, paused};
 use dayfly::files::Files as _;
 use dayfly::image::manifest::MANIFEST_FILE;
-use dayfly::image::store::{Image, ImageStore};
+use dayfly::image::store::ImageStore;
 use dayfly::status::RunnerState;
-use dayfly::vm::fake::{Fault as VmFault, Op, Timing};
+use dayfly_doubles::fake::{Fault as VmFault, Op, Timing};
+use dayfly_doubles::images;
 use dayfly_exec::standin::{Fault, JobState, Matcher, Route};
 use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -26,12 +28,12 @@ fn disk() -> Vec<u8> {
 fn image_on_disk(world: &mut World, dir: &Path, name: &str) -> PathBuf {
     let image = dir.join(name);
     std::fs::create_dir_all(&image).unwrap();
-    let mut manifest = Image::of_no_disk().manifest;
+    let mut manifest = images::image().manifest;
     manifest.name = name.to_owned();
     manifest.disk.bytes = disk().len() as u64;
     std::fs::write(image.join("disk.qcow2"), disk()).unwrap();
     std::fs::write(image.join(MANIFEST_FILE), manifest.to_text()).unwrap();
-    world.images = ImageStore::new(dir);
+    world.images = Arc::new(ImageStore::new(dir));
     image
 }
 

@@ -3,11 +3,12 @@
 use crate::support::guest::Guest;
 use crate::support::world::World;
 use dayfly::BoxFuture;
-use dayfly::image::store::{Image, ImageStore};
+use dayfly::image::store::Image;
 use dayfly::rng::Rng;
-use dayfly::vm::fake::FakeHypervisor;
 use dayfly::vm::paths::{Paths, RealPaths};
 use dayfly::vm::{Stream, VmError, VmId, VmName, domain_xml, proof};
+use dayfly_doubles::fake::FakeHypervisor;
+use dayfly_doubles::images::{self, OneImage};
 use dayfly_exec::standin::JobState;
 use std::collections::BTreeSet;
 use std::io;
@@ -101,7 +102,7 @@ async fn two_hundred_jobs_leave_their_base_image_as_it_was() {
     let before = facts();
     let mut world = World::new(1);
     world.config.state_directory = dir.path().join("state");
-    world.images = ImageStore::fixed(Image { disk: base.clone(), ..Image::of_no_disk() });
+    world.images = Arc::new(OneImage::new(Image { disk: base.clone(), ..images::image() }));
     let made: Arc<Mutex<Vec<PathBuf>>> = Arc::default();
     let makes = made.clone();
     world.before_paths = Some(Arc::new(move |fake| Arc::new(RealDisks { fake, made: makes.clone() })));

@@ -7,7 +7,7 @@ use crate::support::guest::Guest;
 use crate::support::mortal::{End, Life, Seam, When};
 use crate::support::world::{World, paused};
 use dayfly::gitlab::JobId;
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 use dayfly_exec::standin::{Fault, JobState, Matcher, Route};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -4,7 +4,7 @@ use crate::support::mortal::{End, Seam, When};
 use crate::support::world::{World, paused};
 use dayfly::config::Class;
 use dayfly::gitlab::JobId;
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 use dayfly_exec::standin::JobState;
 use std::time::Duration;
 

@@ -2,7 +2,7 @@
 
 use crate::support::world::World;
 use dayfly::gitlab::JobId;
-use dayfly::vm::fake::{Op, Timing};
+use dayfly_doubles::fake::{Op, Timing};
 use dayfly_exec::standin::{JobState, Recorded, Route};
 use std::path::Path;
 use std::sync::Arc;

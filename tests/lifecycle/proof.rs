@@ -3,10 +3,10 @@
 use crate::support::guest::Guest;
 use crate::support::world::World;
 use dayfly::daemon::DaemonError;
-use dayfly::vm::fake::GuestMachine;
 use dayfly::vm::libvirt::AccelChoice;
 use dayfly::vm::proof::sector;
 use dayfly::vm::{Accel, HostInfo, Hypervisor as _};
+use dayfly_doubles::fake::GuestMachine;
 use dayfly_exec::standin::JobState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -2,7 +2,7 @@
 
 use crate::support::world::World;
 use dayfly::status::RunnerState;
-use dayfly::vm::fake::Timing;
+use dayfly_doubles::fake::Timing;
 use dayfly_exec::standin::{JobSpec, JobState, Route};
 use std::time::Duration;
 use tokio::time::sleep;

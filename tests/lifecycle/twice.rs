@@ -4,7 +4,7 @@ use crate::support::guest::Guest;
 use crate::support::world::World;
 use dayfly::gitlab::JobId;
 use dayfly::secret::Secret;
-use dayfly::vm::fake::{self, Op};
+use dayfly_doubles::fake::{self, Op};
 use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Route, Trace};
 use std::time::Duration;
 use tokio::time::sleep;

@@ -16,8 +16,8 @@
 
 mod upload; // as 19.3's uploader
 
-use dayfly::vm::fake::GuestMachine;
 use dayfly::vm::{Pause, Stream};
+use dayfly_doubles::fake::GuestMachine;
 use dayfly_guest_config::{GuestConfig, Pass, Report};
 use dayfly_test_guest::boot::{self, report};
 use dayfly_test_guest::{Answer, Connection, Job, Word, enter, job};

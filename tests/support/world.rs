@@ -10,17 +10,18 @@ use dayfly::clock::Clock;
 use dayfly::config::{Class, Config, Runner};
 use dayfly::control::{ControlHandler, KillOutcome};
 use dayfly::daemon::{self, Backends, DaemonError, ReloadError, Reloader, Shutdown};
-use dayfly::files::fake::MemoryFiles;
 use dayfly::gitlab::transport::OpenError;
 use dayfly::gitlab::{Endpoint, JobId, OpenTransport, Transport};
 use dayfly::guest::Limits;
-use dayfly::image::store::{Image, ImageStore};
+use dayfly::image::store::Images;
 use dayfly::job::Jobs;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::status::StatusReport;
-use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
 use dayfly::vm::paths::Paths;
+use dayfly_doubles::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly_doubles::files::MemoryFiles;
+use dayfly_doubles::images::{self, OneImage};
 use dayfly_exec::standin::{Job, JobSpec, JobState, ProjectId, Recorded, Route, Standin};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -54,7 +55,7 @@ pub struct World {
     gitlab_clock: Clock,
     pub config: Config,
     pub project: ProjectId,
-    pub images: ImageStore,
+    pub images: Arc<dyn Images>,
     /// What guests know.
     pub memory: Memory,
     pub log: Log,
@@ -145,7 +146,7 @@ impl World {
             gitlab_clock,
             config,
             project,
-            images: ImageStore::fixed(Image::of_no_disk()),
+            images: Arc::new(OneImage::new(images::image())),
             memory,
             look: None,
             transport: None,

@@ -9,8 +9,8 @@ use dayfly::gitlab::transport::{OpenError, full};
 use dayfly::gitlab::{
     Body, Call, Endpoint, OpenTransport, ProxyEnvironment, RealLimits, RealOpenTransport, Transport, TransportError,
 };
-use dayfly::image::store::{Image, ImageStore};
-use dayfly::vm::fake::Timing;
+use dayfly_doubles::fake::Timing;
+use dayfly_doubles::images::{self, OneImage};
 use gitlab_runner_mock::{GitlabRunnerMock, MockJob, MockJobState, MockJobStepName, MockJobStepWhen};
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,9 +49,9 @@ async fn world(mock: &GitlabRunnerMock) -> World {
     let at_once = Duration::ZERO;
     world.hypervisor.set_timing(Timing { boot: at_once, overlay: at_once, start: at_once, ..Timing::default() });
     // It gives jobs to runners only that say they know refspecs.
-    let mut image = Image::of_no_disk();
+    let mut image = images::image();
     image.manifest.info = Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"refspecs":true}}"#.into());
-    world.images = ImageStore::fixed(image);
+    world.images = Arc::new(OneImage::new(image));
     let runner = &mut world.config.runner[0];
     (runner.url, runner.allow_insecure_http) = (mock.uri(), true);
     std::fs::write(&runner.token_file, mock.runner_token()).unwrap();

@@ -5,7 +5,7 @@ use crate::support::canary::Search;
 use crate::support::world::World;
 use dayfly::files::Files as _;
 use dayfly::gitlab::{ProxyEnvironment, RealLimits, RealOpenTransport};
-use dayfly::vm::fake::Timing;
+use dayfly_doubles::fake::Timing;
 use dayfly_exec::standin::{JobState, serve};
 use rcgen::ExtendedKeyUsagePurpose;
 use std::os::unix::fs::PermissionsExt as _;

@@ -12,27 +12,10 @@ use std::path::Path;
 const VERSION_DIGITS: usize = 8;
 
 impl ImageStore {
-    /// This very version of an image, on a blocking thread: the one in use, or the one before.
+    /// This very version of an image: the one in use, or the one before.
     ///
     /// # Errors
     /// [`ImageError`]; [`ImageError::Replaced`] if it is not here any more.
-    ///
-    /// # Panics
-    /// Passes a panic of the thread on.
-    pub async fn load_version(&self, wanted: &ImageRef) -> Result<Image, ImageError> {
-        #[cfg(any(test, feature = "test-util"))]
-        if self.is_fixed() {
-            let image = self.load(&wanted.name).await?;
-            return if image.digest() == wanted.digest { Ok(image) } else { Err(replaced(wanted)) };
-        }
-        let wanted = wanted.clone();
-        self.on_a_thread(move |store| store.get_version(&wanted)).await
-    }
-
-    /// [`ImageStore::load_version`], blocking.
-    ///
-    /// # Errors
-    /// As there.
     pub fn get_version(&self, wanted: &ImageRef) -> Result<Image, ImageError> {
         let name = valid(&wanted.name)?;
         let in_use = self.get(name);

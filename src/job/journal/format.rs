@@ -5,8 +5,10 @@ use serde::Deserialize;
 
 /// Why bytes are no record for this daemon.
 #[derive(Debug)]
-pub(super) enum Unreadable {
+pub enum Unreadable {
+    /// Of this version, which is newer than ours.
     Newer(u32),
+    /// Damaged, and how.
     Broken(String),
 }
 
@@ -16,13 +18,16 @@ const SEAL_ENDS: &[u8] = b"\",";
 
 /// Puts the checksum of a JSON object into it, as its first member: a bit that a disk has turned must not become
 /// another token, another state, another machine (E13).
-pub(super) fn seal(object: &[u8]) -> Vec<u8> {
+///
+/// # Panics
+/// If it is no object: not even a brace.
+pub fn seal(object: &[u8]) -> Vec<u8> {
     let digits = format!("{:08x}", crc32fast::hash(object));
     [SEAL_BEGINS, digits.as_bytes(), SEAL_ENDS, &object[1..]].concat()
 }
 
 /// The object without its checksum, and whether that is right. An object without one is as it is.
-pub(super) fn unseal(bytes: &[u8]) -> (Vec<u8>, bool) {
+pub fn unseal(bytes: &[u8]) -> (Vec<u8>, bool) {
     let parts = bytes.strip_prefix(SEAL_BEGINS).and_then(|rest| rest.split_at_checked(8));
     let parts = parts.and_then(|(digits, rest)| Some((digits, rest.strip_prefix(SEAL_ENDS)?)));
     let Some((digits, rest)) = parts else { return (bytes.to_vec(), true) };
@@ -32,7 +37,10 @@ pub(super) fn unseal(bytes: &[u8]) -> (Vec<u8>, bool) {
 }
 
 /// Reads a record of this version or one before.
-pub(super) fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
+///
+/// # Errors
+/// [`Unreadable`].
+pub fn parse(bytes: &[u8]) -> Result<Record, Unreadable> {
     #[derive(Deserialize)]
     struct Versioned {
         version: u32,

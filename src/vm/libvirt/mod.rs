@@ -119,7 +119,6 @@ impl Libvirt {
     }
 
     /// For `test:///default`, whose driver knows domains of type `test` only.
-    #[cfg(any(test, feature = "test-util"))]
     #[must_use]
     pub fn with_domain_type(mut self, domain_type: &str) -> Self {
         self.domain_type = Some(domain_type.to_owned());

@@ -357,6 +357,3 @@ async fn write_disk(path: &Path) -> io::Result<()> {
     // QEMU's user reads it, whatever our umask.
     tokio::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).await
 }
-
-#[cfg(test)]
-mod tests;

@@ -16,6 +16,8 @@ const ROOTS: &[(&str, &str)] = &[
     ("exec/src/lib.rs", "-p dayfly-exec"),
     ("exec/src/main.rs", "-p dayfly-exec"),
     ("tests/doubles/src/lib.rs", "-p dayfly-doubles"),
+    ("tests/doubles/tests/*.rs", "-p dayfly-doubles"),
+    ("tests/doubles/tests/*/main.rs", "-p dayfly-doubles"),
     ("vm-images/guest-config/src/lib.rs", "-p dayfly-guest-config"),
     ("vm-images/guest/src/lib.rs", "-p dayfly-guest"),
     ("vm-images/guest/src/main.rs", "-p dayfly-guest"),

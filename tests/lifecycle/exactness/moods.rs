@@ -2,8 +2,8 @@
 
 use super::plan::{Mood, Plan, Range};
 use dayfly::files::Files as _;
-use dayfly::files::fake::MemoryFiles;
 use dayfly::gitlab::JobId;
+use dayfly_doubles::files::MemoryFiles;
 use dayfly_exec::standin::{Fault, Recorded, Route, Standin};
 use serde_json::Value;
 use std::collections::VecDeque;

@@ -2,11 +2,11 @@
 //! another process. Everything else is the fake's.
 
 use dayfly::BoxFuture;
-use dayfly::vm::fake::FakeHypervisor;
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{
     DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
+use dayfly_doubles::fake::FakeHypervisor;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;

@@ -6,14 +6,15 @@ use dayfly::daemon::{self, Backends, DaemonError, Shutdown};
 use dayfly::files::Files;
 use dayfly::gitlab::OpenTransport;
 use dayfly::guest::Limits;
-use dayfly::image::store::{Image, ImageStore};
+use dayfly::image::store::Images;
 use dayfly::job::Jobs;
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::vm;
-use dayfly::vm::fake::Timing;
 use dayfly::vm::libvirt::AccelChoice;
+use dayfly_doubles::fake::Timing;
+use dayfly_doubles::images::{self, OneImage};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -63,7 +64,7 @@ pub struct Choice {
     /// How they run.
     pub accel: AccelChoice,
     /// The images; the machine class uses the one of this name.
-    pub images: (ImageStore, String),
+    pub images: (Arc<dyn Images>, String),
     /// GitLab.
     pub transport: Arc<dyn OpenTransport>,
     /// GitLab's URL; `http` is allowed here.
@@ -169,6 +170,6 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
 
 /// A store of one image, `test`, that exists on no disk: the fake hypervisor reads none.
 #[must_use]
-pub fn no_image() -> (ImageStore, String) {
-    (ImageStore::fixed(Image::of_no_disk()), "test".into())
+pub fn no_image() -> (Arc<dyn Images>, String) {
+    (Arc::new(OneImage::new(images::image())), "test".into())
 }

@@ -1,7 +1,7 @@
 //! The operator's configuration: no text of it upsets us, and messages point at what is there.
 
+use crate::pieces::Cuts;
 use dayfly::config::{Config, ConfigError, Origin};
-use dayfly::pieces::Cuts;
 use std::path::Path;
 
 const FILE: &str = "/etc/dayfly/config.toml";

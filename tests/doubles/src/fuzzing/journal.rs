@@ -1,15 +1,17 @@
 //! A job's record on disk: torn, flipped, foreign. It costs its own job at most.
 
+use crate::examples;
+use crate::files::MemoryFiles;
+use crate::pieces::now;
 use bytes::Bytes;
-use dayfly::files::{Files as _, fake::MemoryFiles};
+use dayfly::files::Files as _;
 use dayfly::job::journal::{JobKey, Journal, JournalError, RECORD_VERSION, Record};
-use dayfly::pieces::now;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The corpus holds records of these keys.
 fn record(id: u64) -> Record {
-    let record = Record::example(id);
+    let record = examples::record(id);
     Record { key: JobKey { runner: "linux".into(), ..record.key }, ..record }
 }
 

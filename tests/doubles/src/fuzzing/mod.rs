@@ -2,14 +2,15 @@
 //!
 //! Each takes bytes as somebody hostile would send them, drives the code that reads them, and panics if what came
 //! out breaks the property that stands above it. `fuzz/fuzz_targets` has three lines for each; `tests` below runs
-//! the same functions on the committed corpus and on mutations of it, wherever cargo runs. Functions about a
-//! module's private parts live in that module (`guest::fuzzing`, `gitlab::fuzzing`).
+//! the same functions on the committed corpus and on mutations of it, wherever cargo runs.
 //!
-//! Where bytes arrive in pieces, how they are cut follows from the bytes themselves ([`Cuts`](dayfly::pieces::Cuts)), so that an input is
+//! Where bytes arrive in pieces, how they are cut follows from the bytes themselves ([`Cuts`](crate::pieces::Cuts)), so that an input is
 //! a whole case and repeats itself.
 #![expect(clippy::unwrap_used, reason = "a property fails by panicking")]
 
 mod config;
+mod gitlab;
+mod guest;
 mod guest_config;
 mod image;
 mod journal;
@@ -17,8 +18,8 @@ mod libvirt;
 mod pipeline;
 
 pub use config::config;
-pub use dayfly::gitlab::fuzzing::{gitlab_answers, payload};
-pub use dayfly::guest::fuzzing::{
+pub use gitlab::{gitlab_answers, payload};
+pub use guest::{
     artifact_upload, chunked_body, content_range, forwarded_headers, greeting_door, greeting_relay, proxy,
     request_head, requests, route, update_body,
 };

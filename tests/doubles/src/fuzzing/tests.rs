@@ -71,7 +71,7 @@ fn targets_functions_and_corpora_go_together() {
     for Target { name, .. } in TARGETS {
         assert!(manifest.contains(&format!("name = \"{name}\"\n")), "{name} is not in fuzz/Cargo.toml");
         let source = std::fs::read_to_string(fuzz().join(format!("fuzz_targets/{name}.rs"))).unwrap();
-        assert!(source.contains(&format!("dayfly::fuzzing::{name}(input)")), "{name} runs something else");
+        assert!(source.contains(&format!("dayfly_doubles::fuzzing::{name}(input)")), "{name} runs something else");
         let inputs = corpus(name);
         assert!(inputs.len() >= 6, "{name} has {} inputs", inputs.len());
         bytes += inputs.iter().map(|(_, input)| input.len() as u64).sum::<u64>();

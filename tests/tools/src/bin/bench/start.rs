@@ -12,7 +12,7 @@ use crate::watched::{Mark, StopWatch, WatchedGitlab, watched};
 use crate::{number, text};
 use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
-use dayfly::image::store::ImageStore;
+use dayfly::image::store::{ImageStore, Images as _};
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::telemetry::chain;
@@ -84,7 +84,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let choice = Choice {
         host: watched(&vms, &watch),
         accel: wanted.accel,
-        images: (images, wanted.image.clone()),
+        images: (Arc::new(images), wanted.image.clone()),
         transport: Arc::new(WatchedGitlab(standin.opener(), watch.clone())),
         url: url::Url::parse("http://gitlab.example").map_err(|error| error.to_string())?,
         token: standin.runner_token(runner).ok_or("the runner has no token")?,

@@ -1,6 +1,6 @@
 //! One life of the real daemon: a process, started with or without a point to die at, and how it ended.
 
-use dayfly::failpoint;
+use dayfly_doubles::failpoints;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -47,7 +47,7 @@ impl Daemon {
         // For qemu-img.
         command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
         if let Some(failpoint) = failpoint {
-            command.env(failpoint::VARIABLE, failpoint);
+            command.env(failpoints::VARIABLE, failpoint);
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).kill_on_drop(true);
         Ok(Self { child: command.spawn()?, log: log.to_owned(), log_from })
@@ -62,7 +62,7 @@ impl Daemon {
     pub(crate) async fn died_at(&mut self, point: &str, limit: Duration) -> Result<bool, String> {
         let Ok(ended) = timeout(limit, self.child.wait()).await else { return Ok(false) };
         let status = ended.map_err(|error| format!("wait for the daemon: {error}"))?;
-        let said = format!("{}{point}", failpoint::DIED_AT);
+        let said = format!("{}{point}", failpoints::DIED_AT);
         if status.signal() == Some(9) && self.story()?.lines().any(|line| line == said) {
             return Ok(true);
         }

@@ -4,7 +4,7 @@ use crate::CELLS;
 use crate::leftovers::Places;
 use crate::work::Source;
 use dayfly::image::manifest::{ImageFile, MANIFEST_FILE, Manifest};
-use dayfly::image::store::Image;
+use dayfly_doubles::images;
 use dayfly_exec::standin::{Artifact, ArtifactContent, JobSpec, JobState, ProjectId, Standin};
 use dayfly_test_tools::killing::artifact;
 use std::fmt::Write as _;
@@ -166,7 +166,7 @@ fn image(dir: &Path) -> io::Result<()> {
         return Err(io::Error::other(format!("qemu-img ended with {made}")));
     }
     let file = ImageFile { file: "disk.qcow2".into(), bytes: fs::metadata(&disk)?.len(), sha256: String::new() };
-    let manifest = Manifest { disk: file, ..Image::of_no_disk().manifest };
+    let manifest = Manifest { disk: file, ..images::image().manifest };
     fs::write(dir.join(MANIFEST_FILE), manifest.to_text())
 }
 

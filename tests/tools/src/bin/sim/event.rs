@@ -4,7 +4,7 @@
 use crate::kinds::Kind;
 use dayfly::gitlab::JobId;
 use dayfly::vm::VmSpec;
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 use dayfly_exec::standin::{Job, Route};
 use http::{HeaderMap, Uri};
 use std::fmt;

@@ -7,9 +7,9 @@ pub(crate) use notes::{JobNote, VmNote};
 
 use crate::event::{DaemonDoes, Event, FileOp, GuestDoes, Trouble};
 use dayfly::gitlab::JobId;
-use dayfly::job::journal::Record;
+use dayfly::job::journal::format::parse;
 use dayfly::job::state::State;
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 use dayfly_exec::standin::Route;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -224,7 +224,7 @@ impl Ledger {
         }
         match (op, file) {
             (FileOp::Replace, "record.json") => {
-                note.record = Record::read(bytes);
+                note.record = parse(bytes).ok();
                 note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
                 note.had_record = true;
                 note.record_stale = None;

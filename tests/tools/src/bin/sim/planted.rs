@@ -19,7 +19,7 @@ use dayfly::files::Files;
 use dayfly::gitlab::OpenTransport;
 use dayfly::rng::Rng;
 use dayfly::vm::Hypervisor;
-use dayfly::vm::fake::FakeHypervisor;
+use dayfly_doubles::fake::FakeHypervisor;
 use dayfly::vm::paths::Paths;
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -8,7 +8,7 @@ use crate::plan::{After, Before, Gitlab, Limits, Plan, Script, Step};
 use crate::report::say;
 use crate::story::{Keep, Story};
 use crate::world::World;
-use dayfly::vm::fake::GuestMachine;
+use dayfly_doubles::fake::GuestMachine;
 use dayfly_exec::standin::History;
 use std::time::Duration;
 use tokio::time::sleep;

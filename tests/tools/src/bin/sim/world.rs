@@ -15,13 +15,13 @@ use dayfly::clock::Clock;
 use dayfly::config::{Class, Config, Runner, Span};
 use dayfly::control::ControlHandler;
 use dayfly::daemon::{self, Backends, Shutdown};
-use dayfly::files::fake::MemoryFiles;
 use dayfly::gitlab::JobId;
 use dayfly::guest::Limits;
-use dayfly::image::store::{Image, ImageStore};
 use dayfly::job::Jobs;
 use dayfly::rng::Rng;
-use dayfly::vm::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly_doubles::fake::{FakeHypervisor, GuestMachine, Timing};
+use dayfly_doubles::files::MemoryFiles;
+use dayfly_doubles::images::{self, OneImage};
 use dayfly_exec::standin::{JobSpec, Persist, ProjectId, Standin, Variable};
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +38,7 @@ pub(crate) struct World {
     pub(crate) fake: FakeHypervisor,
     pub(crate) files: MemoryFiles,
     pub(crate) clock: Clock,
-    pub(crate) images: ImageStore,
+    pub(crate) images: OneImage,
     pub(crate) rng: Rng,
     pub(crate) config: Config,
     pub(crate) project: ProjectId,
@@ -94,7 +94,7 @@ impl World {
             fake,
             files: MemoryFiles::quiet(),
             clock,
-            images: ImageStore::fixed(Image::of_no_disk()),
+            images: OneImage::new(images::image()),
             rng,
             config: config(plan),
             project,
@@ -164,7 +164,7 @@ impl World {
             files: life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() }))),
             clock: self.clock.clone(),
             rng: self.planted.rng(&self.rng),
-            images: self.images.clone(),
+            images: Arc::new(self.images.clone()),
             door_limits: Limits::default(),
         }
     }

@@ -28,7 +28,7 @@ use crate::watched::{StopWatch, watched};
 use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
 use dayfly::gitlab::{JobId, RealOpenTransport};
-use dayfly::image::store::ImageStore;
+use dayfly::image::store::{ImageStore, Images as _};
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::telemetry::chain;
@@ -99,7 +99,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let choice = Choice {
         host: watched(&vms, &watch),
         accel: wanted.accel,
-        images: (images, wanted.image.clone()),
+        images: (Arc::new(images), wanted.image.clone()),
         transport: Arc::new(RealOpenTransport::default()),
         url: url("127.0.0.1")?,
         token: runner_of(ours)?,

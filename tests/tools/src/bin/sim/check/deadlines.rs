@@ -61,7 +61,7 @@ impl Checker for Deadlines {
             }
             Event::Daemon(DaemonDoes::Dies) => self.leaves_at = None,
             // The list is asked every two seconds while there is a VM: a clock for what does not happen.
-            Event::Called { op: dayfly::vm::fake::Op::List, .. } if ledger.runs && !ledger.stopping => {
+            Event::Called { op: dayfly_doubles::fake::Op::List, .. } if ledger.runs && !ledger.stopping => {
                 for (job, note) in &ledger.jobs {
                     self.look(*job, note, ledger, findings);
                 }

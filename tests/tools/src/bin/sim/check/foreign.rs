@@ -3,7 +3,7 @@
 use super::{Checker, Findings};
 use crate::event::{Event, FileOp};
 use crate::ledger::Ledger;
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 
 pub(crate) struct Foreign;
 

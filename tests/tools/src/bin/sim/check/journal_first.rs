@@ -3,7 +3,7 @@
 use super::{Checker, Findings};
 use crate::event::{Event, FileOp};
 use crate::ledger::{Ledger, VmNote, job_of, vm_of_overlay};
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 
 pub(crate) struct JournalFirst;
 

@@ -4,7 +4,7 @@ use super::{Checker, Findings};
 use crate::event::{Event, FileOp, GuestDoes};
 use crate::ledger::{Ledger, VmNote};
 use dayfly::gitlab::JobId;
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 use std::collections::BTreeMap;
 
 #[derive(Default)]

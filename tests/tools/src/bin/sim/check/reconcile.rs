@@ -5,7 +5,7 @@ use super::{Checker, Findings};
 use crate::event::Event;
 use crate::ledger::{Ledger, VmNote};
 use dayfly::job::state::State;
-use dayfly::vm::fake::Op;
+use dayfly_doubles::fake::Op;
 
 pub(crate) struct Reconcile;
 

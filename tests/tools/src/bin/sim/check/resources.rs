@@ -14,7 +14,7 @@ const LAG: Duration = Duration::from_secs(60 + 60 + 30);
 impl Checker for Resources {
     fn on(&mut self, event: &Event<'_>, ledger: &Ledger, findings: &mut Findings) {
         // Asked at quiet moments, not at each byte.
-        let Event::Called { op: dayfly::vm::fake::Op::List, ok: true, .. } = event else { return };
+        let Event::Called { op: dayfly_doubles::fake::Op::List, ok: true, .. } = event else { return };
         if !ledger.runs {
             return;
         }

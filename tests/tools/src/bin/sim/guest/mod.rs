@@ -12,7 +12,7 @@ use crate::plan::{Before, Script};
 use crate::story::Story;
 use dayfly::gitlab::JobId;
 use dayfly::vm::VmName;
-use dayfly::vm::fake::GuestMachine;
+use dayfly_doubles::fake::GuestMachine;
 use dayfly_guest_config::{GuestConfig, Report};
 use dayfly_test_guest::boot::{self, report, wait_for_config};
 use dayfly_test_guest::{Answer, job::ask as poll};

@@ -5,7 +5,7 @@ use crate::event::{Event, GuestDoes};
 use crate::story::Story;
 use dayfly::gitlab::JobId;
 use dayfly::vm::Stream;
-use dayfly::vm::fake::Doors;
+use dayfly_doubles::fake::Doors;
 use dayfly_guest_config::Pass;
 use dayfly_test_guest::{Answer, Connection, Kept, enter};
 use std::io;

@@ -5,7 +5,7 @@ use crate::ledger::job_of;
 use bytes::Bytes;
 use dayfly::BoxFuture;
 use dayfly::files::{Entry, Files};
-use dayfly::job::journal::Record;
+use dayfly::job::journal::format::parse;
 use dayfly::job::state::State;
 use std::collections::BTreeMap;
 use std::io;
@@ -22,7 +22,7 @@ pub(super) struct Disk {
 
 /// Whether this is the record of a job that names a machine which its guest has not asked from yet.
 fn names_a_new_machine(bytes: &[u8]) -> bool {
-    Record::read(bytes).is_some_and(|record| {
+    parse(bytes).is_ok_and(|record| {
         record.machine.is_some() && matches!(record.state, State::Accepted | State::Booting { .. })
     })
 }
@@ -59,7 +59,7 @@ impl Disk {
     /// A record that is behind: of a job whose machine boots, or of one that runs, the one that it began with.
     async fn read(&self, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
         let bytes = self.files.read(path, bytes_max).await?;
-        let state = Record::read(&bytes).map(|record| record.state);
+        let state = parse(&bytes).ok().map(|record| record.state);
         let behind = match self.bug {
             Bug::RunTwice => matches!(state, Some(State::Running { .. })),
             Bug::SecondMachine => matches!(state, Some(State::Booting { .. })),

@@ -3,7 +3,7 @@
 use super::Bug;
 use crate::mortal::Life;
 use dayfly::BoxFuture;
-use dayfly::vm::fake::{FakeHypervisor, Op};
+use dayfly_doubles::fake::{FakeHypervisor, Op};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{
     DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,

@@ -6,10 +6,10 @@ use crate::ledger::job_of;
 use crate::story::Story;
 use bytes::Bytes;
 use dayfly::BoxFuture;
-use dayfly::files::fake::MemoryFiles;
 use dayfly::files::{Entry, Files};
-use dayfly::job::journal::Record;
+use dayfly::job::journal::format::parse;
 use dayfly::job::state::State;
+use dayfly_doubles::files::MemoryFiles;
 use std::io;
 use std::path::Path;
 
@@ -88,7 +88,7 @@ fn point_of(op: FileOp, path: &Path, file: &str, bytes: &[u8]) -> Option<Kind> {
     match (op, file) {
         (FileOp::Replace, "payload") => Some(Kind::KillK3),
         (FileOp::Replace, "guest") => Some(Kind::KillK6),
-        (FileOp::Replace, "record.json") => match Record::read(bytes)?.state {
+        (FileOp::Replace, "record.json") => match parse(bytes).ok()?.state {
             State::Accepted => Some(Kind::KillK4),
             State::Running { .. } => Some(Kind::KillK10),
             _ => None,

@@ -4,11 +4,11 @@ use crate::event::Event;
 use crate::kinds::Kind as K;
 use crate::story::Story;
 use dayfly::BoxFuture;
-use dayfly::vm::fake::{FakeHypervisor, Fault, Op};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{
     DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
+use dayfly_doubles::fake::{FakeHypervisor, Fault, Op};
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;

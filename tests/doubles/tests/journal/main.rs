@@ -1,7 +1,19 @@
 //! Records on a file system in memory: torn, newer, somebody else's.
 
-use super::*;
-use crate::files::fake::MemoryFiles;
+#![allow(clippy::unwrap_used, reason = "tests: a panic is a failed one")]
+
+mod damage;
+
+use bytes::Bytes;
+use dayfly::files::Files as _;
+use dayfly::gitlab::JobId;
+use dayfly::job::journal::{Journal, JournalError, Loaded, Record};
+use dayfly::vm::InstallationId;
+use dayfly_doubles::examples;
+use dayfly_doubles::files::MemoryFiles;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
 
 async fn journal(files: &MemoryFiles) -> Journal {
     Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap()
@@ -11,7 +23,7 @@ async fn journal(files: &MemoryFiles) -> Journal {
 async fn a_record_reads_back_and_goes_without_a_trace() {
     let files = MemoryFiles::default();
     let journal = journal(&files).await;
-    journal.accept(&Record::example(42), Bytes::from_static(b"{}")).await.unwrap();
+    journal.accept(&examples::record(42), Bytes::from_static(b"{}")).await.unwrap();
     let Loaded { records, aside } = journal.load_all().await.unwrap();
     assert_eq!((records.len(), aside.len()), (1, 0));
     assert_eq!(records[0].key.id, JobId(42));
@@ -25,9 +37,9 @@ async fn a_record_reads_back_and_goes_without_a_trace() {
 async fn a_torn_record_is_set_aside_and_the_others_are_read() {
     let files = MemoryFiles::default();
     let journal = journal(&files).await;
-    journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
-    journal.accept(&Record::example(2), Bytes::new()).await.unwrap();
-    let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
+    journal.accept(&examples::record(1), Bytes::new()).await.unwrap();
+    journal.accept(&examples::record(2), Bytes::new()).await.unwrap();
+    let path = Path::new("/s/jobs").join(examples::record(1).key.directory()).join("record.json");
     let whole = files.read(&path, 1 << 20).await.unwrap();
     for cut in [0, 1, whole.len() / 2, whole.len() - 1] {
         files.create_dir(path.parent().unwrap()).await.unwrap();
@@ -43,7 +55,7 @@ async fn a_torn_record_is_set_aside_and_the_others_are_read() {
 async fn a_record_of_another_installation_is_refused_untouched() {
     let files = MemoryFiles::default();
     let theirs: InstallationId = "aaaaaaaaaaaaaaaa".parse().unwrap();
-    let record = Record { installation: Some(theirs.clone()), ..Record::example(1) };
+    let record = Record { installation: Some(theirs.clone()), ..examples::record(1) };
     journal(&files).await.accept(&record, Bytes::new()).await.unwrap();
     let before = files.contents();
     let ours = journal(&files).await.of("bbbbbbbbbbbbbbbb".parse().unwrap());
@@ -61,8 +73,8 @@ async fn a_record_of_another_installation_is_refused_untouched() {
 async fn a_newer_record_is_refused_untouched() {
     let files = MemoryFiles::default();
     let journal = journal(&files).await;
-    journal.accept(&Record::example(1), Bytes::new()).await.unwrap();
-    let path = Path::new("/s/jobs").join(Record::example(1).key.directory()).join("record.json");
+    journal.accept(&examples::record(1), Bytes::new()).await.unwrap();
+    let path = Path::new("/s/jobs").join(examples::record(1).key.directory()).join("record.json");
     files.replace(&path, br#"{"version":4,"something":"new"}"#.to_vec()).await.unwrap();
     let before = files.contents();
     let error = journal.load_all().await.unwrap_err();
@@ -76,7 +88,7 @@ async fn what_a_disk_is_tried_with_is_removed_at_the_latest_by_the_next_start() 
     let files = MemoryFiles::default();
     let journal = journal(&files).await;
     files.fail_writes(Some(io::ErrorKind::StorageFull));
-    journal.accept(&Record::example(1), Bytes::new()).await.unwrap_err();
+    journal.accept(&examples::record(1), Bytes::new()).await.unwrap_err();
     journal.look_well().await.unwrap_err();
     files.fail_writes(None);
     // Written, and the call that removes it fails.

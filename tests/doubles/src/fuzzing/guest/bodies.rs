@@ -1,12 +1,12 @@
 //! What stands behind and beside a head: chunks, ranges, updates.
 
 use super::requests::{by_hyper, dechunked};
-use crate::guest::body::object;
-use crate::guest::chunks::Chunks;
-use crate::guest::handler::RunnerRequest;
-use crate::guest::trace::{self, parse_content_range};
-use crate::guest::update::{Said, Update};
 use crate::pieces::{Cuts, Peer};
+use dayfly::guest::readers::Chunks;
+use dayfly::guest::readers::RunnerRequest;
+use dayfly::guest::readers::object;
+use dayfly::guest::readers::{self, parse_content_range};
+use dayfly::guest::readers::{Said, Update};
 use http::header::{CONTENT_RANGE, HeaderMap, HeaderValue};
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
@@ -58,9 +58,9 @@ pub fn content_range(input: &[u8]) {
         let Ok(header) = HeaderValue::from_str(value) else { continue };
         let mut headers = HeaderMap::new();
         headers.append(CONTENT_RANGE, header.clone());
-        assert_eq!(trace::content_range(&headers, length).map(u128::from), right);
+        assert_eq!(readers::content_range(&headers, length).map(u128::from), right);
         headers.append(CONTENT_RANGE, header);
-        assert_eq!(trace::content_range(&headers, length), None, "two ranges name one offset");
+        assert_eq!(readers::content_range(&headers, length), None, "two ranges name one offset");
     }
 }
 
@@ -88,7 +88,7 @@ pub fn update_body(input: &[u8]) {
             let told = members.get("exit_code").is_some_and(|code| code.get() != "null");
             assert_eq!(verdict.exit_code.is_some(), told);
             let again = serde_json::to_vec(&verdict).unwrap();
-            assert_eq!(serde_json::from_slice::<crate::gitlab::Verdict>(&again).unwrap(), verdict);
+            assert_eq!(serde_json::from_slice::<dayfly::gitlab::Verdict>(&again).unwrap(), verdict);
         }
     }
 }

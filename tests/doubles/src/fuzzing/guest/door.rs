@@ -1,17 +1,18 @@
 //! A whole door on paused time, with a job and a GitLab that note what reaches them, and guests that speak bytes.
 
-use crate::BoxFuture;
-use crate::clock::Clock;
-use crate::files::{Files as _, fake::MemoryFiles};
-use crate::gitlab::transport::{Body, BodyError, Call, TransportError, full};
-use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
-use crate::guest::{Admission, GuestEvent, GuestPass, GuestView, HandOut, Limits, VerdictAnswer, admit};
-use crate::metrics::Metrics;
-use crate::rng::Rng;
-use crate::secret::Secret;
-use crate::spool::Spool;
-use crate::vm::{DoorListener, Stream, VmId};
+use crate::files::MemoryFiles;
 use bytes::Bytes;
+use dayfly::BoxFuture;
+use dayfly::clock::Clock;
+use dayfly::files::Files as _;
+use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
+use dayfly::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
+use dayfly::guest::{Admission, GuestEvent, GuestPass, GuestView, HandOut, Limits, VerdictAnswer, admit};
+use dayfly::metrics::Metrics;
+use dayfly::rng::Rng;
+use dayfly::secret::Secret;
+use dayfly::spool::Spool;
+use dayfly::vm::{DoorListener, Stream, VmId};
 use dayfly_guest_config::{Greeting, Pass};
 use http_body::Frame;
 use http_body_util::BodyExt as _;
@@ -80,12 +81,15 @@ pub(super) struct Gitlab {
     pub(super) says: Mutex<Bytes>,
 }
 
-impl Transport for Arc<Gitlab> {
+/// The way to it.
+struct Way(Arc<Gitlab>);
+
+impl Transport for Way {
     fn call(&self, call: Call) -> BoxFuture<'static, Result<http::Response<Body>, TransportError>> {
-        let (me, mood) = (Arc::clone(self), *self.mood.lock().unwrap());
+        let (me, mood) = (Arc::clone(&self.0), *self.0.mood.lock().unwrap());
         let (parts, mut body) = call.request.into_parts();
         let index = {
-            let mut seen = self.seen.lock().unwrap();
+            let mut seen = self.0.seen.lock().unwrap();
             let headers = parts.headers.iter().map(|(k, v)| (k.to_string(), v.to_str().unwrap().to_owned()));
             seen.push(Seen {
                 method: parts.method.to_string(),
@@ -185,7 +189,7 @@ impl Door {
         let gitlab = Arc::new(Gitlab::default());
         let (entrance, entering) = mpsc::channel(8);
         let pass = Pass::new(rng.bytes());
-        let transport: Arc<dyn Transport> = Arc::new(Arc::clone(&gitlab));
+        let transport: Arc<dyn Transport> = Arc::new(Way(Arc::clone(&gitlab)));
         let guest_pass = admit(Admission {
             vm: VmId::random(&rng),
             listener: Box::new(Entrance(entering)),

@@ -16,7 +16,7 @@ pub use faults::{Fault, Op};
 pub use guest::{Doors, GuestMachine, GuestScript, Power};
 pub use wire::GuestEnd;
 
-use super::{Ending, HostInfo, Pause, Stream, VmId, VmName, VmSpec, VmState};
+use dayfly::vm::{Ending, HostInfo, Pause, Stream, VmId, VmName, VmSpec, VmState};
 use faults::Faults;
 use guest::Control;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -1,8 +1,8 @@
 //! A hypervisor whose machines are processes: for the kill harness, which ends daemons by SIGKILL and judges what
 //! outlives them. It needs neither libvirt nor QEMU, and starts a machine in milliseconds.
 //!
-//! `hypervisor.uri = "processes:///DIRECTORY"` chooses it, in builds with the feature `test-util` only; any other
-//! build hands the address to libvirt, which refuses it. In the directory are
+//! `hypervisor.uri = "processes:///DIRECTORY"` chooses it, in the program `dayfly-under-test` only; dayfly hands the
+//! address to libvirt, which refuses it. In the directory are
 //!
 //! ```text
 //! guest            the program that each machine runs, made by the harness
@@ -16,13 +16,14 @@
 //! A description without a lock is what a start or a machine left behind; who finds it removes it. Overlays and sockets
 //! are the real ones.
 
-use super::libvirt::{Config, Libvirt};
-use super::paths::RealPaths;
-use super::{DoorListener, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary};
-use crate::BoxFuture;
-use crate::failpoint::{self, Point};
-use crate::files::plain;
-use crate::process::start_outliving;
+use dayfly::BoxFuture;
+use dayfly::failpoint::{self, Point};
+use dayfly::files::plain;
+use dayfly::vm::libvirt::{Config, Libvirt};
+use dayfly::vm::paths::RealPaths;
+use dayfly::vm::{
+    DoorListener, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary,
+};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,7 @@ use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -142,6 +144,17 @@ fn spawn(directory: &Path, path: &Path, spec: &VmSpec) -> io::Result<()> {
     let [channel, console] = [VmSpec::channel_socket, VmSpec::console_socket].map(|of| of(&spec.socket_dir, &spec.id));
     // The lock tells its end, so nobody need wait for it.
     start_outliving(&directory.join("guest"), &[&channel, &console], file, log)
+}
+
+/// Starts a program that lives on whatever becomes of us: in a process group of its own, without our environment.
+/// Its input is `input`, whose lock it inherits, what it complains of goes to `log`. Tokio buries it, if we live so long.
+fn start_outliving(program: &Path, arguments: &[&Path], input: File, log: File) -> io::Result<()> {
+    #[expect(clippy::disallowed_methods, reason = "no helper with a deadline, but what outlives us on purpose")]
+    let mut command = tokio::process::Command::new(program);
+    command.args(arguments).env_clear();
+    command.stdin(Stdio::from(input)).stdout(Stdio::null()).stderr(Stdio::from(log)).process_group(0);
+    drop(command.spawn()?);
+    Ok(())
 }
 
 impl Hypervisor for Processes {

@@ -1,21 +1,17 @@
 //! What must hold for any bytes of GitLab? Its payloads and its answers; see [`crate::fuzzing`].
 
-use super::answers::{error, is_json, is_page, job_status, media_type, range_size, retry_after, update_interval};
-use super::payload::salvage;
-use super::transport::full;
-use super::{GitlabError, JobPayload, JobStatus, calls};
 use crate::pieces::now;
-use crate::secret::Secret;
 use bytes::Bytes;
+use dayfly::gitlab::readers::{
+    error, is_json, is_page, job_status, media_type, range_size, retry_after, salvage, update_interval,
+};
+use dayfly::gitlab::transport::full;
+use dayfly::gitlab::{GitlabError, JobPayload, JobStatus};
+use dayfly::secret::Secret;
 use http::header::{HeaderName, HeaderValue};
 use http::{Response, StatusCode};
 use serde_json::Value;
 use std::time::Duration;
-
-/// A query as it goes out.
-pub(crate) fn sent_query(pairs: &[(String, String)]) -> String {
-    calls::query(pairs)
-}
 
 /// A payload is kept as it came, or refused; with a timeout lowered, it differs from what came in that number and in
 /// nothing else; its names are fit for people, and what can be read whole can be salvaged.

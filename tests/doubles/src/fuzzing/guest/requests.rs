@@ -1,12 +1,12 @@
 //! Whole connections: the requests that a stream of bytes is, read by us, by hyper behind our wire, and by hyper alone.
 
 use super::door::METRICS;
-use crate::guest::chunks::{BadChunk, Chunks};
-use crate::guest::head::{FIELDS_MAX, Framing, Scan, check, scan};
-use crate::guest::wire::{Notes, Times, Wire};
 use crate::pieces::{Peer, now};
-use crate::vm::Stream;
 use bytes::{Bytes, BytesMut};
+use dayfly::guest::readers::{BadChunk, Chunks};
+use dayfly::guest::readers::{FIELDS_MAX, Framing, Scan, check, scan};
+use dayfly::guest::readers::{Notes, Times, Wire};
+use dayfly::vm::Stream;
 use http::{HeaderMap, Request as HttpRequest, Response, StatusCode};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Full};

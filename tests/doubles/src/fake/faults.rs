@@ -1,12 +1,12 @@
 //! What goes wrong in the fake, and when: asked once per call, before it has any effect.
 
-use crate::vm::VmName;
+use dayfly::vm::VmName;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
-/// A call of [`Hypervisor`](crate::vm::Hypervisor), or of the [`Paths`](crate::vm::paths::Paths) beside it.
+/// A call of [`Hypervisor`](dayfly::vm::Hypervisor), or of the [`Paths`](dayfly::vm::paths::Paths) beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[expect(missing_docs, reason = "the traits document their calls")]
 pub enum Op {

@@ -1,12 +1,12 @@
 //! Request heads, routes, queries and headers: what we take them for, and what hyper does.
 
 use super::requests::{Request, by_hyper};
-use crate::clock::Clock;
-use crate::gitlab::JobId;
-use crate::guest::artifacts::{request_headers, response_headers};
-use crate::guest::head::{FIELDS_MAX, Framing, HEAD_BYTES_MAX, Scan, TARGET_BYTES_MAX, check, scan};
-use crate::guest::routes::{self, JobRoute, NoRoute, Query, Route};
 use crate::pieces::{Cuts, Peer};
+use dayfly::clock::Clock;
+use dayfly::gitlab::JobId;
+use dayfly::guest::readers::{self, JobRoute, NoRoute, Query, Route};
+use dayfly::guest::readers::{FIELDS_MAX, Framing, HEAD_BYTES_MAX, Scan, TARGET_BYTES_MAX, check, scan};
+use dayfly::guest::readers::{request_headers, response_headers};
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::{Request as HttpRequest, StatusCode};
 
@@ -73,7 +73,7 @@ fn routed(method: &str, target: &str) {
         ("GET", "/runtime_environment_key", JobRoute::EnvironmentKey),
     ];
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let found = routes::route(method, path);
+    let found = readers::route(method, path);
     match found {
         Ok(Route::Job(JobId(id), route)) => {
             assert!(id > 0);
@@ -89,7 +89,7 @@ fn routed(method: &str, target: &str) {
             assert!(path.starts_with("/api/v4/runners") && ["POST", "DELETE"].contains(&method));
         }
         Err(NoRoute::Method(allowed)) => {
-            assert!(allowed.split(", ").all(|allowed| allowed != method && routes::route(allowed, path).is_ok()));
+            assert!(allowed.split(", ").all(|allowed| allowed != method && readers::route(allowed, path).is_ok()));
         }
         Err(NoRoute::NotFound) => {
             let id = path.strip_prefix("/api/v4/jobs/").and_then(|rest| rest.split('/').next()).unwrap_or("");
@@ -113,7 +113,7 @@ fn routed(method: &str, target: &str) {
         assert_eq!(read.pairs.iter().filter(|(other, _)| other == key).count(), 1);
     }
     // What GitLab gets to read is what was asked, and reads back as itself.
-    let sent = crate::gitlab::fuzzing::sent_query(&read.pairs);
+    let sent = dayfly::gitlab::readers::query(&read.pairs);
     let sent = sent.strip_prefix('?').unwrap_or_default();
     let again = Query::parse(sent, keys).expect("what is sent would be let through").pairs;
     let plain = |pairs: &[(String, String)]| pairs.iter().map(|(k, v)| (decoded(k), decoded(v))).collect::<Vec<_>>();

@@ -2,9 +2,13 @@
 //!
 //! `golden/version-N.json` has one record a line, as that version wrote them: never edited, only added to.
 
-use super::format::{Unreadable, unseal};
-use super::*;
-use crate::files::fake::MemoryFiles;
+use dayfly::files::Files as _;
+use dayfly::gitlab::JobId;
+use dayfly::job::journal::format::{Unreadable, parse, seal, unseal};
+use dayfly::job::journal::{JobKey, Journal, JournalError, Loaded, RECORD_VERSION};
+use dayfly_doubles::files::MemoryFiles;
+use std::path::Path;
+use std::sync::Arc;
 
 const GOLDEN: [(&str, &str); 3] = [
     ("1", include_str!("golden/version-1.json")),

@@ -4,9 +4,9 @@ use super::faults::{Fault, Op};
 use super::guest::{Control, Controlled, Doors, GuestMachine, Power};
 use super::wire::Wire;
 use super::{DOOR_BACKLOG, FakeHypervisor, Machine, Overlay, World};
-use crate::BoxFuture;
-use crate::vm::paths::Paths;
-use crate::vm::{
+use dayfly::BoxFuture;
+use dayfly::vm::paths::Paths;
+use dayfly::vm::{
     DoorListener, Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState,
     VmSummary,
 };

@@ -1,9 +1,9 @@
 //! Machines whose program is a shell that says that it is up, and sleeps.
 
 use super::*;
-use crate::rng::Rng;
-use crate::vm::VmId;
-use crate::vm::{Accel, Attachment, Boot};
+use dayfly::rng::Rng;
+use dayfly::vm::VmId;
+use dayfly::vm::{Accel, Attachment, Boot};
 use std::os::unix::fs::symlink;
 
 struct Bench {
@@ -43,7 +43,7 @@ impl Bench {
 }
 
 /// Says that it is up, and does nothing for long.
-const SLEEPS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/vm/processes/sleeping-guest");
+const SLEEPS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/processes/sleeping-guest");
 
 #[test]
 fn only_its_own_addresses_choose_it() {

@@ -1,8 +1,8 @@
 //! Files in memory, and files whose N-th call fails.
 
-use super::{Entry, Files};
-use crate::BoxFuture;
 use bytes::Bytes;
+use dayfly::BoxFuture;
+use dayfly::files::{Entry, Files};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};

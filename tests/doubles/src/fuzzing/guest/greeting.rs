@@ -1,7 +1,7 @@
 //! The greeting, from both sides.
 
-use crate::guest::greeting::greet;
 use crate::pieces::{Peer, now};
+use dayfly::guest::readers::greet;
 use dayfly_guest_config::{Greeting, Nonce, PASS_BYTES, Pass};
 
 const PASS: [u8; PASS_BYTES] = [1; PASS_BYTES];

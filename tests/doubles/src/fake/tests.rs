@@ -1,9 +1,9 @@
 //! The fake's own promises. What it shares with libvirt is in `tests/backend`.
 
 use super::*;
-use crate::rng::Rng;
-use crate::vm::paths::Paths as _;
-use crate::vm::{Accel, Attachment, Boot, Hypervisor as _, VmError, VmSummary};
+use dayfly::rng::Rng;
+use dayfly::vm::paths::Paths as _;
+use dayfly::vm::{Accel, Attachment, Boot, Hypervisor as _, VmError, VmSummary};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
 

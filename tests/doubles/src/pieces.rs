@@ -12,23 +12,23 @@ use tokio::runtime::{Builder, Runtime};
 
 /// How an input is cut into pieces: lengths that follow from its checksum. One input in four comes whole.
 #[derive(Clone, Debug)]
-pub struct Cuts(u32);
+pub(crate) struct Cuts(u32);
 
 impl Cuts {
     /// Those of this input.
-    pub fn of(input: &[u8]) -> Self {
+    pub(crate) fn of(input: &[u8]) -> Self {
         Self(crc32fast::hash(input))
     }
 
     /// The next number, any.
-    pub fn number(&mut self) -> usize {
+    pub(crate) fn number(&mut self) -> usize {
         // Numerical Recipes' generator; its upper bits are the better ones.
         self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         usize::try_from(self.0 >> 8).unwrap_or_default()
     }
 
     /// The length of the next piece: mostly short, never 0.
-    pub fn piece(&mut self) -> usize {
+    pub(crate) fn piece(&mut self) -> usize {
         match self.number() % 4 {
             0 => usize::MAX,
             1 => 1,
@@ -38,7 +38,7 @@ impl Cuts {
     }
 
     /// `bytes` in pieces, 64 at most.
-    pub fn pieces<'a>(&mut self, mut bytes: &'a [u8]) -> Vec<&'a [u8]> {
+    pub(crate) fn pieces<'a>(&mut self, mut bytes: &'a [u8]) -> Vec<&'a [u8]> {
         let mut pieces = Vec::new();
         while !bytes.is_empty() {
             let length = if pieces.len() < 63 { self.piece() } else { usize::MAX };
@@ -52,18 +52,18 @@ impl Cuts {
 
 /// What the other side has heard. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Heard(Arc<Mutex<Vec<u8>>>);
+pub(crate) struct Heard(Arc<Mutex<Vec<u8>>>);
 
 impl Heard {
     /// What was heard.
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 /// A stream whose other side says `first` at once and `then` once it has heard something; then it ends, or waits.
 #[derive(Debug)]
-pub struct Peer {
+pub(crate) struct Peer {
     first: Vec<u8>,
     then: Vec<u8>,
     waits: bool,
@@ -74,13 +74,13 @@ pub struct Peer {
 
 impl Peer {
     /// A peer, and what it will have heard.
-    pub fn new(first: &[u8], then: &[u8]) -> (Self, Heard) {
+    pub(crate) fn new(first: &[u8], then: &[u8]) -> (Self, Heard) {
         let (cuts, heard) = (Cuts::of(&[first, then].concat()), Heard::default());
         (Self { first: first.to_vec(), then: then.to_vec(), waits: false, said: 0, cuts, heard: heard.clone() }, heard)
     }
 
     /// One that says this and then nothing, for ever: hyper gives up what it has read of one that ends.
-    pub fn waiting(bytes: &[u8]) -> Self {
+    pub(crate) fn waiting(bytes: &[u8]) -> Self {
         Self { waits: true, ..Self::new(bytes, b"").0 }
     }
 }
@@ -127,7 +127,7 @@ impl Wake for Woken {
 
 /// Runs a future that waits for nothing but itself; `None` if it waits for something that will never come. It may make
 /// timers, whose time never comes.
-pub fn now<T>(future: impl Future<Output = T>) -> Option<T> {
+pub(crate) fn now<T>(future: impl Future<Output = T>) -> Option<T> {
     thread_local! {
         static RUNTIME: Runtime = Builder::new_current_thread().enable_time().build().unwrap();
     }

@@ -1,8 +1,8 @@
 //! Files on a file system that can be frozen: what changes something waits, as under `fsfreeze`, and reads go on.
 
-use super::{Entry, Files};
-use crate::BoxFuture;
 use bytes::Bytes;
+use dayfly::BoxFuture;
+use dayfly::files::{Entry, Files};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;

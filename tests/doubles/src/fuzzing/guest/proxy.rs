@@ -5,9 +5,9 @@ use super::door::{
     on_paused_time,
 };
 use super::requests::{Request, predicted};
-use crate::gitlab::JobStatus;
 use crate::pieces::Cuts;
 use bytes::Bytes;
+use dayfly::gitlab::JobStatus;
 use std::time::Duration;
 
 /// Begins an act in an input of [`proxy`]; in no request that is served stands such a byte outside of a body.

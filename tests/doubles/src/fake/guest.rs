@@ -2,8 +2,8 @@
 
 use super::FakeHypervisor;
 use super::wire::GuestEnd;
-use crate::BoxFuture;
-use crate::vm::{Ending, Pause, Stream, VmId, VmName, VmSpec};
+use dayfly::BoxFuture;
+use dayfly::vm::{Ending, Pause, Stream, VmId, VmName, VmSpec};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;

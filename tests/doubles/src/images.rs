@@ -1,0 +1,88 @@
+//! One image, on no disk: the fake hypervisor reads none.
+
+use dayfly::BoxFuture;
+use dayfly::image::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, Manifest, RunnerOrigin};
+use dayfly::image::stamp::Stamp;
+use dayfly::image::store::{Image, ImageError, Images};
+use dayfly::machine_spec::ImageRef;
+use dayfly::vm::Boot;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The image `test`, boot-tested, with an official runner.
+#[must_use]
+pub fn image() -> Image {
+    let file = |name: &str| ImageFile { file: name.into(), bytes: 1, sha256: String::new() };
+    Image {
+        name: "test".into(),
+        dir: "/images/test".into(),
+        disk: "/images/test/disk.qcow2".into(),
+        disk_bytes: 1 << 30,
+        boot: Boot::Disk,
+        manifest: Manifest {
+            format_version: 1,
+            name: "test".into(),
+            architecture: "x86_64".into(),
+            boot: BootKind::Disk,
+            cmdline: None,
+            contract: dayfly_guest_config::CONTRACT,
+            executor: "shell".into(),
+            info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
+            runner: ImageRunner {
+                version: "19.3.0".into(),
+                revision: None,
+                origin: RunnerOrigin::Path,
+                sha256: String::new(),
+            },
+            disk: file("disk.qcow2"),
+            kernel: None,
+            initrd: None,
+            build: BuildInputs::default(),
+        },
+        stamp: Stamp::default(),
+    }
+}
+
+/// A store that holds one image and nothing else. Clones share it.
+#[derive(Clone, Debug)]
+pub struct OneImage {
+    image: Image,
+    missing: Arc<AtomicBool>,
+}
+
+impl OneImage {
+    /// This image.
+    #[must_use]
+    pub fn new(image: Image) -> Self {
+        Self { image, missing: Arc::default() }
+    }
+
+    /// Somebody takes it away, or brings it back.
+    pub fn set_missing(&self, missing: bool) {
+        self.missing.store(missing, Ordering::Relaxed);
+    }
+
+    fn get(&self, name: &str) -> Result<Image, ImageError> {
+        if self.image.name == name && !self.missing.load(Ordering::Relaxed) {
+            Ok(self.image.clone())
+        } else {
+            Err(ImageError::Missing { name: name.to_owned(), directory: self.image.dir.clone() })
+        }
+    }
+}
+
+impl Images for OneImage {
+    fn load<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Image, ImageError>> {
+        Box::pin(std::future::ready(self.get(name)))
+    }
+
+    fn load_version<'a>(&'a self, wanted: &'a ImageRef) -> BoxFuture<'a, Result<Image, ImageError>> {
+        let image = self.get(&wanted.name).and_then(|image| {
+            if image.digest() == wanted.digest {
+                return Ok(image);
+            }
+            Err(ImageError::Replaced { name: wanted.name.clone(), digest: wanted.digest.clone() })
+        });
+        Box::pin(std::future::ready(image))
+    }
+}
