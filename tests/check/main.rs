@@ -10,6 +10,7 @@
 )]
 
 mod advisories;
+mod branches;
 mod modules;
 mod pages;
 mod programs;

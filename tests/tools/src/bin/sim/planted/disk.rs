@@ -22,9 +22,8 @@ pub(super) struct Disk {
 
 /// Whether this is the record of a job that names a machine which its guest has not asked from yet.
 fn names_a_new_machine(bytes: &[u8]) -> bool {
-    parse(bytes).is_ok_and(|record| {
-        record.machine.is_some() && matches!(record.state, State::Accepted | State::Booting { .. })
-    })
+    parse(bytes)
+        .is_ok_and(|record| record.machine.is_some() && matches!(record.state, State::Accepted | State::Booting { .. }))
 }
 
 impl Disk {

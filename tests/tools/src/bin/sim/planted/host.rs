@@ -3,11 +3,11 @@
 use super::Bug;
 use crate::mortal::Life;
 use dayfly::BoxFuture;
-use dayfly_doubles::fake::{FakeHypervisor, Op};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{
     DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
+use dayfly_doubles::fake::{FakeHypervisor, Op};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
