@@ -39,8 +39,9 @@ need_packages() {
 
 # What building needs, and what running guests and making images needs.
 build_packages=(build-essential pkg-config libvirt-dev)
-host_packages=(qemu-system-x86 qemu-utils libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system
-    libvirt-clients mmdebstrap uidmap e2fsprogs cpio git ca-certificates dbus)
+guest_packages=(qemu-system-x86 qemu-utils mmdebstrap uidmap e2fsprogs cpio git ca-certificates)
+host_packages=("${guest_packages[@]}" libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-clients
+    dbus)
 
 # need_cargo: a Rust that is new enough, by rustup where it can be reached.
 need_cargo() {
@@ -100,7 +101,7 @@ runtime_directory = "$trial/run"
 image_directory = "$trial/images"
 
 [hypervisor]
-uri = "$trial_libvirt"
+$(if [ "$trial_libvirt" = none ]; then echo 'backend = "qemu"'; else echo "uri = \"$trial_libvirt\""; fi)
 
 [[class]]
 name = "trial"
@@ -110,7 +111,7 @@ END
     own_trial
 }
 
-# What the scripts run guests with, and in.
+# What the scripts run guests with (`none`: QEMU without libvirt), and in.
 trial_libvirt=qemu:///session
 trial_image=debian-12-shell
 

@@ -2,11 +2,15 @@
 //!
 //! A child gets a deadline, a cap on what it may print, an environment of exactly what the caller
 //! names, and a process group of its own. On the deadline, on too much output and when the future
-//! is dropped the whole group is killed; nothing that we start outlives its caller. No secret goes
+//! is dropped the whole group is killed; nothing that we start so outlives its caller. What must outlive it, as
+//! a machine does, is started by `outliving`. No secret goes
 //! into arguments: others can read them; give it by [`Program::stdin`]. Knows nothing of jobs or VMs.
 
+mod outliving;
 mod replace;
 
+pub(crate) use outliving::bounded_log;
+pub use outliving::start_outliving;
 pub(crate) use replace::replace_by;
 
 use rustix::process::{Pid, Signal, kill_process_group};

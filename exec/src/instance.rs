@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -33,6 +34,9 @@ const WAIT_STEP: Duration = Duration::from_millis(100);
 const RUNTIME_BYTES_MAX: usize = 78;
 /// Bytes of `place.json` at most.
 const PLACE_BYTES_MAX: u64 = 16 * 1024;
+
+/// The hypervisor of the run with this runtime directory: without libvirt each has its own.
+pub type Machines<'a> = dyn Fn(&Path) -> Arc<dyn Hypervisor> + Sync + 'a;
 
 /// Why there is no place for this run.
 #[derive(Debug, thiserror::Error)]
@@ -122,20 +126,21 @@ impl Directories {
         Ok(Self { work, runtime })
     }
 
-    /// Reaps dead runs at `uri`, then makes a place for this one.
+    /// Reaps dead runs at `uri`, then makes a place for this one. `machines`: those of the run with this runtime
+    /// directory.
     ///
     /// # Errors
     /// [`InstanceError`]. What cannot be reaped is logged and left for the next run.
     pub async fn claim(
         &self,
         uri: &str,
-        hypervisor: &dyn Hypervisor,
+        machines: &Machines<'_>,
         files: &dyn Files,
         rng: &Rng,
     ) -> Result<Instance, InstanceError> {
         make_directory(&self.work)?;
         let _starting = self.wait_for_turn().await?;
-        self.reap(uri, hypervisor).await;
+        self.reap(uri, machines).await;
         let name: String = VmId::random(rng).as_str().chars().take(8).collect();
         let root = child(&self.work, &name);
         let runtime = child(&self.runtime, &name);
@@ -169,14 +174,14 @@ impl Directories {
         }
     }
 
-    async fn reap(&self, uri: &str, hypervisor: &dyn Hypervisor) {
+    async fn reap(&self, uri: &str, machines: &Machines<'_>) {
         let Ok(entries) = std::fs::read_dir(&self.work) else { return };
         let mut roots: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
         roots.sort();
         for root in roots {
             // Held: it lives. The lock is let go before the directory is removed, under our turn's.
             let Ok(_lock) = daemon::lock(&root) else { continue };
-            match self.reap_one(&root, uri, hypervisor).await {
+            match self.reap_one(&root, uri, machines).await {
                 Ok(true) => tracing::info!(path = %root.display(), "removed what an interrupted run left"),
                 Ok(false) => {}
                 Err(error) => {
@@ -191,7 +196,7 @@ impl Directories {
         &self,
         root: &Path,
         uri: &str,
-        hypervisor: &dyn Hypervisor,
+        machines: &Machines<'_>,
     ) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
         let place: Option<Place> = read_json(&root.join("place.json"))?;
         if let Some(place) = &place {
@@ -199,7 +204,7 @@ impl Directories {
                 return Ok(false);
             }
             if let Some(installation) = read_json::<Installation>(&root.join("state/installation.json"))? {
-                destroy_all(hypervisor, &installation).await?;
+                destroy_all(&*machines(&place.runtime), &installation).await?;
             }
             // Only below the directory where we would have made it.
             if place.runtime.parent() == Some(self.runtime.as_path()) {
@@ -303,7 +308,7 @@ mod tests {
         }
 
         async fn claim(&self, uri: &str) -> Instance {
-            self.directories().claim(uri, &self.hypervisor, &RealFiles, &self.rng).await.unwrap()
+            self.directories().claim(uri, &|_| Arc::new(self.hypervisor.clone()), &RealFiles, &self.rng).await.unwrap()
         }
 
         /// A VM of this installation.

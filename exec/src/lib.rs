@@ -40,12 +40,12 @@ pub use session::{EXIT_INTERRUPTED, EXIT_OURS, EXIT_TIMEOUT, Session};
 
 use clap::Parser as _;
 use dayfly::config::{Class, Config, Runner, Span};
-use dayfly::daemon::{Backends, DaemonError};
+use dayfly::daemon::{Backends, DaemonError, socket_directory};
 use dayfly::gitlab::{ProxyEnvironment, RealLimits, RealOpenTransport};
 use dayfly::image::store::ImageError;
 use dayfly::network::PortRange;
 use dayfly::telemetry::{self, chain};
-use dayfly::vm::libvirt::AccelChoice;
+use dayfly::vm::{AccelChoice, Backend};
 use given::{Given, GivenError};
 use instance::{Directories, Instance, InstanceError};
 use pipeline::sources::Directory;
@@ -126,13 +126,16 @@ struct Args {
     /// Directory for what a run needs while it lasts
     #[arg(long, value_name = "DIR")]
     work_directory: Option<PathBuf>,
-    /// Hypervisor
+    /// libvirt's address, or `none`: QEMU without libvirt
     #[arg(long, value_name = "URI", default_value = "qemu:///session")]
     libvirt: String,
     /// Say more: -v what dayfly does, -vv each call
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
 }
+
+/// In place of libvirt's address.
+const NO_LIBVIRT: &str = "none";
 
 fn parse_accel(text: &str) -> Result<AccelChoice, String> {
     match text {
@@ -288,13 +291,17 @@ async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
         screen.say(&format!("image `{}` holds dayfly's stand-in runner, not the official gitlab-runner", args.image));
     }
     let directories = Directories::choose(args.work_directory.clone())?;
-    let claim = directories.claim(&args.libvirt, &*backends.host.hypervisor, &*backends.files, &backends.rng);
+    let hypervisor = config.hypervisor.clone();
+    let host = |runtime: &Path| hypervisor.host(&socket_directory(runtime));
+    let machines = |runtime: &Path| host(runtime).hypervisor;
+    let claim = directories.claim(&args.libvirt, &machines, &*backends.files, &backends.rng);
     let instance = tokio::select! {
         biased;
         // The interrupt first: nothing of this run exists yet.
         Some(()) = interrupts.recv() => return Ok(EXIT_INTERRUPTED),
         instance = claim => instance?,
     };
+    backends.host = host(&instance.runtime);
     let hypervisor = backends.host.hypervisor.clone();
     let prepared = prepare(&mut config, &instance, repository.as_ref(), &backends).await;
     let code = match prepared {
@@ -393,7 +400,11 @@ fn config(args: &Args) -> Config {
         }],
         ..Config::default()
     };
-    config.hypervisor.uri.clone_from(&args.libvirt);
+    if args.libvirt == NO_LIBVIRT {
+        config.hypervisor.backend = Backend::Qemu;
+    } else {
+        config.hypervisor.uri.clone_from(&args.libvirt);
+    }
     config.hypervisor.accel = args.accel;
     config.network.guest_ports = GUEST_PORTS;
     config

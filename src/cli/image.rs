@@ -7,8 +7,8 @@ use crate::image::build::{BuildRequest, RECIPES, RunnerSource, build, find_guest
 use crate::image::store::{Image, ImageStore, Images as _};
 use crate::rng::Rng;
 use crate::telemetry::printable;
-use crate::vm::libvirt::{AccelChoice, Libvirt};
-use crate::vm::{Accel, VmId, proof};
+use crate::vm::AccelChoice;
+use crate::vm::{Accel, Backend, VmId, proof};
 use anyhow::{Context as _, bail};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ pub(super) struct Args {
     /// Where images are, instead of `image_directory` of the configuration
     #[arg(long, global = true, value_name = "DIR")]
     image_directory: Option<PathBuf>,
-    /// libvirt URI for boot tests, instead of `hypervisor.uri`
+    /// libvirt URI for boot tests, instead of `hypervisor.uri`, or `none`: QEMU without libvirt
     #[arg(long, global = true, value_name = "URI")]
     libvirt: Option<String>,
     /// Virtualisation for boot tests, instead of `hypervisor.accel`
@@ -70,7 +70,11 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
     if let Some(directory) = args.image_directory {
         config.image_directory = std::path::absolute(directory)?;
     }
-    config.hypervisor.uri = args.libvirt.unwrap_or(config.hypervisor.uri);
+    match args.libvirt {
+        Some(uri) if uri == "none" => config.hypervisor.backend = Backend::Qemu,
+        Some(uri) => (config.hypervisor.backend, config.hypervisor.uri) = (Backend::Libvirt, uri),
+        None => {}
+    }
     config.hypervisor.accel = args.accel.unwrap_or(config.hypervisor.accel);
     let store = ImageStore::new(&config.image_directory);
     match args.command {
@@ -164,8 +168,8 @@ pub(super) fn describe(image: &Image) -> String {
 
 /// Boots an image once, with files of its own that are gone afterwards.
 async fn boot(config: &Config, image: &Image) -> anyhow::Result<Booted> {
-    let host = Libvirt::new(&config.hypervisor).host();
     let sockets = tempfile::Builder::new().prefix("dayfly-").tempdir_in("/tmp")?;
+    let host = config.hypervisor.host(sockets.path());
     let accel = match config.hypervisor.accel {
         AccelChoice::Tcg => {
             say("booting under TCG: slow, and it isolates nothing");

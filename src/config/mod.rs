@@ -38,7 +38,7 @@ pub struct Config {
     /// Section `[log]`.
     pub log: telemetry::Config,
     /// Section `[hypervisor]`.
-    pub hypervisor: vm::libvirt::Config,
+    pub hypervisor: vm::Config,
     /// Section `[network]`.
     pub network: network::Config,
     /// Section `[capacity]`.
@@ -59,7 +59,7 @@ impl Default for Config {
             image_directory: "/var/lib/dayfly/images".into(),
             concurrent: 1,
             log: telemetry::Config::default(),
-            hypervisor: vm::libvirt::Config::default(),
+            hypervisor: vm::Config::default(),
             network: network::Config::default(),
             capacity: capacity::Config::default(),
             limits: Limits::default(),

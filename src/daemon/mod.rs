@@ -24,6 +24,7 @@ mod wiring;
 
 pub use error::DaemonError;
 pub use installation::Installation;
+pub use places::socket_directory;
 pub use process::{Connect, Lock, lock, main};
 pub use reload::{ReloadError, Reloader};
 pub use setup::endpoint;
@@ -140,7 +141,7 @@ pub async fn run(config: Config, backends: Backends, shutdown: Shutdown) -> Resu
 pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Result<Daemon, DaemonError> {
     let files = backends.files.clone();
     let overlay_dir = config.state_directory.join("overlays");
-    let socket_dir = config.runtime_directory.join("vm");
+    let socket_dir = socket_directory(&config.runtime_directory);
     backends.host.prepare(&overlay_dir, &socket_dir).await.map_err(|source| DaemonError::Files {
         what: "make the directories for VMs below",
         path: config.state_directory.clone(),

@@ -9,7 +9,7 @@ use crate::config::Config;
 use std::fs::{DirBuilder, Metadata, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Permission bits that the state directory must not have. QEMU's own user must pass (not list) it
 /// on the way to its overlay, so 0711 is right there.
@@ -54,6 +54,12 @@ pub(super) fn check(config: &Config) -> Result<(), DaemonError> {
         }
     }
     Ok(())
+}
+
+/// Where the sockets of machines are, and all else that a back end of our own keeps of them.
+#[must_use]
+pub fn socket_directory(runtime_directory: &Path) -> PathBuf {
+    runtime_directory.join("vm")
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

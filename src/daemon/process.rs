@@ -1,6 +1,6 @@
 //! The process around the daemon: lock, log, signals, systemd, control socket.
 
-use super::{Backends, DaemonError, Reloader, Shutdown, places, start};
+use super::{Backends, DaemonError, Reloader, Shutdown, places, socket_directory, start};
 use crate::clock::Clock;
 use crate::config::{Config, Loaded};
 use crate::control;
@@ -10,7 +10,6 @@ use crate::guest;
 use crate::image::store::ImageStore;
 use crate::rng::Rng;
 use crate::telemetry::chain;
-use crate::vm::libvirt::Libvirt;
 use std::fs::File;
 use std::io::{Read, Seek as _, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
@@ -95,7 +94,7 @@ impl Backends {
     pub fn real(config: &Config) -> Result<Self, DaemonError> {
         let rng = Rng::system();
         Ok(Self {
-            host: Libvirt::new(&config.hypervisor).host(),
+            host: config.hypervisor.host(&socket_directory(&config.runtime_directory)),
             transport: Arc::new(RealOpenTransport::default()),
             files: Arc::new(RealFiles),
             clock: Clock::system(),

@@ -34,7 +34,7 @@ pub(super) async fn accel(
     restart: bool,
     host: Option<&HostInfo>,
 ) -> Result<Accel, DaemonError> {
-    use crate::vm::libvirt::AccelChoice;
+    use crate::vm::AccelChoice;
     match config.hypervisor.accel {
         AccelChoice::Kvm => return Ok(Accel::Kvm),
         AccelChoice::Tcg => {

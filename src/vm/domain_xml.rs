@@ -20,7 +20,7 @@ pub const CHANNEL_NAME: &str = "org.dayfly.guest.0";
 
 /// TCG's translation cache. QEMU's own default grows without bound; 256 MiB cost no visible speed
 /// and are what decision D3 reserves.
-const TB_CACHE_MIB: &str = "256";
+pub(super) const TB_CACHE_MIB: &str = "256";
 
 /// Characters of a runner's name kept in the metadata: it is for people.
 const RUNNER_CHARS_MAX: usize = 200;

@@ -1,20 +1,23 @@
 //! How a machine is started, watched and ended: the hypervisor seam.
 //!
 //! The trait speaks in names and plain data; no handle outlives a call, so a VM that was adopted
-//! after a restart is no special case. Behind it: [`libvirt`], and the fakes of `dayfly-doubles`. What all back ends share
+//! after a restart is no special case. Behind it: [`libvirt`], [`qemu`] without it, and the fakes of `dayfly-doubles`. What all back ends share
 //! stands beside it, as plain structs: [`disks`] and [`sockets`]; a [`Host`] is the three of them.
 //! Used by `supply` (and `recovery`, which lists). No call blocks the async runtime, each has a
 //! deadline of its own, and each may run twice: "already there" and "already gone" are successes.
 
+mod config;
 pub mod console;
 pub mod disks;
 pub mod domain_xml;
 pub mod libvirt;
 pub mod paths;
 pub mod proof;
+pub mod qemu;
 pub mod sockets;
 mod state;
 
+pub use config::{AccelChoice, Backend, Config};
 pub use state::{Ending, Pause, VmState};
 
 use crate::BoxFuture;
@@ -254,7 +257,7 @@ pub enum VmError {
     /// Nobody answers at this address; transient.
     #[error("connect to hypervisor `{uri}`")]
     Unreachable {
-        /// libvirt URI.
+        /// libvirt URI, or path of a socket or program.
         uri: String,
         /// Cause.
         #[source]

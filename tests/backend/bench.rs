@@ -2,10 +2,11 @@
 
 use crate::sector;
 use dayfly::rng::Rng;
-use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
+use dayfly::vm::libvirt::Libvirt;
 use dayfly::vm::proof::sector::LINE;
 use dayfly::vm::{
-    Accel, Attachment, Boot, Ending, Host, Hypervisor, InstallationId, Stream, VmId, VmName, VmSpec, VmState,
+    Accel, AccelChoice, Attachment, Backend, Boot, Config, Ending, Host, Hypervisor, InstallationId, Stream, VmId,
+    VmName, VmSpec, VmState,
 };
 use dayfly_doubles::fake::{FakeHypervisor, Timing};
 use std::io::Write as _;
@@ -34,6 +35,11 @@ pub(crate) struct Bench {
 
 impl Bench {
     fn new(host: Host) -> Self {
+        Self::with(|_| host)
+    }
+
+    /// A host whose machines are kept below the bench's own directory of sockets.
+    fn with(host: impl FnOnce(&Path) -> Host) -> Self {
         let parent = std::env::var_os("DAYFLY_TEST_DIRECTORY").map_or_else(std::env::temp_dir, PathBuf::from);
         let dir = tempfile::Builder::new().prefix("df").tempdir_in(parent).unwrap();
         let mode = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
@@ -46,6 +52,7 @@ impl Bench {
         std::fs::write(dir.path().join("base.qcow2"), sector::disk()).unwrap();
         mode(&dir.path().join("base.qcow2"), 0o644);
         let rng = Rng::system();
+        let host = host(&dir.path().join("sockets"));
         Self { hypervisor: host.hypervisor.clone(), host, installation: VmId::random(&rng), rng, dir }
     }
 
@@ -59,7 +66,7 @@ impl Bench {
 
     /// libvirt's test driver.
     pub(crate) fn test_driver() -> Self {
-        let config = Config { uri: "test:///default".into(), accel: AccelChoice::Tcg };
+        let config = Config { uri: "test:///default".into(), accel: AccelChoice::Tcg, ..Config::default() };
         Self::new(Libvirt::new(&config).with_domain_type("test").host())
     }
 
@@ -69,7 +76,22 @@ impl Bench {
             skipped(test, "DAYFLY_TEST_LIBVIRT_URI is not set");
             return None;
         };
-        Some(Self::new(Libvirt::new(&Config { uri, accel: AccelChoice::Tcg }).host()))
+        Some(Self::new(Libvirt::new(&Config { uri, accel: AccelChoice::Tcg, ..Config::default() }).host()))
+    }
+
+    /// Plain QEMU, where that is asked for; `None` (and a line that says so) elsewhere.
+    pub(crate) fn qemu(test: &str) -> Option<Self> {
+        if std::env::var("DAYFLY_TEST_BACKEND").as_deref() != Ok("qemu") {
+            skipped(test, "DAYFLY_TEST_BACKEND is not qemu");
+            return None;
+        }
+        Some(Self::with(qemu))
+    }
+
+    /// The same bench in the next daemon's eyes, which has plain QEMU, and knows nothing yet.
+    pub(crate) fn next_daemon(&mut self) {
+        self.host = qemu(&self.sockets());
+        self.hypervisor = self.host.hypervisor.clone();
     }
 
     pub(crate) fn disks(&self) -> PathBuf {
@@ -178,6 +200,11 @@ impl Bench {
             assert!(left.is_empty(), "{left:?}");
         }
     }
+}
+
+/// Plain QEMU's host.
+pub(crate) fn qemu(directory: &Path) -> Host {
+    Config { backend: Backend::Qemu, accel: AccelChoice::Tcg, ..Config::default() }.host(directory)
 }
 
 /// Waits until a console prints the boot sector's line from now on.

@@ -1,12 +1,15 @@
 //! What every hypervisor promises. `contract!` makes one test per promise and bench.
 
-use crate::bench::{Bench, await_bytes, await_end, await_line};
-use dayfly::vm::{Ending, VmError, VmId, VmName, VmState, VmSummary};
+use crate::bench::{Bench, LIMIT, await_bytes, await_end, await_line};
+use dayfly::vm::proof::{Places, Subject, prove, prove_kvm};
+use dayfly::vm::{Accel, Ending, VmError, VmId, VmName, VmState, VmSummary};
 use std::io::ErrorKind;
+use std::path::Path;
 use tokio::io::AsyncWriteExt as _;
+use tokio::time::Instant;
 
 macro_rules! contract {
-    (everywhere: $($promise:ident)* ; with guests: $($guests:ident)*) => {
+    (everywhere: $($promise:ident)* ; with guests: $($guests:ident)* ; with QEMU: $($real:ident)*) => {
         mod fake {
             use super::*;
             $(#[tokio::test(start_paused = true)]
@@ -27,8 +30,20 @@ macro_rules! contract {
         }
         mod real {
             use super::*;
-            contract! { @real $($promise)* $($guests)* }
+            contract! { @real $($promise)* $($guests)* $($real)* }
         }
+        mod qemu {
+            use super::*;
+            contract! { @qemu $($promise)* $($guests)* $($real)* }
+        }
+    };
+    (@qemu $($promise:ident)*) => {
+        $(#[tokio::test]
+        async fn $promise() {
+            if let Some(bench) = Bench::qemu(stringify!($promise)) {
+                super::$promise(&bench).await;
+            }
+        })*
     };
     (@real $($promise:ident)*) => {
         $(#[tokio::test]
@@ -56,7 +71,13 @@ contract! {
         a_guest_that_restarts_has_ended
         a_guest_that_panics_or_sleeps_has_ended_and_is_kept_until_it_is_destroyed
         a_new_daemon_finds_channel_and_console_again
-        a_vm_without_a_disk_is_refused_by_name
+        a_vm_without_a_disk_is_refused_by_name;
+    with QEMU:
+        a_socket_path_that_linux_cannot_hold_is_refused_in_words
+        t17_a_vm_leaves_its_base_image_as_it_was
+        a_vm_runs_in_the_directories_that_were_prepared
+        a_guest_under_tcg_proves_itself
+        kvm_is_proven_or_refuted_in_time_and_leaves_nothing
 }
 
 async fn a_vm_is_made_found_and_ended(bench: &Bench) {
@@ -228,4 +249,74 @@ async fn a_door_is_taken_once(bench: &Bench) {
 async fn a_host_says_what_it_can_do(bench: &Bench) {
     let host = bench.hypervisor.probe().await.unwrap();
     assert!(host.cpus > 0 && host.memory_mib > 0 && !host.version.is_empty(), "{host:?}");
+}
+
+async fn a_socket_path_that_linux_cannot_hold_is_refused_in_words(bench: &Bench) {
+    let mut spec = bench.spec();
+    spec.socket_dir = bench.sockets().join("x".repeat(100));
+    let error = bench.hypervisor.start(&spec).await.unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("of 107 that Linux allows: choose a shorter runtime directory"), "{cause}");
+    let error = bench.host.sockets.channel(&spec.socket_dir, &spec.id).await.err().unwrap();
+    assert!(error.to_string().contains("107"), "{error}");
+}
+
+/// T17: bytes, owner, mode and times of it.
+async fn t17_a_vm_leaves_its_base_image_as_it_was(bench: &Bench) {
+    let facts = || {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = std::fs::metadata(bench.base()).unwrap();
+        (std::fs::read(bench.base()).unwrap(), file.uid(), file.gid(), file.mode(), file.mtime(), file.mtime_nsec())
+    };
+    let before = facts();
+    let (spec, _) = bench.started().await;
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    assert_eq!(facts(), before, "also its owner, while a VM runs on it");
+    bench.end(&spec).await;
+    assert_eq!(facts(), before);
+}
+
+async fn a_vm_runs_in_the_directories_that_were_prepared(bench: &Bench) {
+    let (disks, sockets) = (bench.disks().join("above/overlays"), bench.sockets().join("made"));
+    for _ in 0..2 {
+        bench.host.prepare(&disks, &sockets).await.unwrap();
+    }
+    let mut spec = bench.spec();
+    (spec.overlay, spec.socket_dir) = (disks.join(format!("df-{}.qcow2", spec.id)), sockets.clone());
+    bench.host.disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
+    bench.hypervisor.start(&spec).await.unwrap();
+    await_line(&mut bench.console(&spec).await).await;
+    bench.end(&spec).await;
+    for dir in [&disks, &sockets] {
+        assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
+    }
+}
+
+async fn a_guest_under_tcg_proves_itself(bench: &Bench) {
+    let (disks, sockets) = (bench.disks(), bench.sockets());
+    let places = Places { disks: &disks, sockets: &sockets };
+    prove(&bench.host, Accel::Tcg, &Subject::Sector, places, &bench.installation, &bench.rng).await.unwrap();
+    bench.assert_clean().await;
+}
+
+async fn kvm_is_proven_or_refuted_in_time_and_leaves_nothing(bench: &Bench) {
+    let (disks, sockets) = (bench.disks(), bench.sockets());
+    let places = Places { disks: &disks, sockets: &sockets };
+    let offered = bench.hypervisor.probe().await.unwrap().kvm_offered;
+    let since = Instant::now();
+    let proof = prove_kvm(&bench.host, &Subject::Sector, places, &bench.installation, &bench.rng).await;
+    let verdict = match &proof {
+        Ok(proof) => format!("a guest spoke after {:?}", proof.took),
+        Err(error) => chain(error),
+    };
+    println!("KVM offered: {offered}; verdict after {:?}: {verdict}", since.elapsed());
+    assert!(since.elapsed() < LIMIT);
+    assert!(offered || proof.is_err(), "what is not offered cannot be proven");
+    assert!(Path::new("/dev/kvm").exists() || proof.is_err());
+    bench.assert_clean().await;
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {}", chain(source)))
 }

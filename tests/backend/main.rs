@@ -6,6 +6,8 @@
 //! `qemu:///session` as `dayfly-test`, at `qemu:///system` as a member of group `libvirt`. Without
 //! it the tests of [`real`] are skipped, and say so past the harness's capture.
 //!
+//! `DAYFLY_TEST_BACKEND=qemu` runs the contract, and [`qemu`], on plain QEMU, which needs no libvirtd and no root.
+//!
 //! `DAYFLY_TEST_LIBVIRTD_PID` names the pid file of a libvirtd that belongs to the tests: it will
 //! be stopped and killed. `DAYFLY_TEST_DIRECTORY`: where files go (default: the system's).
 
@@ -13,5 +15,6 @@
 
 mod bench;
 mod contract;
+mod qemu;
 mod real;
 mod sector;

@@ -2,8 +2,7 @@
 
 use crate::bench::{Bench, LIMIT, await_line, skipped};
 use dayfly::process::Program;
-use dayfly::vm::proof::{Places, Subject, prove, prove_kvm};
-use dayfly::vm::{Accel, Ending, Pause, VmError, VmId, VmName, VmState, VmSummary};
+use dayfly::vm::{Ending, Pause, VmError, VmId, VmName, VmState, VmSummary};
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -123,91 +122,6 @@ async fn u50_a_vm_that_qemu_stopped_is_told_apart_from_a_disk_and_an_operator() 
     bench.await_state(&name, VmState::Paused(Pause::Itself)).await;
     bench.end(&spec).await;
     bench.assert_clean().await;
-}
-
-#[tokio::test]
-async fn a_socket_path_that_linux_cannot_hold_is_refused_in_words() {
-    let _shared = shared().await;
-    let Some(bench) = Bench::real("a_socket_path_that_linux_cannot_hold_is_refused_in_words") else { return };
-    let mut spec = bench.spec();
-    spec.socket_dir = bench.sockets().join("x".repeat(100));
-    let error = bench.hypervisor.start(&spec).await.unwrap_err();
-    let cause = std::error::Error::source(&error).unwrap().to_string();
-    assert!(cause.contains("of 107 that Linux allows: choose a shorter runtime directory"), "{cause}");
-    let error = bench.host.sockets.channel(&spec.socket_dir, &spec.id).await.err().unwrap();
-    assert!(error.to_string().contains("107"), "{error}");
-}
-
-/// T17: bytes, owner, mode and times of it.
-#[tokio::test]
-async fn t17_a_vm_leaves_its_base_image_as_it_was() {
-    let _shared = shared().await;
-    let Some(bench) = Bench::real("t17_a_vm_leaves_its_base_image_as_it_was") else { return };
-    let facts = || {
-        use std::os::unix::fs::MetadataExt as _;
-        let file = std::fs::metadata(bench.base()).unwrap();
-        (std::fs::read(bench.base()).unwrap(), file.uid(), file.gid(), file.mode(), file.mtime(), file.mtime_nsec())
-    };
-    let before = facts();
-    let (spec, _) = bench.started().await;
-    let mut console = bench.console(&spec).await;
-    await_line(&mut console).await;
-    assert_eq!(facts(), before, "also its owner, while a VM runs on it");
-    bench.end(&spec).await;
-    assert_eq!(facts(), before);
-}
-
-#[tokio::test]
-async fn a_vm_runs_in_the_directories_that_were_prepared() {
-    let _shared = shared().await;
-    let Some(bench) = Bench::real("a_vm_runs_in_the_directories_that_were_prepared") else { return };
-    let (disks, sockets) = (bench.disks().join("above/overlays"), bench.sockets().join("made"));
-    for _ in 0..2 {
-        bench.host.prepare(&disks, &sockets).await.unwrap();
-    }
-    let mut spec = bench.spec();
-    (spec.overlay, spec.socket_dir) = (disks.join(format!("df-{}.qcow2", spec.id)), sockets.clone());
-    bench.host.disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
-    bench.hypervisor.start(&spec).await.unwrap();
-    await_line(&mut bench.console(&spec).await).await;
-    bench.end(&spec).await;
-    for dir in [&disks, &sockets] {
-        assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
-    }
-}
-
-#[tokio::test]
-async fn a_guest_under_tcg_proves_itself() {
-    let _shared = shared().await;
-    let Some(bench) = Bench::real("a_guest_under_tcg_proves_itself") else { return };
-    let (disks, sockets) = (bench.disks(), bench.sockets());
-    let places = Places { disks: &disks, sockets: &sockets };
-    prove(&bench.host, Accel::Tcg, &Subject::Sector, places, &bench.installation, &bench.rng).await.unwrap();
-    bench.assert_clean().await;
-}
-
-#[tokio::test]
-async fn kvm_is_proven_or_refuted_in_time_and_leaves_nothing() {
-    let _shared = shared().await;
-    let Some(bench) = Bench::real("kvm_is_proven_or_refuted_in_time_and_leaves_nothing") else { return };
-    let (disks, sockets) = (bench.disks(), bench.sockets());
-    let places = Places { disks: &disks, sockets: &sockets };
-    let offered = bench.hypervisor.probe().await.unwrap().kvm_offered;
-    let since = Instant::now();
-    let proof = prove_kvm(&bench.host, &Subject::Sector, places, &bench.installation, &bench.rng).await;
-    let verdict = match &proof {
-        Ok(proof) => format!("a guest spoke after {:?}", proof.took),
-        Err(error) => chain(error),
-    };
-    println!("KVM offered: {offered}; verdict after {:?}: {verdict}", since.elapsed());
-    assert!(since.elapsed() < LIMIT);
-    assert!(offered || proof.is_err(), "what is not offered cannot be proven");
-    assert!(Path::new("/dev/kvm").exists() || proof.is_err());
-    bench.assert_clean().await;
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    error.source().map_or_else(|| error.to_string(), |source| format!("{error}: {}", chain(source)))
 }
 
 /// The pid of the libvirtd that belongs to the tests, which a call starts if it does not run.

@@ -45,6 +45,8 @@ pub struct Options {
     pub image: String,
     pub image_directory: PathBuf,
     pub concurrent: u32,
+    /// `hypervisor.backend`.
+    pub backend: &'static str,
     /// Lines for section `[limits]`.
     pub limits: &'static str,
     /// Lines for the class.
@@ -59,6 +61,7 @@ impl Default for Options {
             image: "debian-12-shell".into(),
             image_directory: image_directory(),
             concurrent: 1,
+            backend: "libvirt",
             limits: "",
             class: "",
             alone: false,
@@ -135,8 +138,8 @@ impl Lab {
             options.concurrent
         )
         .unwrap();
-        writeln!(text, "[log]\nlevel = \"debug\"\n[hypervisor]\nuri = \"qemu:///session\"\naccel = \"{}\"", accel())
-            .unwrap();
+        writeln!(text, "[log]\nlevel = \"debug\"\n[hypervisor]\nbackend = \"{}\"", options.backend).unwrap();
+        writeln!(text, "uri = \"qemu:///session\"\naccel = \"{}\"", accel()).unwrap();
         writeln!(
             text,
             "[network]\nguest_ports = \"{}\"\n[limits]\nkeepalive = \"3s\"\n{}",
@@ -301,7 +304,8 @@ impl Lab {
         let mut vms = 0;
         for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let is_qemu = cmdline.starts_with(b"/usr/bin/qemu-system");
+            // By its path, or by its name.
+            let is_qemu = [&b"/usr/bin/qemu-system"[..], b"qemu-system"].iter().any(|with| cmdline.starts_with(with));
             vms += usize::from(is_qemu && String::from_utf8_lossy(&cmdline).contains(&marker));
         }
         vms

@@ -36,6 +36,23 @@ async fn a_daemon_killed_outright_costs_no_job() {
     lab.assert_clean().await;
 }
 
+/// E4 without libvirt: QEMU is the daemon's own child, and lives on when that is killed outright in the middle of a job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_with_plain_qemu_killed_outright_costs_no_job() {
+    let mut lab = Lab::start(Options { backend: "qemu", ..Options::default() }).await;
+    let job = lab.job(&["echo before", "sleep 10", "echo after"]);
+    lab.until_trace(job, "before").await;
+    assert_eq!(lab.stop_daemon("KILL").await, None);
+    assert_eq!(lab.vms(), 1, "the VM lives on");
+    lab.start_daemon().await;
+    lab.until(job, JobState::Success).await;
+    let trace = lab.trace(job);
+    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
+    assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
+    lab.assert_clean().await;
+    assert_eq!(lab.vms(), 0);
+}
+
 /// U4: the daemon dies while a machine boots, and the next one finds another class, another name for it and another
 /// entry: the job's machine is the one that it was promised, as the jobs' user.
 #[tokio::test(flavor = "multi_thread")]

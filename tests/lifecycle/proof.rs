@@ -3,7 +3,7 @@
 use crate::support::guest::Guest;
 use crate::support::world::World;
 use dayfly::daemon::DaemonError;
-use dayfly::vm::libvirt::AccelChoice;
+use dayfly::vm::AccelChoice;
 use dayfly::vm::proof::sector;
 use dayfly::vm::{Accel, HostInfo, Hypervisor as _};
 use dayfly_doubles::fake::GuestMachine;

@@ -134,7 +134,7 @@ impl World {
             }],
             ..Config::default()
         };
-        config.hypervisor.accel = dayfly::vm::libvirt::AccelChoice::Tcg;
+        config.hypervisor.accel = dayfly::vm::AccelChoice::Tcg;
         config.capacity.memory_mib = Some(100_000);
         let mut world = Self {
             gitlabs: Gitlabs([(GITLAB.to_owned(), standin.clone())].into()),

@@ -2,7 +2,7 @@
 //! their own. Nothing here changes anything or starts a program.
 
 use super::Finding;
-use crate::vm::libvirt::AccelChoice;
+use crate::vm::AccelChoice;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};

@@ -14,9 +14,9 @@ use crate::image::manifest::RunnerOrigin;
 use crate::image::store::{Image, ImageStore};
 use crate::rng::Rng;
 use crate::telemetry::{chain, printable};
-use crate::vm::libvirt::AccelChoice;
+use crate::vm::AccelChoice;
 use crate::vm::proof::{Places, Subject, prove};
-use crate::vm::{self, Accel, VmId};
+use crate::vm::{self, Accel, Backend, VmId};
 use host::Host;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
@@ -89,7 +89,10 @@ pub(super) async fn doctor(config: &Path) -> anyhow::Result<ExitCode> {
     for runner in &loaded.config.runner {
         findings.extend(gitlab(&loaded.config, runner, &backends).await);
     }
-    findings.extend(machines(&loaded.config, &backends.host, &backends.rng).await?);
+    let dir = scratch::passable(&[&loaded.config.runtime_directory, &std::env::temp_dir()])?;
+    // Beside a daemon that runs, and perhaps as another user.
+    let vms = loaded.config.hypervisor.host(dir.path());
+    findings.extend(machines(&loaded.config, &vms, dir.path(), &backends.rng).await);
     for finding in &findings {
         writeln!(io::stdout(), "{finding}")?;
     }
@@ -155,9 +158,13 @@ async fn gitlab(config: &Config, runner: &Runner, backends: &Backends) -> Option
 fn files(config: &Config, host: &Host) -> Vec<Finding> {
     let mut findings = host.programs();
     findings.push(host.sub_ids());
-    findings.push(host.log_daemon(&config.hypervisor.uri));
+    if config.hypervisor.backend == Backend::Libvirt {
+        findings.push(host.log_daemon(&config.hypervisor.uri));
+    }
     findings.extend(host.kvm_device(config.hypervisor.accel));
-    findings.extend(host.confinement(&config.hypervisor.uri));
+    if config.hypervisor.backend == Backend::Libvirt {
+        findings.extend(host.confinement(&config.hypervisor.uri));
+    }
     findings.push(host.runtime_directory(&config.runtime_directory));
     findings.extend(host.shared_hardware());
     findings.extend(disk(config));
@@ -246,33 +253,41 @@ fn images(config: &Config, store: &ImageStore) -> Vec<Finding> {
     findings
 }
 
-/// libvirt, and a guest that has to say something.
-pub async fn machines(config: &Config, host: &vm::Host, rng: &Rng) -> anyhow::Result<Vec<Finding>> {
-    let uri = &config.hypervisor.uri;
+/// The back end, and a guest that has to say something. `dir`: for the guest's files.
+pub async fn machines(config: &Config, host: &vm::Host, dir: &Path, rng: &Rng) -> Vec<Finding> {
+    let Config { hypervisor, .. } = config;
+    let (who, absent) = match hypervisor.backend {
+        Backend::Libvirt => (
+            hypervisor.uri.as_str(),
+            "is libvirtd installed and running, and may this user connect (group libvirt)? Try: virsh -c URI list"
+                .replace("URI", &hypervisor.uri),
+        ),
+        Backend::Qemu => ("QEMU, without libvirt,", "apt install qemu-system-x86".to_owned()),
+    };
     let info = match host.hypervisor.probe().await {
         Ok(info) => info,
         Err(error) => {
-            let remedy =
-                "is libvirtd installed and running, and may this user connect (group libvirt)? Try: virsh -c URI list"
-                    .replace("URI", uri);
-            return Ok(vec![Finding::bad(chain(&error), remedy)]);
+            return vec![Finding::bad(chain(&error), absent)];
         }
     };
     let mut findings = vec![Finding::ok(format!(
-        "{uri} answers: {}, {} CPUs, {} MiB memory",
+        "{who} answers: {}, {} CPUs, {} MiB memory",
         info.version, info.cpus, info.memory_mib
     ))];
     let accel = if config.hypervisor.accel == AccelChoice::Tcg { Accel::Tcg } else { Accel::Kvm };
     let name = if accel == Accel::Tcg { "TCG" } else { "KVM" };
     if accel == Accel::Kvm && !info.kvm_offered {
         findings.push(Finding::bad(
-            "libvirt offers no KVM here",
+            if hypervisor.backend == Backend::Libvirt {
+                "libvirt offers no KVM here"
+            } else {
+                "QEMU has no KVM here: /dev/kvm is not for this user"
+            },
             "see /dev/kvm; `hypervisor.accel = \"tcg\"` runs jobs for a trial, slowly and unisolated",
         ));
-        return Ok(findings);
+        return findings;
     }
-    let dir = scratch::passable(&[&config.runtime_directory, &std::env::temp_dir()])?;
-    let places = Places { disks: dir.path(), sockets: dir.path() };
+    let places = Places { disks: dir, sockets: dir };
     // An installation id of its own: a daemon that runs must not take this VM for a leftover of its own.
     // What jobs will run in, where there is one already.
     let store = ImageStore::new(&config.image_directory);
@@ -281,11 +296,11 @@ pub async fn machines(config: &Config, host: &vm::Host, rng: &Rng) -> anyhow::Re
     findings.push(match prove(host, accel, &subject, places, &VmId::random(rng), rng).await {
         Ok(proof) => Finding::ok(format!("{name} runs guests: {} spoke after {} ms", proof.what, proof.took.as_millis())),
         Err(error) => {
-            let remedy = "KVM must be the hardware's own (kvm_intel or kvm_amd; nested, if the cloud offers it); see libvirt's log of the VM below /var/log/libvirt/qemu. For a trial: hypervisor.accel = \"tcg\", slow and without isolation";
+            let remedy = "KVM must be the hardware's own (kvm_intel or kvm_amd; nested, if the cloud offers it); libvirt keeps QEMU's log of the VM below /var/log/libvirt/qemu. For a trial: hypervisor.accel = \"tcg\", slow and without isolation";
             Finding::bad(format!("{name} is not proven: {}", chain(&error)), remedy)
         }
     });
-    Ok(findings)
+    findings
 }
 
 #[cfg(test)]

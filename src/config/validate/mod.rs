@@ -8,7 +8,7 @@ use super::{Class, Config, ConfigError, Loaded, Origin, Origins, Runner};
 use crate::files::plain;
 use crate::gitlab::RunnerToken;
 use crate::telemetry::chain;
-use crate::vm::libvirt::AccelChoice;
+use crate::vm::{AccelChoice, Backend};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::os::unix::fs::PermissionsExt as _;
@@ -144,7 +144,7 @@ fn general(config: &Config, report: &mut Report<'_>) {
     if let Err(error) = config.log.filter() {
         report.error("log.level", chain(&error), "use error, warn, info, debug or trace");
     }
-    if config.hypervisor.uri.trim().is_empty() {
+    if config.hypervisor.backend == Backend::Libvirt && config.hypervisor.uri.trim().is_empty() {
         report.error("hypervisor.uri", "is empty", "use qemu:///system or qemu:///session");
     }
     if config.hypervisor.accel == AccelChoice::Tcg {

@@ -25,11 +25,11 @@ mod workers;
 use super::paths::RealPaths;
 use super::sockets::{Sockets, check_path};
 use super::{
-    DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
+    Config, DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState,
+    VmSummary,
 };
 use crate::BoxFuture;
 use endings::Endings;
-use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
@@ -52,34 +52,6 @@ const DESTROY_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Takes milliseconds.
 const LOOK_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Section `[hypervisor]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Config {
-    /// `qemu:///system`, `qemu:///session`, or another QEMU URI.
-    pub uri: String,
-    /// Which virtualisation runs guests.
-    pub accel: AccelChoice,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self { uri: "qemu:///session".into(), accel: AccelChoice::Auto }
-    }
-}
-
-/// Wish for [`Accel`](super::Accel).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AccelChoice {
-    /// KVM where a boot proves it, else refuse (decision D16).
-    Auto,
-    /// KVM, unproven.
-    Kvm,
-    /// QEMU's translator: slow, no isolation.
-    Tcg,
-}
 
 /// libvirt at one URI. Connects when first asked, and again whenever the connection is lost.
 pub struct Libvirt {
@@ -197,8 +169,13 @@ impl Hypervisor for Libvirt {
     }
 
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        Box::pin(async move { Ok(Box::new(TcpDoor(TcpListener::bind(address).await?)) as Box<dyn DoorListener>) })
+        listen(address)
     }
+}
+
+/// See [`Hypervisor::listen`].
+pub(super) fn listen(address: SocketAddr) -> BoxFuture<'static, io::Result<Box<dyn DoorListener>>> {
+    Box::pin(async move { Ok(Box::new(TcpDoor(TcpListener::bind(address).await?)) as Box<dyn DoorListener>) })
 }
 
 /// A door on a TCP address.

@@ -19,10 +19,11 @@
 use dayfly::BoxFuture;
 use dayfly::failpoint::{self, Point};
 use dayfly::files::plain;
-use dayfly::vm::libvirt::{Config, Libvirt};
+use dayfly::process::start_outliving;
+use dayfly::vm::libvirt::Libvirt;
 use dayfly::vm::paths::RealPaths;
 use dayfly::vm::{
-    DoorListener, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary,
+    Config, DoorListener, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -32,7 +33,6 @@ use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -143,18 +143,7 @@ fn spawn(directory: &Path, path: &Path, spec: &VmSpec) -> io::Result<()> {
     let log = File::options().append(true).create(true).mode(0o600).open(directory.join("guest.log"))?;
     let [channel, console] = [VmSpec::channel_socket, VmSpec::console_socket].map(|of| of(&spec.socket_dir, &spec.id));
     // The lock tells its end, so nobody need wait for it.
-    start_outliving(&directory.join("guest"), &[&channel, &console], file, log)
-}
-
-/// Starts a program that lives on whatever becomes of us: in a process group of its own, without our environment.
-/// Its input is `input`, whose lock it inherits, what it complains of goes to `log`. Tokio buries it, if we live so long.
-fn start_outliving(program: &Path, arguments: &[&Path], input: File, log: File) -> io::Result<()> {
-    #[expect(clippy::disallowed_methods, reason = "no helper with a deadline, but what outlives us on purpose")]
-    let mut command = tokio::process::Command::new(program);
-    command.args(arguments).env_clear();
-    command.stdin(Stdio::from(input)).stdout(Stdio::null()).stderr(Stdio::from(log)).process_group(0);
-    drop(command.spawn()?);
-    Ok(())
+    start_outliving(directory.join("guest").as_os_str(), &[&channel, &console], &[], file, log)
 }
 
 impl Hypervisor for Processes {

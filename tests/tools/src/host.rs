@@ -12,7 +12,7 @@ use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::vm;
-use dayfly::vm::libvirt::AccelChoice;
+use dayfly::vm::AccelChoice;
 use dayfly_doubles::fake::Timing;
 use dayfly_doubles::images::{self, OneImage};
 use std::io::{self, Write as _};

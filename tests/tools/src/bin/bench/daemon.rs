@@ -24,7 +24,7 @@ use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::telemetry::chain;
-use dayfly::vm::libvirt::AccelChoice;
+use dayfly::vm::AccelChoice;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine};
 use dayfly_doubles::frozen::FreezableFiles;
 use dayfly_exec::standin::{JobSpec, Model, ProjectId, RunnerId, Served, Standin, serve};

@@ -17,7 +17,8 @@ use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::telemetry::chain;
 use dayfly::vm::disks::Disks;
-use dayfly::vm::libvirt::{AccelChoice, Config, Libvirt};
+use dayfly::vm::libvirt::Libvirt;
+use dayfly::vm::{AccelChoice, Config};
 use dayfly_exec::standin::{JobSpec, ProjectId, Standin};
 use dayfly_test_tools::host::{Choice, Host};
 use std::collections::BTreeMap;
@@ -77,7 +78,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let images = ImageStore::new(&wanted.images);
     let image = images.load(&wanted.image).await.map_err(|error| chain(&error))?;
     let watch = StopWatch::default();
-    let vms = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel }).host();
+    let vms = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel, ..Config::default() }).host();
     let standin = Standin::new(Clock::system(), Rng::system());
     let project = standin.add_project("group/project");
     let runner = standin.add_runner(project);

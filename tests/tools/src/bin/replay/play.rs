@@ -15,7 +15,7 @@ use crate::recording::{Class, Recording, Request};
 use dayfly::files::RealFiles;
 use dayfly::network::PortRange;
 use dayfly::telemetry::chain;
-use dayfly::vm::libvirt::AccelChoice;
+use dayfly::vm::AccelChoice;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine};
 use dayfly_guest::relay::{Relay, Target};
 use dayfly_guest_config::{GuestConfig, Pass};

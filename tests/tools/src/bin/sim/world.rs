@@ -243,7 +243,7 @@ fn config(plan: &Plan) -> Config {
         }],
         ..Config::default()
     };
-    config.hypervisor.accel = dayfly::vm::libvirt::AccelChoice::Tcg;
+    config.hypervisor.accel = dayfly::vm::AccelChoice::Tcg;
     config.capacity.memory_mib = Some(100_000);
     config.capacity.disk_gib = Some(10_000);
     config.limits.boot_deadline = Span::from_secs(plan.limits.boot_s);

@@ -33,7 +33,8 @@ use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::telemetry::chain;
 use dayfly::vm;
-use dayfly::vm::libvirt::{Config, Libvirt};
+use dayfly::vm::Config;
+use dayfly::vm::libvirt::Libvirt;
 use dayfly_exec::standin::{JobState, ProjectId, Standin, serve};
 use dayfly_test_tools::host::{Choice, Host};
 use direct::{Direct, Registered};
@@ -75,7 +76,7 @@ enum Side {
 pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let images = ImageStore::new(&wanted.images);
     let image = images.load(&wanted.image).await.map_err(|error| chain(&error))?;
-    let vms = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel }).host();
+    let vms = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel, ..Config::default() }).host();
     let watch = StopWatch::default();
 
     let standin = Standin::new(Clock::system(), Rng::system());

@@ -1,0 +1,61 @@
+//! Section `[hypervisor]`: which back end runs machines, and how.
+
+use super::Host;
+use super::libvirt::Libvirt;
+use super::paths::RealPaths;
+use super::qemu::Qemu;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Section `[hypervisor]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// What starts QEMU.
+    pub backend: Backend,
+    /// libvirt's address: `qemu:///system`, `qemu:///session`, or another QEMU URI.
+    pub uri: String,
+    /// Which virtualisation runs guests.
+    pub accel: AccelChoice,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { backend: Backend::Libvirt, uri: "qemu:///session".into(), accel: AccelChoice::Auto }
+    }
+}
+
+/// What starts QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// libvirt, at `hypervisor.uri`.
+    Libvirt,
+    /// We do, without libvirt.
+    Qemu,
+}
+
+/// Wish for [`Accel`](super::Accel).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AccelChoice {
+    /// KVM where a boot proves it, else refuse (decision D16).
+    Auto,
+    /// KVM, unproven.
+    Kvm,
+    /// QEMU's translator: slow, no isolation.
+    Tcg,
+}
+
+impl Config {
+    /// The host that this section names. `directory`: where a back end of our own keeps its machines' files, best
+    /// where their sockets are. Nothing is connected to yet.
+    #[must_use]
+    pub fn host(&self, directory: &Path) -> Host {
+        match self.backend {
+            Backend::Libvirt => Libvirt::new(self).host(),
+            Backend::Qemu => Host::new(Arc::new(Qemu::new(directory)), Arc::new(RealPaths::default())),
+        }
+    }
+}

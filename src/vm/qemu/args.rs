@@ -1,0 +1,160 @@
+//! QEMU's command line for a [`VmSpec`]: the machine that libvirt makes of [`domain_xml`](crate::vm::domain_xml), device
+//! by device, and no others. Pure text, no I/O. Everybody on the host can read it: it holds no secret.
+
+use crate::vm::domain_xml::{CHANNEL_NAME, TB_CACHE_MIB, uuid};
+use crate::vm::{Accel, Attachment, Boot, VmName, VmSpec};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// Where QEMU's own I/O ports for a guest that panics begin; libvirt's `<panic model='isa'/>`.
+const PANIC_PORT: &str = "pvpanic,ioport=1285";
+
+/// What a shutdown looks like in QEMU's log, see [`super::log`].
+pub(super) const SHUTDOWN_TRACE: &str = "qemu_system_shutdown_request";
+
+/// Something of the spec cannot be told to QEMU.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BadSpec {
+    #[error("{what} `{text}` is not absolute, or no UTF-8")]
+    Path { what: &'static str, text: String },
+    #[error("back end `qemu` has no libvirt network to attach to; use network.mode = \"user\"")]
+    Bridge,
+}
+
+fn absolute<'a>(what: &'static str, path: &'a Path) -> Result<&'a str, BadSpec> {
+    match path.to_str() {
+        Some(text) if path.is_absolute() => Ok(text),
+        _ => Err(BadSpec::Path { what, text: path.to_string_lossy().into_owned() }),
+    }
+}
+
+/// A value among others that commas separate.
+fn value(text: &str) -> String {
+    text.replace(',', ",,")
+}
+
+/// The arguments. `qmp`: where QEMU listens for us.
+pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpec> {
+    let name = VmName::from(spec.id.clone());
+    let mut all: Vec<String> = ["-no-user-config", "-nodefaults"].map(String::from).into();
+    let mut add = |option: &str, text: String| all.extend([option.to_owned(), text]);
+    add("-name", format!("guest={name},debug-threads=on"));
+    add("-uuid", uuid(&spec.id));
+    add("-display", "none".into());
+    add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
+    add("-machine", "q35,usb=off,dump-guest-core=off".into());
+    match spec.accel {
+        Accel::Kvm => {
+            add("-accel", "kvm".into());
+            add("-cpu", "host".into());
+        }
+        Accel::Tcg => add("-accel", format!("tcg,tb-size={TB_CACHE_MIB}")),
+    }
+    add("-m", format!("size={}M", spec.memory_mib));
+    add("-smp", spec.cpus.to_string());
+    add("-rtc", "base=utc".into());
+    // S3 and S4: a guest that sleeps is waited for in vain (field.md U8).
+    add("-global", "ICH9-LPC.disable_s3=1".into());
+    add("-global", "ICH9-LPC.disable_s4=1".into());
+    add("-boot", "strict=on".into());
+    // However its guest ends it, QEMU stays until it was asked how: nobody may have been there to see it.
+    add("-action", "reboot=shutdown,shutdown=pause,panic=pause,watchdog=pause".into());
+    // Tells a power-off from a reset to who comes later.
+    add("-trace", SHUTDOWN_TRACE.into());
+    if let Boot::Direct { kernel, initrd, cmdline } = &spec.boot {
+        add("-kernel", absolute("kernel", kernel)?.into());
+        add("-initrd", absolute("initrd", initrd)?.into());
+        add("-append", cmdline.clone());
+    }
+    let socket = |id: &str, path: &str| format!("socket,id={id},path={},server=on,wait=off", value(path));
+    add("-chardev", socket("qmp", absolute("QMP socket", qmp)?));
+    add("-mon", "chardev=qmp,mode=control".into());
+    for node in disk(absolute("base image", &spec.base)?, absolute("overlay", &spec.overlay)?) {
+        add("-blockdev", node.to_string());
+    }
+    // Devices on the root bus would offer the old interface, too; behind libvirt's ports they do not.
+    let virtio = |device: &str, rest: &str| format!("virtio-{device}-pci,disable-legacy=on{rest}");
+    // A failing host disk pauses the guest, which we see, instead of failing its job (V11).
+    add("-device", virtio("blk", ",drive=disk,bootindex=1,write-cache=on,werror=stop,rerror=stop"));
+    match &spec.attachment {
+        Attachment::User => add("-netdev", "user,id=net".into()),
+        Attachment::Bridge { .. } => return Err(BadSpec::Bridge),
+    }
+    // No boot from the network, so no ROM for it.
+    add("-device", virtio("net", &format!(",netdev=net,mac={},romfile=", spec.id.mac())));
+    add("-chardev", socket("console", absolute("console", &VmSpec::console_socket(&spec.socket_dir, &spec.id))?));
+    add("-device", "isa-serial,chardev=console,index=0".into());
+    add("-device", virtio("serial", ""));
+    add("-chardev", socket("channel", absolute("channel", &VmSpec::channel_socket(&spec.socket_dir, &spec.id))?));
+    add("-device", format!("virtserialport,chardev=channel,name={CHANNEL_NAME}"));
+    add("-object", "rng-random,id=rng,filename=/dev/urandom".into());
+    add("-device", virtio("rng", ",rng=rng"));
+    add("-device", PANIC_PORT.into());
+    Ok(all)
+}
+
+/// The disk's nodes. The whole chain is spelt out, with its formats: no image's header decides what the host opens
+/// (T16), and the base image is opened for reading only (T17).
+fn disk(base: &str, overlay: &str) -> [Value; 4] {
+    // No overlay outlives its VM, so nothing in it need ever reach the platters.
+    let unsafe_cache = json!({ "direct": false, "no-flush": true });
+    [
+        json!({ "driver": "file", "node-name": "base-file", "filename": base, "read-only": true }),
+        json!({ "driver": "qcow2", "node-name": "base", "file": "base-file", "read-only": true, "backing": null }),
+        json!({ "driver": "file", "node-name": "disk-file", "filename": overlay, "discard": "unmap",
+            "cache": unsafe_cache.clone() }),
+        json!({ "driver": "qcow2", "node-name": "disk", "file": "disk-file", "backing": "base", "discard": "unmap",
+            "cache": unsafe_cache }),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> VmSpec {
+        VmSpec {
+            id: "abcdefghijklmnop".parse().unwrap(),
+            installation: "qrstuvwxyz234567".parse().unwrap(),
+            bound: Some(("my runner".into(), 4242)),
+            cpus: 2,
+            memory_mib: 2048,
+            accel: Accel::Tcg,
+            boot: Boot::Direct {
+                kernel: "/var/lib/dayfly/images/d/vmlinuz".into(),
+                initrd: "/var/lib/dayfly/images/d/initrd".into(),
+                cmdline: "console=ttyS0 root=/dev/vda rw quiet".into(),
+            },
+            overlay: "/var/lib/dayfly/overlays/df-abcdefghijklmnop.qcow2".into(),
+            base: "/var/lib/dayfly/images/d/disk.qcow2".into(),
+            attachment: Attachment::User,
+            socket_dir: "/run/dayfly".into(),
+        }
+    }
+
+    fn lines(spec: &VmSpec) -> String {
+        arguments(spec, Path::new("/run/dayfly/df-abcdefghijklmnop.qmp")).unwrap().join("\n").replace("\n-", "\n\n-")
+    }
+
+    #[test]
+    fn a_direct_boot_under_tcg() {
+        insta::assert_snapshot!(lines(&spec()));
+    }
+
+    #[test]
+    fn a_disk_boot_under_kvm_names_no_kernel() {
+        let text = lines(&VmSpec { accel: Accel::Kvm, boot: Boot::Disk, ..spec() });
+        assert!(text.contains("-accel\nkvm\n\n-cpu\nhost") && !text.contains("-kernel"), "{text}");
+    }
+
+    /// T16: no path is read as an option.
+    #[test]
+    fn a_path_with_a_comma_stays_one_path_and_a_relative_one_is_refused() {
+        let text = lines(&VmSpec { socket_dir: "/run/a,server=off".into(), ..spec() });
+        assert!(text.contains("path=/run/a,,server=off/df-abcdefghijklmnop.con,server=on"), "{text}");
+        let error = arguments(&VmSpec { base: "fd:3".into(), ..spec() }, Path::new("/q")).unwrap_err();
+        assert!(error.to_string().contains("base image `fd:3` is not absolute"), "{error}");
+        let attachment = Attachment::Bridge { network: "n".into(), tap: "t".into() };
+        assert!(matches!(arguments(&VmSpec { attachment, ..spec() }, Path::new("/q")), Err(BadSpec::Bridge)));
+    }
+}
