@@ -74,8 +74,15 @@ impl Trailers {
     }
 }
 
+impl Default for Chunks {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Chunks {
     /// At the start of a body.
+    #[must_use]
     pub fn new() -> Self {
         Self(State::Size { size: 0, digits: 0 })
     }
