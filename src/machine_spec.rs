@@ -65,7 +65,6 @@ pub struct GuestRunnerSpec {
 impl MachineSpec {
     /// The machine of a small class on the image `test`.
     #[must_use]
-    #[expect(clippy::unwrap_used, reason = "for tests: a constant address")]
     pub fn example() -> Self {
         Self {
             image: ImageRef { name: "test".into(), digest: "ab".repeat(32) },

@@ -118,7 +118,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         }
     }
     job.m.leave().await;
-    job.give_room_back();
+    job.reservation.release();
 }
 
 /// Tries to open the spool of a job that could still be refused; with their pauses 3 s.

@@ -117,24 +117,18 @@ impl Job {
     pub(super) async fn write_down(&mut self) {
         let waits = self.behind.take().and_then(|behind| behind.verdict_until);
         let again = Instant::now() + REWRITE_PAUSE;
-        let over = if self.m.put().await {
-            if matches!(self.m.record.state, State::Releasing { machine_gone: true, .. } | State::Ended) {
-                self.give_room_back();
-            }
-            true
-        } else {
-            let over = waits.is_some_and(|until| until < again);
+        let written = self.m.put().await;
+        let gone = matches!(self.m.record.state, State::Releasing { machine_gone: true, .. } | State::Ended);
+        if written && gone {
+            self.reservation.release();
+        }
+        let over = written || waits.is_some_and(|until| until < again);
+        if !written {
             self.behind = Some(Behind { again, verdict_until: waits.filter(|_| !over) });
-            over
-        };
+        }
         if over && waits.is_some() {
             self.deliver().await;
         }
-    }
-
-    /// Nothing of the machine is left.
-    pub(super) fn give_room_back(&self) {
-        self.reservation.release();
     }
 
     /// Writes down what a guest is told next, or a restart would find one that works on a job which it was never given,

@@ -50,7 +50,7 @@ fn the_lock_is_the_machine_and_a_number_never_is() {
         bench.records.note_ended(&bench.name, ending).unwrap();
     }
     assert_eq!(bench.look(), Found::Gone { ended: Some(Ending::Restarted) }, "the first word counts");
-    assert_eq!(bench.records.names().unwrap(), [bench.name.clone()]);
+    assert_eq!(bench.records.names().unwrap(), std::slice::from_ref(&bench.name));
     bench.records.remove(&bench.name).unwrap();
     bench.records.remove(&bench.name).unwrap();
     assert_eq!((bench.look(), bench.records.names().unwrap()), (Found::Nothing, vec![]));
