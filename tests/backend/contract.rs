@@ -74,7 +74,7 @@ contract! {
         a_vm_without_a_disk_is_refused_by_name;
     with QEMU:
         a_socket_path_that_linux_cannot_hold_is_refused_in_words
-        t17_a_vm_leaves_its_base_image_as_it_was
+        a_vm_leaves_its_base_image_as_it_was
         a_vm_runs_in_the_directories_that_were_prepared
         a_guest_under_tcg_proves_itself
         kvm_is_proven_or_refuted_in_time_and_leaves_nothing
@@ -261,8 +261,8 @@ async fn a_socket_path_that_linux_cannot_hold_is_refused_in_words(bench: &Bench)
     assert!(error.to_string().contains("107"), "{error}");
 }
 
-/// T17: bytes, owner, mode and times of it.
-async fn t17_a_vm_leaves_its_base_image_as_it_was(bench: &Bench) {
+/// Bytes, owner, mode and times of it.
+async fn a_vm_leaves_its_base_image_as_it_was(bench: &Bench) {
     let facts = || {
         use std::os::unix::fs::MetadataExt as _;
         let file = std::fs::metadata(bench.base()).unwrap();

@@ -36,7 +36,7 @@ async fn a_daemon_killed_outright_costs_no_job() {
     lab.assert_clean().await;
 }
 
-/// E4 without libvirt: QEMU is the daemon's own child, and lives on when that is killed outright in the middle of a job.
+/// E4: without libvirt QEMU is the daemon's own child, and lives on when that is killed outright in the middle of a job.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_with_plain_qemu_killed_outright_costs_no_job() {
     let mut lab = Lab::start(Options { backend: "qemu", ..Options::default() }).await;
