@@ -1,24 +1,28 @@
 //! Does an image boot, and what does its runner say of itself?
 //!
-//! Starts one VM as a job would, lets its guest show the pass and ask for a job, keeps the `info`
-//! of that request (decision D10), and takes the VM down. GitLab takes no part: the guest gets 204.
+//! Starts one VM by the steps of a job, lets its guest show the pass and ask for a job, keeps the `info`
+//! of that request (decision D10), and takes the VM down. GitLab takes no part: the guest gets 204. What a boot test
+//! that was killed leaves is taken down by the next one, or by the daemon (`supply::unassigned`).
 
 use crate::clock::Clock;
 use crate::files::RealFiles;
 use crate::gitlab::transport::{BodyError, Call};
 use crate::gitlab::{Body, JobClient, JobId, JobStatus, RunnerInfo, Transport, TransportError};
 use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
-use crate::guest_config::{GuestParts, guest_config, new_machine_id};
+use crate::guest_config::{GuestParts, guest_config, guest_token, new_machine_id};
 use crate::image::manifest::Learnt;
 use crate::image::store::Image;
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
 use crate::metrics::Metrics;
-use crate::network::{self, Network};
+use crate::network::{self, Listen, Network};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::Spool;
-use crate::supply::{Blueprint, Machine, MachineEvent, Order, Place, Supply};
-use crate::vm::{Accel, Host, Pause, VmError, VmId};
+use crate::supply::unassigned::{Abandoned, Owner, Workspace, abandoned};
+use crate::supply::{Machine, MachineEvent, Supply};
+use crate::telemetry::chain;
+use crate::vm::proof::{self, ProofError};
+use crate::vm::{self, Accel, AccelChoice, Host, Pause, VmError, VmId};
 use dayfly_guest_config::{Pass, Report};
 use std::path::Path;
 use std::sync::Arc;
@@ -43,11 +47,15 @@ const DISK_GIB: u64 = 10;
 pub struct BootTest<'a> {
     /// Machines, and what lies beside them.
     pub host: Host,
+    /// What it is called: what is left at another hypervisor is not looked for here.
+    pub hypervisor: &'a vm::Config,
+    /// Where doors are opened.
+    pub listen: Arc<dyn Listen>,
     /// How it runs guests.
-    pub accel: Accel,
-    /// Where overlay and spool go for the while; passable for QEMU's user.
-    pub work_dir: &'a Path,
-    /// Where the sockets go: a short path.
+    pub accel: AccelChoice,
+    /// Below which its workspace is: see [`Workspace`].
+    pub image_directory: &'a Path,
+    /// Where the sockets go: a short path, of this test alone.
     pub socket_dir: &'a Path,
     /// Ports for the door.
     pub network: network::Config,
@@ -80,6 +88,9 @@ pub enum BootTestError {
     /// A file or a port of the test's own.
     #[error("{0}")]
     Set(&'static str, #[source] std::io::Error),
+    /// KVM does not run guests here.
+    #[error("prove KVM by a boot (`--accel tcg` does without, for a trial)")]
+    NoKvm(#[source] ProofError),
     /// The VM could not be made.
     #[error("start the image's VM")]
     Start(#[source] VmError),
@@ -106,50 +117,64 @@ impl BootTest<'_> {
     /// [`BootTestError`]; the VM and its files are gone in each case, or named in the log.
     pub async fn run(&self, image: &Image, progress: &mut (dyn FnMut(&str) + Send)) -> Result<Booted, BootTestError> {
         let rng = Rng::system();
-        let installation = VmId::random(&rng);
-        let overlay_dir = self.work_dir.join(format!("boot-test-{installation}"));
-        self.host
-            .prepare(&overlay_dir, self.socket_dir)
+        let set = |error| BootTestError::Set("make a workspace for the VM", error);
+        let mut own = Workspace::new(Owner::BootTest, self.image_directory, self.hypervisor, self.socket_dir, &rng)
             .await
-            .map_err(|e| BootTestError::Set("make the work directory", e))?;
+            .map_err(set)?;
+        self.host.prepare(own.directory(), self.socket_dir).await.map_err(set)?;
+        let accel = self.accel(image, &own, &rng).await;
         let stop = CancellationToken::new();
-        let place = Place {
-            installation,
-            accel: self.accel,
-            overlay_dir: overlay_dir.clone(),
-            socket_dir: self.socket_dir.to_owned(),
+        let (supply, lister) = Supply::new(
+            self.host.clone(),
+            Clock::system(),
+            rng.clone(),
+            Network::new(&self.network, self.listen.clone()),
+            own.setup(*accel.as_ref().unwrap_or(&Accel::Kvm)),
+            Metrics::new(),
+            stop.clone(),
+        );
+        for left in abandoned(&RealFiles, self.image_directory, self.hypervisor).await {
+            progress("taking down what a killed boot test has left");
+            take_down(left, &supply, self.hypervisor).await;
+        }
+        let booted = match accel {
+            Ok(_) => self.boot(&supply, image, &mut own, &rng, progress).await,
+            Err(error) => Err(error),
         };
-        let network = Network::new(&self.network);
-        let (supply, lister) =
-            Supply::new(self.host.clone(), Clock::system(), rng.clone(), network, place, Metrics::new(), stop.clone());
-        let booted = self.boot(&supply, image, &overlay_dir, &rng, progress).await;
+        take_down(own.abandon(), &supply, self.hypervisor).await;
         stop.cancel();
         // Ends at once, but for a list call, which has a deadline.
         let _ = lister.await;
-        if let Err(error) = tokio::fs::remove_dir_all(&overlay_dir).await {
-            tracing::warn!(path = %overlay_dir.display(), %error, "remove the boot test's directory");
-        }
         booted
+    }
+
+    /// How guests run here, proven if nobody has said it.
+    async fn accel(&self, image: &Image, own: &Workspace, rng: &Rng) -> Result<Accel, BootTestError> {
+        match self.accel {
+            AccelChoice::Tcg => Ok(Accel::Tcg),
+            AccelChoice::Kvm => Ok(Accel::Kvm),
+            AccelChoice::Auto => {
+                let setup = own.setup(Accel::Kvm);
+                let places = proof::Places { disks: &setup.overlay_dir, sockets: &setup.socket_dir };
+                let proven = proof::prove_kvm(&self.host, &image.proof(), places, &setup.installation, rng).await;
+                proven.map(|_| Accel::Kvm).map_err(BootTestError::NoKvm)
+            }
+        }
     }
 
     async fn boot(
         &self,
         supply: &Supply,
         image: &Image,
-        work: &Path,
+        own: &mut Workspace,
         rng: &Rng,
         progress: &mut (dyn FnMut(&str) + Send),
     ) -> Result<Booted, BootTestError> {
         let since = Instant::now();
-        let no_port = |_| BootTestError::Set("find a free port for the door", std::io::ErrorKind::AddrInUse.into());
-        let (record, listener) = loop {
-            let record = supply.plan().map_err(no_port)?;
-            match self.host.hypervisor.listen(record.lease.listen_address()).await {
-                Ok(listener) => break (record, listener),
-                Err(_) => supply.forget(&record, true),
-            }
-        };
-        let guest_token = Secret::new(format!("glrt-boottest1{}", record.id));
+        let no_door = |error| BootTestError::Set("open a door for the guest", std::io::Error::other(error));
+        let claim = supply.claim(self.network.mode).await.map_err(no_door)?;
+        own.plan(&claim).await.map_err(|e| BootTestError::Set("write the VM's names down", e))?;
+        let listener = supply.listen(&claim).await.map_err(|e| BootTestError::Set("open a door for the guest", e))?;
         let spec = MachineSpec {
             image: ImageRef { name: image.name.clone(), digest: image.digest() },
             contract: image.manifest.contract,
@@ -161,15 +186,15 @@ impl BootTest<'_> {
             network: self.network.mode,
             runner: GuestRunnerSpec {
                 name: "boot test".into(),
-                token: guest_token.clone(),
+                token: Secret::new(format!("glrt-boottest1{}", claim.id)),
                 clone_url: Url::parse("http://gitlab.invalid/").expect("a constant URL parses"),
                 ca_pem: None,
                 direct_download: false,
             },
         };
         let parts = GuestParts {
-            vm: &record.id,
-            lease: &record.lease,
+            vm: &claim.id,
+            lease: &claim.lease,
             spec: &spec,
             installation_machine_id: &new_machine_id(rng),
             wait_timeout: self.deadline,
@@ -178,16 +203,16 @@ impl BootTest<'_> {
         };
         let clock = Clock::system();
         let config = guest_config(&parts, &clock, rng);
-        let spool = Spool::open(Arc::new(RealFiles), &work.join("trace"), 0, None).await;
+        let spool = Spool::open(Arc::new(RealFiles), &own.directory().join("trace"), 0, None).await;
         let spool = spool.map_err(|e| BootTestError::Set("make the spool", e))?;
         let (events, mut asked) = mpsc::channel(16);
         let view = GuestView { status: JobStatus::Running, verdict: None, update_interval: Duration::from_secs(1) };
         let (_view, view) = watch::channel(view);
         let door = guest::admit(Admission {
-            vm: record.id.clone(),
+            vm: claim.id.clone(),
             listener,
             pass: Pass::from_text(&config.pass).expect("the pass was written by the same crate"),
-            guest_token,
+            guest_token: guest_token(&config),
             job: JobId(u64::MAX),
             job_token: Secret::new(VmId::random(rng).to_string()),
             dependencies: Vec::new(),
@@ -201,19 +226,14 @@ impl BootTest<'_> {
             clock,
             metrics: Metrics::new(),
         });
-        let mut machine = supply.take(Order {
-            machine: record,
-            bound: ("boot test".into(), 0),
-            config: config.to_line(),
-            make: Some(Blueprint::new(&spec, image.clone())),
-        });
+        let mut machine = supply.start(claim, &spec, image.clone(), ("boot test".into(), 0));
+        machine.bind(config.to_line());
         let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut asked, since, progress)).await;
         let console = machine.console_tail();
-        machine.release();
-        let released = tokio::time::timeout(RELEASE_DEADLINE, async { while machine.event().await.is_some() {} }).await;
+        let released = tokio::time::timeout(RELEASE_DEADLINE, machine.release()).await;
         door.revoke().await;
         if released.is_err() {
-            tracing::warn!(vm = %machine.record().id, "the boot test's VM could not be taken down yet");
+            tracing::warn!(vm = %machine.id(), "the boot test's VM could not be taken down yet");
             machine.leave().await;
         }
         match booted {
@@ -269,12 +289,21 @@ async fn wait(
                 }
                 Some(MachineEvent::Report(_) | MachineEvent::Resumed | MachineEvent::Paused(Pause::Operator)) => continue,
                 Some(MachineEvent::Failed(error)) => return Err(Early::Failed(error)),
-                Some(MachineEvent::Stopped(_) | MachineEvent::Paused(_) | MachineEvent::Released) | None => {
+                Some(MachineEvent::Stopped(_) | MachineEvent::Paused(_) | MachineEvent::Gone) | None => {
                     return Err(Early::Ended);
                 }
             },
         };
         progress(&format!("{:>6.2} s  {phase}", since.elapsed().as_secs_f64()));
+    }
+}
+
+/// Takes down what there is of a workspace, in a bounded time: whoever looks next finds what is left.
+async fn take_down(left: Abandoned, supply: &Supply, hypervisor: &vm::Config) {
+    match tokio::time::timeout(RELEASE_DEADLINE, left.take_down(supply, hypervisor)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(error = chain(&error), "take a boot test's VM down; left for the next one"),
+        Err(_) => tracing::warn!("a boot test's VM could not be taken down yet; left for the next one"),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Wall time and uptime, and nothing else: durations and deadlines are Tokio's, which tests can move.
 //!
-//! One of the five seams. Wall time is for people (the trace) and for protocols (a guest's clock): somebody may set it.
+//! One of the seams. Wall time is for people (the trace) and for protocols (a guest's clock): somebody may set it.
 //! The host's uptime is for deadlines that must outlive a restart of the daemon (when GitLab's 201 came). Nothing waits
 //! for either.
 

@@ -7,6 +7,7 @@ use crate::clock::Clock;
 use crate::machine_spec::MachineSpec;
 use crate::network::Lease;
 use crate::rng::Rng;
+use crate::secret::Secret;
 use crate::vm::VmId;
 use dayfly_guest_config::{CA_FILE, GuestConfig, GuestRunner, Pass, RELAY_URL};
 use std::fmt::Write as _;
@@ -94,6 +95,14 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
     text
 }
 
+/// The guest token, out of the config.toml that carries it.
+#[must_use]
+pub fn guest_token(config: &GuestConfig) -> Secret {
+    let parsed = config.runner.config_toml.parse::<toml_edit::DocumentMut>().ok();
+    let token = parsed.as_ref().and_then(|doc| doc.get("runners")?.get(0)?.get("token")?.as_str().map(str::to_owned));
+    Secret::new(token.unwrap_or_default())
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         write!(text, "{byte:02x}").expect("a String takes all");
@@ -127,7 +136,7 @@ mod tests {
         spec.runner.ca_pem = Some("PEM".into());
         let parts = GuestParts {
             vm: &VmId::random(&rng),
-            lease: &Lease { port: 20_000 },
+            lease: &Lease::User { port: 20_000 },
             spec: &spec,
             installation_machine_id: "0123456789abcdef0123456789abcdef",
             wait_timeout: Duration::from_secs(360),

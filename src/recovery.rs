@@ -11,8 +11,6 @@ use crate::gitlab::JobPayload;
 use crate::job::journal::{Loaded, Record};
 use crate::job::state::State;
 use crate::job::{self, JobHandle, Parts, Runner};
-use crate::network::Lease;
-use crate::supply::MachineRecord;
 use crate::supply::{Machine, overlay_id};
 use crate::telemetry::chain;
 use crate::vm::{VmError, VmId};
@@ -119,11 +117,11 @@ pub async fn orphans(
     owned: &(dyn Fn() -> BTreeSet<VmId> + Send + Sync),
 ) -> Result<Vec<Orphan>, VmError> {
     let supply = &parts.supply;
-    let place = supply.place();
+    let setup = supply.setup();
     // VMs are listed before the overlays: one that is being made has its overlay first.
-    let vms = supply.hypervisor().list(&place.installation).await?;
+    let vms = supply.hypervisor().list(&setup.installation).await?;
     let vms: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
-    let overlays = supply.host().disks.list(&place.overlay_dir).await?;
+    let overlays = supply.host().disks.list(&setup.overlay_dir).await?;
     let overlays = overlays.iter().filter_map(|path| overlay_id(path));
     let all: BTreeSet<VmId> = overlays.chain(vms.iter().cloned()).collect();
     let owned = owned();
@@ -136,8 +134,5 @@ pub async fn orphans(
 #[must_use]
 pub fn reap(parts: &Parts, orphan: &Orphan) -> Machine {
     tracing::warn!(vm = %orphan.id, "a VM or overlay of ours belongs to no job; taking it down");
-    // Port 0 is in no range: there is no lease to give back.
-    let machine = parts.supply.reap(MachineRecord { id: orphan.id.clone(), lease: Lease { port: 0 } });
-    machine.release();
-    machine
+    parts.supply.reap_orphan(orphan.id.clone())
 }

@@ -1,4 +1,4 @@
-//! The one source of randomness: ids, passes, seeds, jitter. One of the five seams.
+//! The one source of randomness: ids, passes, seeds, jitter. One of the seams.
 //!
 //! In production every byte comes from the operating system. A simulation seeds it, and the same
 //! seed gives the same ids in the same order.

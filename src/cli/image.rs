@@ -5,14 +5,15 @@ use crate::boot_test::{BootTest, Booted, DEADLINE};
 use crate::config::Config;
 use crate::image::build::{BuildRequest, RECIPES, RunnerSource, build, find_guest_program};
 use crate::image::store::{Image, ImageStore, Images as _};
-use crate::rng::Rng;
+use crate::network::Tcp;
 use crate::telemetry::printable;
 use crate::vm::AccelChoice;
-use crate::vm::{Accel, Backend, VmId, proof};
+use crate::vm::Backend;
 use anyhow::{Context as _, bail};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::Arc;
 
 /// Arguments of all image commands.
 #[derive(Debug, clap::Args)]
@@ -170,24 +171,15 @@ pub(super) fn describe(image: &Image) -> String {
 async fn boot(config: &Config, image: &Image) -> anyhow::Result<Booted> {
     let sockets = tempfile::Builder::new().prefix("dayfly-").tempdir_in("/tmp")?;
     let host = config.hypervisor.host(sockets.path());
-    let accel = match config.hypervisor.accel {
-        AccelChoice::Tcg => {
-            say("booting under TCG: slow, and it isolates nothing");
-            Accel::Tcg
-        }
-        AccelChoice::Kvm => Accel::Kvm,
-        AccelChoice::Auto => {
-            let rng = Rng::system();
-            let places = proof::Places { disks: &config.image_directory, sockets: sockets.path() };
-            let proven = proof::prove_kvm(&host, &image.proof(), places, &VmId::random(&rng), &rng).await;
-            proven.context("prove KVM by a boot (`--accel tcg` does without, for a trial)")?;
-            Accel::Kvm
-        }
-    };
+    if config.hypervisor.accel == AccelChoice::Tcg {
+        say("booting under TCG: slow, and it isolates nothing");
+    }
     let test = BootTest {
         host,
-        accel,
-        work_dir: &config.image_directory,
+        hypervisor: &config.hypervisor,
+        listen: Arc::new(Tcp),
+        accel: config.hypervisor.accel,
+        image_directory: &config.image_directory,
         socket_dir: sockets.path(),
         network: config.network.clone(),
         deadline: DEADLINE,

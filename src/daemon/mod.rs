@@ -42,10 +42,10 @@ use crate::image::store::Images;
 use crate::job::journal::{JobKey, Journal, Record};
 use crate::job::{self, Jobs, Parts, Runner, Started};
 use crate::metrics::Metrics;
-use crate::network::Network;
+use crate::network::{Listen, Network};
 use crate::recovery;
 use crate::rng::Rng;
-use crate::supply::{Place, Supply};
+use crate::supply::{Setup, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
 use crate::vm::{Accel, Host};
@@ -89,6 +89,8 @@ const KVM_OVERHEAD_MIB: u64 = 150;
 pub struct Backends {
     /// Machines, and what lies beside them.
     pub host: Host,
+    /// Where doors are opened.
+    pub listen: Arc<dyn Listen>,
     /// GitLab.
     pub transport: Arc<dyn OpenTransport>,
     /// Files.
@@ -191,15 +193,15 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let stop = CancellationToken::new();
     let leave = CancellationToken::new();
-    let place = Place { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
-    let network = Network::new(&config.network);
+    let setup = Setup { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
+    let network = Network::new(&config.network, backends.listen.clone());
     let metrics = Metrics::new();
     let (supply, lister) = Supply::new(
         backends.host.clone(),
         backends.clock.clone(),
         backends.rng.clone(),
         network,
-        place,
+        setup,
         metrics.clone(),
         stop.clone(),
     );
@@ -239,7 +241,15 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let disk_is_found = disk.found.clone();
     background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
-    let sweeper = Sweeper::new(parts.clone(), jobs.clone(), adopted.kept, capacity.clone(), unknown);
+    let sweeper = Sweeper::new(
+        parts.clone(),
+        jobs.clone(),
+        adopted.kept,
+        capacity.clone(),
+        unknown,
+        config.image_directory.clone(),
+        config.hypervisor.clone(),
+    );
     let first_sweep = sweeper.begin(stop.clone(), &mut background);
     // The common case is clean before the first poll; a domain that is stuck keeps nobody waiting.
     let _ = tokio::time::timeout(FIRST_SWEEP_PATIENCE, first_sweep).await;

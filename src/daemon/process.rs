@@ -8,6 +8,7 @@ use crate::files::{RealFiles, plain};
 use crate::gitlab::RealOpenTransport;
 use crate::guest;
 use crate::image::store::ImageStore;
+use crate::network::Tcp;
 use crate::rng::Rng;
 use crate::telemetry::chain;
 use std::fs::File;
@@ -95,6 +96,7 @@ impl Backends {
         let rng = Rng::system();
         Ok(Self {
             host: config.hypervisor.host(&socket_directory(&config.runtime_directory)),
+            listen: Arc::new(Tcp),
             transport: Arc::new(RealOpenTransport::default()),
             files: Arc::new(RealFiles),
             clock: Clock::system(),

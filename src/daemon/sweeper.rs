@@ -1,16 +1,18 @@
 //! What of ours belongs to nobody, and who takes it down meanwhile?
 //!
-//! At start and every minute [`recovery::orphans`] is asked; each orphan is reaped by a task of its
-//! own, so that one that is stuck delays nobody, and holds room of the host as long as it is there:
+//! At start and every minute [`recovery::orphans`] is asked, and what [`abandoned`] owners have left; each is reaped by a
+//! task of its own, so that one that is stuck delays nobody, and holds room of the host as long as it is there:
 //! a VM without a job is a VM all the same (threats.md, invariant 14).
 
 use super::Jobs;
 use crate::capacity::{Capacity, Held, Resources};
 use crate::job::Parts;
 use crate::recovery::{self, Orphan};
+use crate::supply::unassigned::{Abandoned, abandoned};
 use crate::telemetry::chain;
-use crate::vm::VmId;
+use crate::vm::{self, VmId};
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -25,11 +27,24 @@ pub(super) struct Sweeper {
     capacity: Capacity,
     /// What an orphan may take, of which no record tells.
     unknown: Resources,
+    /// Where VMs without a job are written down.
+    image_directory: PathBuf,
+    /// The hypervisor that is looked at.
+    hypervisor: vm::Config,
 }
 
 impl Sweeper {
-    pub(super) fn new(parts: Parts, jobs: Jobs, kept: BTreeSet<VmId>, capacity: Capacity, unknown: Resources) -> Self {
-        Self { parts, jobs, kept, capacity, unknown }
+    /// VMs without a job are written down below `image_directory`, with the name of their hypervisor.
+    pub(super) fn new(
+        parts: Parts,
+        jobs: Jobs,
+        kept: BTreeSet<VmId>,
+        capacity: Capacity,
+        unknown: Resources,
+        image_directory: PathBuf,
+        hypervisor: vm::Config,
+    ) -> Self {
+        Self { parts, jobs, kept, capacity, unknown, image_directory, hypervisor }
     }
 
     /// Sweeps until `stop`, in a task of `background`. What is returned ends with the first sweep,
@@ -74,16 +89,17 @@ impl Sweeper {
             owned.extend(self.kept.iter().cloned());
             owned
         };
-        let orphans = match recovery::orphans(&self.parts, &owned).await {
-            Ok(orphans) => orphans,
-            Err(error) => {
-                tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
-                return;
-            }
-        };
+        let orphans = recovery::orphans(&self.parts, &owned).await.unwrap_or_else(|error| {
+            tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
+            Vec::new()
+        });
         for orphan in orphans {
             let room: Option<Held> = orphan.is_vm.then(|| self.capacity.adopt(NOBODY, self.unknown).into());
             reapers.spawn(reap(self.parts.clone(), orphan, room, stop.clone()));
+        }
+        for left in abandoned(&*self.parts.files, &self.image_directory, &self.hypervisor).await {
+            let room: Held = self.capacity.adopt(NOBODY, self.unknown).into();
+            reapers.spawn(take_down(self.parts.clone(), left, self.hypervisor.clone(), room, stop.clone()));
         }
     }
 }
@@ -95,9 +111,24 @@ async fn reap(parts: Parts, orphan: Orphan, room: Option<Held>, stop: Cancellati
         biased;
         // Both are cancel safe; the next daemon finds it again.
         () = stop.cancelled() => return machine.leave().await,
-        () = async { while machine.event().await.is_some() {} } => {}
+        () = machine.release() => {}
     }
     if let Some(room) = room {
         room.release();
     }
+}
+
+/// Takes down what a dead owner has left, for ever trying.
+async fn take_down(parts: Parts, left: Abandoned, hypervisor: vm::Config, room: Held, stop: CancellationToken) {
+    let path = left.directory().to_owned();
+    tracing::warn!(path = %path.display(), "the owner of a VM without a job is gone; taking it down");
+    tokio::select! {
+        biased;
+        // Both are cancel safe; the next daemon finds it again.
+        () = stop.cancelled() => return,
+        taken = left.take_down(&parts.supply, &hypervisor) => if let Err(error) = taken {
+            tracing::warn!(path = %path.display(), error = chain(&error), "take it down; trying again in a minute");
+        },
+    }
+    room.release();
 }

@@ -37,10 +37,11 @@ pub mod readers {
 use crate::clock::Clock;
 use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};
 use crate::metrics::Metrics;
+use crate::network::DoorListener;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::SpoolWriter;
-use crate::vm::{DoorListener, VmId};
+use crate::vm::VmId;
 use bytes::Bytes;
 use dayfly_guest_config::Pass;
 use std::time::Duration;
@@ -211,13 +212,13 @@ pub enum VerdictAnswer {
     Later,
 }
 
-/// The right of one guest to its door. Dropping it closes the listener and all connections.
-pub struct GuestPass {
+/// The owner's handle to the door of one guest. Dropping it closes the listener and all connections.
+pub struct DoorHandle {
     stop: tokio_util::sync::DropGuard,
     served: tokio::task::JoinHandle<()>,
 }
 
-impl GuestPass {
+impl DoorHandle {
     /// Waits for the serving task to end before its time, which only a bug can do. Cancel safe; not
     /// to be called again once it has returned.
     pub async fn ended_early(&mut self) -> tokio::task::JoinError {
@@ -238,9 +239,9 @@ impl GuestPass {
 
 /// Opens the door: serves `admission` until the pass is dropped.
 #[must_use]
-pub fn admit(admission: Admission) -> GuestPass {
+pub fn admit(admission: Admission) -> DoorHandle {
     let stop = CancellationToken::new();
     #[expect(clippy::disallowed_methods, reason = "the one task of this door; it joins all that it starts")]
     let served = tokio::spawn(door::serve(admission, stop.clone()).in_current_span());
-    GuestPass { stop: stop.drop_guard(), served }
+    DoorHandle { stop: stop.drop_guard(), served }
 }

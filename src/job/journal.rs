@@ -19,7 +19,7 @@ use crate::gitlab::JobId;
 use crate::machine_spec::MachineSpec;
 use crate::retry;
 use crate::secret::{self, Secret};
-use crate::supply::MachineRecord;
+use crate::supply::Claim;
 use crate::vm::InstallationId;
 use bytes::Bytes;
 use format::{parse, seal};
@@ -124,7 +124,7 @@ pub struct Record {
     /// What is reserved for it.
     pub resources: crate::capacity::Resources,
     /// Its VM, once one is planned.
-    pub machine: Option<MachineRecord>,
+    pub machine: Option<Claim>,
     /// Where the guest's bytes begin in the spool, once it has its job.
     pub guest_base: Option<u64>,
     /// The job token of GitLab's newest 201 for this job, if it came when the guest had its own

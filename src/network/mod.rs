@@ -1,18 +1,26 @@
-//! Which address and port has this machine, and what may it reach?
+//! What is this VM's lease, and what may it reach?
 //!
 //! Mode `user` (SLIRP) needs no host set-up: the guest reaches the host's loopback at 10.0.2.2, so
 //! a door is a loopback port from a configured range. Every VM reaches every loopback port of the
 //! host, other doors included: the pass alone separates them (decision D14).
-//! Used by `supply`. A lease is plain data in the job's record; the range is kept in one place.
+//!
+//! A lease is plain data in a record. It is nobody else's from [`Network::acquire`], or [`Network::adopt`] after a
+//! restart, to [`Network::release`], which comes when no record on disk names it any more: two records must never name
+//! one port, for after a restart each opens its own door again. Used by `supply`, alone.
+
+mod listen;
+
+pub use listen::{DoorListener, Listen, Tcp};
 
 use crate::vm::Attachment;
 use dayfly_guest_config::GuestNetwork;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Section `[network]` of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,126 +91,276 @@ impl fmt::Display for PortRange {
     }
 }
 
-/// Address and port of one VM's door. Plain data: it stands in the job's record.
+/// What one VM holds of the host's network. Plain data: it stands in records.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Lease {
-    /// Port of the door on the host's loopback.
-    pub port: u16,
+#[serde(untagged, deny_unknown_fields)]
+pub enum Lease {
+    /// Mode `user`.
+    User {
+        /// Port of the door on the host's loopback.
+        port: u16,
+    },
 }
 
 impl Lease {
-    /// Where the host listens.
-    #[must_use]
-    pub fn listen_address(&self) -> SocketAddr {
-        SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
-    }
-
     /// Where the guest connects to: SLIRP maps 10.0.2.2 to the host's loopback.
     #[must_use]
     pub fn guest_door(&self) -> String {
-        format!("10.0.2.2:{}", self.port)
+        match self {
+            Self::User { port } => format!("10.0.2.2:{port}"),
+        }
     }
 
     /// What the VM's network card is attached to.
     #[must_use]
     pub fn attachment(&self) -> Attachment {
-        Attachment::User
+        match self {
+            Self::User { .. } => Attachment::User,
+        }
     }
 
     /// The guest's addresses: SLIRP's fixed ones.
     #[must_use]
     pub fn guest_network(&self) -> GuestNetwork {
-        GuestNetwork {
-            mac: None,
-            address: "10.0.2.15/24".into(),
-            gateway: Ipv4Addr::new(10, 0, 2, 2).into(),
-            dns: vec![Ipv4Addr::new(10, 0, 2, 3).into()],
+        match self {
+            Self::User { .. } => GuestNetwork {
+                mac: None,
+                address: "10.0.2.15/24".into(),
+                gateway: Ipv4Addr::new(10, 0, 2, 2).into(),
+                dns: vec![Ipv4Addr::new(10, 0, 2, 3).into()],
+            },
         }
     }
 }
 
-/// No port of the range is free.
+/// Why there is no lease.
 #[derive(Debug, thiserror::Error)]
-#[error("all {0} ports of `network.guest_ports` are in use")]
-pub struct NoFreePort(usize);
+pub enum LeaseError {
+    /// No port of the range is free: one may be, in a while.
+    #[error("all {0} ports of `network.guest_ports` are in use")]
+    NoFreePort(usize),
+    /// The host lets nobody listen.
+    #[error("listen at {address}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+}
 
-/// The leases given out. A small set under a mutex, never held across an await; clones share it.
-#[derive(Clone, Debug)]
-pub struct Network {
-    range: Arc<Mutex<PortRange>>,
-    taken: Arc<Mutex<BTreeSet<u16>>>,
-    /// Ports found in use by others, skipped until no other is left.
-    foreign: Arc<Mutex<BTreeSet<u16>>>,
+/// The leases given out. Clones share them.
+#[derive(Clone)]
+pub struct Network(Arc<Shared>);
+
+struct Shared {
+    listen: Arc<dyn Listen>,
+    /// Held for a few lines, never across an await.
+    ports: Mutex<Ports>,
+}
+
+struct Ports {
+    range: PortRange,
+    /// Each with its door until somebody wants that.
+    taken: BTreeMap<u16, Option<Box<dyn DoorListener>>>,
+    /// Found in use by others, skipped until no other is left.
+    foreign: BTreeSet<u16>,
+}
+
+impl Ports {
+    /// Takes the lowest free port.
+    fn take(&mut self) -> Result<u16, LeaseError> {
+        let range = self.range;
+        let port = (range.first..=range.last).find(|p| !self.taken.contains_key(p) && !self.foreign.contains(p));
+        let Some(port) = port else {
+            // The next call tries those again that were others', who may have gone.
+            self.foreign.clear();
+            return Err(LeaseError::NoFreePort(usize::from(range.last - range.first) + 1));
+        };
+        self.taken.insert(port, None);
+        Ok(port)
+    }
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
 impl Network {
     /// A network with nothing given out.
     #[must_use]
-    pub fn new(config: &Config) -> Self {
-        Self { range: Arc::new(Mutex::new(config.guest_ports)), taken: Arc::default(), foreign: Arc::default() }
+    pub fn new(config: &Config, listen: Arc<dyn Listen>) -> Self {
+        let ports = Ports { range: config.guest_ports, taken: BTreeMap::new(), foreign: BTreeSet::new() };
+        Self(Arc::new(Shared { listen, ports: Mutex::new(ports) }))
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Ports> {
+        self.0.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Another range for the leases to come.
     pub fn set_ports(&self, range: PortRange) {
-        *self.range.lock().unwrap_or_else(PoisonError::into_inner) = range;
+        self.ports().range = range;
     }
 
-    /// Takes the lowest free port.
+    /// A lease for a new VM, its door bound already: a port that is somebody else's is no lease of ours, and the next
+    /// one is tried. To be released also if nothing is made of it.
     ///
     /// # Errors
-    /// [`NoFreePort`]: the next call tries those again that were others', who may have gone.
-    pub fn lease(&self) -> Result<Lease, NoFreePort> {
-        let range = *self.range.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut foreign = self.foreign.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let port = (range.first..=range.last).find(|p| !taken.contains(p) && !foreign.contains(p));
-        let Some(port) = port else {
-            foreign.clear();
-            return Err(NoFreePort(usize::from(range.last - range.first) + 1));
-        };
-        taken.insert(port);
-        Ok(Lease { port })
+    /// [`LeaseError`].
+    pub async fn acquire(&self, mode: Mode) -> Result<Lease, LeaseError> {
+        match mode {
+            Mode::User => loop {
+                let port = self.ports().take()?;
+                let error = match self.0.listen.listen(loopback(port)).await {
+                    Ok(door) => {
+                        self.ports().taken.insert(port, Some(door));
+                        return Ok(Lease::User { port });
+                    }
+                    Err(error) => error,
+                };
+                let mut ports = self.ports();
+                ports.taken.remove(&port);
+                if error.kind() != io::ErrorKind::AddrInUse {
+                    return Err(LeaseError::Listen { address: loopback(port), source: error });
+                }
+                tracing::info!(port, "somebody else listens at this port; trying another");
+                ports.foreign.insert(port);
+            },
+        }
     }
 
-    /// Takes the port of a recorded lease again, at adoption.
+    /// A lease that a record of before names is taken, by that one.
     pub fn adopt(&self, lease: &Lease) {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(lease.port);
+        match lease {
+            Lease::User { port } => {
+                self.ports().taken.entry(*port).or_default();
+            }
+        }
     }
 
-    /// Gives a lease back.
-    pub fn release(&self, lease: &Lease) {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&lease.port);
+    /// The door of a lease: once as it was bound, and anew when that one is closed.
+    ///
+    /// # Errors
+    /// The host's; `AddrInUse` while the process before is still closing it.
+    pub async fn listen(&self, lease: &Lease) -> io::Result<Box<dyn DoorListener>> {
+        match lease {
+            Lease::User { port } => {
+                let bound = self.ports().taken.get_mut(port).and_then(Option::take);
+                match bound {
+                    Some(door) => Ok(door),
+                    None => self.0.listen.listen(loopback(*port)).await,
+                }
+            }
+        }
     }
 
-    /// Gives a lease back and skips its port while there are others: somebody else listens there.
-    pub fn release_in_use(&self, lease: &Lease) {
-        self.foreign.lock().unwrap_or_else(PoisonError::into_inner).insert(lease.port);
-        self.release(lease);
-    }
-
-    /// How many leases are out.
-    #[must_use]
-    pub fn leased(&self) -> usize {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner).len()
+    /// Gives a lease back. On disk nothing names it any more.
+    ///
+    /// # Errors
+    /// None in mode `user`; to be tried again.
+    pub async fn release(&self, lease: &Lease) -> Result<(), LeaseError> {
+        match lease {
+            Lease::User { port } => {
+                self.ports().taken.remove(port);
+                Ok(())
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::BoxFuture;
 
+    /// A host on which some ports are others'.
+    #[derive(Default)]
+    struct Busy {
+        others: Mutex<BTreeSet<u16>>,
+        broken: std::sync::atomic::AtomicBool,
+    }
+
+    struct Silent;
+
+    impl DoorListener for Silent {
+        fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn crate::vm::Stream>>> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    impl Listen for Busy {
+        fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+            let result = if self.broken.load(std::sync::atomic::Ordering::Relaxed) {
+                Err(io::ErrorKind::PermissionDenied.into())
+            } else if self.others.lock().unwrap().contains(&address.port()) {
+                Err(io::ErrorKind::AddrInUse.into())
+            } else {
+                Ok(Box::new(Silent) as Box<dyn DoorListener>)
+            };
+            Box::pin(std::future::ready(result))
+        }
+    }
+
+    fn network(range: &str) -> (Network, Arc<Busy>) {
+        let host = Arc::new(Busy::default());
+        let config = Config { guest_ports: range.parse().unwrap(), ..Config::default() };
+        (Network::new(&config, host.clone()), host)
+    }
+
+    async fn port(network: &Network) -> Option<u16> {
+        network.acquire(Mode::User).await.ok().map(|Lease::User { port }| port)
+    }
+
+    #[tokio::test]
+    async fn ports_are_given_out_once_and_come_back() {
+        let (network, _) = network("2000-2001");
+        assert_eq!(port(&network).await, Some(2000));
+        assert_eq!(port(&network).await, Some(2001));
+        assert_eq!(port(&network).await, None);
+        network.release(&Lease::User { port: 2000 }).await.unwrap();
+        assert_eq!(port(&network).await, Some(2000));
+        network.adopt(&Lease::User { port: 2001 });
+        network.release(&Lease::User { port: 2001 }).await.unwrap();
+        network.adopt(&Lease::User { port: 2001 });
+        assert_eq!(port(&network).await, None, "a record of before names it");
+    }
+
+    /// H15: another port is tried at once, and that of others again when there is no other.
+    #[tokio::test]
+    async fn a_port_of_somebody_elses_is_passed_over() {
+        let (network, host) = network("2000-2001");
+        host.others.lock().unwrap().insert(2000);
+        assert_eq!(port(&network).await, Some(2001));
+        assert_eq!(port(&network).await, None);
+        host.others.lock().unwrap().clear();
+        assert_eq!(port(&network).await, Some(2000), "its holder has gone");
+    }
+
+    #[tokio::test]
+    async fn a_host_that_lets_nobody_listen_costs_no_port() {
+        let (network, host) = network("2000-2000");
+        host.broken.store(true, std::sync::atomic::Ordering::Relaxed);
+        let error = network.acquire(Mode::User).await.unwrap_err();
+        assert!(matches!(error, LeaseError::Listen { .. }), "{error}");
+        host.broken.store(false, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(port(&network).await, Some(2000));
+        assert!(network.ports().taken[&2000].is_some(), "its door is bound");
+        drop(network.listen(&Lease::User { port: 2000 }).await.unwrap());
+        assert!(network.ports().taken[&2000].is_none());
+        network.listen(&Lease::User { port: 2000 }).await.expect("anew");
+    }
+
+    /// What records of version 1 to 3 hold.
     #[test]
-    fn ports_are_given_out_once_and_come_back() {
-        let network = Network::new(&Config { guest_ports: "2000-2001".parse().unwrap(), ..Config::default() });
-        let (a, b) = (network.lease().unwrap(), network.lease().unwrap());
-        assert_ne!(a, b);
-        assert!(network.lease().is_err());
-        network.release_in_use(&a);
-        network.release(&b);
-        assert_eq!(network.lease().unwrap(), b, "a port in use elsewhere is not tried again at once");
-        assert!(network.lease().is_err());
-        assert_eq!(network.lease().unwrap(), a, "its holder may have gone");
+    fn a_lease_is_written_as_it_always_was() {
+        let lease = Lease::User { port: 20_000 };
+        assert_eq!(serde_json::to_string(&lease).unwrap(), r#"{"port":20000}"#);
+        assert_eq!(serde_json::from_str::<Lease>(r#"{"port":20000}"#).unwrap(), lease);
+        for other in [r#"{"port":20000,"tap":"df0"}"#, r#"{"tap":"df0"}"#, "{}", "20000"] {
+            assert!(serde_json::from_str::<Lease>(other).is_err(), "{other}");
+        }
     }
 
     #[test]

@@ -232,7 +232,7 @@ impl Poller {
             ));
         }
         let supply = &self.parts.supply;
-        if let Err(error) = supply.hypervisor().list(&supply.place().installation).await {
+        if let Err(error) = supply.hypervisor().list(&supply.setup().installation).await {
             return Host::Unfit(chain(&error));
         }
         supply.unfit().map_or(Host::Well, Host::LosesMachines)

@@ -1,40 +1,34 @@
-//! One machine, from its overlay to its end: one task, which alone calls the hypervisor for it.
+//! One VM, from its overlay to its end: one task, which alone calls the hypervisor for it.
 //!
 //! ```text
-//! make: overlay ─► start ─► channel, config ─► watch ──(release)──► destroy ─► overlay, sockets, lease
-//!            └───────┴─ failed: reported; the job decides, then releases
+//! start: overlay ─► VM ─► wires, config once bound ─► watch ──(take_down)──► destroy ─► sockets, overlay
+//!            └───────┴─ failed: reported; the owner decides, then takes it down
 //! ```
 //!
-//! Every step may run twice, so a machine found running after a restart of the daemon enters at
-//! "channel". On `leave` (hand-over) the task ends and the machine lives on.
+//! Every step may run twice, so a VM found running after a restart of the daemon enters at
+//! "wires". On `leave` (hand-over) the task ends and the VM lives on.
 
-use super::MachineRecord;
-use super::{Order, Supply};
+use super::wires::Wires;
+use super::{Claim, Supply};
 use crate::failpoint::{Point, reached};
+use crate::image::stamp::Stamp;
+use crate::network::Lease;
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
-use crate::vm::{Ending, Pause, Stream, VmError, VmName, VmSpec, VmState};
-use dayfly_guest_config::{ClockQuestion, REPORT_LINE_MAX, Report};
+use crate::vm::{Ending, Pause, VmError, VmId, VmName, VmSpec, VmState};
+use dayfly_guest_config::Report;
 use prometheus_client::metrics::gauge::Gauge;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
-/// Events that may wait for the job.
+/// Events that may wait for the owner.
 const EVENTS_MAX: usize = 64;
 
-/// Reports of a guest that are passed on in one second; more are dropped.
-const REPORTS_PER_SECOND: u32 = 20;
-
-/// Pause before the channel or the console is opened again.
-const REOPEN_PAUSE: Duration = Duration::from_millis(500);
-
-/// What a machine's task tells its job.
+/// What a machine's task tells its owner.
 #[derive(Debug)]
 pub enum MachineEvent {
     /// The overlay is there.
@@ -43,7 +37,7 @@ pub enum MachineEvent {
     Started,
     /// What the guest program says; a hint, see [`Report`].
     Report(Report),
-    /// It could not be made. It must still be released.
+    /// It could not be made. It must still be taken down.
     Failed(VmError),
     /// It ended by itself, like this.
     Stopped(Ending),
@@ -51,60 +45,85 @@ pub enum MachineEvent {
     Paused(Pause),
     /// It goes on after a pause.
     Resumed,
-    /// All of it is gone: VM, overlay, sockets. The last event. Its door and lease are the job's.
-    Released,
+    /// VM, sockets and overlay are gone. The last event. Its lease is the owner's until no record names it any more.
+    Gone,
 }
 
+/// What the owner of a VM wants of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
-    Keep,
-    Release,
-    Leave,
+enum Desired {
+    Running,
+    Gone,
+    Left,
 }
 
-/// The job's handle to its machine.
+/// A VM that does not exist yet.
+pub(super) struct NewVm {
+    pub(super) spec: VmSpec,
+    pub(super) disk_gib: u64,
+    /// By what the image's files were known when they were checked.
+    pub(super) stamp: Stamp,
+}
+
+/// The owner's handle to its machine: a VM, and what is beside it.
 pub struct Machine {
-    record: MachineRecord,
+    supply: Supply,
+    id: VmId,
+    /// None: it is not known, and nobody else's any more.
+    lease: Option<Lease>,
     events: mpsc::Receiver<MachineEvent>,
-    wish: watch::Sender<Wish>,
+    gone: bool,
+    desired: watch::Sender<Desired>,
+    config: watch::Sender<Option<Vec<u8>>>,
     console: Arc<Mutex<Ring>>,
     greeted: Arc<AtomicBool>,
     task: JoinHandle<()>,
 }
 
 impl Machine {
-    pub(super) fn make(supply: Supply, order: Order) -> Self {
-        let record = order.machine.clone();
-        Self::spawn(supply, record, move |driver| async move { driver.make(order).await })
+    /// Starts `new`, unless it runs already. `None`: it must run.
+    pub(super) fn start(supply: Supply, claim: Claim, new: Option<NewVm>) -> Self {
+        let Claim { id, lease } = claim;
+        Self::spawn(supply, id, Some(lease), move |driver| async move { driver.run(new).await })
     }
 
-    pub(super) fn reap(supply: Supply, record: MachineRecord) -> Self {
-        Self::spawn(supply, record, |mut driver| async move { driver.take_down().await })
+    /// Takes it down, whatever there is of it.
+    pub(super) fn reap(supply: Supply, id: VmId, lease: Option<Lease>) -> Self {
+        let machine = Self::spawn(supply, id, lease, |mut driver| async move { driver.take_down().await });
+        machine.take_down();
+        machine
     }
 
     fn spawn<F: Future<Output = ()> + Send + 'static>(
         supply: Supply,
-        record: MachineRecord,
+        id: VmId,
+        lease: Option<Lease>,
         run: impl FnOnce(Driver) -> F + Send + 'static,
     ) -> Self {
         let (events_out, events) = mpsc::channel(EVENTS_MAX);
-        let (wish, wish_in) = watch::channel(Wish::Keep);
-        let console = Arc::new(Mutex::new(Ring::default()));
-        let greeted = Arc::new(AtomicBool::new(false));
-        let turn = supply.begin(&record.id);
-        let driver = Driver {
-            name: VmName::from(record.id.clone()),
-            record: record.clone(),
-            supply,
+        let (desired, desired_in) = watch::channel(Desired::Running);
+        let (config, config_in) = watch::channel(None);
+        let turn = supply.begin(&id);
+        let wires = Wires {
+            supply: supply.clone(),
+            id: id.clone(),
             events: events_out,
-            wish: wish_in,
-            console: console.clone(),
-            greeted: greeted.clone(),
+            config: config_in,
+            greeted: Arc::default(),
+            console: Arc::default(),
         };
-        #[expect(clippy::disallowed_methods, reason = "joined by the job, through `leave` or the last event")]
+        let (greeted, console) = (wires.greeted.clone(), wires.console.clone());
+        let driver = Driver {
+            name: VmName::from(id.clone()),
+            id: id.clone(),
+            supply: supply.clone(),
+            desired: desired_in,
+            wires,
+        };
+        #[expect(clippy::disallowed_methods, reason = "joined by the owner, through `leave` or the last event")]
         let task = tokio::spawn(async move {
-            let mut wish = driver.wish.clone();
-            let leave = async { wish.wait_for(|wish| *wish == Wish::Leave).await.is_ok() };
+            let mut desired = driver.desired.clone();
+            let leave = async { desired.wait_for(|desired| *desired == Desired::Left).await.is_ok() };
             let _turn = tokio::select! {
                 biased;
                 // Both are cancel safe.
@@ -113,28 +132,34 @@ impl Machine {
             };
             run(driver).await;
         });
-        Self { record, events, wish, console, greeted, task }
+        Self { supply, id, lease, events, gone: false, desired, config, console, greeted, task }
     }
 
-    /// Its names.
+    /// The VM's id.
     #[must_use]
-    pub fn record(&self) -> &MachineRecord {
-        &self.record
+    pub fn id(&self) -> &VmId {
+        &self.id
     }
 
     /// The next event; `None` after the last. Cancel safe.
     pub async fn event(&mut self) -> Option<MachineEvent> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        self.gone |= matches!(event, Some(MachineEvent::Gone));
+        event
+    }
+
+    /// Tells the guest who it is, by its guest config as a line: once, whatever is said later.
+    pub fn bind(&self, config: Vec<u8>) {
+        self.config.send_if_modified(|bound| {
+            let first = bound.is_none();
+            bound.get_or_insert(config);
+            first
+        });
     }
 
     /// The guest has shown its pass: it has its config, which is not written again.
     pub fn greeted(&self) {
         self.greeted.store(true, Ordering::Relaxed);
-    }
-
-    /// Takes it down, for ever trying; [`MachineEvent::Released`] tells the end.
-    pub fn release(&self) {
-        self.wish.send_replace(Wish::Release);
     }
 
     /// The last bytes of its console, escaped.
@@ -143,10 +168,33 @@ impl Machine {
         self.console.lock().unwrap_or_else(PoisonError::into_inner).tail(TAIL_BYTES_MAX)
     }
 
+    /// Has VM, sockets and overlay taken down, for ever trying; [`MachineEvent::Gone`] tells the end. For an owner whose
+    /// record names the lease until then: [`Supply::release`] gives that back.
+    pub fn take_down(&self) {
+        self.desired.send_replace(Desired::Gone);
+    }
+
+    /// Takes all of it down, for ever trying, and gives its lease back: for an owner without a record of it that would
+    /// be read again. Cancel safe: called again it goes on. If its task has died of a bug, the sweep finds what is left.
+    pub async fn release(&mut self) {
+        self.take_down();
+        while self.event().await.is_some() {}
+        let mut backoff = Backoff::hypervisor();
+        while let Some(lease) = self.lease.as_ref().filter(|_| self.gone) {
+            match self.supply.0.network.release(lease).await {
+                Ok(()) => self.lease = None,
+                Err(error) => {
+                    tracing::warn!(vm = %self.id, error = chain(&error), "give a lease back; trying again");
+                    tokio::time::sleep(backoff.next(&self.supply.0.rng)).await;
+                }
+            }
+        }
+    }
+
     /// Lets go of it: the VM lives on for the next daemon.
     pub async fn leave(self) {
         // Also in mid-release: the next daemon finishes it, this one must end in seconds.
-        self.wish.send_replace(Wish::Leave);
+        self.desired.send_replace(Desired::Left);
         drop(self.events);
         // Ends after the call to the hypervisor that is under way, each of which has a deadline.
         let _ = self.task.await;
@@ -155,119 +203,90 @@ impl Machine {
 
 struct Driver {
     supply: Supply,
-    record: MachineRecord,
+    id: VmId,
     name: VmName,
-    events: mpsc::Sender<MachineEvent>,
-    wish: watch::Receiver<Wish>,
-    console: Arc<Mutex<Ring>>,
-    greeted: Arc<AtomicBool>,
+    desired: watch::Receiver<Desired>,
+    wires: Wires,
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        self.supply.end(&self.record.id);
+        self.supply.end(&self.id);
     }
 }
 
 impl Driver {
-    /// What the job wants. A handle that was dropped without a wish is a job's task that has died: the machine is let
-    /// go of, for nobody must make one that nobody knows.
-    fn wish(&self) -> Wish {
-        let wish = *self.wish.borrow();
-        if wish == Wish::Keep && self.wish.has_changed().is_err() { Wish::Leave } else { wish }
+    /// What the owner wants. A handle that was dropped while its VM should run is an owner's task that has died: the VM
+    /// is left, for nobody must make one that nobody knows.
+    fn desired(&self) -> Desired {
+        let desired = *self.desired.borrow();
+        if desired == Desired::Running && self.desired.has_changed().is_err() { Desired::Left } else { desired }
     }
 
     async fn tell(&self, event: MachineEvent) {
         // Nobody listens after `leave`: the record holds what the next daemon needs.
-        let _ = self.events.send(event).await;
+        let _ = self.wires.events.send(event).await;
     }
 
-    async fn make(mut self, order: Order) {
-        let mut wish = self.wish.clone();
+    async fn run(mut self, new: Option<NewVm>) {
+        let mut desired = self.desired.clone();
         let started = tokio::select! {
             biased;
             // As for a call that hangs while the VM is taken down.
-            Ok(_) = wish.wait_for(|wish| *wish == Wish::Leave) => return,
-            started = self.start(&order) => started,
+            Ok(_) = desired.wait_for(|desired| *desired == Desired::Left) => return,
+            started = self.start(new) => started,
         };
         match started {
-            Ok(None) => self.watch(&order.config).await,
+            Ok(None) => self.watch().await,
             Ok(Some(ending)) => {
                 self.tell(MachineEvent::Stopped(ending)).await;
-                self.wait_for_wish().await;
+                self.wait_for_change().await;
             }
             // Its guest has shown the pass: it runs, whatever became of the call's answer.
-            Err(error) if self.greeted.load(Ordering::Relaxed) => {
-                tracing::warn!(vm = %self.record.id, error = chain(&error), "make a VM that runs already; it goes on");
-                self.watch(&order.config).await;
+            Err(error) if self.wires.greeted.load(Ordering::Relaxed) => {
+                tracing::warn!(vm = %self.id, error = chain(&error), "make a VM that runs already; it goes on");
+                self.watch().await;
             }
             Err(error) => {
                 self.tell(MachineEvent::Failed(error)).await;
-                self.wait_for_wish().await;
+                self.wait_for_change().await;
             }
         }
-        if self.wish() == Wish::Release {
+        if self.desired() == Desired::Gone {
             self.take_down().await;
         }
     }
 
     /// Makes overlay and VM, unless the VM runs already. `Some`: it should have, and has ended.
-    async fn start(&mut self, order: &Order) -> Result<Option<Ending>, VmError> {
-        let host = self.supply.host().clone();
-        let mut state = self.look(order.make.is_none()).await?;
-        if state != VmState::Gone && order.make.is_some() {
+    async fn start(&mut self, new: Option<NewVm>) -> Result<Option<Ending>, VmError> {
+        let mut state = self.look(new.is_none()).await?;
+        if state != VmState::Gone && new.is_some() {
             match (self.is_ours().await?, state) {
                 // What is left of it is in the way of another of this name.
                 (true, VmState::Ended(ending)) => return Ok(Some(ending)),
                 (true, _) => {}
                 (false, VmState::Ended(_)) => state = VmState::Gone,
-                (false, _) => {
-                    return Err(VmError::Refused {
-                        what: "start VM",
-                        name: self.name.to_string(),
-                        source: "a VM of this name is somebody else's".into(),
-                    });
-                }
+                (false, _) => return Err(self.refused("start VM", "a VM of this name is somebody else's")),
             }
         }
         if let Some(ending) = state.ending() {
-            let Some(make) = &order.make else { return Ok(Some(ending)) };
-            let place = self.supply.place();
-            let overlay = self.supply.overlay(&self.record.id);
-            host.sockets.remove(&place.socket_dir, &self.record.id).await.map_err(|source| VmError::Refused {
-                what: "remove sockets of",
-                name: self.name.to_string(),
-                source: source.into(),
-            })?;
-            host.disks.create(&overlay, &make.base, make.disk_gib).await?;
+            let Some(new) = new else { return Ok(Some(ending)) };
+            self.remove_sockets().await?;
+            let host = self.supply.host().clone();
+            host.disks.create(&new.spec.overlay, &new.spec.base, new.disk_gib).await?;
             reached(Point::K5);
             self.tell(MachineEvent::DiskReady).await;
-            if self.wish() != Wish::Keep {
+            if self.desired() != Desired::Running {
                 return Ok(None);
             }
-            let spec = VmSpec {
-                id: self.record.id.clone(),
-                installation: place.installation.clone(),
-                bound: Some(order.bound.clone()),
-                cpus: make.cpus,
-                memory_mib: make.memory_mib,
-                accel: place.accel,
-                boot: make.boot.clone(),
-                overlay,
-                base: make.base.clone(),
-                attachment: self.record.lease.attachment(),
-                socket_dir: place.socket_dir.clone(),
-            };
             reached(Point::K8);
-            host.hypervisor.start(&spec).await?;
+            host.hypervisor.start(&new.spec).await?;
             // QEMU has the files open by now: what is exchanged later does not matter to this machine.
-            if !make.stamp.holds().await {
-                return Err(VmError::Refused {
-                    what: "start VM",
-                    name: self.name.to_string(),
-                    source: format!("base image `{}` was changed while the VM was being made", make.base.display())
-                        .into(),
-                });
+            if !new.stamp.holds().await {
+                let base = new.spec.base.display();
+                return Err(
+                    self.refused("start VM", format!("base image `{base}` was changed while the VM was being made"))
+                );
             }
             // It runs, and we have not heard of it.
             reached(Point::K8);
@@ -277,8 +296,17 @@ impl Driver {
         Ok(None)
     }
 
+    fn refused(&self, what: &'static str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
+        VmError::Refused { what, name: self.name.to_string(), source: source.into() }
+    }
+
+    async fn remove_sockets(&self) -> Result<(), VmError> {
+        let removed = self.supply.host().sockets.remove(&self.supply.setup().socket_dir, &self.id).await;
+        removed.map_err(|error| self.refused("remove sockets of", error))
+    }
+
     /// The VM's state. For a guest that has its job "I could not look" is not "it is gone": it is
-    /// asked again until there is an answer, or a wish.
+    /// asked again until there is an answer, or it is to go.
     async fn look(&mut self, patiently: bool) -> Result<VmState, VmError> {
         let mut backoff = Backoff::hypervisor();
         loop {
@@ -287,12 +315,12 @@ impl Driver {
                 Err(error) if patiently && error.is_transient() => error,
                 Err(error) => return Err(error),
             };
-            tracing::warn!(vm = %self.record.id, error = chain(&error), "look for the VM of a running job; trying again");
+            tracing::warn!(vm = %self.id, error = chain(&error), "look for the VM of a running job; trying again");
             let pause = backoff.next(&self.supply.0.rng);
             tokio::select! {
                 biased;
-                // Both cancel safe. With a wish the state no longer matters: it is taken down, or left.
-                _ = self.wish.wait_for(|wish| *wish != Wish::Keep) => return Ok(VmState::Running),
+                // Both cancel safe. If it is to go, the state no longer matters: it is taken down, or left.
+                _ = self.desired.wait_for(|desired| *desired != Desired::Running) => return Ok(VmState::Running),
                 () = tokio::time::sleep(pause) => {}
             }
         }
@@ -300,31 +328,31 @@ impl Driver {
 
     /// Whether the hypervisor lists it as this installation's. A name alone proves nothing (threats.md H16, H17).
     async fn is_ours(&self) -> Result<bool, VmError> {
-        let listed = self.supply.hypervisor().list(&self.supply.place().installation).await?;
+        let listed = self.supply.hypervisor().list(&self.supply.setup().installation).await?;
         Ok(listed.iter().any(|vm| vm.name == self.name))
     }
 
-    async fn wait_for_wish(&mut self) {
+    async fn wait_for_change(&mut self) {
         // An error means that the handle was dropped: the job task died, and recovery reaps.
-        let _ = self.wish.wait_for(|wish| *wish != Wish::Keep).await;
+        let _ = self.desired.wait_for(|desired| *desired != Desired::Running).await;
     }
 
-    /// Serves channel and console, and waits for the VM's end or a wish.
-    async fn watch(&mut self, config: &[u8]) {
+    /// Serves channel and console, and waits for the VM's end or its owner's word.
+    async fn watch(&mut self) {
         let mut wires = JoinSet::new();
         let (ended_out, mut ended) = mpsc::channel(1);
-        self.serve_console(&mut wires);
-        self.serve_channel(&mut wires, config.to_vec(), ended_out);
+        wires.spawn(self.wires.clone().serve_console());
+        wires.spawn(self.wires.clone().serve_channel(ended_out));
         let started = Instant::now();
         let mut listing = self.supply.0.listing.clone();
         let mut told = VmState::Running;
-        while self.wish() == Wish::Keep {
+        while self.desired() == Desired::Running {
             let mut seen = tokio::select! {
                 biased;
-                // All cancel safe. The wish first: a release needs no further news.
-                wished = self.wish.changed() => {
-                    if wished.is_err() {
-                        // The job's task died; another takes the VM up, or the sweep reaps it.
+                // All cancel safe. The owner first: what is to go needs no further news.
+                changed = self.desired.changed() => {
+                    if changed.is_err() {
+                        // The owner's task died; another takes the VM up, or the sweep reaps it.
                         return;
                     }
                     continue;
@@ -348,7 +376,7 @@ impl Driver {
             if let VmState::Paused(why @ (Pause::Disk | Pause::Itself)) = seen {
                 let qemu = self.supply.hypervisor().last_words(&self.name).await;
                 let (why, qemu) = (why.words(), qemu.unwrap_or_default());
-                tracing::warn!(vm = %self.record.id, why, qemu, "a machine was stopped");
+                tracing::warn!(vm = %self.id, why, qemu, "a machine was stopped");
             }
             self.tell(match seen {
                 VmState::Gone => MachineEvent::Stopped(Ending::Unseen),
@@ -360,66 +388,13 @@ impl Driver {
         }
     }
 
-    /// Writes the config until the guest has been seen, passes its reports on and tells it the time when it asks.
-    fn serve_channel(&self, wires: &mut JoinSet<()>, config: Vec<u8>, ended: mpsc::Sender<()>) {
-        let (supply, id, greeted, events) =
-            (self.supply.clone(), self.record.id.clone(), self.greeted.clone(), self.events.clone());
-        wires.spawn(async move {
-            loop {
-                if let Ok(stream) = supply.host().sockets.channel(&supply.place().socket_dir, &id).await {
-                    let (reader, mut writer) = tokio::io::split(stream);
-                    // One at a time: a guest that asks and does not read waits for itself.
-                    let (questions_out, mut questions) = mpsc::channel::<ClockQuestion>(1);
-                    let write = async {
-                        if !greeted.load(Ordering::Relaxed) {
-                            // An error shows at the reading half too.
-                            let _ = writer.write_all(&config).await;
-                            let _ = writer.flush().await;
-                        }
-                        while let Some(question) = questions.recv().await {
-                            let answer = question.answer(supply.0.clock.now().as_microsecond());
-                            let _ = writer.write_all(format!("{answer}\n").as_bytes()).await;
-                            let _ = writer.flush().await;
-                        }
-                        std::future::pending::<()>().await;
-                    };
-                    tokio::select! {
-                        biased;
-                        // Reading ends with the stream; writing never ends by itself.
-                        () = read_reports(reader, &events, &questions_out) => {}
-                        () = write => {}
-                    }
-                }
-                // A full queue holds the same news already.
-                let _ = ended.try_send(());
-                tokio::time::sleep(REOPEN_PAUSE).await;
-            }
-        });
-    }
-
-    /// Drains the console: an unread one stalls the guest.
-    fn serve_console(&self, wires: &mut JoinSet<()>) {
-        let (supply, id, console) = (self.supply.clone(), self.record.id.clone(), self.console.clone());
-        wires.spawn(async move {
-            loop {
-                if let Ok(mut stream) = supply.host().sockets.console(&supply.place().socket_dir, &id).await {
-                    let mut buffer = [0; 4096];
-                    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
-                        console.lock().unwrap_or_else(PoisonError::into_inner).push(&buffer[..read]);
-                    }
-                }
-                tokio::time::sleep(REOPEN_PAUSE).await;
-            }
-        });
-    }
-
     /// Takes down all there may be, in the order in which nothing can be left over. For ever: a
     /// stuck VM keeps its reservation, and nobody else's.
     async fn take_down(&mut self) {
         let host = self.supply.host().clone();
-        let overlay = self.supply.overlay(&self.record.id);
+        let overlay = self.supply.overlay(&self.id);
         let mut backoff = Backoff::hypervisor();
-        let mut wish = self.wish.clone();
+        let mut desired = self.desired.clone();
         let mut stuck = None;
         loop {
             let attempt = async {
@@ -428,12 +403,7 @@ impl Driver {
                     host.hypervisor.destroy(&self.name).await?;
                 }
                 reached(Point::K16);
-                let sockets = host.sockets.remove(&self.supply.place().socket_dir, &self.record.id).await;
-                sockets.map_err(|source| VmError::Refused {
-                    what: "remove sockets of",
-                    name: self.name.to_string(),
-                    source: source.into(),
-                })?;
+                self.remove_sockets().await?;
                 // Last: with its record lost, a machine that is half taken down is known by its overlay.
                 host.disks.remove(&overlay).await?;
                 reached(Point::K17);
@@ -443,25 +413,25 @@ impl Driver {
                 biased;
                 // A call that hangs must not hold a hand-over up: what is dropped here may take effect
                 // or not, and the next daemon looks. A dropped handle disables the first branch.
-                Ok(_) = wish.wait_for(|wish| *wish == Wish::Leave) => return,
+                Ok(_) = desired.wait_for(|desired| *desired == Desired::Left) => return,
                 result = attempt => result,
             };
             match result {
                 Ok(()) => break,
                 Err(error) => {
-                    tracing::warn!(vm = %self.record.id, error = chain(&error), "could not take a VM down; trying again");
+                    tracing::warn!(vm = %self.id, error = chain(&error), "could not take a VM down; trying again");
                     stuck.get_or_insert_with(|| Stuck::count(&self.supply));
                     let pause = backoff.next(&self.supply.0.rng);
                     tokio::select! {
                         biased;
                         // Both cancel safe. A dropped handle disables the first branch: go on trying.
-                        Ok(_) = wish.wait_for(|wish| *wish == Wish::Leave) => return,
+                        Ok(_) = desired.wait_for(|desired| *desired == Desired::Left) => return,
                         () = tokio::time::sleep(pause) => {}
                     }
                 }
             }
         }
-        self.tell(MachineEvent::Released).await;
+        self.tell(MachineEvent::Gone).await;
     }
 }
 
@@ -479,46 +449,5 @@ impl Stuck {
 impl Drop for Stuck {
     fn drop(&mut self) {
         self.0.dec();
-    }
-}
-
-/// Reads report lines until the stream ends. Long or too many lines are dropped: the guest is hostile.
-async fn read_reports(
-    reader: tokio::io::ReadHalf<Box<dyn Stream>>,
-    events: &mpsc::Sender<MachineEvent>,
-    questions: &mpsc::Sender<ClockQuestion>,
-) {
-    let mut reader = BufReader::with_capacity(REPORT_LINE_MAX + 1, reader);
-    let mut line = Vec::new();
-    let (mut window, mut count) = (Instant::now(), 0);
-    loop {
-        let piece = match reader.fill_buf().await {
-            Ok([]) | Err(_) => return,
-            Ok(piece) => piece,
-        };
-        let (taken, ended) = match piece.iter().position(|b| *b == b'\n') {
-            Some(end) => (end + 1, true),
-            None => (piece.len(), false),
-        };
-        if line.len() <= REPORT_LINE_MAX {
-            line.extend_from_slice(&piece[..taken]);
-        }
-        reader.consume(taken);
-        if !ended {
-            continue;
-        }
-        if window.elapsed() >= Duration::from_secs(1) {
-            (window, count) = (Instant::now(), 0);
-        }
-        count += 1;
-        let bounded = count <= REPORTS_PER_SECOND && line.len() <= REPORT_LINE_MAX;
-        let text = std::str::from_utf8(&line).ok().filter(|_| bounded).map(str::trim_end);
-        if let Some(report) = text.and_then(Report::parse) {
-            // Only a hint: dropped if the job is busy.
-            let _ = events.try_send(MachineEvent::Report(report));
-        } else if let Some(question) = text.and_then(ClockQuestion::parse) {
-            let _ = questions.try_send(question);
-        }
-        line.clear();
     }
 }

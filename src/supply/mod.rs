@@ -1,27 +1,38 @@
-//! Where does this job's machine come from, who takes it down?
+//! Where does this job's guest come from, who takes it down?
 //!
-//! Alone makes overlay, domain and address. Cold today; a restored or a warm machine is taken the
-//! same way, so that the job's states need not know. Each machine has a task of its own
-//! ([`machine`]), which alone calls the hypervisor for it, so a call that hangs holds up that one
-//! machine and nobody else. What exists is asked of the hypervisor in one list for all machines.
+//! The same steps for whoever owns it, and for whatever it comes from, so that the job's states need not know:
+//!
+//! | step | does | on the host then |
+//! | --- | --- | --- |
+//! | [`claim`](Supply::claim) | chooses all names, and the lease | nothing; the owner writes it down |
+//! | [`listen`](Supply::listen) | opens the guest's door | a listener |
+//! | [`start`](Supply::start) | makes the VM | overlay, VM, sockets |
+//! | [`bind`](Machine::bind) | gives the guest its guest config | the same; its guest is somebody |
+//! | [`event`](Machine::event) | tells how it does | |
+//! | [`take_down`](Machine::take_down) | takes it down, for ever trying | nothing; the record names it still |
+//! | [`release`](Supply::release) | gives the lease back, when no record names it | nothing |
+//!
+//! Each VM has a task of its own ([`machine`]), which alone calls the hypervisor for it, so a call that hangs holds up
+//! that one and nobody else. What exists is asked of the hypervisor in one list for all VMs.
 
 mod losses;
 mod machine;
+pub mod unassigned;
+mod wires;
 
 pub use machine::{Machine, MachineEvent};
 
 use crate::clock::Clock;
-use crate::image::stamp::Stamp;
 use crate::image::store::Image;
 use crate::latest::Latest;
 use crate::machine_spec::MachineSpec;
 use crate::metrics::Metrics;
-use crate::network::Lease;
-use crate::network::{Network, NoFreePort, PortRange};
+use crate::network::{DoorListener, Lease, LeaseError, Mode, Network, PortRange};
 use crate::rng::Rng;
-use crate::vm::{Accel, Boot, Host, Hypervisor, InstallationId, VmId, VmName, VmState};
+use crate::vm::{Accel, Host, Hypervisor, InstallationId, VmId, VmName, VmSpec, VmState};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -30,14 +41,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::losses::Losses;
+use self::machine::NewVm;
 
-/// The names of one VM's things, from before any is made.
+/// The names of one VM's things, from before any is made. Plain data, for its owner's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct MachineRecord {
+pub struct Claim {
     /// Its id; all names follow from it.
     pub id: VmId,
-    /// Its door.
+    /// What it holds of the host's network, its door among that.
     pub lease: Lease,
 }
 
@@ -54,7 +66,7 @@ struct Shared {
     clock: Clock,
     rng: Rng,
     network: Network,
-    place: Place,
+    setup: Setup,
     metrics: Metrics,
     listing: Latest<Listing>,
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
@@ -72,7 +84,7 @@ struct Driven {
 
 /// What all machines of this daemon have in common.
 #[derive(Clone, Debug)]
-pub struct Place {
+pub struct Setup {
     /// Whose they are.
     pub installation: InstallationId,
     /// How they run.
@@ -91,51 +103,6 @@ struct Listing {
     vms: BTreeMap<VmName, VmState>,
 }
 
-/// What one machine is made from.
-pub struct Order {
-    /// Its names, in the job's record already.
-    pub machine: MachineRecord,
-    /// Runner entry and job, for people.
-    pub bound: (String, u64),
-    /// The guest config, as a line: its pass is in it, so an order never prints.
-    pub config: Vec<u8>,
-    /// What to make the VM from if there is none. `None`: its guest has its job already; a VM that
-    /// is gone has stopped, and no other is made.
-    pub make: Option<Blueprint>,
-}
-
-/// A VM that does not exist yet.
-#[derive(Clone, Debug)]
-pub struct Blueprint {
-    /// Virtual CPUs.
-    pub cpus: u32,
-    /// Guest memory, MiB.
-    pub memory_mib: u64,
-    /// Virtual disk, GiB.
-    pub disk_gib: u64,
-    /// The base image's disk.
-    pub base: PathBuf,
-    /// How it boots.
-    pub boot: Boot,
-    /// By what the image's files were known when they were checked.
-    pub stamp: Stamp,
-}
-
-impl Blueprint {
-    /// The machine of this spec, from its image.
-    #[must_use]
-    pub fn new(spec: &MachineSpec, image: Image) -> Self {
-        Self {
-            cpus: spec.cpus,
-            memory_mib: spec.memory_mib,
-            disk_gib: spec.disk_gib,
-            base: image.disk,
-            boot: image.boot,
-            stamp: image.stamp,
-        }
-    }
-}
-
 impl Supply {
     /// A supply, and the task that asks for the list; it ends with `stop`.
     #[must_use]
@@ -144,7 +111,7 @@ impl Supply {
         clock: Clock,
         rng: Rng,
         network: Network,
-        place: Place,
+        setup: Setup,
         metrics: Metrics,
         stop: CancellationToken,
     ) -> (Self, JoinHandle<()>) {
@@ -154,7 +121,7 @@ impl Supply {
             clock,
             rng,
             network,
-            place,
+            setup,
             metrics,
             listing,
             driven: Mutex::default(),
@@ -167,12 +134,94 @@ impl Supply {
         (supply, task)
     }
 
-    /// Chooses the names of a new machine, its door's port among them. Nothing is made yet.
+    /// The same supply with another setup, whose VMs it takes down. No list is kept of those.
+    fn at(&self, host: Host, setup: Setup) -> Self {
+        let Shared { clock, rng, network, metrics, .. } = &*self.0;
+        Self(Arc::new(Shared {
+            host,
+            clock: clock.clone(),
+            rng: rng.clone(),
+            network: network.clone(),
+            setup,
+            metrics: metrics.clone(),
+            listing: Latest::new(Listing::default()),
+            driven: Mutex::default(),
+            losses: Losses::default(),
+        }))
+    }
+
+    /// Chooses the names of a new VM, its lease among them. Nothing is made yet.
     ///
     /// # Errors
-    /// [`NoFreePort`].
-    pub fn plan(&self) -> Result<MachineRecord, NoFreePort> {
-        Ok(MachineRecord { id: VmId::random(&self.0.rng), lease: self.0.network.lease()? })
+    /// [`LeaseError`].
+    pub async fn claim(&self, network: Mode) -> Result<Claim, LeaseError> {
+        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network).await? })
+    }
+
+    /// Takes a recorded claim up again, after a restart: nobody else is given its lease.
+    pub fn adopt(&self, claim: &Claim) {
+        self.0.network.adopt(&claim.lease);
+    }
+
+    /// Opens the door of a guest.
+    ///
+    /// # Errors
+    /// See [`Network::listen`].
+    pub async fn listen(&self, claim: &Claim) -> io::Result<Box<dyn DoorListener>> {
+        self.0.network.listen(&claim.lease).await
+    }
+
+    /// Makes a VM for this job of a runner entry, from this image, or goes on with it if it runs already. Returns at
+    /// once; the machine's events tell how it went.
+    #[must_use]
+    pub fn start(&self, claim: Claim, spec: &MachineSpec, image: Image, job: (String, u64)) -> Machine {
+        let setup = &self.0.setup;
+        let new = NewVm {
+            spec: VmSpec {
+                id: claim.id.clone(),
+                installation: setup.installation.clone(),
+                bound: Some(job),
+                cpus: spec.cpus,
+                memory_mib: spec.memory_mib,
+                accel: setup.accel,
+                boot: image.boot,
+                overlay: self.overlay(&claim.id),
+                base: image.disk,
+                attachment: claim.lease.attachment(),
+                socket_dir: setup.socket_dir.clone(),
+            },
+            disk_gib: spec.disk_gib,
+            stamp: image.stamp,
+        };
+        Machine::start(self.clone(), claim, Some(new))
+    }
+
+    /// Goes on with a VM that must run: its guest has its job already. One that is gone has stopped, and no other is
+    /// made.
+    #[must_use]
+    pub fn resume(&self, claim: Claim) -> Machine {
+        Machine::start(self.clone(), claim, None)
+    }
+
+    /// Takes down whatever there is of a claim.
+    #[must_use]
+    pub fn reap(&self, claim: Claim) -> Machine {
+        Machine::reap(self.clone(), claim.id, Some(claim.lease))
+    }
+
+    /// Takes down whatever there is of a VM that no record names.
+    #[must_use]
+    pub fn reap_orphan(&self, id: VmId) -> Machine {
+        Machine::reap(self.clone(), id, None)
+    }
+
+    /// Gives the lease of a claim back: nothing was made of it, or all of it is gone, its door is closed, and no record
+    /// on disk names it any more.
+    ///
+    /// # Errors
+    /// See [`Network::release`].
+    pub async fn release(&self, claim: &Claim) -> Result<(), LeaseError> {
+        self.0.network.release(&claim.lease).await
     }
 
     /// Another range of ports for the doors to come.
@@ -180,37 +229,10 @@ impl Supply {
         self.0.network.set_ports(range);
     }
 
-    /// Takes a recorded plan up again, after a restart.
-    pub fn adopt(&self, machine: &MachineRecord) {
-        self.0.network.adopt(&machine.lease);
-    }
-
-    /// Gives a plan back: nothing was made of it, or all of it is gone and its door closed. `in_use`: its port is somebody else's.
-    pub fn forget(&self, machine: &MachineRecord, in_use: bool) {
-        if in_use {
-            self.0.network.release_in_use(&machine.lease);
-        } else {
-            self.0.network.release(&machine.lease);
-        }
-    }
-
-    /// Makes a machine, or goes on with one of this name that runs already. Returns at once; the
-    /// machine's events tell how it went.
-    #[must_use]
-    pub fn take(&self, order: Order) -> Machine {
-        Machine::make(self.clone(), order)
-    }
-
-    /// Takes down whatever there is of a machine whose maker is gone.
-    #[must_use]
-    pub fn reap(&self, machine: MachineRecord) -> Machine {
-        Machine::reap(self.clone(), machine)
-    }
-
     /// The common part of all machines.
     #[must_use]
-    pub fn place(&self) -> &Place {
-        &self.0.place
+    pub fn setup(&self) -> &Setup {
+        &self.0.setup
     }
 
     /// The hypervisor.
@@ -276,7 +298,7 @@ impl Supply {
     }
 
     fn overlay(&self, id: &VmId) -> PathBuf {
-        overlay_path(&self.0.place.overlay_dir, id)
+        overlay_path(&self.0.setup.overlay_dir, id)
     }
 
     async fn keep_listing(&self, stop: CancellationToken) {
@@ -291,7 +313,7 @@ impl Supply {
                 continue;
             }
             let asked = Instant::now();
-            match self.0.host.hypervisor.list(&self.0.place.installation).await {
+            match self.0.host.hypervisor.list(&self.0.setup.installation).await {
                 Ok(vms) => {
                     let vms = vms.into_iter().map(|vm| (vm.name, vm.state)).collect();
                     self.0.listing.send(Listing { asked: Some(asked), vms });

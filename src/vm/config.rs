@@ -49,6 +49,24 @@ pub enum AccelChoice {
 }
 
 impl Config {
+    /// What tells this hypervisor from others: its VMs are there and nowhere else.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self.backend {
+            Backend::Libvirt => &self.uri,
+            Backend::Qemu => "qemu",
+        }
+    }
+
+    /// The same hypervisor as `host`, for machines whose sockets are in this directory.
+    #[must_use]
+    pub fn host_of(&self, host: &Host, sockets: &Path) -> Host {
+        match self.backend {
+            Backend::Libvirt => host.clone(),
+            Backend::Qemu => self.host(sockets),
+        }
+    }
+
     /// The host that this section names. `directory`: where a back end of our own keeps its machines' files, best
     /// where their sockets are. Nothing is connected to yet.
     #[must_use]

@@ -28,7 +28,6 @@ use serde::{Deserialize, Serialize};
 use sockets::Sockets;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -298,12 +297,6 @@ impl VmError {
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// Accepts the connections of one guest to its door. Dropping it closes the address.
-pub trait DoorListener: Send {
-    /// The next connection. Cancel safe.
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>>;
-}
-
 /// The hypervisor seam: machines, and nothing beside them. See the module's rules.
 pub trait Hypervisor: Send + Sync + 'static {
     /// Connects and says what this host can do. Deadline 30 s: a libvirtd that has just been started
@@ -325,9 +318,6 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// All VMs whose metadata carries this installation id, those included of which something is left, sorted by name.
     /// Deadline 10 s.
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>>;
-
-    /// Listens where a guest reaches its door: part of this seam because the guest's wires are.
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>>;
 }
 
 /// Machines, and what lies beside each. Clones are the same host.

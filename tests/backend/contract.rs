@@ -62,7 +62,6 @@ contract! {
         what_is_done_already_counts_as_done
         the_vms_of_another_installation_are_left_alone
         overlays_are_listed_by_their_names
-        a_door_is_taken_once
         a_host_says_what_it_can_do;
     with guests:
         a_guest_is_talked_to_until_its_end
@@ -235,15 +234,6 @@ async fn a_vm_without_a_disk_is_refused_by_name(bench: &Bench) {
     assert!(error.to_string().contains(spec.id.as_str()) && !error.is_transient());
     bench.end(&spec).await;
     bench.assert_clean().await;
-}
-
-async fn a_door_is_taken_once(bench: &Bench) {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let door = bench.hypervisor.listen(free).await.unwrap();
-    let again = bench.hypervisor.listen(free).await.err().expect("it is taken");
-    assert_eq!(again.kind(), ErrorKind::AddrInUse);
-    drop(door);
-    bench.hypervisor.listen(free).await.expect("dropping a door closes it");
 }
 
 async fn a_host_says_what_it_can_do(bench: &Bench) {

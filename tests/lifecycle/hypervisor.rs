@@ -4,6 +4,7 @@
 use crate::support::guest::Guest;
 use crate::support::world::{LONG, World, paused};
 use dayfly::gitlab::JobId;
+use dayfly::network::Listen as _;
 use dayfly::status::RunnerState;
 use dayfly::vm::{Hypervisor as _, Stream, VmId, VmSpec, VmState};
 use dayfly_doubles::fake::{Fault, Op, Timing};

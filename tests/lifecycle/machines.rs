@@ -2,7 +2,7 @@
 
 use crate::support::guest::Guest;
 use crate::support::world::World;
-use dayfly::vm::Hypervisor as _;
+use dayfly::network::Listen as _;
 use dayfly_doubles::fake::{Fault, GuestMachine, Op};
 use dayfly_exec::standin::JobState;
 use std::collections::BTreeSet;

@@ -42,3 +42,4 @@ mod room;
 mod storage;
 mod trace_waits;
 mod twice;
+mod unassigned;

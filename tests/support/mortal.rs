@@ -10,10 +10,9 @@ use dayfly::BoxFuture;
 use dayfly::files::{Entry, Files};
 use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
+use dayfly::network::{DoorListener, Listen};
 use dayfly::vm::paths::Paths;
-use dayfly::vm::{
-    DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
-};
+use dayfly::vm::{Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
 use std::future::{pending, poll_fn};
 use std::io;
 use std::net::SocketAddr;
@@ -176,6 +175,10 @@ impl Life {
     pub fn host(&self, hypervisor: Arc<dyn Hypervisor>, paths: Arc<dyn Paths>) -> Host {
         let hypervisor = MortalHypervisor { life: self.clone(), hypervisor };
         Host::new(Arc::new(hypervisor), Arc::new(MortalPaths { life: self.clone(), paths }))
+    }
+
+    pub fn listen(&self, listen: Arc<dyn Listen>) -> Arc<dyn Listen> {
+        Arc::new(MortalListen { life: self.clone(), listen })
     }
 
     pub fn transport(&self, opener: Arc<dyn OpenTransport>) -> Arc<dyn OpenTransport> {
@@ -343,14 +346,6 @@ impl Hypervisor for MortalHypervisor {
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         self.call(async move { self.hypervisor.list(installation).await })
     }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        self.call(async move {
-            let slot = Arc::new(Mutex::new(Some(self.hypervisor.listen(address).await?)));
-            self.life.hold(Held::Door(Arc::downgrade(&slot)));
-            Ok(Box::new(MortalDoor { life: self.life.clone(), slot }) as Box<dyn DoorListener>)
-        })
-    }
 }
 
 struct MortalPaths {
@@ -396,6 +391,22 @@ impl Paths for MortalPaths {
 
     fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
         self.call(async move { Ok(self.life.stream(self.paths.open_socket(socket).await?)) })
+    }
+}
+
+struct MortalListen {
+    life: Life,
+    listen: Arc<dyn Listen>,
+}
+
+// Counted with the hypervisor's calls: a life may end at each of both.
+impl Listen for MortalListen {
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+        Box::pin(self.life.call(Seam::Hypervisor, async move {
+            let slot = Arc::new(Mutex::new(Some(self.listen.listen(address).await?)));
+            self.life.hold(Held::Door(Arc::downgrade(&slot)));
+            Ok(Box::new(MortalDoor { life: self.life.clone(), slot }) as Box<dyn DoorListener>)
+        }))
     }
 }
 

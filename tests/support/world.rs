@@ -236,6 +236,7 @@ impl World {
         let transport = self.transport.clone().unwrap_or_else(|| Arc::new(self.gitlabs.clone()));
         Backends {
             host: life.host(Arc::new(hypervisor), paths),
+            listen: life.listen(Arc::new(self.hypervisor.clone())),
             transport: life.transport(transport),
             files: life.files(Arc::new(self.files.clone())),
             clock: self.clock.clone(),

@@ -4,22 +4,19 @@ use super::Machinery;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{self, Admission};
-use crate::guest_config::{GuestParts, guest_config};
+use crate::guest_config::{GuestParts, guest_config, guest_token};
 use crate::job::journal::Record;
 use crate::job::lines;
 use crate::job::state::Event;
 use crate::machine_spec::MachineSpec;
+use crate::network::{DoorListener, LeaseError};
 use crate::secret::Secret;
-use crate::supply::{Blueprint, MachineRecord, Order, Supply};
+use crate::supply::Claim;
 use crate::telemetry::chain;
-use crate::vm::DoorListener;
 use dayfly_guest_config::{GuestConfig, Pass};
 use std::io;
 use std::time::Duration;
 use tokio::time::Instant;
-
-/// Ports tried for one door before the job's machine counts as failed.
-const PORT_TRIES: u32 = 8;
 
 /// How long a door of before is tried to be bound again: less than the relay's patience.
 const REBIND_PATIENCE: Duration = Duration::from_secs(30);
@@ -29,32 +26,6 @@ const REBIND_PAUSE: Duration = Duration::from_millis(500);
 
 /// The guest runner's `--wait-timeout` beyond the boot deadline: it must outlast us.
 const WAIT_MARGIN: Duration = Duration::from_secs(60);
-
-/// Machines that are gone, and whose ports a record on disk may still name. What is left when the job is over is free.
-pub(super) struct LetGo {
-    supply: Supply,
-    /// Each with whether its port is somebody else's.
-    machines: Vec<(MachineRecord, bool)>,
-}
-
-impl LetGo {
-    pub(super) fn new(supply: Supply) -> Self {
-        Self { supply, machines: Vec::new() }
-    }
-
-    /// No record names them any more.
-    pub(super) fn free(&mut self) {
-        for (machine, in_use) in self.machines.drain(..) {
-            self.supply.forget(&machine, in_use);
-        }
-    }
-}
-
-impl Drop for LetGo {
-    fn drop(&mut self) {
-        self.free();
-    }
-}
 
 impl Machinery {
     /// The last lines of the machine's console, without what the job's log masks; `None`: there is no machine, or what
@@ -92,25 +63,26 @@ impl Machinery {
                 }
             },
         };
-        let (machine, config, listener) = match (self.record.machine.clone(), &made_of) {
-            (Some(machine), made_of) => self.known_machine(machine, made_of.as_ref().map(|(spec, _)| spec)).await?,
+        let (claim, config, listener) = match (self.record.machine.clone(), &made_of) {
+            (Some(claim), made_of) => self.known_machine(claim, made_of.as_ref().map(|(spec, _)| spec)).await?,
             (None, Some((spec, _))) => self.new_machine(spec).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
-        self.open_door(&machine, &config, listener)?;
+        self.open_door(&claim, &config, listener)?;
         self.machine_task_lost = None;
-        self.machine = Some(self.parts.supply.take(Order {
-            machine,
-            bound: (self.record.key.runner.clone(), self.record.key.id.0),
-            config: config.to_line(),
-            make: made_of.map(|(spec, image)| Blueprint::new(&spec, image)),
-        }));
+        let job = (self.record.key.runner.clone(), self.record.key.id.0);
+        let machine = match made_of {
+            Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job),
+            None => self.parts.supply.resume(claim),
+        };
+        machine.bind(config.to_line());
+        self.machine = Some(machine);
         Ok(())
     }
 
     fn open_door(
         &mut self,
-        machine: &MachineRecord,
+        machine: &Claim,
         config: &GuestConfig,
         listener: Box<dyn DoorListener>,
     ) -> Result<(), Event> {
@@ -120,7 +92,7 @@ impl Machinery {
             vm: machine.id.clone(),
             listener,
             pass,
-            guest_token: Secret::new(guest_token(config)),
+            guest_token: guest_token(config),
             job: self.record.key.id,
             job_token: self.record.job_token.clone(),
             dependencies: self.payload.as_ref().map(|payload| payload.dependencies.clone()).unwrap_or_default(),
@@ -180,9 +152,9 @@ impl Machinery {
     /// A machine of the record, after a restart: its pass is in the runtime directory. `made_of`: it may be made from this.
     async fn known_machine(
         &mut self,
-        machine: MachineRecord,
+        machine: Claim,
         made_of: Option<&MachineSpec>,
-    ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
+    ) -> Result<(Claim, GuestConfig, Box<dyn DoorListener>), Event> {
         let kept = match self.parts.journal.guest(&self.record.key).await {
             Ok(line) => Some(GuestConfig::from_line(&line).map_err(|error| {
                 tracing::error!(error = chain(&error), "read the kept guest config");
@@ -207,7 +179,7 @@ impl Machinery {
         };
         let since = Instant::now();
         let listener = loop {
-            let error = match self.listen(&machine).await {
+            let error = match self.parts.supply.listen(&machine).await {
                 Ok(listener) => break listener,
                 Err(error) => error,
             };
@@ -217,7 +189,7 @@ impl Machinery {
             }
             // The process before may still be closing it; the guest's relay waits.
             if since.elapsed() >= REBIND_PATIENCE {
-                tracing::error!(error = chain(&error), port = machine.lease.port, "bind the guest's door again");
+                tracing::error!(error = chain(&error), lease = ?machine.lease, "bind the guest's door again");
                 return Err(Event::CannotGoOn);
             }
             tokio::time::sleep(REBIND_PAUSE).await;
@@ -225,69 +197,69 @@ impl Machinery {
         Ok((machine, config, listener))
     }
 
-    /// A new machine: names, record, guest config, door, in this order.
-    async fn new_machine(
-        &mut self,
-        spec: &MachineSpec,
-    ) -> Result<(MachineRecord, GuestConfig, Box<dyn DoorListener>), Event> {
-        if !self.let_go.machines.is_empty() && !self.put().await {
+    /// A new machine: names and door, record, guest config, in this order.
+    async fn new_machine(&mut self, spec: &MachineSpec) -> Result<(Claim, GuestConfig, Box<dyn DoorListener>), Event> {
+        if !self.gone.is_empty() && !self.put().await {
             return Err(Event::HostDiskFailed);
         }
-        for _ in 0..PORT_TRIES {
-            let machine = self.parts.supply.plan().map_err(|error| {
+        let machine = self.parts.supply.claim(spec.network).await.map_err(|error| match error {
+            LeaseError::NoFreePort(_) => {
                 tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
                 Event::NoDoor
-            })?;
-            self.record.machine = Some(machine.clone());
-            if !self.put().await {
-                self.let_go(false).await;
-                return Err(Event::HostDiskFailed);
             }
-            // The record names a machine now, and nothing of it is there.
-            reached(Point::K4);
-            match self.listen(&machine).await {
-                Ok(listener) => {
-                    reached(Point::K7);
-                    return match self.write_config(&machine, spec).await {
-                        Ok(config) => {
-                            reached(Point::K6);
-                            Ok((machine, config, listener))
-                        }
-                        Err(event) => {
-                            drop(listener);
-                            self.let_go(false).await;
-                            Err(event)
-                        }
-                    };
-                }
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    tracing::info!(port = machine.lease.port, "somebody else listens at this port; trying another");
-                    if !self.let_go(true).await {
-                        return Err(Event::HostDiskFailed);
-                    }
-                }
-                Err(error) => {
-                    tracing::error!(error = chain(&error), port = machine.lease.port, "bind a door");
-                    self.let_go(false).await;
-                    return Err(Event::MachineFailed);
-                }
+            LeaseError::Listen { .. } => {
+                tracing::error!(error = chain(&error), "bind a door");
+                Event::MachineFailed
+            }
+        })?;
+        reached(Point::K7);
+        let begun = self.begin_machine(&machine, spec).await;
+        if begun.is_err() {
+            self.let_go().await;
+        }
+        let (config, listener) = begun?;
+        Ok((machine, config, listener))
+    }
+
+    async fn begin_machine(
+        &mut self,
+        machine: &Claim,
+        spec: &MachineSpec,
+    ) -> Result<(GuestConfig, Box<dyn DoorListener>), Event> {
+        self.record.machine = Some(machine.clone());
+        if !self.put().await {
+            return Err(Event::HostDiskFailed);
+        }
+        // The record names a machine now, and nothing of it is there.
+        reached(Point::K4);
+        let config = self.write_config(machine, spec).await?;
+        reached(Point::K6);
+        let listener = self.parts.supply.listen(machine).await.map_err(|error| {
+            tracing::error!(error = chain(&error), "open the door of a new machine");
+            Event::MachineFailed
+        })?;
+        Ok((config, listener))
+    }
+
+    /// Nothing of the machine is there, or all of it is gone.
+    async fn let_go(&mut self) {
+        self.gone.extend(self.record.machine.take());
+        self.put().await;
+    }
+
+    /// No record on disk names what is gone any more: its leases are given back.
+    pub(super) async fn release_leases(&mut self) {
+        let mut stuck = Vec::new();
+        for machine in std::mem::take(&mut self.gone) {
+            if let Err(error) = self.parts.supply.release(&machine).await {
+                tracing::warn!(vm = %machine.id, error = chain(&error), "give a lease back; trying again");
+                stuck.push(machine);
             }
         }
-        Err(Event::MachineFailed)
+        self.gone = stuck;
     }
 
-    /// Nothing of the machine is there, or all of it is gone. Its port is free once the record on disk does not name it
-    /// any more: after a restart a job binds the door of its record. `false`: that could not be written.
-    async fn let_go(&mut self, in_use: bool) -> bool {
-        self.let_go.machines.extend(self.record.machine.take().map(|machine| (machine, in_use)));
-        self.put().await
-    }
-
-    async fn listen(&self, machine: &MachineRecord) -> io::Result<Box<dyn DoorListener>> {
-        self.parts.supply.hypervisor().listen(machine.lease.listen_address()).await
-    }
-
-    async fn write_config(&self, machine: &MachineRecord, spec: &MachineSpec) -> Result<GuestConfig, Event> {
+    async fn write_config(&self, machine: &Claim, spec: &MachineSpec) -> Result<GuestConfig, Event> {
         let limits = &self.parts.limits;
         let config = guest_config(
             &GuestParts {
@@ -312,17 +284,21 @@ impl Machinery {
     /// Takes the machine down. `true`: there is none.
     pub(in crate::job) async fn release_machine(&mut self) -> bool {
         self.another = false;
-        if self.machine.is_none() {
-            let Some(machine) = self.record.machine.clone() else {
-                self.close_door().await;
-                return true;
-            };
-            self.machine = Some(self.parts.supply.reap(machine));
-        }
-        if let Some(machine) = &self.machine {
-            machine.release();
+        if !self.take_down() {
+            self.close_door().await;
+            return true;
         }
         false
+    }
+
+    /// Has the machine taken down. `false`: there is none.
+    fn take_down(&mut self) -> bool {
+        if let Some(machine) = &self.machine {
+            machine.take_down();
+            return true;
+        }
+        self.machine = self.record.machine.clone().map(|claim| self.parts.supply.reap(claim));
+        self.machine.is_some()
     }
 
     /// Whether the machine is on its way out, and another will be made.
@@ -332,18 +308,7 @@ impl Machinery {
 
     /// Takes the machine down so that another can be made. `false`: there is none.
     pub(in crate::job) fn release_for_another(&mut self) -> bool {
-        self.another = true;
-        match &self.machine {
-            Some(machine) => machine.release(),
-            None => match self.record.machine.clone() {
-                Some(machine) => {
-                    let machine = self.parts.supply.reap(machine);
-                    machine.release();
-                    self.machine = Some(machine);
-                }
-                None => self.another = false,
-            },
-        }
+        self.another = self.take_down();
         self.another
     }
 
@@ -352,10 +317,10 @@ impl Machinery {
         self.machine = None;
         self.close_door().await;
         if self.another {
-            self.let_go(false).await;
-        } else if let Some(gone) = self.record.machine.take() {
-            // A job that is over opens no door after a restart.
-            self.parts.supply.forget(&gone, false);
+            self.let_go().await;
+        } else {
+            // The job's new state is about to be written down.
+            self.gone.extend(self.record.machine.take());
         }
         std::mem::take(&mut self.another)
     }
@@ -367,11 +332,4 @@ impl Machinery {
         // Events of the machine that was must not be taken for the next one's.
         while self.guest_in.try_recv().is_ok() {}
     }
-}
-
-/// The guest token, out of the config.toml that carries it.
-fn guest_token(config: &GuestConfig) -> String {
-    let parsed = config.runner.config_toml.parse::<toml_edit::DocumentMut>().ok();
-    let token = parsed.as_ref().and_then(|doc| doc.get("runners")?.get(0)?.get("token")?.as_str().map(str::to_owned));
-    token.unwrap_or_default()
 }

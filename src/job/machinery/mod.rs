@@ -5,20 +5,20 @@ mod repeated;
 mod times;
 mod trace;
 
-use self::machine::LetGo;
 use self::repeated::Repeated;
 use self::times::Times;
 use self::trace::Trace;
 use super::journal::Record;
 use super::keeper::Kept;
+use super::state::State;
 use super::{Parts, Runner, forget};
 use crate::awake::Moment;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobPayload, JobStatus};
-use crate::guest::{GuestEvent, GuestPass, GuestView};
+use crate::guest::{DoorHandle, GuestEvent, GuestView};
 use crate::metrics::Metrics;
 use crate::spool::Spool;
-use crate::supply::{Machine, MachineEvent};
+use crate::supply::{Claim, Machine, MachineEvent};
 use crate::telemetry::chain;
 use crate::uploader::UploaderEvent;
 use std::io;
@@ -56,12 +56,13 @@ pub(super) struct Machinery {
     payload: Option<JobPayload>,
     times: Times,
     trace: Trace,
-    door: Option<GuestPass>,
+    door: Option<DoorHandle>,
     guest_out: mpsc::Sender<GuestEvent>,
     guest_in: mpsc::Receiver<GuestEvent>,
     guest_view: watch::Sender<GuestView>,
     machine: Option<Machine>,
-    let_go: LetGo,
+    /// Machines that are gone, and whose leases a record on disk may still name.
+    gone: Vec<Claim>,
     /// The task of the machine died of a bug: when that is news for the job.
     machine_task_lost: Option<Instant>,
     /// The machine is being released for another one.
@@ -92,7 +93,7 @@ impl Machinery {
             guest_in,
             guest_view,
             machine: None,
-            let_go: LetGo::new(parts.supply.clone()),
+            gone: Vec::new(),
             machine_task_lost: None,
             another: false,
             repeated: Repeated::default(),
@@ -187,7 +188,7 @@ impl Machinery {
     async fn keep(&mut self) -> io::Result<()> {
         self.journalled.put(&self.parts.journal, &self.record).await?;
         // It names no machine any more that is gone.
-        self.let_go.free();
+        self.release_leases().await;
         Ok(())
     }
 
@@ -219,6 +220,9 @@ impl Machinery {
         }
         if let Some(door) = self.door.take() {
             door.revoke().await;
+        }
+        if self.record.state == State::Ended {
+            self.release_leases().await;
         }
     }
 }

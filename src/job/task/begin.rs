@@ -117,7 +117,7 @@ fn of_payload(parts: &Parts, runner: &Runner, payload: &JobPayload) -> Record {
 fn of_token(parts: &Parts, runner: &Runner, id: JobId, token: Secret) -> Record {
     Record {
         version: RECORD_VERSION,
-        installation: Some(parts.supply.place().installation.clone()),
+        installation: Some(parts.supply.setup().installation.clone()),
         key: JobKey { runner: runner.config.name.clone(), id },
         gitlab: runner.config.url.clone(),
         job_token: token,

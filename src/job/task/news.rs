@@ -62,7 +62,7 @@ impl Job {
                 self.m.last_spoke = self.m.parts.awake.now();
                 self.say_phase("goes on after a pause");
             }
-            MachineEvent::Released => {
+            MachineEvent::Gone => {
                 let another = self.m.machine_released().await;
                 if another && matches!(self.m.record.state, State::Booting { .. }) {
                     if let Err(event) = self.m.take_machine(false).await {

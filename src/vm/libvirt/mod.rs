@@ -24,20 +24,14 @@ mod workers;
 
 use super::paths::RealPaths;
 use super::sockets::{Sockets, check_path};
-use super::{
-    Config, DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState,
-    VmSummary,
-};
+use super::{Config, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary};
 use crate::BoxFuture;
 use endings::Endings;
 use std::ffi::OsString;
 use std::fmt;
-use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
 use tokio::time::timeout;
 use workers::Workers;
 
@@ -166,29 +160,6 @@ impl Hypervisor for Libvirt {
         Box::pin(
             self.workers.call("list VMs of", installation.to_string(), LOOK_DEADLINE, move |link| link.list(&wanted)),
         )
-    }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        listen(address)
-    }
-}
-
-/// See [`Hypervisor::listen`].
-pub(super) fn listen(address: SocketAddr) -> BoxFuture<'static, io::Result<Box<dyn DoorListener>>> {
-    Box::pin(async move { Ok(Box::new(TcpDoor(TcpListener::bind(address).await?)) as Box<dyn DoorListener>) })
-}
-
-/// A door on a TCP address.
-struct TcpDoor(TcpListener);
-
-impl DoorListener for TcpDoor {
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
-        Box::pin(async {
-            let (stream, _) = self.0.accept().await?;
-            // Small answers are on the way to a runner that waits for them.
-            stream.set_nodelay(true)?;
-            Ok(Box::new(stream) as Box<dyn Stream>)
-        })
     }
 }
 

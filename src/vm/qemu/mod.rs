@@ -21,9 +21,7 @@ mod record;
 mod watch;
 
 use super::sockets::check_path;
-use super::{
-    DoorListener, Ending, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary, libvirt,
-};
+use super::{Ending, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary};
 use crate::BoxFuture;
 use crate::process::{Program, bounded_log, start_outliving};
 use apart::Apart;
@@ -32,7 +30,6 @@ use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -419,10 +416,6 @@ impl Hypervisor for Qemu {
 
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         Box::pin(self.list_of(installation))
-    }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        libvirt::listen(address)
     }
 }
 

@@ -20,17 +20,13 @@ use dayfly::BoxFuture;
 use dayfly::failpoint::{self, Point};
 use dayfly::files::plain;
 use dayfly::process::start_outliving;
-use dayfly::vm::libvirt::Libvirt;
 use dayfly::vm::paths::RealPaths;
-use dayfly::vm::{
-    Config, DoorListener, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary,
-};
+use dayfly::vm::{Config, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -51,8 +47,6 @@ pub struct Processes {
     directory: PathBuf,
     /// Held while a description is looked at or made: a look takes its lock for a moment. Never across an await.
     looking: Arc<Mutex<()>>,
-    /// For doors.
-    libvirt: Libvirt,
 }
 
 /// First line of a description.
@@ -74,7 +68,7 @@ impl Processes {
     #[must_use]
     pub fn of(config: &Config) -> Option<Self> {
         let directory = config.uri.strip_prefix("processes://")?;
-        Some(Self { directory: directory.into(), looking: Arc::default(), libvirt: Libvirt::new(config) })
+        Some(Self { directory: directory.into(), looking: Arc::default() })
     }
 
     /// The host whose machines these are.
@@ -217,10 +211,6 @@ impl Hypervisor for Processes {
             vms.sort_by(|a, b| a.name.cmp(&b.name));
             Ok(vms)
         }))
-    }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        self.libvirt.listen(address)
     }
 }
 

@@ -224,10 +224,10 @@ async fn live(life: &Life, world: &World, plan: &Plan) {
     let view = GuestView { status: JobStatus::Running, verdict: None, update_interval: Duration::from_secs(3) };
     let (view, view_in) = watch::channel(view);
     let (told, mut guest) = mpsc::channel(64);
-    let host = life.host(Arc::new(world.doors.clone()), Arc::new(world.doors.clone()));
+    let doors = life.listen(Arc::new(world.doors.clone()));
     let door = admit(Admission {
         vm: VmId::random(&world.rng),
-        listener: host.hypervisor.listen(DOOR).await.unwrap(),
+        listener: doors.listen(DOOR).await.unwrap(),
         pass: world.pass.clone(),
         guest_token: Secret::new("glrt-guest"),
         job: world.gitlab.job,

@@ -8,7 +8,7 @@ use dayfly::gitlab::OpenTransport;
 use dayfly::guest::Limits;
 use dayfly::image::store::Images;
 use dayfly::job::Jobs;
-use dayfly::network::PortRange;
+use dayfly::network::{Listen, PortRange};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::vm;
@@ -75,6 +75,8 @@ pub struct Choice {
     pub concurrent: u32,
     /// Ports of the doors.
     pub ports: PortRange,
+    /// Where doors are opened.
+    pub listen: Arc<dyn Listen>,
     /// The way to the disk.
     pub files: Arc<dyn Files>,
     /// Below which the state directory is made; `None`: beside all else.
@@ -93,6 +95,7 @@ impl Host {
         let config = config(dir.path(), &choice)?;
         let backends = Backends {
             host: choice.host,
+            listen: choice.listen,
             transport: choice.transport,
             files: choice.files,
             clock: Clock::system(),

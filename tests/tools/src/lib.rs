@@ -1,5 +1,5 @@
 //! What the test tools share: a daemon on a host with real sockets, and what a guest does there.
 
-pub mod doors;
+pub mod directories;
 pub mod host;
 pub mod killing;

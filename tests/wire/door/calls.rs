@@ -392,7 +392,7 @@ async fn revoking_the_pass_ends_everything() {
     held.send(poll(GUEST_TOKEN)).await;
     door.wait_told("ask", 1).await;
     let begun = Instant::now();
-    door.guest_pass.take().unwrap().revoke().await;
+    door.handle.take().unwrap().revoke().await;
     for guest in [&mut idle, &mut held, &mut silent] {
         assert!(guest.rest().await.is_empty());
     }

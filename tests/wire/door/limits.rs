@@ -249,7 +249,7 @@ async fn the_log_tells_ten_times_what_a_guest_repeats() {
     for kind in kinds {
         assert_eq!(log.text().matches(kind).count(), 10, "{kind}: {}", log.text());
     }
-    door.guest_pass.take().unwrap().revoke().await;
+    door.handle.take().unwrap().revoke().await;
     let text = log.text();
     for kind in kinds {
         let total = format!("of these lines the log has the first ten only line=\"{kind}\" times=25");

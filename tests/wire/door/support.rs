@@ -7,12 +7,13 @@ use dayfly::clock::Clock;
 use dayfly::files::Files as _;
 use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
 use dayfly::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
-use dayfly::guest::{Admission, GuestEvent, GuestPass, GuestView, HandOut, Limits, VerdictAnswer, admit};
+use dayfly::guest::{Admission, DoorHandle, GuestEvent, GuestView, HandOut, Limits, VerdictAnswer, admit};
 use dayfly::metrics::Metrics;
+use dayfly::network::DoorListener;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::spool::Spool;
-use dayfly::vm::{DoorListener, Stream, VmId};
+use dayfly::vm::{Stream, VmId};
 use dayfly_doubles::files::MemoryFiles;
 use dayfly_doubles::frozen::FreezableFiles;
 use dayfly_guest_config::Pass;
@@ -41,7 +42,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 pub(crate) struct Door {
     pub(crate) entrance: Entrance,
     pub(crate) pass: Pass,
-    pub(crate) guest_pass: Option<GuestPass>,
+    pub(crate) handle: Option<DoorHandle>,
     pub(crate) job: Arc<Mutex<FakeJob>>,
     pub(crate) view: watch::Sender<GuestView>,
     pub(crate) gitlab: Arc<FakeGitlab>,
@@ -298,7 +299,7 @@ impl Setup {
         let job_token = Secret::new(JOB_TOKEN);
         let transport = self.transport.unwrap_or_else(|| gitlab.clone());
         let client = JobClient::new(transport, JobId(JOB), job_token.clone(), rng.clone());
-        let guest_pass = admit(Admission {
+        let handle = admit(Admission {
             vm: VmId::random(&rng),
             listener,
             pass: pass.clone(),
@@ -316,7 +317,7 @@ impl Setup {
             clock: Clock::system(),
             metrics: metrics.clone(),
         });
-        Door { entrance, pass, guest_pass: Some(guest_pass), job, view, gitlab, client, spool, files, disk, metrics }
+        Door { entrance, pass, handle: Some(handle), job, view, gitlab, client, spool, files, disk, metrics }
     }
 }
 

@@ -5,10 +5,10 @@ use super::guest::{Control, Controlled, Doors, GuestMachine, Power};
 use super::wire::Wire;
 use super::{DOOR_BACKLOG, FakeHypervisor, Machine, Overlay, World};
 use dayfly::BoxFuture;
+use dayfly::network::{DoorListener, Listen};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{
-    DoorListener, Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState,
-    VmSummary,
+    Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use std::io;
 use std::net::SocketAddr;
@@ -222,19 +222,6 @@ impl Hypervisor for FakeHypervisor {
             ours.map(|(name, machine)| VmSummary { name: name.clone(), state: machine.state }).collect()
         }))
     }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        Box::pin(async move {
-            self.wire(Op::Listen, &address.to_string(), |world| {
-                if world.doors.contains_key(&address) {
-                    return Err(io::ErrorKind::AddrInUse.into());
-                }
-                let (sender, connections) = mpsc::channel(DOOR_BACKLOG);
-                world.doors.insert(address, sender);
-                Ok(Box::new(FakeDoor { fake: self.clone(), address, connections }) as Box<dyn DoorListener>)
-            })
-        })
-    }
 }
 
 /// Disks and sockets of this world. Directories are there.
@@ -311,6 +298,21 @@ fn machine<'w>(world: &'w World, socket_dir: &Path, name: &VmName) -> io::Result
         }
         Some(machine) => Ok(machine),
         None => Err(io::ErrorKind::ConnectionRefused.into()),
+    }
+}
+
+impl Listen for FakeHypervisor {
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+        Box::pin(async move {
+            self.wire(Op::Listen, &address.to_string(), |world| {
+                if world.doors.contains_key(&address) {
+                    return Err(io::ErrorKind::AddrInUse.into());
+                }
+                let (sender, connections) = mpsc::channel(DOOR_BACKLOG);
+                world.doors.insert(address, sender);
+                Ok(Box::new(FakeDoor { fake: self.clone(), address, connections }) as Box<dyn DoorListener>)
+            })
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The fake's own promises. What it shares with libvirt is in `tests/backend`.
 
 use super::*;
+use dayfly::network::Listen as _;
 use dayfly::rng::Rng;
 use dayfly::vm::paths::Paths as _;
 use dayfly::vm::{Accel, Attachment, Boot, Hypervisor as _, VmError, VmSummary};

@@ -7,12 +7,13 @@ use dayfly::clock::Clock;
 use dayfly::files::Files as _;
 use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
 use dayfly::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
-use dayfly::guest::{Admission, GuestEvent, GuestPass, GuestView, HandOut, Limits, VerdictAnswer, admit};
+use dayfly::guest::{Admission, DoorHandle, GuestEvent, GuestView, HandOut, Limits, VerdictAnswer, admit};
 use dayfly::metrics::Metrics;
+use dayfly::network::DoorListener;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::spool::Spool;
-use dayfly::vm::{DoorListener, Stream, VmId};
+use dayfly::vm::{Stream, VmId};
 use dayfly_guest_config::{Greeting, Pass};
 use http_body::Frame;
 use http_body_util::BodyExt as _;
@@ -153,7 +154,7 @@ pub(super) struct Told {
 pub(super) struct Door {
     entrance: mpsc::Sender<Box<dyn Stream>>,
     pass: Pass,
-    guest_pass: Option<GuestPass>,
+    handle: Option<DoorHandle>,
     pub(super) view: watch::Sender<GuestView>,
     pub(super) gitlab: Arc<Gitlab>,
     pub(super) told: Arc<Mutex<Told>>,
@@ -190,7 +191,7 @@ impl Door {
         let (entrance, entering) = mpsc::channel(8);
         let pass = Pass::new(rng.bytes());
         let transport: Arc<dyn Transport> = Arc::new(Way(Arc::clone(&gitlab)));
-        let guest_pass = admit(Admission {
+        let handle = admit(Admission {
             vm: VmId::random(&rng),
             listener: Box::new(Entrance(entering)),
             pass: pass.clone(),
@@ -208,7 +209,7 @@ impl Door {
             clock: Clock::system(),
             metrics: METRICS.clone(),
         });
-        Self { entrance, pass, guest_pass: Some(guest_pass), view, gitlab, told, files }
+        Self { entrance, pass, handle: Some(handle), view, gitlab, told, files }
     }
 
     /// A connection that has shown the pass, or `wrong`ly not.
@@ -236,7 +237,7 @@ impl Door {
 
     /// Closes the door; what its guest's trace is then.
     pub(super) async fn close(&mut self) -> Vec<u8> {
-        let pass = self.guest_pass.take().expect("closed once");
+        let pass = self.handle.take().expect("closed once");
         tokio::time::timeout(LIMIT, pass.revoke()).await.expect("a task of the door does not end");
         self.files.read(Path::new("/spool/trace"), u64::MAX).await.unwrap()
     }

@@ -44,8 +44,8 @@ pub(crate) async fn boot(disks: &Disks, dayflys: &VmSpec, executor: &str, limit:
     };
     // No larger than its base: the guest sees the same disk either way.
     disks.create(&spec.overlay, &spec.base, 1).await.map_err(|error| dayfly::telemetry::chain(&error))?;
-    let lease = Lease { port: PORT };
-    let listener = TcpListener::bind(lease.listen_address()).await.map_err(|error| format!("listen: {error}"))?;
+    let lease = Lease::User { port: PORT };
+    let listener = TcpListener::bind(("127.0.0.1", PORT)).await.map_err(|error| format!("listen: {error}"))?;
     let url = url::Url::parse("https://gitlab.example").map_err(|error| error.to_string())?;
     let machine = MachineSpec {
         image: ImageRef { name: "image".into(), digest: String::new() },

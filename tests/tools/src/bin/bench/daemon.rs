@@ -20,7 +20,7 @@ use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
 use dayfly::gitlab::transport::OpenError;
 use dayfly::gitlab::{Endpoint, OpenTransport, RealOpenTransport, Transport};
-use dayfly::network::PortRange;
+use dayfly::network::{PortRange, Tcp};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::telemetry::chain;
@@ -30,7 +30,7 @@ use dayfly_doubles::frozen::FreezableFiles;
 use dayfly_exec::standin::{JobSpec, Model, ProjectId, RunnerId, Served, Standin, serve};
 use dayfly_guest_config::GuestConfig;
 use dayfly_test_guest::boot::boot;
-use dayfly_test_tools::doors::TcpDoors;
+use dayfly_test_tools::directories::RealDirectories;
 use dayfly_test_tools::host::{AT_ONCE, Choice, Host, no_image};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -278,7 +278,8 @@ pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ways: Ways) -
     let token = std::fs::read_to_string(token_file).map_err(|error| format!("read the token: {error}"))?;
     let files = FreezableFiles::new(Arc::new(RealFiles));
     let choice = Choice {
-        host: TcpDoors(hypervisor).host(),
+        host: RealDirectories(hypervisor).host(),
+        listen: Arc::new(Tcp),
         accel: AccelChoice::Tcg,
         images: no_image(),
         transport: Arc::new(Trusting(ways.ca_file)),

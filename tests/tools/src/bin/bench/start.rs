@@ -8,7 +8,7 @@
 
 use crate::bare;
 use crate::figures::{Spread, figure, ms, say};
-use crate::watched::{Mark, StopWatch, WatchedGitlab, watched};
+use crate::watched::{Mark, StopWatch, WatchedDoors, WatchedGitlab, watched};
 use crate::{number, text};
 use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
@@ -84,6 +84,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let runner = standin.add_runner(project);
     let choice = Choice {
         host: watched(&vms, &watch),
+        listen: Arc::new(WatchedDoors(watch.clone())),
         accel: wanted.accel,
         images: (Arc::new(images), wanted.image.clone()),
         transport: Arc::new(WatchedGitlab(standin.opener(), watch.clone())),

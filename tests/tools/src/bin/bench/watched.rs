@@ -4,10 +4,9 @@
 use dayfly::BoxFuture;
 use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
+use dayfly::network::{DoorListener, Listen, Tcp};
 use dayfly::vm::paths::{Paths, RealPaths};
-use dayfly::vm::{
-    DoorListener, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
-};
+use dayfly::vm::{Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
 use dayfly_guest_config::Report;
 use jiff::Timestamp;
 use std::io;
@@ -199,6 +198,18 @@ impl DoorListener for WatchedDoor {
     }
 }
 
+/// The host's doors, and what comes through them.
+pub(crate) struct WatchedDoors(pub(crate) StopWatch);
+
+impl Listen for WatchedDoors {
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+        Box::pin(async move {
+            let listener = Tcp.listen(address).await?;
+            Ok(Box::new(WatchedDoor(listener, self.0.clone())) as Box<dyn DoorListener>)
+        })
+    }
+}
+
 /// A hypervisor whose calls are noted, and what its guests report.
 struct WatchedHypervisor(Arc<dyn Hypervisor>, StopWatch);
 
@@ -216,13 +227,6 @@ impl Hypervisor for WatchedHypervisor {
             self.0.start(spec).await?;
             self.1.mark(Mark::Started);
             Ok(())
-        })
-    }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        Box::pin(async move {
-            let listener = self.0.listen(address).await?;
-            Ok(Box::new(WatchedDoor(listener, self.1.clone())) as Box<dyn DoorListener>)
         })
     }
 

@@ -13,7 +13,7 @@ use crate::gitlab::Gitlab;
 use crate::message::message;
 use crate::recording::{Class, Recording, Request};
 use dayfly::files::RealFiles;
-use dayfly::network::PortRange;
+use dayfly::network::{PortRange, Tcp};
 use dayfly::telemetry::chain;
 use dayfly::vm::AccelChoice;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine};
@@ -21,7 +21,7 @@ use dayfly_guest::relay::{Relay, Target};
 use dayfly_guest_config::{GuestConfig, Pass};
 use dayfly_test_guest::boot::{boot, door, guest_token};
 use dayfly_test_guest::{Answer, Connection};
-use dayfly_test_tools::doors::TcpDoors;
+use dayfly_test_tools::directories::RealDirectories;
 use dayfly_test_tools::host::{AT_ONCE, Choice, Host, no_image};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -63,7 +63,8 @@ impl Scene {
         let button = power.subscribe();
         hypervisor.set_guest(move |machine| guest(machine, configs_in.clone(), button.clone()));
         let choice = Choice {
-            host: TcpDoors(hypervisor.clone()).host(),
+            host: RealDirectories(hypervisor.clone()).host(),
+            listen: Arc::new(Tcp),
             accel: AccelChoice::Tcg,
             images: no_image(),
             transport: gitlab.standin.opener(),

@@ -9,6 +9,7 @@ use crate::event::{DaemonDoes, Event, FileOp, GuestDoes, Trouble};
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::format::parse;
 use dayfly::job::state::State;
+use dayfly::network::Lease;
 use dayfly_doubles::fake::Op;
 use dayfly_exec::standin::Route;
 use std::collections::{BTreeMap, BTreeSet};
@@ -98,8 +99,9 @@ impl Ledger {
             Event::Calls { op, subject, spec } => {
                 if let (Op::Start, Some(spec)) = (op, spec) {
                     let job = spec.bound.as_ref().map(|(_, job)| JobId(*job));
-                    let port =
-                        job.and_then(|job| Some(self.jobs.get(&job)?.record.as_ref()?.machine.as_ref()?.lease.port));
+                    let port = job
+                        .and_then(|job| Some(self.jobs.get(&job)?.record.as_ref()?.machine.as_ref()?.lease.clone()))
+                        .map(|Lease::User { port }| port);
                     let vm = self.vms.entry((*subject).to_owned()).or_default();
                     vm.job = job;
                     vm.ours = true;
@@ -119,16 +121,19 @@ impl Ledger {
                     if let Some(vm) = self.vms.get_mut(name) {
                         vm.call_failed_at = Some(now);
                     }
-                    // A VM that was never started is known by its record alone, a door by its port. Whether the VM of
-                    // a job that begins is there already is seen in the list of all.
+                    // A VM that was never started is known by its record alone, a door of before by its port. Whether
+                    // the VM of a job that begins is there already is seen in the list of all; the door of a new one is
+                    // bound before a record names it.
                     let of_vm = |note: &&mut JobNote| {
                         let Some(record) = &note.record else { return false };
                         let begins = matches!(record.state, State::Booting { .. });
-                        record.machine.as_ref().is_some_and(|machine| match op {
+                        let Some(machine) = &record.machine else { return begins && *op == Op::Listen };
+                        let Lease::User { port } = machine.lease;
+                        match op {
                             Op::List => begins,
-                            Op::Listen => subject.ends_with(&format!(":{}", machine.lease.port)),
+                            Op::Listen => subject.ends_with(&format!(":{port}")),
                             _ => name.ends_with(machine.id.as_str()),
-                        })
+                        }
                     };
                     for note in self.jobs.values_mut().filter(of_vm) {
                         note.vm_call_failed = true;

@@ -17,6 +17,7 @@ use crate::mortal::Life;
 use dayfly::config::Config;
 use dayfly::files::Files;
 use dayfly::gitlab::OpenTransport;
+use dayfly::network::Listen;
 use dayfly::rng::Rng;
 use dayfly::vm::Hypervisor;
 use dayfly::vm::paths::Paths;
@@ -154,7 +155,6 @@ impl Planted {
         &self,
         host: Arc<H>,
         fake: &FakeHypervisor,
-        life: &Life,
         runner_token: &str,
     ) -> (Arc<dyn Hypervisor>, Arc<dyn Paths>) {
         let Some(bug) = self.bug else { return (host.clone(), host) };
@@ -163,11 +163,18 @@ impl Planted {
             hypervisor: host.clone(),
             paths: host,
             fake: fake.clone(),
-            life: life.clone(),
             runner_token: runner_token.to_owned(),
             not_made: Mutex::default(),
         });
         (host.clone(), host)
+    }
+
+    /// Where doors are opened.
+    pub(crate) fn listen(&self, listen: Arc<dyn Listen>, life: &Life) -> Arc<dyn Listen> {
+        match self.bug {
+            Some(Bug::DoorLeftOpen) => Arc::new(host::Doors { listen, life: life.clone() }),
+            _ => listen,
+        }
     }
 
     /// Where chance comes from.

@@ -156,9 +156,11 @@ impl World {
         let story = || self.story.clone();
         let host = Arc::new(Host { fake: self.fake.clone(), story: story() });
         let (token, _) = tokens::of_runner(0);
-        let (hypervisor, paths) = self.planted.host(host, &self.fake, life, &token);
+        let listen = self.planted.listen(host.clone(), life);
+        let (hypervisor, paths) = self.planted.host(host, &self.fake, &token);
         Backends {
             host: life.host(hypervisor, paths),
+            listen: life.listen(listen),
             transport: life
                 .transport(self.planted.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() }))),
             files: life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() }))),

@@ -129,7 +129,7 @@ fn config(spec: &VmSpec, registered: &Registered, rng: &Rng) -> GuestConfig {
     let parts = GuestParts {
         vm: &spec.id,
         // Nobody is there, and nobody asks: the runner never goes to the relay.
-        lease: &Lease { port: 1 },
+        lease: &Lease::User { port: 1 },
         spec: &machine,
         installation_machine_id: &new_machine_id(rng),
         wait_timeout: PATIENCE,

@@ -24,7 +24,7 @@ mod times;
 
 use crate::figures::{Spread, figure, say};
 use crate::start::Wanted;
-use crate::watched::{StopWatch, watched};
+use crate::watched::{StopWatch, WatchedDoors, watched};
 use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
 use dayfly::gitlab::{JobId, RealOpenTransport};
@@ -99,6 +99,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         Registered { url: for_guests, token: runner_of(direct)?, executor: image.manifest.executor.clone() };
     let choice = Choice {
         host: watched(&vms, &watch),
+        listen: Arc::new(WatchedDoors(watch.clone())),
         accel: wanted.accel,
         images: (Arc::new(images), wanted.image.clone()),
         transport: Arc::new(RealOpenTransport::default()),

@@ -3,10 +3,9 @@
 use super::Bug;
 use crate::mortal::Life;
 use dayfly::BoxFuture;
+use dayfly::network::{DoorListener, Listen};
 use dayfly::vm::paths::Paths;
-use dayfly::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
-};
+use dayfly::vm::{HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
 use dayfly_doubles::fake::{FakeHypervisor, Op};
 use std::collections::BTreeSet;
 use std::io;
@@ -23,7 +22,6 @@ pub(super) struct Host {
     pub(super) hypervisor: Arc<dyn Hypervisor>,
     pub(super) paths: Arc<dyn Paths>,
     pub(super) fake: FakeHypervisor,
-    pub(super) life: Life,
     /// One that the daemon holds.
     pub(super) runner_token: String,
     /// Overlays of machines that could not be made.
@@ -81,16 +79,6 @@ impl Hypervisor for Host {
             Ok(list)
         })
     }
-
-    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
-        Box::pin(async move {
-            let door = self.hypervisor.listen(address).await?;
-            if self.bug != Bug::DoorLeftOpen {
-                return Ok(door);
-            }
-            Ok(Box::new(LeftOpen { door: Some(door), life: self.life.clone() }) as Box<dyn DoorListener>)
-        })
-    }
 }
 
 impl Paths for Host {
@@ -139,6 +127,21 @@ impl Paths for Host {
                 return Ok(stream);
             }
             Ok(Box::new(Telling { stream, token: self.runner_token.clone(), waiting: Vec::new() }) as Box<dyn Stream>)
+        })
+    }
+}
+
+/// Doors that nobody closes.
+pub(super) struct Doors {
+    pub(super) listen: Arc<dyn Listen>,
+    pub(super) life: Life,
+}
+
+impl Listen for Doors {
+    fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
+        Box::pin(async move {
+            let door = Some(self.listen.listen(address).await?);
+            Ok(Box::new(LeftOpen { door, life: self.life.clone() }) as Box<dyn DoorListener>)
         })
     }
 }

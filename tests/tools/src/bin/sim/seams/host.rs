@@ -4,10 +4,9 @@ use crate::event::Event;
 use crate::kinds::Kind as K;
 use crate::story::Story;
 use dayfly::BoxFuture;
+use dayfly::network::{DoorListener, Listen};
 use dayfly::vm::paths::Paths;
-use dayfly::vm::{
-    DoorListener, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
-};
+use dayfly::vm::{HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
 use dayfly_doubles::fake::{FakeHypervisor, Fault, Op};
 use std::io;
 use std::net::SocketAddr;
@@ -109,7 +108,9 @@ impl Hypervisor for Host {
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         Box::pin(self.call(Op::List, String::new(), None, async move { self.fake.list(installation).await }))
     }
+}
 
+impl Listen for Host {
     fn listen(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<Box<dyn DoorListener>>> {
         Box::pin(self.call(Op::Listen, address.to_string(), None, async move {
             if self.story.strikes(K::PortTaken) {
