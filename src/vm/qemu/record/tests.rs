@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::rng::Rng;
-use std::os::unix::process::ExitStatusExt as _;
+use std::process::Stdio;
+use std::time::Duration;
 
 struct Bench {
     _dir: tempfile::TempDir,
@@ -26,13 +27,12 @@ impl Bench {
 }
 
 /// A machine is there from its lock on, whatever it has said, and as long as its process, not as long as us.
-#[test]
-fn the_lock_is_the_machine_and_a_number_never_is() {
+#[tokio::test]
+async fn the_lock_is_the_machine_and_a_number_never_is() {
     let bench = Bench::new();
     assert_eq!(bench.look(), Found::Nothing);
     let lock = bench.records.create(&bench.name, &bench.owner).unwrap();
-    #[expect(clippy::disallowed_methods, reason = "stands for a QEMU")]
-    let mut child = std::process::Command::new("sleep").arg("100").stdin(lock).spawn().unwrap();
+    crate::process::start_outliving("sleep".as_ref(), &["100"], &[], lock, Stdio::null()).unwrap();
     let alive = |up, ended| Found::Alive { owner: bench.owner.clone(), up, ended };
     assert_eq!(bench.look(), alive(false, None));
     bench.records.note_up(&bench.name).unwrap();
@@ -42,10 +42,15 @@ fn the_lock_is_the_machine_and_a_number_never_is() {
     let other = Bench::new();
     drop(other.records.create(&other.name, &other.owner).unwrap());
     other.records.signal(&other.name, Signal::KILL).unwrap();
-    assert_eq!(child.try_wait().unwrap(), None, "whose input is another file is another machine");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(bench.look(), alive(true, None), "whose input is another file is another machine");
     bench.records.signal(&bench.name, Signal::KILL).unwrap();
-    assert_eq!(child.wait().unwrap().signal(), Some(9));
-    assert_eq!(bench.look(), Found::Gone { ended: None });
+    let gone = async {
+        while bench.look() != (Found::Gone { ended: None }) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), gone).await.expect("it is killed");
     for ending in [Ending::Restarted, Ending::Destroyed] {
         bench.records.note_ended(&bench.name, ending).unwrap();
     }
