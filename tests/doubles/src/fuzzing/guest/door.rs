@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, DuplexStream, WriteHalf};
+use tokio::io::{AsyncWriteExt as _, DuplexStream, WriteHalf};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::{Dispatch, Event, Level, Metadata, Subscriber, span};
@@ -43,6 +43,8 @@ pub(super) const CANARY: &str = "canary-of-gitlab";
 
 /// In flight on one connection: more than any input has, so that writing to a door never waits.
 const PIPE_BYTES: usize = 1024 * 1024;
+/// The relay's.
+const NONCE: [u8; 16] = [7; 16];
 /// Virtual time within which every connection ends.
 const LIMIT: Duration = Duration::from_secs(24 * 3600);
 
@@ -216,22 +218,21 @@ impl Door {
     pub(super) async fn connect(&self, wrong: bool) -> Connection {
         let (ours, theirs) = tokio::io::duplex(PIPE_BYTES);
         self.entrance.send(Box::new(theirs)).await.expect("the door accepts until its pass is revoked");
-        let mut stream = BufReader::new(ours);
-        let nonce = [7; 16];
-        stream.write_all(format!("{}\r\n", Greeting::opening(&nonce)).as_bytes()).await.unwrap();
-        let mut line = String::new();
-        stream.read_line(&mut line).await.unwrap();
-        let greeting = Greeting::relay(&self.pass, nonce, line.trim_end()).expect("the door holds the pass");
-        let proof = if wrong { "0".repeat(64) } else { greeting.relay_line() };
-        stream.write_all(format!("{proof}\r\n").as_bytes()).await.unwrap();
-        let (mut reading, writing) = tokio::io::split(stream);
+        let mut connection = dayfly_test_guest::Connection::new(ours);
+        if wrong {
+            let opening = Greeting::opening(&NONCE).len() + 2;
+            connection.spoil(move |before, bytes| {
+                if before == opening {
+                    // The proof, but for the end of its line.
+                    let digits = bytes.len() - 2;
+                    bytes[..digits].fill(b'0');
+                }
+            });
+        }
+        connection.greet(&self.pass, NONCE, b"").await.expect("the door holds the pass");
+        let (writing, mut reading) = connection.split();
         #[expect(clippy::disallowed_methods, reason = "ends with the connection, and is awaited there")]
-        let answers = tokio::spawn(async move {
-            let mut bytes = Vec::new();
-            // A reset is an end, too.
-            let _ = reading.read_to_end(&mut bytes).await;
-            bytes
-        });
+        let answers = tokio::spawn(async move { reading.rest().await });
         Connection { writing, answers, sent: Vec::new(), wrong }
     }
 
@@ -270,7 +271,7 @@ async fn job(mut events: mpsc::Receiver<GuestEvent>, told: Arc<Mutex<Told>>, vie
 
 /// The guest's end.
 pub(super) struct Connection {
-    writing: WriteHalf<BufReader<DuplexStream>>,
+    writing: WriteHalf<DuplexStream>,
     answers: JoinHandle<Vec<u8>>,
     /// All that was sent behind the greeting.
     pub(super) sent: Vec<u8>,
