@@ -59,6 +59,9 @@ need_cargo() {
     die "Rust ${found:-is missing; version} ${found:+is too old; }$rust_needed or newer is needed (Debian 12's is 1.63): install it from https://rustup.rs"
 }
 
+# programs_of PROFILE: where Cargo puts the programs of that profile.
+programs_of() { if [ "$1" = dev ]; then echo "$target/debug"; else echo "$target/$1"; fi; }
+
 # build_guest_programs: the static programs of the guest, and the stand-in runner.
 build_guest_programs() {
     say "building the guest's programs"
@@ -68,10 +71,10 @@ build_guest_programs() {
 
 # stage PROFILE DIRECTORY: dayfly, dayfly-exec and the guest's programs side by side, as an installation has them.
 stage() {
-    local profile=$1 dir=$2 sub=$1
-    [ "$profile" = dev ] && sub=debug
+    local from dir=$2
+    from=$(programs_of "$1")
     mkdir -p "$dir"
-    install -m 755 "$target/$sub/dayfly" "$target/$sub/dayfly-exec" "$dir"
+    install -m 755 "$from/dayfly" "$from/dayfly-exec" "$dir"
     local program
     for program in dayfly-guest dayfly-init dayfly-standin-runner; do
         install -m 755 "$target/$guest_target/release/$program" "$dir/$program"

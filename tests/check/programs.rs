@@ -46,13 +46,14 @@ fn the_tree_stays_small() {
     assert!(lock <= LOCK_CRATES_MAX, "{lock} crates in Cargo.lock");
 }
 
-/// The program of this name, built as who works here builds it.
-fn built(package: &str) -> String {
-    let args = ["build", "--locked", "--quiet", "-p", package, "--bin", package, "--message-format", "json"];
+/// The program of this name, built as who works here builds both.
+fn built(name: &str) -> String {
+    let args =
+        ["build", "--locked", "--quiet", "-p", "dayfly", "-p", "dayfly-exec", "--bins", "--message-format", "json"];
     let messages = printed_by(env!("CARGO"), &args);
     let mut executables = messages.lines().filter_map(|line| {
         let message: Value = serde_json::from_str(line).ok()?;
-        message["executable"].as_str().map(str::to_owned)
+        message["executable"].as_str().filter(|path| path.ends_with(&format!("/{name}"))).map(str::to_owned)
     });
     executables.next_back().unwrap()
 }

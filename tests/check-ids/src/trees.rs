@@ -80,7 +80,7 @@ impl Tree {
         );
         tree.write("src/job/mod.rs", "fn a() {\n    reached(Point::K8);\n}\n");
         tree.write("src/lib.rs", LIBRARY);
-        tree.write("scripts/test", "cargo test -p dayfly --test lifecycle\ncargo test --lib --bins -p dayfly\n");
+        tree.write("scripts/test", "cargo test -p dayfly --test lifecycle\ntests --lib --bins\n");
         tree.write("tests/lifecycle/main.rs", "//! The ring.\nmod rows;\n");
         tree.write("tests/lifecycle/rows.rs", &owned().iter().map(|id| test_of(id)).collect::<String>());
         tree
