@@ -18,7 +18,7 @@ fn wrong_branches(code: &str) -> Vec<&str> {
 fn is_wrong(line: &str) -> bool {
     let line: String = line.chars().filter(|c| !c.is_whitespace()).collect();
     // `#[cfg(test)]` alone is a test's own code, which no program has.
-    let by_feature = line.contains("feature=\"") && !line.starts_with("#![feature");
+    let by_feature = line.starts_with("feature=\"") || line.contains("cfg") && line.contains("feature=\"");
     let mixed = line.contains("cfg(any(test") || line.contains("cfg(not(test") || line.contains("cfg!(test");
     by_feature || mixed || line.contains("cfg(fuzzing") || line.contains("planted::")
 }
