@@ -102,6 +102,14 @@ pub enum Lease {
     },
 }
 
+impl fmt::Display for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User { port } => write!(f, "port {port}"),
+        }
+    }
+}
+
 impl Lease {
     /// Where the guest connects to: SLIRP maps 10.0.2.2 to the host's loopback.
     #[must_use]

@@ -105,7 +105,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// Takes over a connection, see [`super::Hypervisor::open_console`].
+    /// Takes over a connection, see [`super::sockets::Sockets::console`].
     #[must_use]
     pub fn new(stream: Box<dyn Stream>) -> Self {
         Self { stream: Some(stream), ring: Ring::default() }

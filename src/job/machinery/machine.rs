@@ -189,7 +189,7 @@ impl Machinery {
             }
             // The process before may still be closing it; the guest's relay waits.
             if since.elapsed() >= REBIND_PATIENCE {
-                tracing::error!(error = chain(&error), lease = ?machine.lease, "bind the guest's door again");
+                tracing::error!(error = chain(&error), lease = %machine.lease, "bind the guest's door again");
                 return Err(Event::CannotGoOn);
             }
             tokio::time::sleep(REBIND_PAUSE).await;
