@@ -236,7 +236,7 @@ impl FakeHypervisor {
         self.world().timing = timing;
     }
 
-    /// What [`Hypervisor::probe`](super::Hypervisor::probe) answers.
+    /// What [`Hypervisor::probe`](dayfly::vm::Hypervisor::probe) answers.
     pub fn set_host(&self, host: HostInfo) {
         self.world().host = host;
     }
