@@ -4,7 +4,9 @@
 use super::{Checker, Findings};
 use crate::event::{Event, FileOp, GuestDoes};
 use crate::ledger::{Ledger, job_of};
+use memchr::memmem::find;
 use std::collections::BTreeSet;
+use std::fmt;
 
 /// What all runner tokens of a run hold behind their public part.
 pub(crate) const RUNNER_CANARY: &str = "RuNnErCaNaRy";
@@ -21,7 +23,7 @@ pub(crate) struct Secrets {
 }
 
 impl Secrets {
-    fn look(&self, what: &str, bytes: &[u8], own: Option<u64>, findings: &mut Findings) {
+    fn look(&self, what: &dyn fmt::Display, bytes: &[u8], own: Option<u64>, findings: &mut Findings) {
         if find(bytes, RUNNER_CANARY.as_bytes()).is_some() {
             findings.add(7, format!("the runner token is in {what}"));
         }
@@ -48,7 +50,7 @@ impl Secrets {
     /// The daemon's log of the run.
     pub(crate) fn log(bytes: &[u8], passes: BTreeSet<String>, tokens: &BTreeSet<String>, findings: &mut Findings) {
         let this = Self { passes };
-        this.look("the log", bytes, None, findings);
+        this.look(&"the log", bytes, None, findings);
         if this.passes_in(bytes) {
             findings.add(8, "a pass is in the log");
         }
@@ -65,7 +67,7 @@ impl Checker for Secrets {
         match event {
             Event::Guest { does: GuestDoes::Configured { pass }, .. } => drop(self.passes.insert((*pass).to_owned())),
             Event::Guest { job, does: GuestDoes::Reads(bytes), .. } => {
-                self.look("what a guest got", bytes, Some(job.0), findings);
+                self.look(&"what a guest got", bytes, Some(job.0), findings);
                 let foreign = ledger.jobs.get(job).is_some_and(|note| has_other_token(bytes, &note.token));
                 if foreign {
                     findings.add(8, format!("the guest of job {job} got a job token that is not its own"));
@@ -75,7 +77,7 @@ impl Checker for Secrets {
                 let of = job_of(path);
                 let runtime = path.starts_with("/run");
                 let own = of.filter(|_| runtime).map(|(job, _)| job.0);
-                self.look(&format!("file {}", path.display()), bytes, own, findings);
+                self.look(&format_args!("file {}", path.display()), bytes, own, findings);
                 if !runtime && self.passes_in(bytes) {
                     findings.add(8, format!("a pass is in {}", path.display()));
                 }
@@ -83,14 +85,14 @@ impl Checker for Secrets {
             Event::Request(request) => {
                 let body = request.body;
                 if request.job.is_some() {
-                    self.look("a request of a job to GitLab", body, request.job.map(|job| job.0), findings);
+                    self.look(&"a request of a job to GitLab", body, request.job.map(|job| job.0), findings);
                 }
                 if self.passes_in(body) {
                     findings.add(8, "a pass is in a request to GitLab");
                 }
             }
             Event::Calls { spec: Some(spec), .. } => {
-                self.look("what a VM is started from", format!("{spec:?}").as_bytes(), None, findings);
+                self.look(&"what a VM is started from", format!("{spec:?}").as_bytes(), None, findings);
             }
             _ => {}
         }
@@ -107,17 +109,4 @@ fn has_other_token(bytes: &[u8], own: &str) -> bool {
         rest = &rest[at + 1..];
     }
     false
-}
-
-fn find(bytes: &[u8], text: &[u8]) -> Option<usize> {
-    let first = *text.first()?;
-    let mut from = 0;
-    while let Some(at) = bytes[from..].iter().position(|b| *b == first) {
-        let at = from + at;
-        if bytes[at..].starts_with(text) {
-            return Some(at);
-        }
-        from = at + 1;
-    }
-    None
 }
