@@ -3,6 +3,7 @@
 use super::{Checker, Findings};
 use crate::event::Event;
 use crate::ledger::Ledger;
+use crate::seams::gitlab::token_in;
 use dayfly_exec::standin::Route;
 
 pub(crate) struct Credentials;
@@ -40,12 +41,7 @@ impl Checker for Credentials {
                 if !own || !runner_tokens.is_empty() {
                     findings.add(9, format!("a request of {route:?} for job {job} without exactly that job's token"));
                 }
-                let mut body: Option<String> = None;
-                if route == Route::UpdateJob {
-                    body = serde_json::from_slice::<serde_json::Value>(request.body)
-                        .ok()
-                        .and_then(|v| Some(v["token"].as_str()?.to_owned()));
-                }
+                let body = (route == Route::UpdateJob).then(|| token_in(request.body)).flatten();
                 if let (Some(shown), Some(note)) = (body, ledger.jobs.get(&job))
                     && shown != note.token
                 {

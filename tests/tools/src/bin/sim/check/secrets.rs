@@ -38,13 +38,23 @@ impl Secrets {
         }
     }
 
-    /// All passes in a text of words.
+    /// Whether a pass is among the words of a text.
     fn passes_in(&self, bytes: &[u8]) -> bool {
         let is_letter = |b: &u8| b.is_ascii_alphanumeric() || *b == b'-' || *b == b'_';
-        let words = bytes.split(|b| !is_letter(b));
-        words
-            .filter(|word| word.len() == PASS)
-            .any(|word| std::str::from_utf8(word).is_ok_and(|word| self.passes.contains(word)))
+        let mut rest = bytes;
+        while let Some(word) = rest.get(..PASS) {
+            // From its end: what is no letter there spares the look at all before it.
+            if let Some(at) = word.iter().rposition(|b| !is_letter(b)) {
+                rest = &rest[at + 1..];
+                continue;
+            }
+            let length = rest.iter().take_while(|b| is_letter(b)).count();
+            if length == PASS && std::str::from_utf8(word).is_ok_and(|word| self.passes.contains(word)) {
+                return true;
+            }
+            rest = &rest[length..];
+        }
+        false
     }
 
     /// The daemon's log of the run.
@@ -109,4 +119,29 @@ fn has_other_token(bytes: &[u8], own: &str) -> bool {
         rest = &rest[at + 1..];
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pass_is_found_wherever_it_stands_as_a_word() {
+        let pass = "p".repeat(PASS);
+        let secrets = Secrets { passes: BTreeSet::from([pass.clone()]) };
+        let long = "q".repeat(2 * PASS);
+        for (text, found) in [
+            (pass.clone(), true),
+            (format!("{{\"pass\":\"{pass}\"}}"), true),
+            (format!("a b {long} {pass}\n{long}"), true),
+            (format!("{long} {}, {pass}", &long[..PASS]), true),
+            (format!("{pass}p"), false),
+            (format!("x{pass}"), false),
+            (format!("{} {}", &pass[1..], &pass[1..]), false),
+            (long, false),
+            (String::new(), false),
+        ] {
+            assert_eq!(secrets.passes_in(text.as_bytes()), found, "{text}");
+        }
+    }
 }

@@ -101,11 +101,12 @@ impl Gate {
             let bytes = body.collect().await.map_err(TransportError::Broken)?.to_bytes();
             (bytes.clone(), full(bytes))
         };
-        let json: Option<Value> = matches!(route, Route::UpdateJob | Route::RequestJob | Route::VerifyRunner)
-            .then(|| serde_json::from_slice(&bytes).unwrap_or_default());
-        let shown = json.as_ref().and_then(|json| json["token"].as_str()).map(str::to_owned);
+        let shown = matches!(route, Route::UpdateJob | Route::RequestJob | Route::VerifyRunner)
+            .then(|| token_in(&bytes))
+            .flatten();
         let shown = shown.or_else(|| Some(parts.headers.get("job-token")?.to_str().ok()?.to_owned()));
-        let update = json.as_ref().filter(|_| route == Route::UpdateJob).map(read_update);
+        let update =
+            (route == Route::UpdateJob).then(|| read_update(&serde_json::from_slice(&bytes).unwrap_or_default()));
         let head = Head { route, job, update, shown: shown.unwrap_or_default() };
         let offset = parts.headers.get("content-range").and_then(|v| v.to_str().ok()?.split('-').next()?.parse().ok());
         let (uri, headers) = (&parts.uri, &parts.headers);
@@ -206,6 +207,15 @@ pub(crate) fn find_route(method: &Method, path: &str) -> (Route, Option<JobId>) 
         ("GET", ["jobs", job, "artifacts"]) => (Route::DownloadArtifacts, id(job)),
         _ => (Route::Unknown, None),
     }
+}
+
+/// The token in a body, of which most is read over: a poll has much to say of its runner, and there are many.
+pub(crate) fn token_in(body: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Shown {
+        token: Option<String>,
+    }
+    serde_json::from_slice::<Shown>(body).ok()?.token
 }
 
 pub(crate) fn read_update(json: &Value) -> Update {
