@@ -135,12 +135,12 @@ impl Job {
     /// or knows of a verdict that nobody else does. `false`: the disk does not take it.
     async fn commit(&mut self) -> bool {
         let verdict = matches!(self.m.record.state, State::Releasing { .. });
-        let point = if verdict { Point::K14 } else { Point::K10 };
-        reached(point);
+        let passed = || if verdict { reached(Point::K14) } else { reached(Point::K10) };
+        passed();
         if !self.m.commit(verdict).await {
             return false;
         }
-        reached(point);
+        passed();
         self.behind = None;
         if verdict {
             self.given.verdict_unkept = false;
