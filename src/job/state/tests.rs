@@ -94,6 +94,18 @@ fn each_reason_of_a_pause_ends_a_job_in_its_own_way() {
 }
 
 #[test]
+fn a_cancel_is_heard_once_and_gives_after_script_its_time() {
+    let canceling = State::Running { canceling: true };
+    let state = check(
+        State::Running { canceling: false },
+        Event::Gitlab(JobStatus::Canceling),
+        &[Command::Write, Command::Arm(Grace::Canceling)],
+    );
+    assert_eq!(state, canceling);
+    assert_eq!(check(state, Event::Gitlab(JobStatus::Canceling), &[]), canceling);
+}
+
+#[test]
 fn a_boot_that_times_out_is_not_repeated() {
     check(State::Booting { replaced: false }, Event::BootDeadline, &fails(Failure::BootDeadline));
 }
