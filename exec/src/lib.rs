@@ -45,7 +45,7 @@ use dayfly::gitlab::{ProxyEnvironment, RealLimits, RealOpenTransport};
 use dayfly::image::store::ImageError;
 use dayfly::network::PortRange;
 use dayfly::telemetry::{self, chain};
-use dayfly::vm::{AccelChoice, Backend};
+use dayfly::vm::AccelChoice;
 use given::{Given, GivenError};
 use instance::{Directories, Instance, InstanceError};
 use pipeline::sources::Directory;
@@ -109,7 +109,7 @@ struct Args {
     #[arg(long)]
     root: bool,
     /// Virtualisation: auto (KVM, proven by a boot), kvm, or tcg (slow, and it isolates nothing)
-    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_accel)]
+    #[arg(long, value_name = "HOW", default_value = "auto")]
     accel: AccelChoice,
     /// Folder for artifacts; what an earlier run of a job left there is replaced
     #[arg(long, value_name = "DIR", default_value = "dayfly-artifacts")]
@@ -132,18 +132,6 @@ struct Args {
     /// Say more: -v what dayfly does, -vv each call
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
-}
-
-/// In place of libvirt's address.
-const NO_LIBVIRT: &str = "none";
-
-fn parse_accel(text: &str) -> Result<AccelChoice, String> {
-    match text {
-        "auto" => Ok(AccelChoice::Auto),
-        "kvm" => Ok(AccelChoice::Kvm),
-        "tcg" => Ok(AccelChoice::Tcg),
-        _ => Err("it is one of auto, kvm, tcg".into()),
-    }
 }
 
 fn parse_timeout(text: &str) -> Result<Duration, String> {
@@ -400,11 +388,7 @@ fn config(args: &Args) -> Config {
         }],
         ..Config::default()
     };
-    if args.libvirt == NO_LIBVIRT {
-        config.hypervisor.backend = Backend::Qemu;
-    } else {
-        config.hypervisor.uri.clone_from(&args.libvirt);
-    }
+    config.hypervisor.choose(&args.libvirt);
     config.hypervisor.accel = args.accel;
     config.network.guest_ports = GUEST_PORTS;
     config

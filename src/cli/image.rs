@@ -8,7 +8,6 @@ use crate::image::store::{Image, ImageStore, Images as _};
 use crate::network::Tcp;
 use crate::telemetry::printable;
 use crate::vm::AccelChoice;
-use crate::vm::Backend;
 use anyhow::{Context as _, bail};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -25,7 +24,7 @@ pub(super) struct Args {
     #[arg(long, global = true, value_name = "URI")]
     libvirt: Option<String>,
     /// Virtualisation for boot tests, instead of `hypervisor.accel`
-    #[arg(long, global = true, value_name = "auto|kvm|tcg", value_parser = accel)]
+    #[arg(long, global = true, value_name = "auto|kvm|tcg")]
     accel: Option<AccelChoice>,
     #[command(subcommand)]
     command: Command,
@@ -55,26 +54,14 @@ enum Command {
     },
 }
 
-/// Reads `auto`, `kvm` or `tcg`.
-pub(crate) fn accel(text: &str) -> Result<AccelChoice, String> {
-    match text {
-        "auto" => Ok(AccelChoice::Auto),
-        "kvm" => Ok(AccelChoice::Kvm),
-        "tcg" => Ok(AccelChoice::Tcg),
-        _ => Err("one of auto, kvm, tcg".to_owned()),
-    }
-}
-
 /// Runs one of them.
 pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
     let mut config = Config::load_or_default(config)?.config;
     if let Some(directory) = args.image_directory {
         config.image_directory = std::path::absolute(directory)?;
     }
-    match args.libvirt {
-        Some(uri) if uri == "none" => config.hypervisor.backend = Backend::Qemu,
-        Some(uri) => (config.hypervisor.backend, config.hypervisor.uri) = (Backend::Libvirt, uri),
-        None => {}
+    if let Some(libvirt) = args.libvirt {
+        config.hypervisor.choose(&libvirt);
     }
     config.hypervisor.accel = args.accel.unwrap_or(config.hypervisor.accel);
     let store = ImageStore::new(&config.image_directory);

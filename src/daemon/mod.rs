@@ -48,11 +48,11 @@ use crate::rng::Rng;
 use crate::supply::{Setup, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
-use crate::vm::{Accel, Host};
+use crate::vm::{Accel, Host, own_memory_mib};
 use disk::Disk;
 use handler::Handler;
 use reload::Reloads;
-use setup::{accel, own_memory_mib, runner_of, runners};
+use setup::{accel, runner_of, runners};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -241,15 +241,15 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let disk_is_found = disk.found.clone();
     background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
-    let sweeper = Sweeper::new(
-        parts.clone(),
-        jobs.clone(),
-        adopted.kept,
-        capacity.clone(),
+    let sweeper = Sweeper {
+        parts: parts.clone(),
+        jobs: jobs.clone(),
+        kept: adopted.kept,
+        capacity: capacity.clone(),
         unknown,
-        config.image_directory.clone(),
-        config.hypervisor.clone(),
-    );
+        image_directory: config.image_directory.clone(),
+        hypervisor: config.hypervisor.clone(),
+    };
     let first_sweep = sweeper.begin(stop.clone(), &mut background);
     // The common case is clean before the first poll; a domain that is stuck keeps nobody waiting.
     let _ = tokio::time::timeout(FIRST_SWEEP_PATIENCE, first_sweep).await;

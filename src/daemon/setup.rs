@@ -14,12 +14,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Memory of the machine that we run on, MiB.
-pub(super) fn own_memory_mib() -> u64 {
-    let info = rustix::system::sysinfo();
-    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) >> 20
-}
-
 /// Bytes of what a proof of before rests on, at most.
 const GROUND_BYTES_MAX: u64 = 4096;
 

@@ -20,33 +20,20 @@ use tokio_util::sync::CancellationToken;
 const NOBODY: &str = "(no runner)";
 
 pub(super) struct Sweeper {
-    parts: Parts,
-    jobs: Jobs,
+    pub(super) parts: Parts,
+    pub(super) jobs: Jobs,
     /// VMs of records that nobody can serve now.
-    kept: BTreeSet<VmId>,
-    capacity: Capacity,
+    pub(super) kept: BTreeSet<VmId>,
+    pub(super) capacity: Capacity,
     /// What an orphan may take, of which no record tells.
-    unknown: Resources,
+    pub(super) unknown: Resources,
     /// Where VMs without a job are written down.
-    image_directory: PathBuf,
-    /// The hypervisor that is looked at.
-    hypervisor: vm::Config,
+    pub(super) image_directory: PathBuf,
+    /// The hypervisor that is looked at: they are written down with its name.
+    pub(super) hypervisor: vm::Config,
 }
 
 impl Sweeper {
-    /// VMs without a job are written down below `image_directory`, with the name of their hypervisor.
-    pub(super) fn new(
-        parts: Parts,
-        jobs: Jobs,
-        kept: BTreeSet<VmId>,
-        capacity: Capacity,
-        unknown: Resources,
-        image_directory: PathBuf,
-        hypervisor: vm::Config,
-    ) -> Self {
-        Self { parts, jobs, kept, capacity, unknown, image_directory, hypervisor }
-    }
-
     /// Sweeps until `stop`, in a task of `background`. What is returned ends with the first sweep,
     /// when all that it found has gone.
     pub(super) fn begin(

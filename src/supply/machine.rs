@@ -266,7 +266,9 @@ impl Driver {
                 (true, VmState::Ended(ending)) => return Ok(Some(ending)),
                 (true, _) => {}
                 (false, VmState::Ended(_)) => state = VmState::Gone,
-                (false, _) => return Err(self.refused("start VM", "a VM of this name is somebody else's")),
+                (false, _) => {
+                    return Err(VmError::refused("start VM", &self.name, "a VM of this name is somebody else's"));
+                }
             }
         }
         if let Some(ending) = state.ending() {
@@ -284,9 +286,11 @@ impl Driver {
             // QEMU has the files open by now: what is exchanged later does not matter to this machine.
             if !new.stamp.holds().await {
                 let base = new.spec.base.display();
-                return Err(
-                    self.refused("start VM", format!("base image `{base}` was changed while the VM was being made"))
-                );
+                return Err(VmError::refused(
+                    "start VM",
+                    &self.name,
+                    format!("base image `{base}` was changed while the VM was being made"),
+                ));
             }
             // It runs, and we have not heard of it.
             reached(Point::K8);
@@ -296,13 +300,9 @@ impl Driver {
         Ok(None)
     }
 
-    fn refused(&self, what: &'static str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
-        VmError::Refused { what, name: self.name.to_string(), source: source.into() }
-    }
-
     async fn remove_sockets(&self) -> Result<(), VmError> {
         let removed = self.supply.host().sockets.remove(&self.supply.setup().socket_dir, &self.id).await;
-        removed.map_err(|error| self.refused("remove sockets of", error))
+        removed.map_err(|error| VmError::refused("remove sockets of", &self.name, error))
     }
 
     /// The VM's state. For a guest that has its job "I could not look" is not "it is gone": it is

@@ -328,11 +328,11 @@ impl Supply {
 /// Path of a VM's overlay. Parses back by [`overlay_id`].
 #[must_use]
 pub fn overlay_path(dir: &Path, id: &VmId) -> PathBuf {
-    dir.join(format!("df-{id}.qcow2"))
+    dir.join(format!("{}.qcow2", VmName::from(id.clone())))
 }
 
 /// The VM whose overlay this is; `None`: not one of ours.
 #[must_use]
 pub fn overlay_id(path: &Path) -> Option<VmId> {
-    path.file_name()?.to_str()?.strip_prefix("df-")?.strip_suffix(".qcow2")?.parse().ok()
+    Some(VmName::parse(path.file_name()?.to_str()?.strip_suffix(".qcow2")?)?.id().clone())
 }

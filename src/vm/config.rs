@@ -6,7 +6,11 @@ use super::paths::RealPaths;
 use super::qemu::Qemu;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::Arc;
+
+/// In place of libvirt's address in a command's `--libvirt`.
+const NO_LIBVIRT: &str = "none";
 
 /// Section `[hypervisor]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +52,29 @@ pub enum AccelChoice {
     Tcg,
 }
 
+impl FromStr for AccelChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "kvm" => Ok(Self::Kvm),
+            "tcg" => Ok(Self::Tcg),
+            _ => Err("one of auto, kvm, tcg".to_owned()),
+        }
+    }
+}
+
 impl Config {
+    /// Does what `--libvirt` says: libvirt at this address, or `none`: QEMU without it.
+    pub fn choose(&mut self, libvirt: &str) {
+        if libvirt == NO_LIBVIRT {
+            self.backend = Backend::Qemu;
+        } else {
+            (self.backend, self.uri) = (Backend::Libvirt, libvirt.to_owned());
+        }
+    }
+
     /// What tells this hypervisor from others: its VMs are there and nowhere else.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -40,7 +40,7 @@ pub(super) enum BaseError {
 }
 
 fn refused(what: &'static str, path: &Path, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
-    VmError::Refused { what, name: path.display().to_string(), source: source.into() }
+    VmError::refused(what, &path.display(), source)
 }
 
 /// The disks of VMs. Clones are the same.
@@ -117,9 +117,7 @@ pub(super) async fn make(qemu_img: &Path, overlay: &Path, base: &Path, disk_gib:
     let Err(error) = made else { return Ok(()) };
     remove().await?;
     Err(match error {
-        ProcessError::Deadline { deadline, .. } => {
-            VmError::Deadline { what: WHAT, name: overlay.display().to_string(), seconds: deadline.as_secs() }
-        }
+        ProcessError::Deadline { deadline, .. } => VmError::late(WHAT, &overlay.display(), deadline),
         error => refused(WHAT, overlay, error),
     })
 }

@@ -31,6 +31,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Identity of one VM: 80 random bits as 16 characters of lower-case base32 (`a-z2-7`).
@@ -250,6 +251,12 @@ pub struct HostInfo {
     pub kvm_offered: bool,
 }
 
+/// Memory of the machine that we run on, MiB.
+pub(crate) fn own_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).saturating_mul(u64::from(info.mem_unit)) >> 20
+}
+
 /// Why a call to the hypervisor failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
@@ -286,6 +293,20 @@ pub enum VmError {
 }
 
 impl VmError {
+    /// `what` of this VM or path was refused, because of `source`.
+    pub fn refused(
+        what: &'static str,
+        name: &(impl fmt::Display + ?Sized),
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Refused { what, name: name.to_string(), source: source.into() }
+    }
+
+    /// `what` of this VM or path had no answer within `deadline`.
+    pub fn late(what: &'static str, name: &(impl fmt::Display + ?Sized), deadline: Duration) -> Self {
+        Self::Deadline { what, name: name.to_string(), seconds: deadline.as_secs() }
+    }
+
     /// Whether trying again may help without anybody's doing.
     #[must_use]
     pub fn is_transient(&self) -> bool {

@@ -21,26 +21,10 @@ async fn a_restart_of_the_daemon_costs_no_job() {
     lab.assert_clean().await;
 }
 
-/// E4, E8: killed without a word in the middle of a job.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_daemon_killed_outright_costs_no_job() {
-    let mut lab = Lab::start(Options::default()).await;
+/// Kills the daemon without a word in the middle of a job, which ends well under the next one.
+async fn killed_outright(options: Options) -> Lab {
+    let mut lab = Lab::start(options).await;
     let job = lab.job(&["echo before", "sleep 20", "echo after"]);
-    lab.until_trace(job, "before").await;
-    assert_eq!(lab.stop_daemon("KILL").await, None);
-    assert_eq!(lab.vms(), 1, "the VM lives on");
-    lab.start_daemon().await;
-    lab.until(job, JobState::Success).await;
-    let trace = lab.trace(job);
-    assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
-    lab.assert_clean().await;
-}
-
-/// E4: without libvirt QEMU is the daemon's own child, and lives on when that is killed outright in the middle of a job.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_daemon_with_plain_qemu_killed_outright_costs_no_job() {
-    let mut lab = Lab::start(Options { backend: "qemu", ..Options::default() }).await;
-    let job = lab.job(&["echo before", "sleep 10", "echo after"]);
     lab.until_trace(job, "before").await;
     assert_eq!(lab.stop_daemon("KILL").await, None);
     assert_eq!(lab.vms(), 1, "the VM lives on");
@@ -50,6 +34,19 @@ async fn a_daemon_with_plain_qemu_killed_outright_costs_no_job() {
     assert!(trace.contains("after") && trace.contains("Job succeeded"), "{trace}");
     assert_eq!(trace.matches("Running with gitlab-runner").count(), 1, "{trace}");
     lab.assert_clean().await;
+    lab
+}
+
+/// E4, E8.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_killed_outright_costs_no_job() {
+    killed_outright(Options::default()).await;
+}
+
+/// E4: without libvirt QEMU is the daemon's own child, and lives on when that is killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_with_plain_qemu_killed_outright_costs_no_job() {
+    let lab = killed_outright(Options { backend: "qemu", ..Options::default() }).await;
     assert_eq!(lab.vms(), 0);
 }
 

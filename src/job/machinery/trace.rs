@@ -182,8 +182,10 @@ impl Machinery {
     /// The payload for the guest, its timeout less what the boot took beyond [`BOOT_FREE`] (decision D8). `None`: nothing
     /// is left of the job's time, or of the payload.
     pub(in crate::job) fn payload_for_guest(&self) -> Option<HandOut> {
-        let payload = self.payload.as_ref().filter(|_| self.is_in_time())?;
+        let payload = self.payload.as_ref()?;
+        // Looked at once: it may end between two looks.
         let raw = match self.time_left() {
+            Some(left) if left.is_zero() => return None,
             Some(left) => payload.with_timeout(left),
             None => payload.raw().clone(),
         };

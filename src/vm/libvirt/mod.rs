@@ -114,11 +114,7 @@ impl Hypervisor for Libvirt {
             for path in
                 [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)]
             {
-                check_path(&path).map_err(|error| VmError::Refused {
-                    what: "start VM",
-                    name: name.clone(),
-                    source: error.into(),
-                })?;
+                check_path(&path).map_err(|error| VmError::refused("start VM", &name, error))?;
             }
             self.endings.watch();
             let (spec, domain_type) = (spec.clone(), self.domain_type.clone());

@@ -116,7 +116,7 @@ impl Workers {
         deadline: Duration,
         call: impl Fn(&mut Link) -> Result<T, CallError> + Send + 'static,
     ) -> Result<T, VmError> {
-        let no_answer = |after: Duration| VmError::Deadline { what, name: name.clone(), seconds: after.as_secs() };
+        let no_answer = |after: Duration| VmError::late(what, &name, after);
         let unreachable = |source| VmError::Unreachable { uri: self.0.uri.clone(), source };
         let (reply, answer) = oneshot::channel();
         let (connected, connection) = oneshot::channel();

@@ -21,7 +21,9 @@ mod record;
 mod watch;
 
 use super::sockets::check_path;
-use super::{Ending, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary};
+use super::{
+    Ending, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary, own_memory_mib,
+};
 use crate::BoxFuture;
 use crate::process::{Program, bounded_log, start_outliving};
 use apart::Apart;
@@ -81,10 +83,6 @@ impl fmt::Debug for Qemu {
     }
 }
 
-fn refused(what: &'static str, name: &VmName, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
-    VmError::Refused { what, name: name.to_string(), source: source.into() }
-}
-
 impl Qemu {
     /// The machines of this directory, a short path that nobody else may pass.
     #[must_use]
@@ -102,20 +100,30 @@ impl Qemu {
         }))
     }
 
-    /// Runs blocking calls on records where they may block, one at a time.
+    /// Runs blocking calls where they may block, one at a time. `subject`: a VM, or whose VMs.
+    async fn one_at_a_time<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        subject: &(impl fmt::Display + Sync),
+        work: impl FnOnce(&Inner) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, VmError> {
+        let inner = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || {
+            let _one_at_a_time = inner.looking.lock().unwrap_or_else(PoisonError::into_inner);
+            work(&inner)
+        });
+        let done = done.await.map_err(io::Error::other).and_then(|done| done);
+        done.map_err(|source| VmError::refused(what, subject, source))
+    }
+
+    /// The same, for calls on records alone.
     async fn records<T: Send + 'static>(
         &self,
         what: &'static str,
         name: &VmName,
         work: impl FnOnce(&Records) -> io::Result<T> + Send + 'static,
     ) -> Result<T, VmError> {
-        let inner = self.0.clone();
-        let done = tokio::task::spawn_blocking(move || {
-            let _one_at_a_time = inner.looking.lock().unwrap_or_else(PoisonError::into_inner);
-            work(&inner.records)
-        });
-        let done = done.await.map_err(io::Error::other).and_then(|done| done);
-        done.map_err(|source| refused(what, name, source))
+        self.one_at_a_time(what, name, |inner| work(&inner.records)).await
     }
 
     async fn look(&self, what: &'static str, name: &VmName) -> Result<Found, VmError> {
@@ -178,7 +186,7 @@ impl Qemu {
     async fn state_of(&self, name: &VmName) -> Result<VmState, VmError> {
         const WHAT: &str = "read state of VM";
         let until = Instant::now() + LOOK_DEADLINE;
-        let late = || VmError::Deadline { what: WHAT, name: name.to_string(), seconds: LOOK_DEADLINE.as_secs() };
+        let late = || VmError::late(WHAT, name, LOOK_DEADLINE);
         loop {
             let (up, ended) = match self.look(WHAT, name).await? {
                 Found::Nothing => return Ok(VmState::Gone),
@@ -230,9 +238,9 @@ impl Qemu {
             &VmSpec::console_socket(&spec.socket_dir, &spec.id),
             &qmp,
         ] {
-            check_path(path).map_err(|error| refused(WHAT, &name, error))?;
+            check_path(path).map_err(|error| VmError::refused(WHAT, &name, error))?;
         }
-        let arguments = args::arguments(spec, &qmp).map_err(|error| refused(WHAT, &name, error))?;
+        let arguments = args::arguments(spec, &qmp).map_err(|error| VmError::refused(WHAT, &name, error))?;
         let apart = *self.0.apart.get_or_init(Apart::find).await;
         let (program, arguments, environment) = apart.command(self.0.emulator.as_os_str(), Some(&name), &arguments);
         let owner = Owner { installation: spec.installation.clone(), vm: spec.id.clone() };
@@ -248,17 +256,13 @@ impl Qemu {
             Ok(false)
         });
         if theirs.await? {
-            return Err(refused(WHAT, &name, "a VM of this name is somebody else's"));
+            return Err(VmError::refused(WHAT, &name, "a VM of this name is somebody else's"));
         }
         loop {
             match timeout_at(until, self.listening(&name, |_| ())).await {
                 Ok(Ok(())) => break,
                 _ if Instant::now() >= until => {
-                    return Err(VmError::Deadline {
-                        what: WHAT,
-                        name: name.to_string(),
-                        seconds: START_DEADLINE.as_secs(),
-                    });
+                    return Err(VmError::late(WHAT, &name, START_DEADLINE));
                 }
                 _ => {}
             }
@@ -266,7 +270,7 @@ impl Qemu {
             let said = self.log(WHAT, &name).await?;
             if !matches!(self.look(WHAT, &name).await?, Found::Alive { .. }) {
                 let said = log::head(&said).unwrap_or_else(|| "QEMU ended at once, without a word".into());
-                return Err(refused(WHAT, &name, said));
+                return Err(VmError::refused(WHAT, &name, said));
             }
             sleep(GLANCE).await;
         }
@@ -300,11 +304,7 @@ impl Qemu {
                 }
             }
             if !gone {
-                return Err(VmError::Deadline {
-                    what: WHAT,
-                    name: name.to_string(),
-                    seconds: DESTROY_DEADLINE.as_secs(),
-                });
+                return Err(VmError::late(WHAT, name, DESTROY_DEADLINE));
             }
         }
         self.forget(name);
@@ -318,10 +318,8 @@ impl Qemu {
     }
 
     async fn list_of(&self, installation: &InstallationId) -> Result<Vec<VmSummary>, VmError> {
-        let inner = self.0.clone();
         let wanted = installation.clone();
-        let found = tokio::task::spawn_blocking(move || {
-            let _one_at_a_time = inner.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = self.one_at_a_time("list VMs of", installation, move |inner| {
             let mut found = Vec::new();
             let names = inner.records.names()?;
             // Whoever has gone without being destroyed is listened to no more.
@@ -332,14 +330,9 @@ impl Qemu {
                     _ => {}
                 }
             }
-            Ok::<_, io::Error>(found)
+            Ok(found)
         });
-        let found = found.await.map_err(io::Error::other).and_then(|found| found);
-        let found = found.map_err(|source| VmError::Refused {
-            what: "list VMs of",
-            name: installation.to_string(),
-            source: source.into(),
-        })?;
+        let found = found.await?;
         let mut asked = JoinSet::new();
         for (name, ended) in found {
             let qemu = self.clone();
@@ -380,15 +373,13 @@ impl Hypervisor for Qemu {
             })?;
             let text = version.text();
             let first = text.lines().next().unwrap_or_default().replace(" emulator version", "");
-            let system = rustix::system::sysinfo();
-            let memory = system.totalram.saturating_mul(system.mem_unit.into());
             let kvm = tokio::task::spawn_blocking(|| {
                 std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
             });
             Ok(HostInfo {
                 version: first,
                 cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
-                memory_mib: memory >> 20,
+                memory_mib: own_memory_mib(),
                 kvm_offered: kvm.await.unwrap_or(false),
             })
         })
