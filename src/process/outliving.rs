@@ -5,6 +5,7 @@
 //! knows how much that is. Who starts it must find it again by what it holds, for a number is soon another's: see
 //! `vm::qemu`.
 
+use rustix::fs::{FlockOperation, flock};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, PipeWriter};
@@ -34,12 +35,14 @@ pub fn start_outliving<A: AsRef<OsStr>>(
 }
 
 /// A new file (mode 0600) that takes the first `bytes_max` bytes of what is written to it by whoever has the writing
-/// end, and nothing more: a program that writes on meets a closed pipe. It outlives us, too, and ends with its writers.
+/// end, and nothing more: a program that writes on meets a closed pipe. It outlives us, too, and ends with its writers;
+/// until then the file is locked, so that who finds it free has all that was said.
 ///
 /// # Errors
 /// The system's.
 pub(crate) fn bounded_log(path: &Path, bytes_max: u32) -> io::Result<PipeWriter> {
     let file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
     let (reader, writer) = io::pipe()?;
     #[expect(clippy::disallowed_methods, reason = "as above: it lives as long as what it listens to")]
     let mut command = tokio::process::Command::new("dd");

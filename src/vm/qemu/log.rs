@@ -6,6 +6,8 @@
 use super::args::SHUTDOWN_TRACE;
 use crate::files::plain;
 use crate::vm::Ending;
+use rustix::fs::{FlockOperation, flock};
+use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -18,14 +20,29 @@ const TOLD_MAX: usize = 300;
 /// QEMU's `SHUTDOWN_CAUSE_GUEST_SHUTDOWN`.
 const BY_GUEST: &str = "reason=6";
 
-/// All that a log holds; nothing if it cannot be read.
-pub(super) fn read(path: &Path) -> String {
-    let mut bytes = Vec::new();
-    if let Ok(file) = plain::open(path) {
-        // What was read before an error is as good.
-        let _ = file.take(BYTES_MAX.into()).read_to_end(&mut bytes);
+/// One machine's log, which may be unlinked meanwhile. None: there is none, or it cannot be read.
+pub(super) struct Log(Option<File>);
+
+impl Log {
+    /// Blocks.
+    pub(super) fn open(path: &Path) -> Self {
+        Self(plain::open(path).ok())
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+
+    /// Whether nothing more comes: who copies into it what QEMU says, and may be behind, has ended.
+    pub(super) fn is_whole(&self) -> bool {
+        self.0.as_ref().is_none_or(|file| flock(file, FlockOperation::NonBlockingLockShared).is_ok())
+    }
+
+    /// All that it holds. Blocks.
+    pub(super) fn read(self) -> String {
+        let mut bytes = Vec::new();
+        if let Some(file) = self.0 {
+            // What was read before an error is as good.
+            let _ = file.take(BYTES_MAX.into()).read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
 }
 
 /// How a guest shut its machine down that nobody watched: QEMU notes a power-off there, and no reset.
@@ -69,6 +86,9 @@ pub(super) fn head(log: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::bounded_log;
+    use std::io::Write as _;
+    use std::time::Duration;
 
     #[test]
     fn an_end_that_nobody_saw_is_told_by_what_qemu_wrote_and_by_nothing_less() {
@@ -78,6 +98,28 @@ mod tests {
         assert_eq!(of_shutdown(&"x".repeat(BYTES_MAX as usize)), Ending::Unseen);
         assert_eq!(of_process("qemu-system-x86_64: terminating on signal 15 from pid 1 (init)\n"), Ending::Destroyed);
         assert_eq!(of_process(""), Ending::Died);
+    }
+
+    /// Its last words may be under way when QEMU has gone already.
+    #[tokio::test]
+    async fn a_log_is_whole_once_all_that_was_said_stands_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut qemu = bounded_log(&path, BYTES_MAX).unwrap();
+        let log = Log::open(&path);
+        qemu.write_all(b"-device: no such bus\n").unwrap();
+        assert!(!log.is_whole(), "more may come");
+        drop(qemu);
+        // As a start does that failed.
+        std::fs::remove_file(&path).unwrap();
+        let whole = async {
+            while !log.is_whole() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), whole).await.unwrap();
+        assert_eq!(log.read(), "-device: no such bus\n");
+        assert!(Log::open(&path).is_whole(), "there is none");
     }
 
     #[test]

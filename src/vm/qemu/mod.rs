@@ -27,6 +27,7 @@ use super::{
 use crate::BoxFuture;
 use crate::process::{Program, bounded_log, start_outliving};
 use apart::Apart;
+use log::Log;
 use record::{Found, Owner, Records};
 use rustix::process::Signal;
 use std::collections::BTreeMap;
@@ -193,7 +194,7 @@ impl Qemu {
                 Found::Gone { ended: Some(ending) } => return Ok(VmState::Ended(ending)),
                 Found::Gone { ended: None } => {
                     let log = self.log(WHAT, name).await?;
-                    return Ok(VmState::Ended(log::of_process(&log)));
+                    return Ok(VmState::Ended(log::of_process(&self.all_of(WHAT, name, log).await?)));
                 }
                 Found::Alive { up, ended, .. } => (up, ended),
             };
@@ -223,9 +224,18 @@ impl Qemu {
         }
     }
 
-    async fn log(&self, what: &'static str, name: &VmName) -> Result<String, VmError> {
+    async fn log(&self, what: &'static str, name: &VmName) -> Result<Log, VmError> {
         let path = self.0.records.path(name, "log");
-        self.records(what, name, move |_| Ok(log::read(&path))).await
+        self.records(what, name, move |_| Ok(Log::open(&path))).await
+    }
+
+    /// All that a QEMU has said which has gone: its last words may still be on their way to the log.
+    async fn all_of(&self, what: &'static str, name: &VmName, log: Log) -> Result<String, VmError> {
+        let until = Instant::now() + PATIENCE;
+        while !log.is_whole() && Instant::now() < until {
+            sleep(GLANCE).await;
+        }
+        self.records(what, name, move |_| Ok(log.read())).await
     }
 
     async fn start_one(&self, spec: &VmSpec) -> Result<(), VmError> {
@@ -266,9 +276,10 @@ impl Qemu {
                 }
                 _ => {}
             }
-            // Its words before the look: that removes what a QEMU which never came up has left.
-            let said = self.log(WHAT, &name).await?;
+            // Its log before the look: that removes what a QEMU which never came up has left.
+            let log = self.log(WHAT, &name).await?;
             if !matches!(self.look(WHAT, &name).await?, Found::Alive { .. }) {
+                let said = self.all_of(WHAT, &name, log).await?;
                 let said = log::head(&said).unwrap_or_else(|| "QEMU ended at once, without a word".into());
                 return Err(VmError::refused(WHAT, &name, said));
             }
@@ -396,8 +407,12 @@ impl Hypervisor for Qemu {
 
     fn last_words<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Option<String>> {
         Box::pin(async move {
-            let read = timeout(LOOK_DEADLINE, self.log("read the log of VM", name)).await;
-            log::head(&read.ok()?.ok()?)
+            const WHAT: &str = "read the log of VM";
+            let read = timeout(LOOK_DEADLINE, async {
+                let log = self.log(WHAT, name).await?;
+                self.records(WHAT, name, move |_| Ok(log.read())).await
+            });
+            log::head(&read.await.ok()?.ok()?)
         })
     }
 

@@ -15,7 +15,7 @@
 //! | QMP `stop` | `STOP` | `paused` |
 //! | QEMU is killed, or crashes | none | gone |
 
-use super::log;
+use super::log::{self, Log};
 use super::qmp::{Message, Qmp};
 use super::record::Records;
 use crate::telemetry::chain;
@@ -190,7 +190,7 @@ impl Listener {
         let word = status.get("status").and_then(Value::as_str).unwrap_or_default();
         if word == "shutdown" && self.ended.is_none() {
             let path = self.records.path(&self.name, "log");
-            let read = tokio::task::spawn_blocking(move || log::read(&path)).await.map_err(io::Error::other)?;
+            let read = tokio::task::spawn_blocking(move || Log::open(&path).read()).await.map_err(io::Error::other)?;
             self.end(qmp, log::of_shutdown(&read), true).await?;
         }
         let state = self.ended.map_or_else(|| translate(word), VmState::Ended);
