@@ -37,13 +37,13 @@ async fn killed_outright(options: Options) -> Lab {
     lab
 }
 
-/// E4, E8.
+/// E4, E8: SIGKILL of the daemon in mid-job, and the next one finishes it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_killed_outright_costs_no_job() {
     killed_outright(Options::default()).await;
 }
 
-/// E4: without libvirt QEMU is the daemon's own child, and lives on when that is killed.
+/// E4: SIGKILL of the daemon where there is no libvirt. QEMU was its child, and lives on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_with_plain_qemu_killed_outright_costs_no_job() {
     let lab = killed_outright(Options { backend: "qemu", ..Options::default() }).await;
