@@ -83,9 +83,15 @@ impl Workspace {
             tries += 1;
             let installation = VmId::random(rng);
             let directory = image_directory.join(WORKSPACES).join(installation.as_str());
-            // Passable: QEMU may run as a user of its own.
-            DirBuilder::new().recursive(true).mode(0o711).create(&directory)?;
-            let Some(lock) = lock(&directory)? else {
+            let made = tokio::task::spawn_blocking({
+                let directory = directory.clone();
+                move || {
+                    // Passable: QEMU may run as a user of its own.
+                    DirBuilder::new().recursive(true).mode(0o711).create(&directory)?;
+                    lock(&directory)
+                }
+            });
+            let Some(lock) = made.await.map_err(io::Error::other)?? else {
                 if tries == TRIES {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }

@@ -2,7 +2,7 @@
 
 use crate::bench::{Bench, LIMIT, await_bytes, await_end, await_line};
 use dayfly::vm::proof::{Places, Subject, prove, prove_kvm};
-use dayfly::vm::{Accel, Ending, VmError, VmId, VmName, VmState, VmSummary};
+use dayfly::vm::{Accel, Ending, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
 use std::io::ErrorKind;
 use std::path::Path;
 use tokio::io::AsyncWriteExt as _;
@@ -136,15 +136,20 @@ async fn two_guests_at_once_do_not_touch_each_other(bench: &Bench) {
 /// It is told from one that restarts, by QEMU's own event.
 async fn a_guest_that_powers_off_is_gone(bench: &Bench) {
     let (spec, name) = bench.started().await;
-    let mut channel = bench.channel(&spec).await;
-    let mut console = bench.console(&spec).await;
+    powers_off(bench, &spec, &name).await;
+    bench.assert_clean().await;
+}
+
+/// A guest that is there powers itself off, and is seen to have.
+pub(crate) async fn powers_off(bench: &Bench, spec: &VmSpec, name: &VmName) {
+    let mut channel = bench.channel(spec).await;
+    let mut console = bench.console(spec).await;
     await_line(&mut console).await;
     console.write_all(b"q").await.unwrap();
     await_end(&mut channel).await;
-    assert_eq!(bench.await_ending(&name).await, Ending::PoweredOff);
+    assert_eq!(bench.await_ending(name).await, Ending::PoweredOff);
     assert_eq!(bench.listed().await, []);
-    bench.end(&spec).await;
-    bench.assert_clean().await;
+    bench.end(spec).await;
 }
 
 /// A reset is the machine's end, and no second boot.

@@ -1,6 +1,7 @@
 //! What only plain QEMU can show: machines that outlive a daemon which is killed, and ends that nobody was there to see.
 
-use crate::bench::{Bench, LIMIT, await_end, await_line, qemu};
+use crate::bench::{Bench, LIMIT, await_line, qemu};
+use crate::contract::powers_off;
 use dayfly::process::Program;
 use dayfly::vm::{Ending, Pause, VmId, VmName, VmSpec, VmState, VmSummary};
 use std::os::unix::fs::MetadataExt as _;
@@ -101,14 +102,7 @@ async fn e4_a_machine_outlives_a_daemon_that_is_killed_and_is_adopted() {
     let there = [VmSummary { name: name.clone(), state: VmState::Running }];
     assert_eq!(bench.hypervisor.list(&bench.installation).await.unwrap(), there);
     assert_eq!(bench.hypervisor.list(&VmId::random(&bench.rng)).await.unwrap(), []);
-    let mut channel = bench.channel(&spec).await;
-    let mut console = bench.console(&spec).await;
-    await_line(&mut console).await;
-    console.write_all(b"q").await.unwrap();
-    await_end(&mut channel).await;
-    assert_eq!(bench.await_ending(&name).await, Ending::PoweredOff);
-    assert_eq!(bench.listed().await, []);
-    bench.end(&spec).await;
+    powers_off(&bench, &spec, &name).await;
     bench.assert_clean().await;
 }
 

@@ -39,6 +39,21 @@ async fn give_again(world: &World, token: &str, script: &[&str]) {
     world.standin.edit(|model| model.jobs.remove(&other));
 }
 
+/// GitLab puts the job that runs back into its queue, and gives it out anew while the first still ends here.
+async fn given_anew_while_the_first_ends(world: &World, job: JobId) {
+    world.standin.edit(|model| {
+        // The token of before is worth nothing.
+        let job = model.jobs.get_mut(&job).unwrap();
+        (job.state, job.queued, job.token) = (JobState::Pending, false, Secret::new(NEWEST));
+    });
+    world.until_word("releasing").await;
+    world.standin.edit(|model| {
+        let job = model.jobs.get_mut(&job).unwrap();
+        (job.state, job.trace) = (JobState::Running, Trace::default());
+    });
+    give_again(world, NEWEST, &["print newest", "sleep 5"]).await;
+}
+
 /// For the general check of the trace: the job at GitLab is that of the guest with the first token.
 fn same_guest(world: &World) {
     world.standin.edit(|model| model.jobs.get_mut(&JobId(ID)).unwrap().token = Secret::new(FIRST));
@@ -137,17 +152,7 @@ async fn a_job_given_out_anew_while_it_ends_is_begun_when_the_first_has_gone() {
     world.start().await.unwrap();
     world.until_word("running").await;
     sleep(Duration::from_secs(4)).await;
-    world.standin.edit(|model| {
-        // The job is in the queue anew; the token of before is worth nothing.
-        let job = model.jobs.get_mut(&job).unwrap();
-        (job.state, job.queued, job.token) = (JobState::Pending, false, Secret::new(NEWEST));
-    });
-    world.until_word("releasing").await;
-    world.standin.edit(|model| {
-        let job = model.jobs.get_mut(&job).unwrap();
-        (job.state, job.trace) = (JobState::Running, Trace::default());
-    });
-    give_again(&world, NEWEST, &["print newest", "sleep 5"]).await;
+    given_anew_while_the_first_ends(&world, job).await;
     world.until(job, JobState::Success).await;
     assert_eq!((world.machines_started(), world.machines_at_once()), (2, 1));
     assert_eq!((world.memory.of(FIRST).runs, world.memory.of(NEWEST).runs), (1, 1));
@@ -174,16 +179,7 @@ async fn a_job_given_out_anew_while_the_first_does_not_end_is_refused() {
     let job = first(&world, &["print begun", "sleep 400", "print ended"]);
     world.start().await.unwrap();
     world.until_trace(job, "begun").await;
-    world.standin.edit(|model| {
-        let job = model.jobs.get_mut(&job).unwrap();
-        (job.state, job.queued, job.token) = (JobState::Pending, false, Secret::new(NEWEST));
-    });
-    world.until_word("releasing").await;
-    world.standin.edit(|model| {
-        let job = model.jobs.get_mut(&job).unwrap();
-        (job.state, job.trace) = (JobState::Running, Trace::default());
-    });
-    give_again(&world, NEWEST, &["print newest", "sleep 5"]).await;
+    given_anew_while_the_first_ends(&world, job).await;
     world.until_failed(job, "runner_system_failure", "gave this job out again while this runner was ending it").await;
     assert_eq!(world.status().jobs.len(), 1, "the first goes on to end");
     let paths = world.files.paths_below("/state/jobs".as_ref());

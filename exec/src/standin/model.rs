@@ -283,25 +283,24 @@ impl Model {
         let stuck_after = self.settings.stuck_after;
         let mut next: Option<Timestamp> = None;
         for job in self.jobs.values_mut() {
-            let mut due = Vec::new();
-            if let Some(ack) = &job.waiting_for_ack {
-                due.push((ack.until, JobState::Failed, "runner_provisioning_timeout"));
-            }
-            match job.state {
-                JobState::Running => {
-                    due.push((after(job.updated_at, stuck_after), JobState::Failed, "no_updates_running"));
-                    if let Some(started) = job.started_at {
-                        // A quarter of an hour above the job's timeout.
+            let unheard =
+                job.waiting_for_ack.as_ref().map(|ack| (ack.until, JobState::Failed, "runner_provisioning_timeout"));
+            let (stuck, over) = match job.state {
+                JobState::Running => (
+                    Some((after(job.updated_at, stuck_after), JobState::Failed, "no_updates_running")),
+                    // A quarter of an hour above the job's timeout.
+                    job.started_at.map(|started| {
                         let end = after(started, job.timeout + Duration::from_secs(15 * 60));
-                        due.push((end, JobState::Failed, "server_timeout_running"));
-                    }
-                }
+                        (end, JobState::Failed, "server_timeout_running")
+                    }),
+                ),
                 JobState::Canceling => {
-                    due.push((after(job.updated_at, stuck_after), JobState::Canceled, "no_updates_canceling"));
+                    (Some((after(job.updated_at, stuck_after), JobState::Canceled, "no_updates_canceling")), None)
                 }
-                JobState::Pending | JobState::Success | JobState::Failed | JobState::Canceled => {}
-            }
-            let Some((at, state, reason)) = due.into_iter().min_by_key(|(at, ..)| *at) else { continue };
+                JobState::Pending | JobState::Success | JobState::Failed | JobState::Canceled => (None, None),
+            };
+            let due = [unheard, stuck, over].into_iter().flatten().min_by_key(|(at, ..)| *at);
+            let Some((at, state, reason)) = due else { continue };
             if at <= now {
                 job.end(state, Some(reason), now);
             } else {

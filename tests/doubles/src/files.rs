@@ -4,7 +4,9 @@ use bytes::Bytes;
 use dayfly::BoxFuture;
 use dayfly::files::{Entry, Files};
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,8 +16,8 @@ pub struct MemoryFiles(Arc<Mutex<Memory>>);
 
 #[derive(Debug)]
 struct Memory {
-    /// `None`: a directory.
-    nodes: BTreeMap<PathBuf, Option<Vec<u8>>>,
+    /// By path, in the order of bytes: comparing by components took a tenth of a simulation. `None`: a directory.
+    nodes: BTreeMap<OsString, Option<Vec<u8>>>,
     free_bytes: u64,
     calls: u64,
     fail: Option<(u64, io::ErrorKind)>,
@@ -50,15 +52,15 @@ impl MemoryFiles {
 
     /// One file's bytes, looked at in place; `None`: no such file.
     pub fn look<T>(&self, path: &Path, look: impl FnOnce(Option<&[u8]>) -> T) -> T {
-        look(self.memory().nodes.get(path).and_then(|node| node.as_deref()))
+        look(self.memory().nodes.get(path.as_os_str()).and_then(|node| node.as_deref()))
     }
 
     /// Puts a file there, or takes it away, past all faults: what a hand or a disk does between two daemons.
     pub fn meddle(&self, path: &Path, bytes: Option<Vec<u8>>) {
         let mut memory = self.memory();
         match bytes {
-            Some(bytes) => drop(memory.nodes.insert(path.to_owned(), Some(bytes))),
-            None => memory.nodes.retain(|p, _| !p.starts_with(path)),
+            Some(bytes) => drop(memory.nodes.insert(path.into(), Some(bytes))),
+            None => memory.remove(path),
         }
     }
 
@@ -102,13 +104,14 @@ impl MemoryFiles {
     /// All paths of files (not directories) below `dir`.
     #[must_use]
     pub fn paths_below(&self, dir: &Path) -> Vec<PathBuf> {
-        self.memory().nodes.iter().filter(|(p, n)| n.is_some() && p.starts_with(dir)).map(|(p, _)| p.clone()).collect()
+        let memory = self.memory();
+        memory.nodes.iter().filter(|(p, n)| n.is_some() && is_within(p, dir)).map(|(p, _)| p.into()).collect()
     }
 
     /// Every byte kept, for canary searches.
     #[must_use]
     pub fn contents(&self) -> Vec<(PathBuf, Vec<u8>)> {
-        self.memory().nodes.iter().filter_map(|(p, n)| n.clone().map(|n| (p.clone(), n))).collect()
+        self.memory().nodes.iter().filter_map(|(p, n)| n.clone().map(|n| (p.into(), n))).collect()
     }
 
     /// One line per call, for failure reports.
@@ -159,15 +162,25 @@ fn not_found() -> io::Error {
 
 impl Memory {
     fn file(&mut self, path: &Path) -> io::Result<&mut Vec<u8>> {
-        self.nodes.get_mut(path).and_then(Option::as_mut).ok_or_else(not_found)
+        self.nodes.get_mut(path.as_os_str()).and_then(Option::as_mut).ok_or_else(not_found)
     }
 
     fn parent_exists(&self, path: &Path) -> io::Result<()> {
-        match path.parent().map(|p| self.nodes.get(p)) {
+        match path.parent().map(|p| self.nodes.get(p.as_os_str())) {
             Some(Some(None)) => Ok(()),
             _ => Err(not_found()),
         }
     }
+
+    fn remove(&mut self, path: &Path) {
+        self.nodes.retain(|p, _| !is_within(p, path));
+    }
+}
+
+/// Whether this path is that one, or below it; both as `Path::join` makes them.
+fn is_within(path: &OsStr, dir: &Path) -> bool {
+    let rest = path.as_bytes().strip_prefix(dir.as_os_str().as_bytes());
+    rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'/' || dir == Path::new("/"))
 }
 
 impl Files for MemoryFiles {
@@ -189,7 +202,7 @@ impl Files for MemoryFiles {
     fn replace<'a>(&'a self, path: &'a Path, bytes: Vec<u8>) -> BoxFuture<'a, io::Result<()>> {
         self.call("replace", path, |m| {
             m.parent_exists(path)?;
-            m.nodes.insert(path.to_owned(), Some(bytes));
+            m.nodes.insert(path.into(), Some(bytes));
             Ok(())
         })
     }
@@ -197,8 +210,8 @@ impl Files for MemoryFiles {
     fn write_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: Bytes) -> BoxFuture<'a, io::Result<()>> {
         self.call("write_at", path, |m| {
             m.parent_exists(path)?;
-            if offset == 0 && !m.nodes.contains_key(path) {
-                m.nodes.insert(path.to_owned(), Some(Vec::new()));
+            if offset == 0 && !m.nodes.contains_key(path.as_os_str()) {
+                m.nodes.insert(path.into(), Some(Vec::new()));
             }
             let file = m.file(path)?;
             let offset = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -222,7 +235,7 @@ impl Files for MemoryFiles {
     fn create_dir<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         self.call("create_dir", path, |m| {
             for dir in path.ancestors() {
-                m.nodes.entry(dir.to_owned()).or_insert(None);
+                m.nodes.entry(dir.into()).or_insert(None);
             }
             Ok(())
         })
@@ -230,7 +243,7 @@ impl Files for MemoryFiles {
 
     fn remove<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         self.call("remove", path, |m| {
-            m.nodes.retain(|p, _| !p.starts_with(path));
+            m.remove(path);
             Ok(())
         })
     }
@@ -238,14 +251,14 @@ impl Files for MemoryFiles {
     fn rename<'a>(&'a self, from: &'a Path, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         self.call("rename", from, |m| {
             m.parent_exists(to)?;
-            let moved: Vec<PathBuf> = m.nodes.keys().filter(|p| p.starts_with(from)).cloned().collect();
+            let moved: Vec<OsString> = m.nodes.keys().filter(|p| is_within(p, from)).cloned().collect();
             if moved.is_empty() {
                 return Err(not_found());
             }
             for path in moved {
                 let node = m.nodes.remove(&path).flatten();
-                let rest = path.strip_prefix(from).expect("filtered by this prefix");
-                m.nodes.insert(if rest.as_os_str().is_empty() { to.to_owned() } else { to.join(rest) }, node);
+                let rest = Path::new(&path).strip_prefix(from).expect("filtered by this prefix");
+                m.nodes.insert(if rest.as_os_str().is_empty() { to.into() } else { to.join(rest).into() }, node);
             }
             Ok(())
         })
@@ -255,6 +268,8 @@ impl Files for MemoryFiles {
         self.call("list", path, |m| {
             Ok(m.nodes
                 .iter()
+                .filter(|(p, _)| is_within(p, path))
+                .map(|(p, n)| (Path::new(p), n))
                 .filter(|(p, _)| p.parent() == Some(path))
                 .filter_map(|(p, n)| Some(Entry { name: p.file_name()?.to_str()?.to_owned(), is_dir: n.is_none() }))
                 .collect())

@@ -237,7 +237,7 @@ impl Ledger {
             }
             (FileOp::WriteAt, "trace") => {
                 note.had_spool = true;
-                note.full |= bytes.windows(12).any(|window| window == b"this log rea");
+                note.full |= memchr::memmem::find(bytes, b"this log rea").is_some();
             }
             // Its bytes, as they were.
             (FileOp::Remove, "trace") => note.spool = Some(bytes.to_vec()),

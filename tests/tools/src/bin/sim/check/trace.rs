@@ -35,9 +35,10 @@ impl Checker for Trace {
                     return;
                 }
                 let held = &job.trace.bytes;
-                let kept = self.from_memory.entry(job.id).or_default();
-                let from_memory =
-                    held.strip_prefix(spool.as_slice()).filter(|_| note.spool_failed).is_some_and(|rest| {
+                // Only a disk that failed leaves lines in memory alone.
+                let from_memory = note.spool_failed
+                    && held.strip_prefix(spool.as_slice()).is_some_and(|rest| {
+                        let kept = self.from_memory.entry(job.id).or_default();
                         let lines = ours(rest).is_ok();
                         if lines && rest.len() > kept.len() {
                             *kept = rest.to_vec();
