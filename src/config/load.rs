@@ -4,6 +4,7 @@ use super::origin::{ENV_PREFIX, Origins, line_of, nearest_name};
 use super::validate::{Problem, Problems, validate};
 use super::{Config, Origin};
 use crate::files::plain;
+use crate::files::private::CREDENTIALS_VARIABLE;
 use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Format as _, Serialized, Toml};
@@ -15,6 +16,12 @@ use toml_edit::Document;
 
 /// A configuration file has a few kilobytes; this is a wrong path.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// A path that begins so is a credential that systemd gives to the service.
+const CREDENTIALS_PREFIX: &str = "$CREDENTIALS_DIRECTORY";
+
+/// Where those of the packaged service are, for commands that systemd did not start.
+const OUR_CREDENTIALS: &str = "/run/credentials/dayfly.service";
 
 /// Opening brackets in a variable's value at most: figment's reader of values recurses without a bound of its own, in
 /// debug builds with 9 KiB of a thread's 2 MiB each time. A list of that many runners belongs in the file.
@@ -95,6 +102,9 @@ impl Config {
         file: Option<(PathBuf, String)>,
         environment: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Loaded, ConfigError> {
+        let environment: Vec<_> = environment.into_iter().collect();
+        let credentials = environment.iter().find(|(name, _)| name == CREDENTIALS_VARIABLE);
+        let credentials = credentials.map_or_else(|| PathBuf::from(OUR_CREDENTIALS), |(_, value)| value.into());
         let environment = configuring(environment);
         let document = match file {
             Some((path, text)) => Some(parse(path, text)?),
@@ -118,7 +128,7 @@ impl Config {
         let mut config: Self =
             figment.extract().map_err(|error| ConfigError::Key(Box::new(explain(&error, &origins))))?;
         if let Some(dir) = origins.file().and_then(Path::parent) {
-            config.resolve_paths(dir);
+            config.resolve_paths(dir, &credentials);
         }
         let (errors, warnings) = validate(&config, &origins);
         if !errors.is_empty() {
@@ -127,7 +137,7 @@ impl Config {
         Ok(Loaded { config, file: origins.file().map(Path::to_owned), warnings, origins })
     }
 
-    fn resolve_paths(&mut self, dir: &Path) {
+    fn resolve_paths(&mut self, dir: &Path, credentials: &Path) {
         let own = [&mut self.state_directory, &mut self.runtime_directory, &mut self.image_directory];
         let runners = self.runner.iter_mut().flat_map(|runner| {
             let optional = [&mut runner.tls_ca_file, &mut runner.tls_cert_file, &mut runner.tls_key_file];
@@ -135,9 +145,13 @@ impl Config {
         });
         for path in own.into_iter().chain(runners) {
             // An empty path stays one, for validation to name it.
-            if !path.as_os_str().is_empty() {
-                *path = dir.join(&path);
+            if path.as_os_str().is_empty() {
+                continue;
             }
+            *path = match path.strip_prefix(CREDENTIALS_PREFIX) {
+                Ok(name) => credentials.join(name),
+                Err(_) => dir.join(&path),
+            };
         }
     }
 }
@@ -256,6 +270,26 @@ fn leaves(key: &str, value: &serde_json::Value, found: &mut Vec<(String, String)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// U16: a path may name the directory by systemd's own variable.
+    #[test]
+    fn a_credential_may_be_named_by_systemds_variable() {
+        let text = "[[class]]\nname = \"s\"\nimage = \"i\"\n[[runner]]\nname = \"ci\"\nurl = \"https://g.example\"\nclass = \"s\"\n\
+                    token_file = \"$CREDENTIALS_DIRECTORY/ci\"\ntls_cert_file = \"c\"\ntls_key_file = \"$CREDENTIALS_DIRECTORY/key\"\n";
+        let runner = |environment: &[(&str, &str)]| {
+            let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            Config::assemble(Some(("/etc/dayfly/config.toml".into(), text.into())), environment)
+                .unwrap()
+                .config
+                .runner
+                .remove(0)
+        };
+        let given = runner(&[("CREDENTIALS_DIRECTORY", "/run/credentials/other.service")]);
+        assert_eq!(given.token_file, Path::new("/run/credentials/other.service/ci"));
+        assert_eq!(given.tls_key_file.as_deref(), Some(Path::new("/run/credentials/other.service/key")));
+        assert_eq!(given.tls_cert_file.as_deref(), Some(Path::new("/etc/dayfly/c")));
+        assert_eq!(runner(&[]).token_file, Path::new("/run/credentials/dayfly.service/ci"));
+    }
 
     /// U29: a configuration that is a FIFO is refused at once; one that is a link is the operator's own.
     #[test]

@@ -240,3 +240,4 @@ pub fn child(dir: &Path, name: &str) -> PathBuf {
 }
 
 pub mod plain;
+pub mod private;

@@ -190,11 +190,15 @@ fn without(text: String, token: &Secret) -> String {
     if token.expose().is_empty() { text } else { text.replace(token.expose(), "[redacted]") }
 }
 
-/// Scheme and host of a redirect's target: the rest may hold secrets.
+/// A redirect's target with its whole path, by which people know where they are sent; a query, a name and a password in
+/// it may be secrets, and are left out.
 fn redirect_target(location: &HeaderValue) -> String {
-    let origin =
-        location.to_str().ok().and_then(|l| url::Url::parse(l).ok()).map(|url| url.origin().ascii_serialization());
-    origin.map(|origin| format!(" to `{}`", clean(&origin, 100))).unwrap_or_default()
+    let Ok(location) = location.to_str() else { return String::new() };
+    let target = match url::Url::parse(location) {
+        Ok(url) => format!("{}{}", url.origin().ascii_serialization(), url.path()),
+        Err(_) => location.split(['?', '#']).next().unwrap_or_default().to_owned(),
+    };
+    if target.is_empty() { target } else { format!(" to `{}`", clean(&target, 200)) }
 }
 
 /// GitLab's own words: `{"message": …}` or `{"error": …}`, else the text itself.
@@ -379,9 +383,15 @@ mod tests {
     async fn a_page_for_people_counts_as_unavailable() {
         let page = Response::builder().status(200).header("content-type", "text/html; charset=utf-8");
         assert!(matches!(error_of(page, "<html>").await, GitlabError::Unavailable { status: Some(200), .. }));
-        let redirect = Response::builder().status(302).header("location", "https://login.example/x?token=abc");
-        let GitlabError::Unexpected { message, .. } = error_of(redirect, "").await else { panic!() };
-        assert_eq!(message, "a redirect to `https://login.example`; redirects are never followed");
+        for (location, shown) in [
+            ("https://me:pw@login.example/x/y?token=abc#f", "https://login.example/x/y"),
+            ("/users/sign_in?token=abc", "/users/sign_in"),
+            ("https://login.example/tok-secret", "https://login.example/[redacted]"),
+        ] {
+            let redirect = Response::builder().status(302).header("location", location);
+            let GitlabError::Unexpected { message, .. } = error_of(redirect, "").await else { panic!() };
+            assert_eq!(message, format!("a redirect to `{shown}`; redirects are never followed"));
+        }
     }
 
     #[tokio::test]

@@ -34,6 +34,7 @@ pub use proxy::ProxyEnvironment;
 pub use real::{RealLimits, RealOpenTransport};
 pub use runner_api::{Poll, RunnerApi, RunnerInfo, Verified};
 pub use runner_token::{RunnerToken, TokenFileError};
+pub use tls::expired_cas;
 pub use transport::{Body, Call, Connection, Endpoint, OpenTransport, Transport, TransportError};
 
 use serde::{Deserialize, Serialize};
@@ -149,6 +150,18 @@ impl GitlabError {
         matches!(self, Self::Unavailable { .. } | Self::RateLimited { .. } | Self::Conflict)
     }
 
+    /// Whether nobody that is trusted here has signed GitLab's certificate.
+    #[must_use]
+    pub fn is_of_unknown_issuer(&self) -> bool {
+        match self {
+            Self::Unavailable {
+                source: Some(TransportError::Connect(source) | TransportError::Broken(source)),
+                ..
+            } => tls::is_of_unknown_issuer(&**source),
+            _ => false,
+        }
+    }
+
     /// GitLab's own word on when to come back, clamped to 5 min.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
@@ -164,6 +177,11 @@ impl GitlabError {
     pub fn explain(&self) -> Option<String> {
         match self {
             Self::Unavailable { source: Some(source), .. } => source.explain(),
+            Self::Unavailable { status: Some(200..=299), .. } => Some(
+                "what answers there is a page for people, perhaps a proxy's login page, and not GitLab's API: let \
+                 requests below /api/v4/ pass it, or give the address behind it"
+                    .to_owned(),
+            ),
             Self::Unexpected { status: 301..=399 | 404 | 405, .. } => {
                 Some("check `url`: it must be the address that GitLab itself shows for its runners".to_owned())
             }

@@ -1,7 +1,7 @@
 //! The runner token: where it comes from, and which part of it a guest may see.
 
 use super::calls::is_token;
-use crate::files::plain;
+use crate::files::{plain, private};
 use crate::secret::Secret;
 use std::path::{Path, PathBuf};
 
@@ -54,18 +54,16 @@ impl RunnerToken {
         Self(Secret::new(if is_token(trimmed) { trimmed } else { "" }))
     }
 
-    /// Reads a token file: one line, mode without group and others.
+    /// Reads a token file: one line, and nobody else may read it ([`private::too_open`]).
     ///
     /// # Errors
     /// [`TokenFileError`], naming the file and never its content.
     pub fn from_file(path: &Path) -> Result<Self, TokenFileError> {
         use std::io::Read as _;
-        use std::os::unix::fs::MetadataExt as _;
         let failed = |source| TokenFileError::Read { path: path.to_owned(), source };
         // Mode and content are those of one open file, whatever happens to the name meanwhile.
         let file = plain::open_chosen(path).map_err(failed)?;
-        let mode = file.metadata().map_err(failed)?.mode() & 0o7777;
-        if mode & 0o077 != 0 {
+        if let Some(mode) = private::too_open(path, &file.metadata().map_err(failed)?) {
             return Err(TokenFileError::Mode { path: path.to_owned(), mode });
         }
         let mut bytes = Vec::new();
@@ -75,6 +73,12 @@ impl RunnerToken {
             return Err(TokenFileError::Content { path: path.to_owned() });
         }
         Ok(Self(Secret::new(text)))
+    }
+
+    /// Whether it is the same token.
+    #[must_use]
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.0.matches(other.0.expose())
     }
 
     /// The token for config.toml in a guest: this one's whole prefix, its next 9 characters, and

@@ -6,16 +6,18 @@
 
 use super::transport::{Endpoint, OpenError};
 use super::verifier::{Verifier, ca_serves};
-use crate::files::plain;
+use crate::files::{plain, private};
 use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier as _;
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
 use std::error::Error;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A PEM file of an operator's; the largest bundles of public CAs are below 1 MiB.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -103,12 +105,11 @@ fn file_error(path: &Path, source: impl Into<super::transport::BodyError>) -> Op
     OpenError::File { path: path.to_owned(), source: source.into() }
 }
 
-fn read(path: &Path, private: bool) -> Result<Vec<u8>, OpenError> {
+fn read(path: &Path, is_key: bool) -> Result<Vec<u8>, OpenError> {
     use std::io::Read as _;
     let failed = |source: io::Error| file_error(path, source);
     let file = plain::open_chosen(path).map_err(failed)?;
-    let mode = file.metadata().map_err(failed)?.mode() & 0o7777;
-    if private && mode & 0o077 != 0 {
+    if is_key && let Some(mode) = private::too_open(path, &file.metadata().map_err(failed)?) {
         return Err(file_error(path, format!("mode {mode:o} lets others read the key; make it 0600")));
     }
     let mut bytes = Vec::new();
@@ -120,7 +121,61 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, OpenError> 
     let bytes = read(path, false)?;
     let certs = CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>();
     let certs = certs.map_err(|source| file_error(path, source))?;
-    if certs.is_empty() { Err(file_error(path, "it holds no certificate in PEM form")) } else { Ok(certs) }
+    if certs.is_empty() { Err(file_error(path, what_else(&bytes))) } else { Ok(certs) }
+}
+
+/// What a file is that should hold certificates and does not.
+fn what_else(bytes: &[u8]) -> &'static str {
+    let text = String::from_utf8_lossy(bytes);
+    if bytes.starts_with(&[0x30, 0x82]) {
+        "it holds no certificate in PEM form, but perhaps one in DER: openssl x509 -inform der -in FILE -out FILE.pem"
+    } else if text.contains("PRIVATE KEY-----") {
+        "it holds no certificate in PEM form, but a private key"
+    } else if text.contains("CERTIFICATE REQUEST-----") {
+        "it holds no certificate in PEM form, but the request for one"
+    } else {
+        "it holds no certificate in PEM form"
+    }
+}
+
+/// When those certificates of a CA file ended whose time is over at `now`. rustls takes such a CA for what it is named,
+/// and git and OpenSSL do not: GitLab answers the daemon, and every clone in a guest fails.
+///
+/// # Errors
+/// [`OpenError::File`]. Blocking.
+pub fn expired_cas(path: &Path, now: jiff::Timestamp) -> Result<Vec<jiff::Timestamp>, OpenError> {
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(now.as_second().try_into().unwrap_or_default()));
+    Ok(certificates(path)?.iter().filter_map(|cert| end_of(cert, now)).collect())
+}
+
+/// webpki says it of a server's certificate, and looks at the dates before all else: so each is shown to it as one.
+fn end_of(cert: &CertificateDer<'_>, now: UnixTime) -> Option<jiff::Timestamp> {
+    let mut roots = RootCertStore::empty();
+    roots.add(cert.clone().into_owned()).ok()?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider).build().ok()?;
+    let name = ServerName::try_from("ca.invalid").ok()?;
+    match webpki.verify_server_cert(cert, &[], &name, &[], now) {
+        Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. })) => {
+            jiff::Timestamp::from_second(not_after.as_secs().try_into().ok()?).ok()
+        }
+        _ => None,
+    }
+}
+
+/// Whether a connection failed because nobody that is trusted here has signed GitLab's certificate.
+pub(super) fn is_of_unknown_issuer(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+            return *error == rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        }
+        next = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(inner) => Some(inner),
+            None => error.source(),
+        };
+    }
+    false
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, OpenError> {
@@ -271,6 +326,44 @@ mod tests {
         std::fs::write(&key, "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n").unwrap();
         let text = refused(&endpoint(None, Some((&cert, &key))));
         assert!(text.contains("k.pem") && !text.contains("c2VjcmV0") && !text.contains("secret"), "{text}");
+    }
+
+    /// U18: a CA file that is none is told by what it is instead.
+    #[test]
+    fn what_is_no_ca_file_is_told_by_what_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca");
+        let made = rcgen::generate_simple_self_signed(vec!["ca".to_owned()]).unwrap();
+        for (content, part) in [
+            (made.cert.der().to_vec(), "openssl x509 -inform der"),
+            (made.signing_key.serialize_pem().into_bytes(), "but a private key"),
+            (b"<html>".to_vec(), "no certificate in PEM form"),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let text = refused(&endpoint(Some(&path), None));
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    /// U18: the CA whose time is over is seen in a bundle, with its day; one that stands or is yet to come is not.
+    #[test]
+    fn a_ca_that_has_expired_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bundle.pem");
+        let ca = |until: i32| {
+            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+            params.not_after = rcgen::date_time_ymd(until, 1, 1);
+            params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem()
+        };
+        std::fs::write(&path, [ca(2040), ca(2025), ca(2023)].concat()).unwrap();
+        let at = |text: &str| expired_cas(&path, text.parse().unwrap()).unwrap();
+        assert_eq!(at("2022-01-01T00:00:00Z"), []);
+        let found: Vec<String> = at("2024-01-01T00:00:00Z").iter().map(ToString::to_string).collect();
+        assert_eq!(found, ["2023-01-01T00:00:00Z"]);
+        assert_eq!(at("2026-01-01T00:00:00Z").len(), 2);
+        assert!(expired_cas(&dir.path().join("none"), jiff::Timestamp::UNIX_EPOCH).is_err());
     }
 
     /// G9: a file that was replaced has another fingerprint; one that was not, has not.

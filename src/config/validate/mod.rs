@@ -5,13 +5,12 @@
 
 use super::origin::nearest_name;
 use super::{Class, Config, ConfigError, Loaded, Origin, Origins, Runner};
-use crate::files::plain;
+use crate::files::{plain, private};
 use crate::gitlab::RunnerToken;
 use crate::telemetry::chain;
 use crate::vm::{AccelChoice, Backend};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 use url::Url;
@@ -321,14 +320,24 @@ impl Loaded {
         if self.config.runner.is_empty() {
             report.error("runner", "is empty: no runner is configured", "register one with `dayfly register`");
         }
+        let mut tokens: Vec<(&Runner, RunnerToken)> = Vec::new();
         for (i, runner) in self.config.runner.iter().enumerate() {
             let key = |name: &str| format!("runner.{i}.{name}");
-            if let Err(error) = RunnerToken::from_file(&runner.token_file) {
-                let remedy = format!(
-                    "the token belongs in a file of mode 0600 that the daemon's user owns; `dayfly register` writes {}",
-                    runner.token_file.display()
-                );
-                report.error(&key("token_file"), format!("cannot be used: {}", chain(&error)), remedy);
+            match RunnerToken::from_file(&runner.token_file) {
+                Ok(token) => {
+                    if let Some((other, _)) = tokens.iter().find(|(_, known)| known.same_as(&token)) {
+                        let what = format!("holds the very token of runner `{}`", other.name.escape_debug());
+                        report.error(&key("token_file"), what, "register each entry with a token of its own");
+                    }
+                    tokens.push((runner, token));
+                }
+                Err(error) => {
+                    let remedy = format!(
+                        "the token belongs in a file of mode 0600 that the daemon's user owns; `dayfly register` writes {}",
+                        runner.token_file.display()
+                    );
+                    report.error(&key("token_file"), format!("cannot be used: {}", chain(&error)), remedy);
+                }
             }
             for (name, path) in [
                 ("tls_ca_file", &runner.tls_ca_file),
@@ -347,9 +356,9 @@ impl Loaded {
             }
             if let Some(path) = &runner.tls_key_file
                 && let Ok(metadata) = std::fs::metadata(path)
-                && metadata.permissions().mode() & 0o077 != 0
+                && let Some(mode) = private::too_open(path, &metadata)
             {
-                let what = format!("has mode {:o}: others may read the key", metadata.permissions().mode() & 0o777);
+                let what = format!("has mode {mode:o}: others may read the key");
                 report.error(&key("tls_key_file"), what, format!("chmod 0600 {}", path.display()));
             }
         }

@@ -1,6 +1,7 @@
 //! Each mistake that a configuration can hold, and the sentence that it gets.
 
 use super::*;
+use std::os::unix::fs::PermissionsExt as _;
 
 /// A file that is right, to be spoilt.
 const GOOD: &str = r#"
