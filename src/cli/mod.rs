@@ -89,8 +89,14 @@ struct Interrupted;
 
 /// Runs the command line and returns its exit code; a daemon's seams are what `connect` makes.
 pub fn main(args: impl Iterator<Item = OsString>, connect: Connect) -> ExitCode {
+    let (notes, args) = register::foreign::take(args.collect());
     let cli = match Cli::try_parse_from(args) {
-        Ok(cli) => cli,
+        Ok(mut cli) => {
+            if let Command::Register(args) = &mut cli.command {
+                args.notes = notes;
+            }
+            cli
+        }
         Err(error) => {
             // To stdout for --help and --version, else to stderr. Nobody can be told if that fails.
             let _ = error.print();

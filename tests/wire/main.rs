@@ -24,3 +24,4 @@ mod gitlab_uploads;
 mod loads;
 mod secrets;
 mod process;
+mod register;

@@ -1,48 +1,71 @@
-//! The `[[runner]]` entry of a new runner: judged as part of the whole file, then written.
+//! The `[[runner]]` entry of a runner: judged as part of the whole file, then written.
 //!
-//! The file keeps its bytes, comments and order: an entry only ever comes behind them.
+//! The file keeps its bytes, comments and order: a new entry only ever comes behind them, and in one that is registered
+//! anew only those keys change that were asked for.
 
 use crate::config::{Config, EXAMPLE, Loaded, Runner};
 use crate::files::plain;
 use crate::secret::Secret;
 use anyhow::{Context as _, bail};
-use std::fs::{DirBuilder, File, Permissions};
+use std::fs::{DirBuilder, File, Metadata, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
-use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, value};
+use toml_edit::{ArrayOfTables, DocumentMut, Item, Table, Value};
+
+/// A key of an entry and its value.
+pub(in crate::cli) type Change = (&'static str, Value);
 
 /// The configuration file as it stands; where there is none, `config.example.toml`.
-pub(super) struct Entry {
+pub(in crate::cli) struct Entry {
     file: PathBuf,
     text: String,
     loaded: Loaded,
 }
 
-/// A file with one entry more, valid as a whole; not written yet.
-pub(super) struct Prepared {
+/// A file with its entry, valid as a whole; not written yet.
+pub(in crate::cli) struct Prepared {
     file: PathBuf,
     text: String,
     loaded: Loaded,
     index: usize,
 }
 
+/// A file of the operator's that the daemon gets a copy of.
+#[derive(Clone, Debug)]
+pub(in crate::cli) struct Copied {
+    /// The configuration's key.
+    pub(in crate::cli) key: &'static str,
+    /// Where it was read.
+    pub(in crate::cli) source: PathBuf,
+    /// Where the copy goes.
+    pub(in crate::cli) target: PathBuf,
+    /// Whether nobody but the daemon may read it.
+    pub(in crate::cli) private: bool,
+    pub(in crate::cli) bytes: Vec<u8>,
+}
+
 /// What was written.
-pub(super) struct Written {
-    pub(super) config: PathBuf,
-    pub(super) token: PathBuf,
+pub(in crate::cli) struct Written {
+    pub(in crate::cli) config: PathBuf,
+    pub(in crate::cli) token: PathBuf,
+}
+
+/// A runner's name as a file's.
+pub(in crate::cli) fn file_name(name: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_') { c } else { '-' };
+    name.chars().map(plain).collect()
 }
 
 /// Where the token of a runner of this name goes, relative to the configuration file.
-pub(super) fn token_file(name: &str) -> PathBuf {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_') { c } else { '-' };
-    Path::new("tokens").join(name.chars().map(plain).collect::<String>())
+pub(in crate::cli) fn token_file(name: &str) -> PathBuf {
+    Path::new("tokens").join(file_name(name))
 }
 
 impl Entry {
     /// Reads and judges `file`.
-    pub(super) fn open(file: &Path) -> anyhow::Result<Self> {
+    pub(in crate::cli) fn open(file: &Path) -> anyhow::Result<Self> {
         // A link stays a link: what it points to is replaced.
         let file =
             std::fs::canonicalize(file).or_else(|_| std::path::absolute(file)).context("find the current directory")?;
@@ -56,81 +79,80 @@ impl Entry {
         Ok(Self { file, text, loaded })
     }
 
-    pub(super) fn config(&self) -> &Config {
+    pub(in crate::cli) fn config(&self) -> &Config {
         &self.loaded.config
     }
 
-    pub(super) fn file(&self) -> &Path {
+    pub(in crate::cli) fn file(&self) -> &Path {
         &self.file
     }
 
-    /// A second entry of this name would be another runner to us and the same to people.
-    pub(super) fn refuse_duplicates(&self, runner: &Runner) -> anyhow::Result<()> {
-        let file = self.file.display();
-        if self.loaded.config.runner.iter().any(|other| other.name == runner.name) {
-            bail!(
-                "register `{}`: {file} has a runner of this name; choose another --name, or remove that entry first",
-                runner.name
-            );
-        }
-        Ok(())
+    /// The entry of this name.
+    pub(in crate::cli) fn runner(&self, name: &str) -> Option<&Runner> {
+        self.loaded.config.runner.iter().find(|runner| runner.name == name)
     }
 
-    /// Adds the entry behind all others and judges the whole.
-    pub(super) fn append(self, runner: Runner) -> anyhow::Result<Prepared> {
-        let mut text = self.text;
-        if !text.is_empty() && !text.ends_with('\n') {
+    /// A path of the file, as it is meant.
+    pub(in crate::cli) fn resolve(&self, path: &Path) -> PathBuf {
+        self.file.parent().unwrap_or(Path::new("/")).join(path)
+    }
+
+    /// Puts these keys into the entry of this name, or behind all others as a new one, and judges the whole.
+    pub(in crate::cli) fn put(self, name: &str, changes: Vec<Change>) -> anyhow::Result<Prepared> {
+        let text = if self.runner(name).is_some() {
+            self.changed(name, changes)?
+        } else {
+            let mut text = self.text.clone();
+            if !text.is_empty() && !text.ends_with('\n') {
+                text.push('\n');
+            }
             text.push('\n');
-        }
-        text.push('\n');
-        text.push_str(&written_form(&runner));
+            text.push_str(&written_form(changes));
+            text
+        };
         let loaded = Config::assemble(Some((self.file.clone(), text.clone())), crate::config::environment())?;
-        let Some(index) = loaded.config.runner.iter().position(|other| other.name == runner.name) else {
+        let Some(index) = loaded.config.runner.iter().position(|other| other.name == name) else {
             bail!("find the new entry in {}", self.file.display());
         };
-        let prepared = Prepared { file: self.file, text, loaded, index };
-        let token = &prepared.runner().token_file;
-        if token.exists() {
-            bail!(
-                "register `{}`: `{}` exists already; choose another --name, or remove it first",
-                runner.name,
-                token.display()
-            );
+        Ok(Prepared { file: self.file, text, loaded, index })
+    }
+
+    fn changed(&self, name: &str, changes: Vec<Change>) -> anyhow::Result<String> {
+        let mut document = self.document()?;
+        let table =
+            entries(&mut document)
+                .and_then(|entries| entries.iter_mut().find(|table| is_named(table, name)))
+                .with_context(|| format!("find runner `{name}` in {}: change it there by hand", self.file.display()))?;
+        for (key, mut new) in changes {
+            match table.get_mut(key).and_then(Item::as_value_mut) {
+                Some(old) => {
+                    *new.decor_mut() = old.decor().clone();
+                    *old = new;
+                }
+                None => drop(table.insert(key, Item::Value(new))),
+            }
         }
-        Ok(prepared)
+        Ok(document.to_string())
+    }
+
+    fn document(&self) -> anyhow::Result<DocumentMut> {
+        self.text.parse().with_context(|| format!("parse configuration `{}`", self.file.display()))
     }
 }
 
-/// The entry as TOML: what is set, and nothing that is a default.
-fn written_form(runner: &Runner) -> String {
+fn entries(document: &mut DocumentMut) -> Option<&mut ArrayOfTables> {
+    document.get_mut("runner").and_then(Item::as_array_of_tables_mut)
+}
+
+fn is_named(table: &Table, name: &str) -> bool {
+    table.get("name").and_then(Item::as_str) == Some(name)
+}
+
+/// An entry of these keys as TOML.
+pub(in crate::cli) fn written_form(changes: Vec<Change>) -> String {
     let mut table = Table::new();
-    let mut set = |key: &str, item: Item| drop(table.insert(key, item));
-    let path = |path: &Path| value(path.to_string_lossy().into_owned());
-    set("name", value(&runner.name));
-    set("url", value(runner.url.as_str()));
-    set("token_file", path(&runner.token_file));
-    set("class", value(&runner.class));
-    if let Some(limit) = runner.limit {
-        set("limit", value(i64::from(limit)));
-    }
-    let files = [
-        ("tls_ca_file", &runner.tls_ca_file),
-        ("tls_cert_file", &runner.tls_cert_file),
-        ("tls_key_file", &runner.tls_key_file),
-    ];
-    for (key, file) in files {
-        if let Some(file) = file {
-            set(key, path(file));
-        }
-    }
-    if let Some(clone_url) = &runner.clone_url {
-        set("clone_url", value(clone_url.as_str()));
-    }
-    for (key, on) in [("allow_insecure_http", runner.allow_insecure_http), ("direct_download", runner.direct_download)]
-    {
-        if on {
-            set(key, value(true));
-        }
+    for (key, new) in changes {
+        table.insert(key, Item::Value(new));
     }
     let mut entries = ArrayOfTables::new();
     entries.push(table);
@@ -140,85 +162,133 @@ fn written_form(runner: &Runner) -> String {
 }
 
 impl Prepared {
-    pub(super) fn config(&self) -> &Config {
+    pub(in crate::cli) fn config(&self) -> &Config {
         &self.loaded.config
     }
 
-    /// The new entry, its paths resolved.
-    pub(super) fn runner(&self) -> &Runner {
+    /// The entry, its paths resolved.
+    pub(in crate::cli) fn runner(&self) -> &Runner {
         &self.loaded.config.runner[self.index]
     }
 
-    /// Writes token, then configuration, each atomically; all or nothing.
-    pub(super) fn write(self, token: &Secret) -> anyhow::Result<Written> {
+    /// Writes token and copies, then the configuration, each atomically; all or nothing.
+    pub(in crate::cli) fn write(self, token: &Secret, copies: &[Copied]) -> anyhow::Result<Written> {
         let path = self.runner().token_file.clone();
-        let in_token_file = || format!("write token file `{}`", path.display());
-        let made = self.make_directory(&path).with_context(in_token_file)?;
-        let written = write_token(&path, token).with_context(in_token_file);
-        let written = written.and_then(|()| {
-            let configured =
-                self.write_config().with_context(|| format!("write configuration `{}`", self.file.display()));
-            configured.inspect_err(|_| {
-                // The error that is reported is the one that matters.
-                let _ = std::fs::remove_file(&path);
-            })
-        });
-        if let (Err(_), Some(made)) = (&written, made) {
-            let _ = std::fs::remove_dir(made);
+        let mut done = Undo::default();
+        let line = format!("{}\n", token.expose());
+        let owner = std::fs::metadata(&self.loaded.config.state_directory).ok();
+        done.make_directory(&path, 0o700, owner.as_ref())
+            .and_then(|()| done.replace(&path, line.as_bytes(), 0o600))
+            .with_context(|| format!("write token file `{}`", path.display()))?;
+        for copy in copies {
+            done.make_directory(&copy.target, 0o755, owner.as_ref())
+                .and_then(|()| done.replace(&copy.target, &copy.bytes, if copy.private { 0o600 } else { 0o644 }))
+                .with_context(|| format!("copy `{}` to `{}`", copy.source.display(), copy.target.display()))?;
         }
-        written.map(|()| Written { config: self.file, token: path })
+        write_config(&self.file, &self.text)
+            .with_context(|| format!("write configuration `{}`", self.file.display()))?;
+        done.keep();
+        Ok(Written { config: self.file, token: path })
     }
+}
 
-    /// The directory of the token file, 0700, with the daemon's owner; `Some` if it was made here.
-    fn make_directory<'a>(&self, token: &'a Path) -> io::Result<Option<&'a Path>> {
-        let dir = parent(token)?;
+/// What was changed on the way, and is changed back when this is dropped: the error that is reported is the one that
+/// matters.
+#[derive(Default)]
+struct Undo {
+    made: Vec<PathBuf>,
+    replaced: Vec<(PathBuf, Option<(Vec<u8>, Metadata)>)>,
+}
+
+impl Undo {
+    /// The directory of this file, with the daemon's owner, unless it is there.
+    fn make_directory(&mut self, file: &Path, mode: u32, owner: Option<&Metadata>) -> io::Result<()> {
+        let dir = parent(file)?;
         std::fs::create_dir_all(parent(dir)?)?;
-        match DirBuilder::new().mode(0o700).create(dir) {
+        match DirBuilder::new().mode(mode).create(dir) {
             Ok(()) => {
-                if let Ok(metadata) = std::fs::metadata(&self.loaded.config.state_directory) {
-                    give(&plain::open_directory(dir)?, &metadata)?;
-                }
-                Ok(Some(dir))
+                self.made.push(dir.to_owned());
+                let opened = plain::open_directory(dir)?;
+                // Whatever our umask says.
+                opened.set_permissions(Permissions::from_mode(mode))?;
+                owner.map_or(Ok(()), |owner| give(&opened, owner))
             }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    fn write_config(&self) -> io::Result<()> {
-        let mut new = NamedTempFile::new_in(parent(&self.file)?)?;
-        new.write_all(self.text.as_bytes())?;
-        match std::fs::metadata(&self.file) {
-            Ok(old) => {
-                new.as_file().set_permissions(old.permissions())?;
-                give(new.as_file(), &old)?;
+    /// A file of these bytes and this mode, in place of the one that may be there.
+    fn replace(&mut self, path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+        let before = match plain::open(path) {
+            Ok(file) => {
+                let metadata = file.metadata()?;
+                let mut bytes = Vec::new();
+                io::copy(&mut io::Read::take(file, COPY_BYTES_MAX), &mut bytes)?;
+                Some((bytes, metadata))
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                new.as_file().set_permissions(Permissions::from_mode(0o644))?
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(error),
-        }
-        new.as_file().sync_all()?;
-        new.persist(&self.file)?;
-        std::fs::File::open(parent(&self.file)?)?.sync_all()
+        };
+        put(path, bytes, Permissions::from_mode(mode), None)?;
+        self.replaced.push((path.to_owned(), before));
+        Ok(())
+    }
+
+    fn keep(mut self) {
+        self.made.clear();
+        self.replaced.clear();
     }
 }
 
-/// A temporary file has mode 0600 from the start; it gets its directory's owner, who is the daemon.
-fn write_token(path: &Path, token: &Secret) -> io::Result<()> {
+impl Drop for Undo {
+    fn drop(&mut self) {
+        for (path, before) in self.replaced.drain(..).rev() {
+            let _ = match before {
+                Some((bytes, metadata)) => put(&path, &bytes, metadata.permissions(), Some(&metadata)),
+                None => std::fs::remove_file(&path),
+            };
+        }
+        for dir in self.made.drain(..).rev() {
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
+}
+
+/// Bytes of a file that is copied, at most: the largest bundles of CAs have a fourth of it.
+pub(in crate::cli) const COPY_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// Puts a file in place, atomically and for good. It is mode 0600 from the start; without `like` it gets its directory's
+/// owner, who is the daemon.
+pub(in crate::cli) fn put(path: &Path, bytes: &[u8], mode: Permissions, like: Option<&Metadata>) -> io::Result<()> {
     let dir = parent(path)?;
     let mut new = NamedTempFile::new_in(dir)?;
-    new.write_all(token.expose().as_bytes())?;
-    new.write_all(b"\n")?;
-    give(new.as_file(), &std::fs::metadata(dir)?)?;
+    new.write_all(bytes)?;
+    match like {
+        Some(like) => give(new.as_file(), like)?,
+        None => give(new.as_file(), &std::fs::metadata(dir)?)?,
+    }
+    new.as_file().set_permissions(mode)?;
     new.as_file().sync_all()?;
-    new.persist_noclobber(path)?;
-    std::fs::File::open(dir)?.sync_all()
+    new.persist(path)?;
+    File::open(dir)?.sync_all()
+}
+
+/// Puts a configuration in place; one that was there leaves it owner and mode.
+pub(in crate::cli) fn write_config(file: &Path, text: &str) -> io::Result<()> {
+    match std::fs::metadata(file) {
+        Ok(old) => put(file, text.as_bytes(), old.permissions(), Some(&old)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            std::fs::create_dir_all(parent(file)?)?;
+            put(file, text.as_bytes(), Permissions::from_mode(0o644), None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Gives `file` to whom `like` belongs. Only root can, and only root needs to. The open file, not its name: in the
 /// daemon's own directories the daemon's user could make that another file's meanwhile.
-pub(super) fn give(file: &File, like: &std::fs::Metadata) -> io::Result<()> {
+pub(in crate::cli) fn give(file: &File, like: &Metadata) -> io::Result<()> {
     if rustix::process::geteuid().is_root() {
         std::os::unix::fs::fchown(file, Some(like.uid()), Some(like.gid()))
     } else {

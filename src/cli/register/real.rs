@@ -23,7 +23,7 @@ pub(super) async fn verify(config: &Config, runner: &Runner, token: RunnerToken)
         .context("find out who this installation is")?;
     let answer = RunnerApi::new(transport, token, installation.system_id(), rng).verify(None).await;
     made.settle(answer.is_ok())?;
-    answer.map_err(explain)
+    answer.map_err(|error| explain(error, runner))
 }
 
 /// What `register` makes before the daemon's first start: the installation's file, and maybe its
