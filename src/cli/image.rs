@@ -3,7 +3,10 @@
 use super::Interrupted;
 use crate::boot_test::{BootTest, Booted, DEADLINE};
 use crate::config::Config;
-use crate::image::build::{BuildRequest, RECIPES, RunnerSource, build, find_guest_program};
+use crate::image::build::{
+    BuildRequest, Downloaded, RECIPES, RUNNER_DOWNLOADS, Release, RunnerSource, build, check_recipe,
+    find_guest_program, opener,
+};
 use crate::image::store::{Image, ImageStore, Images as _};
 use crate::network::Tcp;
 use crate::telemetry::printable;
@@ -13,6 +16,11 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
+use url::Url;
+
+/// Where a fetched runner lies while an image is built, as the build's own files do: programs may run there, and nobody
+/// else may write to a file of ours.
+const DOWNLOADS: &str = "/var/tmp";
 
 /// Arguments of all image commands.
 #[derive(Debug, clap::Args)]
@@ -39,6 +47,15 @@ enum Command {
         /// gitlab-runner to put in; else $DAYFLY_GITLAB_RUNNER, else the host's, else the stand-in
         #[arg(long, value_name = "FILE")]
         runner: Option<PathBuf>,
+        /// Fetch this release of the official gitlab-runner (like 19.3.0) and put that in
+        #[arg(long, value_name = "VERSION", conflicts_with = "runner")]
+        runner_download: Option<String>,
+        /// SHA-256 that the fetched runner must have [default: as the release's list says]
+        #[arg(long, value_name = "DIGEST", requires = "runner_download")]
+        runner_sha256: Option<String>,
+        /// Where releases are: GitLab's own place, or a mirror of the same layout
+        #[arg(long, value_name = "URL", env = "DAYFLY_RUNNER_DOWNLOAD_URL", default_value = RUNNER_DOWNLOADS)]
+        runner_download_url: Url,
     },
     /// Boot an image once and keep what its runner says of itself
     Test {
@@ -66,16 +83,33 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
     config.hypervisor.accel = args.accel.unwrap_or(config.hypervisor.accel);
     let store = ImageStore::new(&config.image_directory);
     match args.command {
-        Command::Build { recipe, runner } => {
+        Command::Build { recipe, runner, runner_download, runner_sha256, runner_download_url } => {
+            check_recipe(&recipe)?;
+            let (guest_program, init) = (find_guest_program("dayfly-guest")?, find_guest_program("dayfly-init")?);
+            let mut progress = say;
+            let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
+            // Kept until the image is made.
+            let mut downloaded: Option<Downloaded> = None;
+            if let Some(version) = runner_download {
+                let release = Release::new(&version, runner_download_url, runner_sha256.as_deref())?;
+                let open = opener();
+                downloaded = Some(tokio::select! {
+                    biased;
+                    // Dropping it removes what has come.
+                    fetched = release.fetch(&*open, Path::new(DOWNLOADS), &mut progress) => fetched?,
+                    _ = &mut interrupted => return Err(Interrupted.into()),
+                });
+            }
             let request = BuildRequest {
                 recipe,
                 image_directory: config.image_directory.clone(),
-                runner: RunnerSource::find(runner)?,
-                guest_program: find_guest_program("dayfly-guest")?,
-                init: find_guest_program("dayfly-init")?,
+                runner: match &downloaded {
+                    Some(downloaded) => downloaded.runner.clone(),
+                    None => RunnerSource::find(runner)?,
+                },
+                guest_program,
+                init,
             };
-            let mut progress = say;
-            let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
             // What is done is done. Dropping a build ends its programs and removes its files.
             let mut staged = tokio::select! {
                 biased;

@@ -25,3 +25,4 @@ mod loads;
 mod secrets;
 mod process;
 mod register;
+mod runner_download;

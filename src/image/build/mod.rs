@@ -11,6 +11,7 @@
 //! Two or three minutes, without root. One build at a time in an image directory; a build that fails or is
 //! dropped leaves nothing, one that is killed is cleaned up by the next.
 
+mod download;
 mod initrd;
 mod programs;
 mod recipe;
@@ -18,6 +19,7 @@ mod rootfs;
 mod sources;
 mod staging;
 
+pub use download::{DownloadError, Downloaded, RUNNER_DOWNLOADS, Release, opener};
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
 pub use recipe::RECIPES;
 
@@ -71,7 +73,8 @@ pub enum BuildError {
     Architecture(String),
     /// There is no runner to put in.
     #[error(
-        "find a gitlab-runner: give one by --runner PATH or {RUNNER_VARIABLE}, or install the package gitlab-runner"
+        "find a gitlab-runner: let it be fetched by --runner-download VERSION (like 19.3.0), give one by --runner PATH or \
+         {RUNNER_VARIABLE}, or install the package gitlab-runner"
     )]
     NoRunner,
     /// The runner cannot be used.
@@ -177,6 +180,14 @@ impl Staged {
         let written = self.directory.write(MANIFEST_FILE, self.manifest.to_text().as_bytes());
         written.map(drop).map_err(file_error("write", &self.directory.path().join(MANIFEST_FILE)))
     }
+}
+
+/// Whether there is a recipe of this name: asked before anything is looked for that only a build needs.
+///
+/// # Errors
+/// [`BuildError::Recipe`].
+pub fn check_recipe(name: &str) -> Result<(), BuildError> {
+    Recipe::find(name).map(drop)
 }
 
 /// Builds an image as far as it can be without starting it.

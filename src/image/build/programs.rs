@@ -37,7 +37,7 @@ pub struct RunnerSource {
 
 impl RunnerSource {
     /// The order of `vm-images/README.md`: the path given (by argument, else by [`RUNNER_VARIABLE`]), the host's, the
-    /// stand-in beside the dayfly executable. (No download: this dayfly pins no release.)
+    /// stand-in beside the dayfly executable. Nothing is fetched unasked ([`super::Release`]).
     ///
     /// # Errors
     /// [`BuildError::NoRunner`]. A path that was given and is not there is an error, not passed over.
