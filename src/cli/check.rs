@@ -1,5 +1,6 @@
 //! `dayfly check`: would the daemon start with this configuration, and what would it go by?
 
+use super::fit::{Size, TooLarge};
 use crate::config::{Config, Loaded};
 use std::io::{self, Write};
 use std::path::Path;
@@ -9,8 +10,24 @@ pub(super) fn check(config: &Path) -> anyhow::Result<()> {
     let loaded = Config::load(config)?;
     show(&loaded, &mut io::stdout().lock())?;
     loaded.check_for_running()?;
-    writeln!(io::stdout(), "the configuration is good")?;
+    // Of this host: a file may be checked elsewhere than where it is for.
+    let never = Size::of_host(&loaded.config).map(|size| size.too_large(&loaded.config)).unwrap_or_default();
+    conclude(&never, &mut io::stdout().lock())?;
     Ok(())
+}
+
+fn conclude(never: &[TooLarge], out: &mut impl Write) -> io::Result<()> {
+    for found in never {
+        writeln!(out, "warning: {}: it can never run on this host; {}", found.what, found.remedy)?;
+    }
+    let mut classes: Vec<&str> = never.iter().map(|found| found.class.as_str()).collect();
+    classes.dedup();
+    match classes[..] {
+        [] => writeln!(out, "the configuration is good"),
+        _ => {
+            writeln!(out, "the configuration is good, but no job of class {} can run on this host", classes.join(", "))
+        }
+    }
 }
 
 fn show(loaded: &Loaded, out: &mut impl Write) -> io::Result<()> {
@@ -28,6 +45,21 @@ fn show(loaded: &Loaded, out: &mut impl Write) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// U22: a class that is larger than the host is no good configuration without a word.
+    #[test]
+    fn what_can_never_run_is_said_last() {
+        let said = |never: &[TooLarge]| {
+            let mut out = Vec::new();
+            conclude(never, &mut out).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        assert_eq!(said(&[]), "the configuration is good\n");
+        let found = TooLarge { class: "big".into(), what: "class `big` has 9 CPUs".into(), remedy: "lower it".into() };
+        let text = said(&[found.clone(), found]);
+        assert!(text.contains("warning: class `big` has 9 CPUs: it can never run on this host; lower it"), "{text}");
+        assert!(text.ends_with("but no job of class big can run on this host\n"), "{text}");
+    }
 
     #[test]
     fn values_show_their_sources_and_no_token() {

@@ -39,12 +39,18 @@ pub(super) enum NoProgram {
     Unusable(PathBuf, #[source] io::Error),
 }
 
-/// Replaces this process by `dayfly-exec`, whose exit code is then ours. Returns if that cannot be.
-pub(super) fn become_it(args: Args) -> anyhow::Error {
+/// Where `dayfly-exec` is.
+pub(super) fn program() -> Result<PathBuf, NoProgram> {
     // Without a path of our own (no /proc) there is PATH.
     let beside = std::env::current_exe().ok().and_then(|own| own.parent().map(Path::to_owned)).unwrap_or_default();
-    let Some(program) = find(&beside, std::env::var_os("PATH").as_deref()) else {
-        return NoProgram::Nowhere(beside).into();
+    find(&beside, std::env::var_os("PATH").as_deref()).ok_or(NoProgram::Nowhere(beside))
+}
+
+/// Replaces this process by `dayfly-exec`, whose exit code is then ours. Returns if that cannot be.
+pub(super) fn become_it(args: Args) -> anyhow::Error {
+    let program = match program() {
+        Ok(program) => program,
+        Err(error) => return error.into(),
     };
     let error = process::replace_by(&program, args.into_argv());
     NoProgram::Unusable(program, error).into()

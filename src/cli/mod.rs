@@ -7,6 +7,7 @@
 mod check;
 pub mod doctor;
 mod exec;
+mod fit;
 pub(crate) mod image;
 mod operate;
 mod prompt;
@@ -53,7 +54,7 @@ enum Command {
     /// Check the configuration and show its values with their sources
     Check,
     /// Look at this host: libvirt, virtualisation, network, images, settings
-    Doctor,
+    Doctor(doctor::Args),
     /// Build, test, list and remove base images
     Image(image::Args),
     /// Run jobs of a local pipeline file, each in a fresh VM, without a GitLab
@@ -119,7 +120,7 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Run => run::run(&config, connect)?,
         Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
         Command::Check => check::check(&config)?,
-        Command::Doctor => return wait_for(doctor::doctor(&config)),
+        Command::Doctor(args) => return wait_for(doctor::doctor(&config, args)),
         Command::Image(args) => wait_for(image::image(&config, args))?,
         Command::Exec(args) => return Err(exec::become_it(args)),
         Command::Status { json } => wait_for(operate::status(&config, json))?,

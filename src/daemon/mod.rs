@@ -62,7 +62,8 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use wiring::{Wiring, bounds, needs};
+use wiring::Wiring;
+pub(crate) use wiring::{bounds, needs};
 
 /// How long jobs and polls may take to let go at a hand-over: of the 5 s in all (decision D11,
 /// threats.md E1) all but what the end itself needs.
@@ -83,6 +84,11 @@ const TCG_OVERHEAD_MIB: u64 = 256 + 150;
 
 /// What QEMU takes besides the guest's memory under KVM.
 const KVM_OVERHEAD_MIB: u64 = 150;
+
+/// What QEMU takes besides a guest's memory.
+pub(crate) fn overhead_mib(is_tcg: bool) -> u64 {
+    if is_tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB }
+}
 
 /// The seams.
 #[derive(Clone)]
@@ -165,7 +171,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     };
     let places = Places { disks: &overlay_dir, sockets: &socket_dir };
     let accel = accel(&config, &backends, places, &installation.id, restart, host.as_ref()).await?;
-    let overhead = if accel == Accel::Tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB };
+    let overhead = overhead_mib(accel == Accel::Tcg);
     let disk = Disk {
         files: files.clone(),
         disks: backends.host.disks.clone(),

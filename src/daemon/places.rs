@@ -85,10 +85,16 @@ fn ours(path: &Path, forbidden: u32, kind: Kind) -> Result<bool, DaemonError> {
     }
     let user = rustix::process::geteuid().as_raw();
     if found.uid() != user {
-        return Err(unusable(
-            format!("belongs to user {}, and dayfly runs as user {user}", found.uid()),
-            format!("run dayfly as its owner, or `chown -R {user} {}` if it is this installation's", path.display()),
-        ));
+        // What is root's no service can use: root is told who should run, never to take it.
+        let remedy = if user == 0 {
+            format!(
+                "run dayfly as its owner: `systemctl start dayfly`, or `setpriv --reuid {} --init-groups dayfly run`",
+                found.uid()
+            )
+        } else {
+            format!("run dayfly as its owner, or `chown -R {user} {}` if it is this installation's", path.display())
+        };
+        return Err(unusable(format!("belongs to user {}, and dayfly runs as user {user}", found.uid()), remedy));
     }
     let mode = found.mode() & 0o7777;
     if mode & forbidden != 0 {
@@ -197,6 +203,7 @@ mod tests {
             std::os::unix::fs::chown(config.state_directory.join("jobs"), Some(65534), None).unwrap();
             config.state_directory.join("jobs")
         });
-        assert!(text.contains("belongs to user 65534") && text.contains("chown -R 0"), "{text}");
+        assert!(text.contains("belongs to user 65534") && text.contains("systemctl start dayfly"), "{text}");
+        assert!(!text.contains("chown"), "{text}");
     }
 }

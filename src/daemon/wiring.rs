@@ -74,7 +74,7 @@ impl Wiring {
 }
 
 /// What jobs may use of a host, as configured or as it was found.
-pub(super) fn bounds(config: &Config, memory_mib: u64, disk_gib: u64) -> Bounds {
+pub(crate) fn bounds(config: &Config, memory_mib: u64, disk_gib: u64) -> Bounds {
     Bounds {
         jobs: config.concurrent,
         cpus: config.capacity.cpus.unwrap_or(u32::MAX),
@@ -84,6 +84,6 @@ pub(super) fn bounds(config: &Config, memory_mib: u64, disk_gib: u64) -> Bounds 
 }
 
 /// What one VM of this class takes of the host.
-pub(super) fn needs(class: &Class, overhead_mib: u64) -> Resources {
+pub(crate) fn needs(class: &Class, overhead_mib: u64) -> Resources {
     Resources { cpus: class.cpus, memory_mib: class.memory_mib.saturating_add(overhead_mib), disk_gib: class.disk_gib }
 }

@@ -36,6 +36,11 @@ impl Host {
         fs::read_to_string(self.path(path)).ok().map(|text| text.trim().to_owned())
     }
 
+    /// Its list of users.
+    pub(super) fn users(&self) -> String {
+        self.read("etc/passwd").unwrap_or_default()
+    }
+
     /// Programs that VMs, and the building of images, need.
     pub(super) fn programs(&self) -> Vec<Finding> {
         let missing =

@@ -3,8 +3,11 @@
 //! Each finding is one line, with a remedy where there is one. Nothing is taken on trust: libvirt is
 //! asked, and the acceleration has to boot a guest that says something (decision D16).
 
+mod boot;
 mod host;
+mod service;
 
+use super::fit::Size;
 use super::scratch;
 use crate::config::{Config, Loaded, Runner};
 use crate::daemon::{self, Backends, Installation};
@@ -18,6 +21,7 @@ use crate::vm::AccelChoice;
 use crate::vm::proof::{Places, Subject, prove};
 use crate::vm::{self, Accel, Backend, VmId};
 use host::Host;
+use service::User;
 use std::fmt;
 use std::io::{self, Read as _, Write as _};
 use std::path::Path;
@@ -78,21 +82,39 @@ impl fmt::Display for Finding {
     }
 }
 
+/// Arguments of `doctor`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Also run a whole job in a machine of each class; takes as long as that
+    #[arg(long)]
+    boot: bool,
+}
+
 /// Looks at everything and prints it; exit code 1 if no job would run.
-pub(super) async fn doctor(config: &Path) -> anyhow::Result<ExitCode> {
+pub(super) async fn doctor(config: &Path, args: Args) -> anyhow::Result<ExitCode> {
     let loaded = Config::load_or_default(config)?;
     let backends = Backends::real(&loaded.config)?;
     let host = Host::new(Path::new("/"), rustix::process::geteuid().as_raw());
     let mut findings = configuration(&loaded);
+    if rustix::process::geteuid().is_root()
+        && let Some(user) = User::of(&loaded.config, &host.users())
+    {
+        findings.extend(user.judge(&loaded).await);
+    }
     findings.extend(files(&loaded.config, &host));
     findings.extend(images(&loaded.config, &ImageStore::new(&loaded.config.image_directory)));
     for runner in &loaded.config.runner {
         findings.extend(gitlab(&loaded.config, runner, &backends).await);
     }
-    let dir = scratch::passable(&[&loaded.config.runtime_directory, &std::env::temp_dir()])?;
+    // Where the service has its overlays, or else where everybody may have files.
+    let overlays = loaded.config.state_directory.join("overlays");
+    let dir = scratch::passable(&[&overlays, &std::env::temp_dir(), Path::new("/var/tmp")])?;
     // Beside a daemon that runs, and perhaps as another user.
     let vms = loaded.config.hypervisor.host(dir.path());
     findings.extend(machines(&loaded.config, &vms, dir.path(), &backends.rng).await);
+    if args.boot {
+        findings.extend(boot::jobs(&loaded.config, dir.path()).await);
+    }
     for finding in &findings {
         writeln!(io::stdout(), "{finding}")?;
     }
@@ -167,42 +189,39 @@ fn files(config: &Config, host: &Host) -> Vec<Finding> {
     }
     findings.push(host.runtime_directory(&config.runtime_directory));
     findings.extend(host.shared_hardware());
-    findings.extend(disk(config));
+    findings.extend(room(config));
     findings
 }
 
-/// Whether there is room for one job of each class.
-fn disk(config: &Config) -> Vec<Finding> {
-    let place = config.state_directory.ancestors().find(|place| place.exists()).unwrap_or(Path::new("/"));
-    let free = match rustix::fs::statvfs(place) {
-        Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize) >> 30,
+/// Whether each class can run at all.
+fn room(config: &Config) -> Vec<Finding> {
+    let size = match Size::of_host(config) {
+        Ok(size) => size,
         Err(error) => {
-            return vec![Finding::bad(
-                format!("free disk at {} cannot be told: {error}", place.display()),
-                "check `state_directory`",
-            )];
+            return vec![Finding::bad(format!("free disk cannot be told: {error}"), "check `state_directory`")];
         }
     };
-    judge_disk(config, free, place)
-}
-
-fn judge_disk(config: &Config, free_gib: u64, place: &Path) -> Vec<Finding> {
-    let usable = config.capacity.disk_gib.unwrap_or_else(|| free_gib.saturating_sub(config.capacity.disk_reserve_gib));
-    let too_big = config.class.iter().filter(|class| class.disk_gib > usable);
-    let mut findings: Vec<Finding> = too_big
-        .map(|class| {
-            let what = format!(
-                "class `{}` wants {} GiB disk, {usable} GiB are for jobs ({free_gib} GiB free at {})",
-                class.name,
-                class.disk_gib,
-                place.display()
-            );
-            Finding::bad(what, "lower the class's `disk_gib` or `capacity.disk_reserve_gib`, or free disk")
-        })
+    let mut findings: Vec<Finding> = size
+        .too_large(config)
+        .into_iter()
+        .map(|found| Finding::bad(format!("{}: it can never run here", found.what), found.remedy))
         .collect();
     if findings.is_empty() {
-        findings.push(Finding::ok(format!("{free_gib} GiB disk are free at {}", place.display())));
+        findings.push(Finding::ok(format!(
+            "every class fits: {} MiB memory, {} GiB disk for jobs at {}",
+            size.memory_mib,
+            size.disk_gib,
+            size.place.display()
+        )));
     }
+    let cpus = std::thread::available_parallelism().map_or(u32::MAX, |cpus| cpus.get().try_into().unwrap_or(u32::MAX));
+    findings.extend(config.class.iter().filter(|class| class.cpus > cpus).map(|class| {
+        let what = format!(
+            "class `{}` has {} CPUs, this host {cpus}: its jobs run, and wait for each other's turn",
+            class.name, class.cpus
+        );
+        Finding::warn(what, "lower the class's `cpus`")
+    }));
     findings
 }
 
@@ -333,18 +352,17 @@ mod tests {
         assert!(findings.iter().any(|f| f.what.contains("no configuration file") && f.remedy == "dayfly register"));
     }
 
+    /// U22: `doctor` is red for a class that is larger than its host.
     #[test]
     fn a_class_that_never_fits_is_bad() {
         let mut config = example();
-        assert_eq!(levels(&judge_disk(&config, 100, Path::new("/"))), [Level::Ok]);
-        config.capacity.disk_reserve_gib = 90;
-        let findings = judge_disk(&config, 100, Path::new("/"));
-        assert_eq!(levels(&findings), [Level::Bad]);
-        assert!(
-            findings[0].what.contains("class `default` wants 20 GiB disk, 10 GiB are for jobs"),
-            "{}",
-            findings[0].what
-        );
+        config.state_directory = "/".into();
+        (config.capacity.memory_mib, config.capacity.disk_gib) = (Some(10_000), Some(100));
+        assert!(levels(&room(&config)).iter().all(|level| *level != Level::Bad));
+        config.class[0].memory_mib = 1 << 40;
+        let findings = room(&config);
+        assert_eq!(findings[0].level, Level::Bad);
+        assert!(findings[0].what.contains("class `default` takes") && findings[0].what.ends_with("can never run here"));
     }
 
     #[test]
