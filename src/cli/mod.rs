@@ -13,6 +13,7 @@ mod operate;
 mod prompt;
 mod register;
 mod run;
+mod runners;
 mod scratch;
 
 use crate::config::ConfigError;
@@ -51,6 +52,18 @@ enum Command {
     Run,
     /// Register a runner of GitLab's here
     Register(Box<register::Args>),
+    /// Show the runners that are registered here
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask GitLab whether it knows the runners' tokens; all of them unless --name says which
+    Verify(runners::Which),
+    /// Remove a runner's entry and token here, and this host from it at GitLab
+    Unregister(runners::Unregister),
+    /// Have GitLab make a runner's token anew, and keep that in place of the old one
+    ResetToken(runners::Which),
     /// Check the configuration and show its values with their sources
     Check,
     /// Look at this host: libvirt, virtualisation, network, images, settings
@@ -119,6 +132,10 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run => run::run(&config, connect)?,
         Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
+        Command::List { json } => runners::list(&config, json)?,
+        Command::Verify(which) => return wait_for(runners::verify(&config, &which)),
+        Command::Unregister(args) => wait_for(runners::unregister(&config, &args))?,
+        Command::ResetToken(which) => wait_for(runners::reset_token(&config, &which))?,
         Command::Check => check::check(&config)?,
         Command::Doctor(args) => return wait_for(doctor::doctor(&config, args)),
         Command::Image(args) => wait_for(image::image(&config, args))?,

@@ -20,6 +20,7 @@ mod reload;
 mod setup;
 mod shutdown;
 mod sweeper;
+mod tokens;
 mod wiring;
 
 pub use error::DaemonError;
@@ -58,7 +59,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use sweeper::Sweeper;
-use tokio::sync::mpsc;
+use tokens::Tokens;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -126,6 +128,8 @@ pub struct Daemon {
     /// Ends the tasks of the daemon's own.
     stop: CancellationToken,
     background: JoinSet<&'static str>,
+    /// Whose tokens are kept fresh.
+    fresh: watch::Sender<Vec<Arc<Runner>>>,
     shutdown: Shutdown,
     handler: Arc<Handler>,
     /// What pollers are made from, again at each reload.
@@ -273,6 +277,12 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         overhead_mib: overhead,
         overlay_dir,
     };
+    let (fresh, watched) = watch::channel(runners.values().cloned().collect());
+    let (tokens, stops) = (Tokens::new(wiring.backends.clock.clone(), watched), stop.clone());
+    background.spawn(async move {
+        tokens.keep_fresh(stops).await;
+        "watch of the tokens"
+    });
     let views = wiring.poll(&runners, &parts, &stop_polling, &close_polls, &mut pollers);
     let (reloader, reloads) = reload::channel();
     let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts));
@@ -287,6 +297,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         close_polls,
         stop,
         background,
+        fresh,
         shutdown,
         handler,
         wiring,

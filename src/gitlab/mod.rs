@@ -16,6 +16,7 @@ mod real;
 mod runner_api;
 mod runner_token;
 mod tls;
+mod token_file;
 pub mod transport;
 mod verifier;
 
@@ -32,9 +33,10 @@ pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, U
 pub use payload::{Containers, Dependency, JobPayload, PayloadError};
 pub use proxy::ProxyEnvironment;
 pub use real::{RealLimits, RealOpenTransport};
-pub use runner_api::{Poll, RunnerApi, RunnerInfo, Verified};
+pub use runner_api::{FreshToken, Poll, RunnerApi, RunnerInfo, Verified};
 pub use runner_token::{RunnerToken, TokenFileError};
 pub use tls::expired_cas;
+pub use token_file::Replacement;
 pub use transport::{Body, Call, Connection, Endpoint, OpenTransport, Transport, TransportError};
 
 use serde::{Deserialize, Serialize};

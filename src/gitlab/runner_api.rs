@@ -7,16 +7,19 @@ use super::transport::Body;
 use super::{GitlabError, JobPayload, RunnerToken, Transport};
 use crate::failpoint::{Point, reached};
 use crate::rng::Rng;
+use crate::secret::Secret;
 use http::header::CONTENT_ENCODING;
 use http::{Method, Response, StatusCode};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::sync::Arc;
+use tokio::sync::{Mutex, MutexGuard, watch};
 
 /// Largest payload that we take.
 const PAYLOAD_BYTES_MAX: usize = 32 * 1024 * 1024;
-/// Largest answer to `verify`: three short members.
-const VERIFIED_BYTES_MAX: usize = 64 * 1024;
+/// Largest answer about a runner and its token: three short members.
+const CREDENTIALS_BYTES_MAX: usize = 64 * 1024;
 /// Longest `X-GitLab-Last-Update` that we carry; GitLab's are 32 characters.
 const LAST_UPDATE_BYTES_MAX: usize = 256;
 
@@ -38,19 +41,64 @@ pub enum Poll {
 }
 
 /// Answer to `verify`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Verified {
     /// The runner's id, where the server tells it.
     pub id: Option<u64>,
+    /// When its token ends, where it does.
+    pub expires_at: Option<Timestamp>,
 }
 
-/// One runner at one GitLab.
+/// A token that GitLab has made; the one before is no longer good.
+#[derive(Clone, Debug)]
+pub struct FreshToken {
+    /// The token.
+    pub token: RunnerToken,
+    /// When it ends, where it does.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// One runner at one GitLab. Clones share the token, which may change ([`RunnerApi::adopt`]).
 #[derive(Clone)]
 pub struct RunnerApi {
     transport: Arc<dyn Transport>,
-    token: RunnerToken,
+    token: Arc<watch::Sender<Current>>,
+    /// Held while another token is on its way.
+    changing: Arc<Mutex<()>>,
     system_id: String,
     rng: Rng,
+}
+
+/// The token in force, and when it ends.
+struct Current {
+    token: RunnerToken,
+    expires_at: Option<Timestamp>,
+}
+
+/// What GitLab says of a runner and its token.
+#[derive(Deserialize)]
+struct Credentials {
+    #[serde(default)]
+    id: Option<u64>,
+    #[serde(default)]
+    token: Option<String>,
+    #[serde(default)]
+    token_expires_at: Option<String>,
+}
+
+impl Credentials {
+    /// A date that is none is as good as no date.
+    fn expires_at(&self) -> Option<Timestamp> {
+        self.token_expires_at.as_ref()?.parse().ok()
+    }
+}
+
+/// The body of a call about the runner itself.
+#[derive(Serialize)]
+struct TokenBody<'a> {
+    token: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    system_id: Option<&'a str>,
 }
 
 /// The body of a poll, in the official runner's order.
@@ -76,7 +124,30 @@ impl RunnerApi {
     /// (`s_` or `r_` and 12 characters); `rng` makes the requests' ids.
     #[must_use]
     pub fn new(transport: Arc<dyn Transport>, token: RunnerToken, system_id: String, rng: Rng) -> Self {
-        Self { transport, token, system_id, rng }
+        let token = Arc::new(watch::Sender::new(Current { token, expires_at: None }));
+        Self { transport, token, changing: Arc::default(), system_id, rng }
+    }
+
+    /// From now on all calls, of clones too, carry this token.
+    pub fn adopt(&self, token: RunnerToken, expires_at: Option<Timestamp>) {
+        self.token.send_replace(Current { token, expires_at });
+    }
+
+    /// When the token ends, as far as GitLab has told.
+    #[must_use]
+    pub fn token_expires_at(&self) -> Option<Timestamp> {
+        self.token.borrow().expires_at
+    }
+
+    /// While this is held, a call that GitLab refuses waits: the token may have changed on the way.
+    pub async fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().await
+    }
+
+    /// The token in force, if it is another than the one that GitLab has refused: it may have changed on the way.
+    async fn newer_than(&self, used: &RunnerToken) -> Option<RunnerToken> {
+        drop(self.changing.lock().await);
+        Some(self.token()).filter(|token| !token.same_as(used))
     }
 
     /// Asks GitLab for one job. See docs/protocol.md.
@@ -90,8 +161,24 @@ impl RunnerApi {
     /// # Cancel safety
     /// None: GitLab may assign a job before the reply is read. Let it finish.
     pub async fn request_job(&self, info: &RunnerInfo, last_update: Option<&str>) -> Result<Poll, GitlabError> {
-        let body = PollBody { info, token: self.token.0.expose(), system_id: &self.system_id, last_update };
-        let call = self.draft("/api/v4/jobs/request").json(&body, Kind::Poll);
+        let used = self.token();
+        match self.request_job_with(&used, info, last_update).await {
+            Err(error @ GitlabError::Forbidden { .. }) => match self.newer_than(&used).await {
+                Some(newer) => self.request_job_with(&newer, info, last_update).await,
+                None => Err(error),
+            },
+            answer => answer,
+        }
+    }
+
+    async fn request_job_with(
+        &self,
+        token: &RunnerToken,
+        info: &RunnerInfo,
+        last_update: Option<&str>,
+    ) -> Result<Poll, GitlabError> {
+        let body = PollBody { info, token: token.0.expose(), system_id: &self.system_id, last_update };
+        let call = self.draft(Method::POST, "/api/v4/jobs/request", token).json(&body, Kind::Poll);
         let response = self.transport.call(call).await?;
         match response.status() {
             StatusCode::CREATED => read_job(response).await.map(|job| Poll::Job(Box::new(job))),
@@ -102,7 +189,7 @@ impl RunnerApi {
                 answers::read_small(response.into_body()).await;
                 Ok(Poll::Nothing { last_update })
             }
-            _ => Err(self.refused("a request for a job", response).await),
+            _ => Err(refused("a request for a job", response, token).await),
         }
     }
 
@@ -111,35 +198,108 @@ impl RunnerApi {
     /// # Errors
     /// [`GitlabError::Forbidden`] for a token that GitLab refuses; the transient ones.
     pub async fn verify(&self, info: Option<&RunnerInfo>) -> Result<Verified, GitlabError> {
-        let body = VerifyBody { info, token: self.token.0.expose(), system_id: &self.system_id };
-        let call = self.draft("/api/v4/runners/verify").json(&body, Kind::Small);
+        let mut token = self.token();
+        let mut answer = self.verify_with(&token, info).await;
+        if matches!(answer, Err(GitlabError::Forbidden { .. }))
+            && let Some(newer) = self.newer_than(&token).await
+        {
+            answer = self.verify_with(&newer, info).await;
+            token = newer;
+        }
+        let verified = answer?;
+        self.token.send_if_modified(|current| {
+            let is_it = current.token.same_as(&token);
+            if is_it {
+                current.expires_at = verified.expires_at;
+            }
+            is_it
+        });
+        Ok(verified)
+    }
+
+    async fn verify_with(&self, token: &RunnerToken, info: Option<&RunnerInfo>) -> Result<Verified, GitlabError> {
+        let body = VerifyBody { info, token: token.0.expose(), system_id: &self.system_id };
+        let call = self.draft(Method::POST, "/api/v4/runners/verify", token).json(&body, Kind::Small);
         let response = self.transport.call(call).await?;
         if response.status() != StatusCode::OK || answers::is_page(response.headers()) {
-            return Err(self.refused("a verification of the token", response).await);
+            return Err(refused("a verification of the token", response, token).await);
         }
         // Very old servers answer with a plain `200`: the token is good, and that is all they say.
-        let read = answers::read(response.into_body(), VERIFIED_BYTES_MAX).await;
-        Ok(serde_json::from_slice(&read.bytes).unwrap_or(Verified { id: None }))
+        let read = answers::read(response.into_body(), CREDENTIALS_BYTES_MAX).await;
+        let said: Option<Credentials> = serde_json::from_slice(&read.bytes).ok();
+        Ok(said.map_or_else(Verified::default, |said| Verified { id: said.id, expires_at: said.expires_at() }))
     }
 
-    /// This runner's token, for [`RunnerToken::guest_token`].
-    #[must_use]
-    pub fn token(&self) -> &RunnerToken {
-        &self.token
-    }
-
-    fn draft(&self, path: &str) -> Draft {
-        Draft::new(Method::POST, path.to_owned(), &self.rng).accept_json().secret(RUNNER_TOKEN, &self.token.0)
-    }
-
-    async fn refused(&self, what: &'static str, response: Response<Body>) -> GitlabError {
-        match response.status() {
-            status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
-                answers::read_small(response.into_body()).await;
-                GitlabError::Forbidden { status: status.as_u16() }
-            }
-            _ => answers::error(what, response, &self.token.0).await,
+    /// Has GitLab make the token anew. The caller adopts it: from GitLab's answer on the one before is no longer good.
+    ///
+    /// # Errors
+    /// [`GitlabError::Forbidden`]; the transient ones, after which the token may have changed all the same.
+    ///
+    /// # Cancel safety
+    /// None: the answer is the only copy of the new token.
+    pub async fn reset_token(&self) -> Result<FreshToken, GitlabError> {
+        const WHAT: &str = "a reset of the token";
+        let token = self.token();
+        let body = TokenBody { token: token.0.expose(), system_id: None };
+        let path = "/api/v4/runners/reset_authentication_token";
+        let call = self.draft(Method::POST, path, &token).json(&body, Kind::Small);
+        let response = self.transport.call(call).await?;
+        let status = response.status();
+        if status != StatusCode::CREATED || answers::is_page(response.headers()) {
+            return Err(refused(WHAT, response, &token).await);
         }
+        let read = answers::read(response.into_body(), CREDENTIALS_BYTES_MAX).await;
+        let said: Option<Credentials> = serde_json::from_slice(&read.bytes).ok();
+        let fresh = said.as_ref().and_then(|said| Some((said.token.clone()?, said.expires_at())));
+        match fresh.map(|(token, expires_at)| (RunnerToken::new(Secret::new(token)), expires_at)) {
+            Some((token, expires_at)) if !token.0.expose().is_empty() => Ok(FreshToken { token, expires_at }),
+            _ => {
+                let message = "it tells no new token; if the old one is refused from now on, register anew".to_owned();
+                Err(GitlabError::Unexpected { what: WHAT, status: status.as_u16(), message })
+            }
+        }
+    }
+
+    /// Takes this runner manager away at GitLab; of a runner that a registration token made, the runner itself. One
+    /// that is not there is fine.
+    ///
+    /// # Errors
+    /// [`GitlabError::Forbidden`] for a token that GitLab does not know; the transient ones.
+    pub async fn unregister(&self) -> Result<(), GitlabError> {
+        let token = self.token();
+        let (path, system_id) = if token.is_of_a_runner_made_in_gitlab() {
+            ("/api/v4/runners/managers", Some(self.system_id.as_str()))
+        } else {
+            ("/api/v4/runners", None)
+        };
+        let body = TokenBody { token: token.0.expose(), system_id };
+        let call = self.draft(Method::DELETE, path, &token).json(&body, Kind::Small);
+        let response = self.transport.call(call).await?;
+        match response.status() {
+            StatusCode::NO_CONTENT => Ok(()),
+            StatusCode::NOT_FOUND if answers::is_json(response.headers()) => Ok(()),
+            _ => Err(refused("a removal of the runner", response, &token).await),
+        }
+    }
+
+    /// This runner's token, as it is now.
+    #[must_use]
+    pub fn token(&self) -> RunnerToken {
+        self.token.borrow().token.clone()
+    }
+
+    fn draft(&self, method: Method, path: &str, token: &RunnerToken) -> Draft {
+        Draft::new(method, path.to_owned(), &self.rng).accept_json().secret(RUNNER_TOKEN, &token.0)
+    }
+}
+
+async fn refused(what: &'static str, response: Response<Body>, token: &RunnerToken) -> GitlabError {
+    match response.status() {
+        status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+            answers::read_small(response.into_body()).await;
+            GitlabError::Forbidden { status: status.as_u16() }
+        }
+        _ => answers::error(what, response, &token.0).await,
     }
 }
 

@@ -35,6 +35,15 @@ pub enum TokenFileError {
         /// Its permission bits.
         mode: u32,
     },
+    /// Another cannot be put in its place.
+    #[error("replace token file `{}`", path.display())]
+    Replace {
+        /// The file.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// It holds no token.
     #[error("token file `{}` must hold one line with the token", path.display())]
     Content {
@@ -73,6 +82,13 @@ impl RunnerToken {
             return Err(TokenFileError::Content { path: path.to_owned() });
         }
         Ok(Self(Secret::new(text)))
+    }
+
+    /// Whether its runner was made in GitLab (or by its API), where it is deleted, too; others come from a registration
+    /// token.
+    #[must_use]
+    pub fn is_of_a_runner_made_in_gitlab(&self) -> bool {
+        self.0.expose().starts_with("glrt-")
     }
 
     /// Whether it is the same token.

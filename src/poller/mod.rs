@@ -11,7 +11,7 @@ mod policy;
 use self::policy::{Host, Policy, Seen, Step, Why};
 use crate::capacity::{Capacity, Reservation, Resources, Wants};
 use crate::failpoint::{Point, reached};
-use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo};
+use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, RunnerToken};
 use crate::job::Jobs;
 use crate::job::journal::JobKey;
 use crate::job::{self, Parts, Reassigned, Runner};
@@ -98,7 +98,11 @@ impl Poller {
                 },
                 Step::Rest(rest, why) => {
                     self.tell(rest, &why);
-                    self.rest(rest).await.then_some(Seen::Rested)
+                    let rested = self.rest(rest).await;
+                    if matches!(why, Why::Refused(_)) && self.read_token().await {
+                        policy.verify_again();
+                    }
+                    rested.then_some(Seen::Rested)
                 }
             };
             match next {
@@ -202,6 +206,22 @@ impl Poller {
                 Ok(_) => Seen::Verified,
                 Err(error) => Seen::Failed(error),
             }),
+        }
+    }
+
+    /// Goes by the token that its file has now, when GitLab refuses the one in use: somebody may have registered anew,
+    /// or reset it. Whether there was another.
+    async fn read_token(&self) -> bool {
+        let path = self.runner.config.token_file.clone();
+        let read = tokio::task::spawn_blocking(move || RunnerToken::from_file(&path)).await;
+        // One that cannot be read is no reason to give up the one that is in use.
+        match read {
+            Ok(Ok(token)) if !token.same_as(&self.runner.api.token()) => {
+                tracing::info!(runner = self.runner.config.name, "the runner token has changed and was read again");
+                self.runner.api.adopt(token, None);
+                true
+            }
+            _ => false,
         }
     }
 

@@ -133,6 +133,11 @@ impl Policy {
         }
     }
 
+    /// There is another token, of which GitLab has told nothing yet.
+    pub(super) fn verify_again(&mut self) {
+        self.verified = false;
+    }
+
     /// What comes after this.
     pub(super) fn on<R>(&mut self, seen: Seen<R>, now: Instant, rng: &Rng) -> Step<R> {
         match seen {

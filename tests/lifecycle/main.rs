@@ -40,6 +40,7 @@ mod refusals;
 mod reload;
 mod room;
 mod storage;
+mod tokens;
 mod trace_waits;
 mod twice;
 mod unassigned;

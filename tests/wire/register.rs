@@ -17,7 +17,6 @@ const TOKEN: &str = "glrt-t1_0123456789abcdefghij";
 /// A GitLab that knows one runner, and a folder for its operator.
 pub(crate) struct Lab {
     pub(crate) dir: tempfile::TempDir,
-    #[expect(dead_code, reason = "what GitLab saw is asked by later tests")]
     pub(crate) standin: Standin,
     pub(crate) url: String,
     _served: standin::Served,
@@ -108,4 +107,77 @@ async fn a_wrong_ca_is_told_from_none() {
     let text = said(&lab.dayfly(&["register"], &base).await);
     assert!(text.contains("put its CA into `tls_ca_file`") || text.contains("no CA certificates"), "{text}");
     assert!(!lab.path("tokens").exists() && !lab.path("tls").exists() && !lab.path("state").exists());
+}
+
+/// U18: the life of a runner, by gitlab-runner's verbs, in a directory where no daemon has ever run.
+#[tokio::test]
+async fn a_runner_is_verified_reset_and_unregistered() {
+    let lab = Lab::new().await;
+    lab.registered().await;
+    let managers =
+        || lab.standin.edit(|model| model.runners.values().map(|runner| runner.managers.len()).sum::<usize>());
+    assert_eq!(managers(), 1);
+    let listed = said(&lab.dayfly(&["list"], &[]).await);
+    assert!(
+        listed.starts_with("ci  https://localhost") && listed.contains("class small") && !listed.contains("glrt"),
+        "{listed}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&said(&lab.dayfly(&["list", "--json"], &[]).await)).unwrap();
+    assert_eq!(json[0]["name"], "ci");
+    // As if no daemon had ever run.
+    std::fs::remove_dir_all(lab.path("state")).unwrap();
+    let verified = lab.dayfly(&["verify"], &[]).await;
+    assert!(
+        verified.status.success() && said(&verified).contains("knows its token, as its runner 1"),
+        "{}",
+        said(&verified)
+    );
+
+    lab.standin.configure(|settings| settings.runner_token_expiry = Some(std::time::Duration::from_secs(86400)));
+    let reset = lab.dayfly(&["reset-token", "--name", "ci"], &[]).await;
+    assert!(reset.status.success() && said(&reset).contains("it expires on"), "{}", said(&reset));
+    let token = std::fs::read_to_string(lab.path("tokens/ci")).unwrap();
+    assert_ne!(token.trim(), TOKEN);
+    assert!(!said(&reset).contains(token.trim()) && mode(&lab.path("tokens/ci")) == 0o600);
+    let verified = said(&lab.dayfly(&["verify", "--name", "ci"], &[]).await);
+    assert!(verified.contains("the token expires on"), "{verified}");
+
+    let which = lab.dayfly(&["unregister"], &[]).await;
+    assert_eq!(which.status.code(), Some(64), "{}", said(&which));
+    let gone = lab.dayfly(&["unregister", "--name", "ci"], &[]).await;
+    assert!(gone.status.success(), "{}", said(&gone));
+    assert!(!lab.path("tokens/ci").exists() && !lab.path("tls/ci.ca.pem").exists() && lab.path("ca.pem").exists());
+    let config = std::fs::read_to_string(lab.path("config.toml")).unwrap();
+    assert!(!config.contains("runner") && config.contains("[[class]]"), "{config}");
+    assert_eq!(managers(), 0);
+}
+
+/// U18: a runner that was deleted in GitLab is told as that, with both ways on, and can be taken out here.
+#[tokio::test]
+async fn a_runner_that_is_gone_at_gitlab_is_taken_out_here() {
+    let lab = Lab::new().await;
+    lab.registered().await;
+    lab.standin.edit(|model| model.runners.clear());
+    let verified = lab.dayfly(&["verify"], &[]).await;
+    assert_eq!(verified.status.code(), Some(1));
+    let text = said(&verified);
+    assert!(text.contains("dayfly register --name 'ci'") && text.contains("dayfly unregister --name 'ci'"), "{text}");
+    let gone = lab.dayfly(&["unregister", "--all-runners"], &[]).await;
+    assert!(gone.status.success() && said(&gone).contains("did not know its token any more"), "{}", said(&gone));
+    assert!(said(&lab.dayfly(&["list"], &[]).await).contains("no runner is configured"));
+}
+
+/// U18: without an answer of GitLab's an entry stays, unless it is wished away.
+#[tokio::test]
+async fn an_entry_stays_while_gitlab_does_not_answer() {
+    let lab = Lab::new().await;
+    lab.registered().await;
+    let config = std::fs::read_to_string(lab.path("config.toml")).unwrap();
+    std::fs::write(lab.path("config.toml"), config.replace(&lab.url, "https://localhost:9")).unwrap();
+    let refused = lab.dayfly(&["unregister", "--name", "ci"], &[]).await;
+    assert!(!refused.status.success() && said(&refused).contains("--force"), "{}", said(&refused));
+    assert!(lab.path("tokens/ci").exists());
+    let forced = lab.dayfly(&["unregister", "--name", "ci", "--force"], &[]).await;
+    assert!(forced.status.success() && said(&forced).contains("GitLab was not told"), "{}", said(&forced));
+    assert!(!lab.path("tokens/ci").exists());
 }

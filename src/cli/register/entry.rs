@@ -135,6 +135,23 @@ impl Entry {
         Ok(document.to_string())
     }
 
+    /// Takes the entry of this name out of the file; all others keep their bytes.
+    pub(in crate::cli) fn remove(&self, name: &str) -> anyhow::Result<()> {
+        let mut document = self.document()?;
+        let found = entries(&mut document).and_then(|entries| {
+            let at = entries.iter().position(|table| is_named(table, name))?;
+            entries.remove(at);
+            Some(entries.is_empty())
+        });
+        match found {
+            Some(true) => drop(document.remove("runner")),
+            Some(false) => {}
+            None => bail!("find runner `{name}` in {}: remove it there by hand", self.file.display()),
+        }
+        write_config(&self.file, &document.to_string())
+            .with_context(|| format!("write configuration `{}`", self.file.display()))
+    }
+
     fn document(&self) -> anyhow::Result<DocumentMut> {
         self.text.parse().with_context(|| format!("parse configuration `{}`", self.file.display()))
     }

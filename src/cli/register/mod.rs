@@ -6,7 +6,7 @@
 
 pub(super) mod entry;
 pub(super) mod foreign;
-mod real;
+pub(super) mod real;
 
 use super::{Usage, prompt};
 use crate::config::{Config, Runner};
@@ -234,7 +234,7 @@ fn refuse_twice(entry: &Entry, name: &str, token: &RunnerToken) -> anyhow::Resul
 }
 
 /// A refusal, with its remedy.
-fn explain(error: GitlabError, runner: &Runner) -> anyhow::Error {
+pub(super) fn explain(error: GitlabError, runner: &Runner) -> anyhow::Error {
     let url = runner.url.as_str().trim_end_matches('/');
     let remedy = match &error {
         GitlabError::Forbidden { status } => {

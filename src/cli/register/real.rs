@@ -6,7 +6,7 @@ use crate::config::{Config, Runner};
 use crate::daemon::{Installation, endpoint};
 use crate::files::{RealFiles, plain};
 use crate::gitlab::{
-    OpenTransport as _, ProxyEnvironment, RealLimits, RealOpenTransport, RunnerApi, RunnerToken, Verified,
+    GitlabError, OpenTransport as _, ProxyEnvironment, RealLimits, RealOpenTransport, RunnerApi, RunnerToken, Verified,
 };
 use crate::rng::Rng;
 use anyhow::Context as _;
@@ -14,6 +14,17 @@ use std::path::Path;
 
 /// Asks the runner's GitLab whether it knows the token.
 pub(super) async fn verify(config: &Config, runner: &Runner, token: RunnerToken) -> anyhow::Result<Verified> {
+    let answer = ask(config, runner, token, async |api: &RunnerApi| api.verify(None).await).await?;
+    answer.map_err(|error| explain(error, runner))
+}
+
+/// Asks the runner's GitLab under the installation's own system id; also before a daemon has ever run.
+pub(in crate::cli) async fn ask<T>(
+    config: &Config,
+    runner: &Runner,
+    token: RunnerToken,
+    call: impl AsyncFnOnce(&RunnerApi) -> Result<T, GitlabError>,
+) -> anyhow::Result<Result<T, GitlabError>> {
     let transport =
         RealOpenTransport::new(RealLimits::default(), ProxyEnvironment::of_process()).open(&endpoint(runner))?;
     let rng = Rng::system();
@@ -21,9 +32,9 @@ pub(super) async fn verify(config: &Config, runner: &Runner, token: RunnerToken)
     let installation = Installation::open(&RealFiles, &config.state_directory, &rng)
         .await
         .context("find out who this installation is")?;
-    let answer = RunnerApi::new(transport, token, installation.system_id(), rng).verify(None).await;
+    let answer = call(&RunnerApi::new(transport, token, installation.system_id(), rng)).await;
     made.settle(answer.is_ok())?;
-    answer.map_err(|error| explain(error, runner))
+    Ok(answer)
 }
 
 /// What `register` makes before the daemon's first start: the installation's file, and maybe its

@@ -68,7 +68,7 @@ const TOKEN: &str = "glrt-abcdefghijklmnopqrst";
 const URL: [&str; 2] = ["--url", "https://gitlab.example.com"];
 
 fn known() -> Result<Verified, GitlabError> {
-    Ok(Verified { id: Some(12) })
+    Ok(Verified { id: Some(12), expires_at: None })
 }
 
 #[tokio::test]
@@ -139,7 +139,7 @@ async fn what_cannot_work_is_refused_before_gitlab_is_asked() {
         let args = <Line as clap::Parser>::try_parse_from(line).unwrap().args;
         let verify = async |_: &Config, _: &Runner, _: RunnerToken| {
             asked.set(true);
-            Ok(Verified { id: None })
+            Ok(Verified::default())
         };
         let error = register(&world.path("config.toml"), args, |_| None, verify).await.unwrap_err();
         assert!(chain(error.as_ref()).contains(part), "{part}: {error:#}");
@@ -195,7 +195,7 @@ async fn a_configuration_that_cannot_be_written_takes_the_token_back() {
     let place = world.path("config.toml");
     let verify = async |_: &Config, _: &Runner, _: RunnerToken| {
         std::fs::create_dir(&place).unwrap();
-        Ok(Verified { id: None })
+        Ok(Verified::default())
     };
     let error = register(&world.path("config.toml"), args, |_| None, verify).await.unwrap_err();
     assert!(chain(error.as_ref()).contains("write configuration"), "{error:#}");
@@ -231,7 +231,7 @@ async fn ca_certificate_and_key_are_copied_beside_the_configuration() {
     let args = <Line as clap::Parser>::try_parse_from(line).unwrap().args;
     let verify = async |_: &Config, runner: &Runner, _: RunnerToken| {
         *seen.borrow_mut() = runner.tls_ca_file.clone();
-        Ok(Verified { id: None })
+        Ok(Verified::default())
     };
     register(&world.path("config.toml"), args, |_| None, verify).await.unwrap();
     assert_eq!(seen.borrow().as_deref(), Some(world.path("ca.pem").as_path()), "GitLab is asked by what was given");
