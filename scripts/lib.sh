@@ -165,16 +165,24 @@ make_image() {
     fi
 }
 
-build_image() { trial_dayfly image --libvirt "$trial_libvirt" --accel "$accel" build "$trial_image"; }
+build_image() { build_trial_image "$trial_image"; }
 
-# example_job: the job `hello` of examples/hello, in a git repository of its own, by `dayfly exec` with
-# the image in `$trial/images`. Its log is the output.
+# build_trial_image [FLAGS] RECIPE: an image of the trial, boot-tested with `$accel`.
+build_trial_image() { trial_dayfly image --libvirt "$trial_libvirt" --accel "$accel" build "$@"; }
+
+# example_job: the job `hello` of examples/hello, with the image of the trial. Its log is the output.
 example_job() {
     rm -rf "$trial/hello" && cp -r "$root/examples/hello" "$trial/hello"
     own_trial
+    trial_job "$trial/hello" "$trial_image" hello
+}
+
+# trial_job DIRECTORY IMAGE JOB: a job of the pipeline file in that directory, which is made a git repository of its own,
+# by `dayfly exec` in a VM of that image of the trial. Its log is the output.
+trial_job() {
     as_trial sh -ec 'cd "$1"; git init -q -b main; git add -A
-        git -c user.name=dayfly -c user.email=dayfly@localhost commit -q -m example' sh "$trial/hello" >&2
-    as_trial sh -ec 'cd "$1"; shift; exec "$@"' sh "$trial/hello" \
-        "$trial/bin/dayfly" --config "$trial/config.toml" exec --image-directory "$trial/images" --image "$trial_image" \
-        --libvirt "$trial_libvirt" --accel "$accel" hello
+        git -c user.name=dayfly -c user.email=dayfly@localhost commit -q -m example' sh "$1" >&2
+    as_trial sh -ec 'cd "$1"; shift; exec "$@"' sh "$1" \
+        "$trial/bin/dayfly" --config "$trial/config.toml" exec --image-directory "$trial/images" --image "$2" \
+        --libvirt "$trial_libvirt" --accel "$accel" "$3"
 }

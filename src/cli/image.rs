@@ -1,26 +1,21 @@
 //! `dayfly image`: build, test, list and remove base images.
 
+mod build;
+mod inspect;
+
 use super::Interrupted;
 use crate::boot_test::{BootTest, Booted, DEADLINE};
 use crate::config::Config;
-use crate::image::build::{
-    BuildRequest, Downloaded, RECIPES, RUNNER_DOWNLOADS, Release, RunnerSource, build, check_recipe,
-    find_guest_program, opener,
-};
+use crate::image::build::Recipes;
 use crate::image::store::{Image, ImageStore, Images as _};
 use crate::network::Tcp;
 use crate::telemetry::printable;
 use crate::vm::AccelChoice;
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use url::Url;
-
-/// Where a fetched runner lies while an image is built, as the build's own files do: programs may run there, and nobody
-/// else may write to a file of ours.
-const DOWNLOADS: &str = "/var/tmp";
 
 /// Arguments of all image commands.
 #[derive(Debug, clap::Args)]
@@ -40,22 +35,13 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
-    /// Build an image from a recipe of vm-images, boot-test it, and put it into use
-    Build {
-        /// Name of the recipe: debian-12-shell
-        recipe: String,
-        /// gitlab-runner to put in; else $DAYFLY_GITLAB_RUNNER, else the host's, else the stand-in
-        #[arg(long, value_name = "FILE")]
-        runner: Option<PathBuf>,
-        /// Fetch this release of the official gitlab-runner (like 19.3.0) and put that in
-        #[arg(long, value_name = "VERSION", conflicts_with = "runner")]
-        runner_download: Option<String>,
-        /// SHA-256 that the fetched runner must have [default: as the release's list says]
-        #[arg(long, value_name = "DIGEST", requires = "runner_download")]
-        runner_sha256: Option<String>,
-        /// Where releases are: GitLab's own place, or a mirror of the same layout
-        #[arg(long, value_name = "URL", env = "DAYFLY_RUNNER_DOWNLOAD_URL", default_value = RUNNER_DOWNLOADS)]
-        runner_download_url: Url,
+    /// Build an image from a recipe, boot-test it, and put it into use
+    Build(build::Args),
+    /// Show all recipes, and where each is
+    Recipes {
+        /// Directory with recipes that come before all others
+        #[arg(long, value_name = "DIR")]
+        recipes: Option<PathBuf>,
     },
     /// Boot an image once and keep what its runner says of itself
     Test {
@@ -64,6 +50,26 @@ enum Command {
     },
     /// Show all images, and whose runner is in each
     List,
+    /// Show one image, or one version of it: what is in it, of what it was made, which versions there are
+    Inspect {
+        /// Name of the image, or NAME@VERSION
+        name: String,
+        /// As JSON, with all packages
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what differs between two images or versions: suite, kernel, runner, packages
+    Diff {
+        /// Name of an image, or NAME@VERSION
+        one: String,
+        /// Another
+        other: String,
+    },
+    /// Put the version before back in use; again, and the newer one is back
+    Rollback {
+        /// Name of the image
+        name: String,
+    },
     /// Remove an image; VMs that run from it go on
     Remove {
         /// Name of the image
@@ -83,46 +89,12 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
     config.hypervisor.accel = args.accel.unwrap_or(config.hypervisor.accel);
     let store = ImageStore::new(&config.image_directory);
     match args.command {
-        Command::Build { recipe, runner, runner_download, runner_sha256, runner_download_url } => {
-            check_recipe(&recipe)?;
-            let (guest_program, init) = (find_guest_program("dayfly-guest")?, find_guest_program("dayfly-init")?);
-            let mut progress = say;
-            let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
-            // Kept until the image is made.
-            let mut downloaded: Option<Downloaded> = None;
-            if let Some(version) = runner_download {
-                let release = Release::new(&version, runner_download_url, runner_sha256.as_deref())?;
-                let open = opener();
-                downloaded = Some(tokio::select! {
-                    biased;
-                    // Dropping it removes what has come.
-                    fetched = release.fetch(&*open, Path::new(DOWNLOADS), &mut progress) => fetched?,
-                    _ = &mut interrupted => return Err(Interrupted.into()),
-                });
+        Command::Build(args) => build::build(&config, args).await?,
+        Command::Recipes { recipes } => {
+            for recipe in Recipes::default().before_others(recipes).all() {
+                let place = recipe.directory.map_or("inside dayfly".to_owned(), |path| path.display().to_string());
+                say(&format!("{}  {place}", recipe.name));
             }
-            let request = BuildRequest {
-                recipe,
-                image_directory: config.image_directory.clone(),
-                runner: match &downloaded {
-                    Some(downloaded) => downloaded.runner.clone(),
-                    None => RunnerSource::find(runner)?,
-                },
-                guest_program,
-                init,
-            };
-            // What is done is done. Dropping a build ends its programs and removes its files.
-            let mut staged = tokio::select! {
-                biased;
-                staged = build(&request, &mut progress) => staged?,
-                _ = &mut interrupted => return Err(Interrupted.into()),
-            };
-            let image = staged.image()?;
-            let booted = to_its_end(boot(&config, &image), interrupted)
-                .await?
-                .context("boot-test the new image; the old one, if any, stays in use")?;
-            staged.learn(booted.learnt())?;
-            let image = tokio::task::spawn_blocking(move || staged.promote()).await??;
-            say(&format!("image `{}` is ready: {}", image.name, describe(&image)));
         }
         Command::Test { name } => {
             let image = store.load(&name).await?;
@@ -134,9 +106,8 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
             let images = store.list()?;
             if images.is_empty() {
                 say(&format!(
-                    "no images in {}; `dayfly image build {}` makes one",
+                    "no images in {}; `dayfly image build debian-12-shell` makes one",
                     store.directory().display(),
-                    RECIPES.join("|")
                 ));
             }
             for (name, image) in images {
@@ -145,6 +116,12 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
                     Err(error) => say(&format!("{name}  unusable: {}", crate::telemetry::chain(&error))),
                 }
             }
+        }
+        Command::Inspect { name, json } => inspect::inspect(&store, &name, json)?,
+        Command::Diff { one, other } => inspect::differences(&store, &one, &other)?,
+        Command::Rollback { name } => {
+            let image = store.roll_back(&name)?;
+            say(&format!("image `{name}` is {} again: {}", inspect::version(&image), describe(&image)));
         }
         Command::Remove { name } => {
             if !store.list()?.iter().any(|(listed, _)| *listed == name) {

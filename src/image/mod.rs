@@ -4,6 +4,7 @@
 //! initrd. [`store`] finds, checks and replaces images; [`build`] makes them.
 
 pub mod build;
+pub mod difference;
 pub mod manifest;
 pub mod qcow2;
 pub mod stamp;

@@ -90,6 +90,17 @@ pub enum ImageError {
         /// The version's digest.
         digest: String,
     },
+    /// There is no such version.
+    #[error("no version `{wanted}` of image `{name}`; `dayfly image inspect {name}` shows those that there are")]
+    NoVersion {
+        /// The image.
+        name: String,
+        /// What was asked for.
+        wanted: String,
+    },
+    /// There is one version alone, or none.
+    #[error("image `{0}` has no version before the one in use")]
+    NothingBefore(String),
     /// The image directory itself cannot be read or changed.
     #[error("{what} {}", .path.display())]
     Directory {
@@ -315,7 +326,8 @@ impl ImageStore {
     }
 }
 
-fn valid(name: &str) -> Result<&str, ImageError> {
+/// The name of an image, and of a recipe: nothing that leads elsewhere.
+pub(super) fn valid(name: &str) -> Result<&str, ImageError> {
     let first = name.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     let rest = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.'));
     if first && rest && name.len() <= 64 { Ok(name) } else { Err(ImageError::Name(name.to_owned())) }

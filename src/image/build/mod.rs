@@ -21,7 +21,7 @@ mod staging;
 
 pub use download::{DownloadError, Downloaded, RUNNER_DOWNLOADS, Release, opener};
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
-pub use recipe::RECIPES;
+pub use recipe::{Found, RECIPE_DIRECTORIES, Recipes};
 
 use super::manifest::{BootKind, BuildInputs, FORMAT_VERSION, ImageRunner, Learnt, MANIFEST_FILE, Manifest};
 use super::store::{Image, ImageError, ImageStore};
@@ -44,8 +44,10 @@ const INITRD_FILE: &str = "initrd";
 /// What to build, of what.
 #[derive(Clone, Debug)]
 pub struct BuildRequest {
-    /// Name of the recipe, one of [`RECIPES`]; also the image's name.
+    /// Name of the recipe; also the image's name.
     pub recipe: String,
+    /// Where it is looked for.
+    pub recipes: Recipes,
     /// Where images are; made if missing.
     pub image_directory: PathBuf,
     /// The runner to put in.
@@ -60,14 +62,53 @@ pub struct BuildRequest {
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// No such recipe.
-    #[error("no recipe `{0}`; there are: {names}", names = RECIPES.join(", "))]
-    Recipe(String),
-    /// A recipe of this binary is broken.
-    #[error("read the recipe")]
-    RecipeText(#[source] Box<figment::Error>),
-    /// A recipe of this binary asks for what can be no package.
-    #[error("read the recipe: `{0}` is no name of a Debian package")]
-    PackageName(String),
+    #[error("find recipe `{name}`{extended_by}; there are: {there_are}")]
+    Recipe {
+        /// The name.
+        name: String,
+        /// Who asks for it, if another recipe does.
+        extended_by: String,
+        /// Names of those that there are.
+        there_are: String,
+    },
+    /// A recipe extends itself.
+    #[error("read the recipes: {0}, and so on")]
+    RecipeCircle(String),
+    /// Not TOML of a recipe.
+    #[error("read {}", .path.display())]
+    RecipeText {
+        /// The recipe.
+        path: PathBuf,
+        /// What is wrong, and where.
+        #[source]
+        source: Box<figment::Error>,
+    },
+    /// A value in it is of no use.
+    #[error("read {}: {why}", .path.display())]
+    RecipeValue {
+        /// The recipe.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A key is neither in it nor in those that it extends.
+    #[error(
+        "read recipe `{name}`: it has no `{key}`, and extends none that has; most begin with `extends = \"debian-12-shell\"`"
+    )]
+    RecipeKey {
+        /// The recipe.
+        name: String,
+        /// The key.
+        key: &'static str,
+    },
+    /// It leaves out what is not there.
+    #[error("read recipe `{name}`: `without` names {package}, which none that it extends has")]
+    RecipeWithout {
+        /// The recipe.
+        name: String,
+        /// The package.
+        package: String,
+    },
     /// The recipe is for another kind of machine.
     #[error("build an image for {0} on {host}", host = std::env::consts::ARCH)]
     Architecture(String),
@@ -182,14 +223,6 @@ impl Staged {
     }
 }
 
-/// Whether there is a recipe of this name: asked before anything is looked for that only a build needs.
-///
-/// # Errors
-/// [`BuildError::Recipe`].
-pub fn check_recipe(name: &str) -> Result<(), BuildError> {
-    Recipe::find(name).map(drop)
-}
-
 /// Builds an image as far as it can be without starting it.
 ///
 /// # Errors
@@ -198,7 +231,7 @@ pub fn check_recipe(name: &str) -> Result<(), BuildError> {
 /// # Cancel safety
 /// Dropping the future kills what runs; files of sub-ids stay in `/var/tmp` until the next build.
 pub async fn build(request: &BuildRequest, progress: &mut Progress<'_>) -> Result<Staged, BuildError> {
-    let recipe = Recipe::find(&request.recipe)?;
+    let recipe = request.recipes.find(&request.recipe)?;
     if recipe.inputs.architecture != std::env::consts::ARCH {
         return Err(BuildError::Architecture(recipe.inputs.architecture));
     }
@@ -307,7 +340,7 @@ fn lay_out(request: &BuildRequest, recipe: &Recipe, files: &Path) -> Result<(), 
         let path = place(path)?;
         fs::write(&path, text).map_err(file_error("write", &path))?;
     }
-    Ok(())
+    recipe.overlays.iter().try_for_each(|overlay| overlay.copy_to(files))
 }
 
 #[cfg(test)]

@@ -1,25 +1,72 @@
-//! The recipes of `vm-images/`, carried inside the binary: an installed dayfly builds the same
-//! images as a source tree.
+//! Which recipe? Finds it, reads it, and puts it together with those that it extends.
+//!
+//! A recipe is a directory: `recipe.toml`, and, if they are wanted, `customize.sh` and overlays (directories of files). Those
+//! of `vm-images/` are carried inside the binary, so an installed dayfly builds the same images as a source tree; a
+//! directory of the operator's own comes before them. `vm-images/README.md` is the reference.
 
-use super::BuildError;
+mod files;
+
+pub(super) use files::Overlay;
+
+use super::{BuildError, file_error};
+use crate::image::store::valid;
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
 use serde::Deserialize;
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
 
-/// A recipe: its inputs, and the files that go into the image.
-#[derive(Clone, Debug)]
-pub(super) struct Recipe {
-    /// `recipe.toml`.
-    pub(super) inputs: Inputs,
-    /// The script that turns a minimal system into the guest.
-    pub(super) customize: &'static str,
-    /// Files of its own: path below the root, and text.
-    pub(super) files: &'static [(&'static str, &'static str)],
+/// Where operators put recipes, and where the package puts those of this dayfly for them to read and copy; the first that
+/// has a name has it.
+pub const RECIPE_DIRECTORIES: [&str; 2] = ["/etc/dayfly/recipes", "/usr/share/dayfly/recipes"];
+
+const RECIPE_FILE: &str = "recipe.toml";
+const CUSTOMIZE_FILE: &str = "customize.sh";
+
+/// Bytes of a recipe.toml or a script at most.
+const TEXT_BYTES_MAX: u64 = 1024 * 1024;
+
+/// A recipe that extends another that extends another: so long a chain is a mistake.
+const CHAIN_MAX: usize = 8;
+
+/// A recipe of this binary.
+struct Carried {
+    name: &'static str,
+    text: &'static str,
 }
 
-/// `recipe.toml`, as its comments explain it.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+const CARRIED: [Carried; 2] = [
+    Carried { name: "debian-12-shell", text: include_str!("../../../vm-images/debian-12-shell/recipe.toml") },
+    Carried { name: "debian-13-shell", text: include_str!("../../../vm-images/debian-13-shell/recipe.toml") },
+];
+
+/// What every image of Debian gets: path below its root, and text.
+const SHARED_FILES: [(&str, &str); 3] = [
+    ("etc/systemd/system/dayfly-guest.service", include_str!("../../../vm-images/debian/dayfly-guest.service")),
+    ("etc/systemd/system/dayfly.target", include_str!("../../../vm-images/debian/dayfly.target")),
+    ("etc/systemd/system.conf.d/dayfly.conf", include_str!("../../../vm-images/debian/limits.conf")),
+];
+
+/// The first step of every image, and its last.
+const CUSTOMIZE: &str = include_str!("../../../vm-images/debian/customize.sh");
+const SEAL: &str = include_str!("../../../vm-images/debian/seal.sh");
+
+/// A recipe: its inputs, and what goes into the image.
+#[derive(Clone, Debug)]
+pub(super) struct Recipe {
+    /// `recipe.toml`, with what it extends.
+    pub(super) inputs: Inputs,
+    /// The scripts that turn a minimal system into the guest, in their order.
+    pub(super) scripts: Vec<String>,
+    /// Files of ours: path below the root, and text.
+    pub(super) files: &'static [(&'static str, &'static str)],
+    /// Files of the recipes, in their order; a later one is put over an earlier one.
+    pub(super) overlays: Vec<Overlay>,
+}
+
+/// The whole of what a recipe asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Inputs {
     pub(super) suite: String,
     pub(super) architecture: String,
@@ -34,46 +81,227 @@ pub(super) struct Inputs {
     pub(super) disk_gib: u64,
 }
 
-/// Names of all recipes.
-pub const RECIPES: [&str; 1] = ["debian-12-shell"];
+/// `recipe.toml`, as it is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Written {
+    extends: Option<String>,
+    suite: Option<String>,
+    architecture: Option<String>,
+    executor: Option<String>,
+    packages: Vec<String>,
+    tools: Vec<String>,
+    without: Vec<String>,
+    kernel_package: Option<String>,
+    modules: Vec<String>,
+    cmdline: Option<String>,
+    disk_gib: Option<u64>,
+    overlays: Vec<String>,
+}
 
-impl Recipe {
-    /// The recipe of this name.
-    pub(super) fn find(name: &str) -> Result<Self, BuildError> {
-        match name {
-            "debian-12-shell" => Ok(Self {
-                inputs: Inputs::parse(include_str!("../../../vm-images/debian-12-shell/recipe.toml"))?,
-                customize: include_str!("../../../vm-images/debian-12-shell/customize.sh"),
-                files: &[
-                    (
-                        "etc/systemd/system/dayfly-guest.service",
-                        include_str!("../../../vm-images/debian-12-shell/dayfly-guest.service"),
-                    ),
-                    (
-                        "etc/systemd/system/dayfly.target",
-                        include_str!("../../../vm-images/debian-12-shell/dayfly.target"),
-                    ),
-                    (
-                        "etc/systemd/system.conf.d/dayfly.conf",
-                        include_str!("../../../vm-images/debian-12-shell/limits.conf"),
-                    ),
-                ],
-            }),
-            _ => Err(BuildError::Recipe(name.to_owned())),
+/// Where recipes are looked for.
+#[derive(Clone, Debug)]
+pub struct Recipes(Vec<PathBuf>);
+
+/// A recipe's name, and where it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Its name.
+    pub name: String,
+    /// Its directory; none: inside this binary.
+    pub directory: Option<PathBuf>,
+}
+
+impl Default for Recipes {
+    fn default() -> Self {
+        Self(RECIPE_DIRECTORIES.map(PathBuf::from).to_vec())
+    }
+}
+
+impl Recipes {
+    /// Those of `directory` before all others.
+    #[must_use]
+    pub fn before_others(mut self, directory: Option<PathBuf>) -> Self {
+        self.0.splice(..0, directory);
+        self
+    }
+
+    /// All that can be built, by name. What cannot be read is left out here, and named by who builds it.
+    #[must_use]
+    pub fn all(&self) -> Vec<Found> {
+        let mut names: BTreeSet<String> = CARRIED.iter().map(|carried| carried.name.to_owned()).collect();
+        for directory in &self.0 {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            names.extend(entries.filter_map(|entry| entry.file_name().into_string().ok()));
         }
+        let found = names.into_iter().filter(|name| valid(name).is_ok()).filter_map(|name| {
+            let place = self.place(&name, 0)?;
+            let directory = self.0.get(place).map(|directory| directory.join(&name));
+            Some(Found { name, directory })
+        });
+        found.collect()
+    }
+
+    /// The first place from `from` on that has this recipe: one of the directories, or behind them the binary.
+    fn place(&self, name: &str, from: usize) -> Option<usize> {
+        let has = |directory: &PathBuf| directory.join(name).join(RECIPE_FILE).symlink_metadata().is_ok();
+        let carried = CARRIED.iter().any(|carried| carried.name == name);
+        let found = self.0.iter().skip(from).position(has).map(|at| at + from);
+        found.or_else(|| (carried && from <= self.0.len()).then_some(self.0.len()))
+    }
+
+    /// Whether there is a recipe of this name, and nothing is wrong with it: asked before anything is looked for that only
+    /// a build needs.
+    ///
+    /// # Errors
+    /// [`BuildError`]; it names the file that is wrong.
+    pub fn check(&self, name: &str) -> Result<(), BuildError> {
+        self.find(name).map(drop)
+    }
+
+    /// The recipe of this name, put together.
+    ///
+    /// # Errors
+    /// [`BuildError`]; it names the file that is wrong.
+    pub(super) fn find(&self, name: &str) -> Result<Recipe, BuildError> {
+        let mut chain = Vec::new();
+        let (mut wanted, mut from) = (name.to_owned(), 0);
+        loop {
+            valid(&wanted)?;
+            let place = self.place(&wanted, from).ok_or_else(|| self.missing(&wanted, chain.last()))?;
+            let link = self.read(&wanted, place)?;
+            let extends = link.written.extends.clone();
+            chain.push(link);
+            let Some(parent) = extends else { break };
+            // A recipe may have the name of the one that it extends: that is the next one of this name.
+            from = if parent == wanted { place + 1 } else { 0 };
+            let again = from == 0 && chain.iter().any(|link| link.name == parent);
+            if again || chain.len() == CHAIN_MAX {
+                let names = chain.iter().map(|link| link.name.as_str()).chain([parent.as_str()]);
+                return Err(BuildError::RecipeCircle(names.collect::<Vec<_>>().join(" extends ")));
+            }
+            wanted = parent;
+        }
+        chain.reverse();
+        put_together(name, &chain)
+    }
+
+    fn missing(&self, name: &str, extended_by: Option<&Link>) -> BuildError {
+        let there_are = self.all().into_iter().map(|found| found.name).collect::<Vec<_>>().join(", ");
+        let extended_by = extended_by.map_or(String::new(), |link| format!(", which `{}` extends", link.name));
+        BuildError::Recipe { name: name.to_owned(), extended_by, there_are }
+    }
+
+    fn read(&self, name: &str, place: usize) -> Result<Link, BuildError> {
+        let Some(directory) = self.0.get(place).map(|directory| directory.join(name)) else {
+            let text = CARRIED.iter().find(|carried| carried.name == name).map_or("", |carried| carried.text);
+            let written = Written::parse(text, Path::new(name))?;
+            return Ok(Link { name: name.to_owned(), written, customize: None, overlays: Vec::new() });
+        };
+        let path = directory.join(RECIPE_FILE);
+        let text = files::text(&path, TEXT_BYTES_MAX).map_err(file_error("read", &path))?;
+        let written = Written::parse(&text, &path)?;
+        let path = directory.join(CUSTOMIZE_FILE);
+        let customize = match files::text(&path, TEXT_BYTES_MAX) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(file_error("read", &path)(error)),
+        };
+        let overlays: Result<_, _> = written.overlays.iter().map(|overlay| Overlay::of(&directory, overlay)).collect();
+        Ok(Link { name: name.to_owned(), written, customize, overlays: overlays? })
+    }
+}
+
+/// One recipe of a chain.
+struct Link {
+    name: String,
+    written: Written,
+    customize: Option<String>,
+    overlays: Vec<Overlay>,
+}
+
+/// The one that extends nothing is the first.
+fn put_together(name: &str, chain: &[Link]) -> Result<Recipe, BuildError> {
+    let last = |of: fn(&Written) -> Option<String>, key: &'static str| {
+        let found = chain.iter().rev().find_map(|link| of(&link.written));
+        found.ok_or_else(|| BuildError::RecipeKey { name: name.to_owned(), key })
+    };
+    let (mut packages, mut tools, mut modules) = (Vec::new(), Vec::new(), Vec::new());
+    for Link { name, written, .. } in chain {
+        for unwanted in &written.without {
+            let before = packages.len() + tools.len();
+            packages.retain(|package| package != unwanted);
+            tools.retain(|tool| tool != unwanted);
+            if packages.len() + tools.len() == before {
+                return Err(BuildError::RecipeWithout { name: name.clone(), package: unwanted.clone() });
+            }
+        }
+        for (all, more) in
+            [(&mut packages, &written.packages), (&mut tools, &written.tools), (&mut modules, &written.modules)]
+        {
+            for one in more {
+                if !all.contains(one) {
+                    all.push(one.clone());
+                }
+            }
+        }
+    }
+    let disk_gib = chain.iter().rev().find_map(|link| link.written.disk_gib);
+    let inputs = Inputs {
+        suite: last(|written| written.suite.clone(), "suite")?,
+        architecture: last(|written| written.architecture.clone(), "architecture")?,
+        executor: last(|written| written.executor.clone(), "executor")?,
+        packages,
+        tools,
+        kernel_package: last(|written| written.kernel_package.clone(), "kernel_package")?,
+        modules,
+        cmdline: last(|written| written.cmdline.clone(), "cmdline")?,
+        disk_gib: disk_gib.ok_or_else(|| BuildError::RecipeKey { name: name.to_owned(), key: "disk_gib" })?,
+    };
+    let own = chain.iter().filter_map(|link| link.customize.clone());
+    Ok(Recipe {
+        inputs,
+        scripts: [CUSTOMIZE.to_owned()].into_iter().chain(own).chain([SEAL.to_owned()]).collect(),
+        files: &SHARED_FILES,
+        overlays: chain.iter().flat_map(|link| link.overlays.clone()).collect(),
+    })
+}
+
+impl Written {
+    fn parse(text: &str, path: &Path) -> Result<Self, BuildError> {
+        let path = || path.to_owned();
+        let written: Self = Figment::from(Toml::string(text))
+            .extract()
+            .map_err(|error| BuildError::RecipeText { path: path(), source: Box::new(error) })?;
+        let all = written.packages.iter().chain(&written.tools).chain(&written.without).chain(&written.kernel_package);
+        if let Some(name) = all.into_iter().find(|name| !is_package_name(name)) {
+            return Err(BuildError::RecipeValue {
+                path: path(),
+                why: format!("`{name}` is no name of a Debian package"),
+            });
+        }
+        if let Some(suite) = written.suite.as_deref().filter(|suite| !is_suite(suite)) {
+            return Err(BuildError::RecipeValue { path: path(), why: format!("`{suite}` is no suite of Debian's") });
+        }
+        if let Some(executor) = written.executor.as_deref().filter(|executor| *executor != "shell") {
+            let why = format!("there is no executor `{executor}`; there is shell");
+            return Err(BuildError::RecipeValue { path: path(), why });
+        }
+        if let Some(size) = written.disk_gib.filter(|size| !(1..=1024).contains(size)) {
+            return Err(BuildError::RecipeValue {
+                path: path(),
+                why: format!("disk_gib = {size} is not within 1 to 1024"),
+            });
+        }
+        if written.cmdline.as_deref().is_some_and(|line| line.contains(char::is_control) || line.len() > 1024) {
+            let why = "cmdline is longer than 1024 bytes, or has control characters".to_owned();
+            return Err(BuildError::RecipeValue { path: path(), why });
+        }
+        Ok(written)
     }
 }
 
 impl Inputs {
-    fn parse(text: &str) -> Result<Self, BuildError> {
-        let inputs: Self =
-            Figment::from(Toml::string(text)).extract().map_err(|error| BuildError::RecipeText(Box::new(error)))?;
-        if let Some(name) = inputs.all_packages().find(|name| !is_package_name(name)) {
-            return Err(BuildError::PackageName(name.to_owned()));
-        }
-        Ok(inputs)
-    }
-
     /// All that is to be installed, as mmdebstrap's `--include` takes it.
     pub(super) fn all_packages(&self) -> impl Iterator<Item = &str> {
         self.packages.iter().chain(&self.tools).map(String::as_str)
@@ -87,52 +315,11 @@ fn is_package_name(name: &str) -> bool {
     name.len() >= 2 && name.starts_with(is_plain) && name.chars().all(|c| is_plain(c) || "+-.".contains(c))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_recipe_can_be_read_and_is_whole() {
-        for name in RECIPES {
-            let recipe = Recipe::find(name).unwrap();
-            assert!(recipe.inputs.cmdline.contains("systemd.unit=dayfly.target"), "{name}");
-            assert!(
-                recipe
-                    .files
-                    .iter()
-                    .any(|(path, text)| path.ends_with("dayfly-guest.service") && text.contains("Environment=HOME=")),
-                "{name}"
-            );
-            assert!(recipe.customize.starts_with("#!/bin/sh"), "{name}");
-            for module in ["virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "pvpanic-mmio"] {
-                assert!(recipe.inputs.modules.iter().any(|listed| listed == module), "{name}: a guest needs {module}");
-            }
-        }
-    }
-
-    /// U49: what a CI image is expected to have is asked for, by names of packages and nothing else.
-    #[test]
-    fn tools_are_packages_and_the_expected_ones_are_among_them() {
-        let recipe = Recipe::find("debian-12-shell").unwrap();
-        let all: Vec<&str> = recipe.inputs.all_packages().collect();
-        for tool in ["procps", "make", "gcc", "libc6-dev", "python3", "jq", "sudo", "git", "curl"] {
-            assert!(all.contains(&tool), "{tool}");
-        }
-        let text = include_str!("../../../vm-images/debian-12-shell/recipe.toml");
-        for bad in ["jq zip", "jq,zip", "jq/sid", "?essential", "Jq", "-o", "jq=1.6", "j", ""] {
-            let error = Inputs::parse(&text.replace("\"jq\"", &format!("\"{bad}\""))).unwrap_err().to_string();
-            assert_eq!(error, format!("read the recipe: `{bad}` is no name of a Debian package"));
-        }
-        for good in ["g++", "libc6-dev", "python3.11", "0ad"] {
-            assert!(is_package_name(good), "{good}");
-        }
-        let without = text.replace("tools = [", "tolls = [");
-        assert!(matches!(Inputs::parse(&without), Err(BuildError::RecipeText(_))));
-    }
-
-    #[test]
-    fn an_unknown_recipe_names_those_that_exist() {
-        let error = Recipe::find("plan9").unwrap_err().to_string();
-        assert_eq!(error, "no recipe `plan9`; there are: debian-12-shell");
-    }
+/// A code name: `bookworm`, `trixie`. Never an option of mmdebstrap's, nor a path.
+fn is_suite(suite: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    suite.starts_with(is_plain) && suite.len() <= 64 && suite.chars().all(|c| is_plain(c) || c == '-')
 }
+
+#[cfg(test)]
+mod tests;

@@ -155,7 +155,11 @@ pub(super) async fn packages(
             fs::write(&path, text).and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(mode)));
         written.map(|()| path.clone()).map_err(file_error("write", &path))
     };
-    let customize = write("customize.sh", recipe.customize, 0o755)?;
+    let mut hooks = Vec::new();
+    for (number, script) in recipe.scripts.iter().enumerate() {
+        let path = write(&format!("customize-{number}.sh"), script, 0o755)?;
+        hooks.push(format!("--customize-hook={}", path.display()));
+    }
     write("kernel-package", &recipe.inputs.kernel_package, 0o644)?;
     let tar = work.path("root.tar");
 
@@ -165,7 +169,7 @@ pub(super) async fn packages(
         .args(["--aptopt=Apt::Install-Recommends \"false\""])
         .args(["doc", "man", "locale"].map(|directory| format!("--dpkgopt=path-exclude=/usr/share/{directory}/*")))
         .arg(format!("--include={}", recipe.inputs.all_packages().collect::<Vec<_>>().join(",")))
-        .arg(format!("--customize-hook={}", customize.display()))
+        .args(hooks)
         .env("TMPDIR", work.path("tmp"))
         .directory(&work.path);
     for variable in PROXY_VARIABLES {

@@ -8,6 +8,7 @@ use crate::image::manifest::RunnerOrigin;
 fn request(directory: &Path) -> BuildRequest {
     BuildRequest {
         recipe: "debian-12-shell".into(),
+        recipes: Recipes::default(),
         image_directory: directory.join("images"),
         runner: RunnerSource { path: directory.join("runner"), origin: RunnerOrigin::Path },
         guest_program: directory.join("guest"),
@@ -26,7 +27,7 @@ async fn programs_that_a_guest_could_not_start_are_refused_before_any_work() {
     let error = build(&request, &mut |_| {}).await.unwrap_err().to_string();
     assert!(error.starts_with("find a statically linked dayfly-guest in "), "{error}");
     request.recipe = "debian-99".into();
-    assert!(matches!(build(&request, &mut |_| {}).await, Err(BuildError::Recipe(_))));
+    assert!(matches!(build(&request, &mut |_| {}).await, Err(BuildError::Recipe { .. })));
     assert!(!request.image_directory.exists(), "nothing was made");
 }
 
@@ -72,7 +73,7 @@ fn what_we_add_lies_where_units_and_docs_say() {
         fs::write(path, "program").unwrap();
     }
     let files = dir.path().join("files");
-    lay_out(&request, &Recipe::find("debian-12-shell").unwrap(), &files).unwrap();
+    lay_out(&request, &Recipes::default().find("debian-12-shell").unwrap(), &files).unwrap();
     for path in ["usr/lib/dayfly/dayfly-guest", "usr/bin/gitlab-runner"] {
         assert_eq!(fs::metadata(files.join(path)).unwrap().permissions().mode() & 0o777, 0o755, "{path}");
     }
@@ -85,7 +86,7 @@ fn what_we_add_lies_where_units_and_docs_say() {
 /// machine's memory: of the guest's unit, of all others, and, by the same file, of users' units.
 #[test]
 fn no_unit_ends_with_one_of_its_processes() {
-    let recipe = Recipe::find("debian-12-shell").unwrap();
+    let recipe = Recipes::default().find("debian-12-shell").unwrap();
     let text = |end: &str| recipe.files.iter().find(|(path, _)| path.ends_with(end)).unwrap().1;
     let unit = text("dayfly-guest.service");
     for line in ["OOMPolicy=continue", "TasksMax=infinity", "MemoryMax=infinity", "LimitNPROC=infinity"] {
@@ -93,14 +94,14 @@ fn no_unit_ends_with_one_of_its_processes() {
     }
     let all = text("system.conf.d/dayfly.conf");
     assert!(all.contains("DefaultOOMPolicy=continue") && all.contains("DefaultTasksMax=infinity"), "{all}");
-    assert!(recipe.customize.contains("user.conf.d/dayfly.conf"), "users' units have the same");
+    assert!(recipe.scripts[0].contains("user.conf.d/dayfly.conf"), "users' units have the same");
 }
 
 /// U45: the runner's room for temporary files is not what its job calls its own.
 #[test]
 fn a_jobs_shell_does_not_have_its_runners_tmpdir() {
-    let profile = Recipe::find("debian-12-shell").unwrap().customize;
-    let line = profile.lines().find(|line| line.contains("unset TMPDIR")).unwrap();
+    let recipe = Recipes::default().find("debian-12-shell").unwrap();
+    let line = recipe.scripts[0].lines().find(|line| line.contains("unset TMPDIR")).unwrap();
     assert!(line.contains("= /run/dayfly/runner ]") && line.ends_with("> \"$root/etc/profile\""), "{line}");
 }
 

@@ -68,6 +68,44 @@ fn a_vm_that_starts_from_the_old_version_still_finds_it() {
     store.remove("shell").unwrap();
 }
 
+#[test]
+fn the_version_before_comes_back_and_goes_again() {
+    let (_dir, store) = store();
+    let message = |store: &ImageStore| store.roll_back("shell").unwrap_err().to_string();
+    assert_eq!(message(&store), "image `shell` has no version before the one in use");
+    let first = promote(&store, b"one");
+    assert_eq!(message(&store), "image `shell` has no version before the one in use");
+    let second = promote(&store, b"two");
+    let name = |image: &Image| image.dir.file_name().unwrap().to_str().unwrap().to_owned();
+    assert_eq!(store.versions("shell").unwrap(), [name(&second), name(&first)]);
+    for expected in [&first, &second, &first] {
+        assert_eq!(store.roll_back("shell").unwrap().dir, expected.dir);
+        assert_eq!(store.get("shell").unwrap().dir, expected.dir);
+    }
+    assert_eq!(store.versions("shell").unwrap(), [name(&first), name(&second)]);
+    // The next one takes the place of the one in use; the one that was rolled back from is the oldest now.
+    let third = promote(&store, b"three");
+    assert_eq!(store.versions("shell").unwrap(), [name(&third), name(&first)]);
+    assert!(!second.dir.exists());
+
+    assert_eq!(store.named(&name(&first)).unwrap().dir, first.dir);
+    assert_eq!(store.named("shell").unwrap().dir, third.dir);
+    for wrong in ["shell@00000000", "shell@../x", "other@00000000"] {
+        assert!(matches!(store.named(wrong), Err(ImageError::NoVersion { .. })), "{wrong}");
+    }
+    assert!(matches!(store.named("../x@1"), Err(ImageError::Name(_))));
+}
+
+#[test]
+fn a_broken_version_is_not_rolled_back_to() {
+    let (_dir, store) = store();
+    let first = promote(&store, b"one");
+    let second = promote(&store, b"two");
+    fs::remove_file(first.dir.join("initrd")).unwrap();
+    assert!(matches!(store.roll_back("shell"), Err(ImageError::File { .. })));
+    assert_eq!(store.get("shell").unwrap().dir, second.dir);
+}
+
 /// U4: a job boots from the version that it was accepted for, also if another has taken its place; once that is gone
 /// it boots from none.
 #[test]

@@ -69,18 +69,80 @@ impl ImageStore {
         } else {
             fs::rename(staged, &target).map_err(failed("rename staged image to", &target))?;
         }
-        let new_link = self.directory.join(format!(".{name}.new"));
-        match fs::remove_file(&new_link) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &new_link)(source)),
-            _ => {}
-        }
-        std::os::unix::fs::symlink(&version, &new_link).map_err(failed("make link", &new_link))?;
-        fs::rename(&new_link, &link).map_err(failed("replace image", &link))?;
-        self.sync()?;
+        self.put_in_use(name, &version)?;
 
         let keep = [Some(version), before.and_then(|before| Some(before.to_str()?.to_owned()))];
         self.remove_versions(name, &keep)?;
         self.get(name)
+    }
+
+    /// The versions of an image, `NAME@DIGITS` each, the one in use first. An image that the operator has put there as a
+    /// plain directory has none.
+    ///
+    /// # Errors
+    /// [`ImageError::Name`], [`ImageError::Directory`].
+    pub fn versions(&self, name: &str) -> Result<Vec<String>, ImageError> {
+        let prefix = format!("{}@", valid(name)?);
+        let in_use = fs::read_link(self.directory.join(name)).ok();
+        let mut versions: Vec<String> =
+            self.entries()?.into_iter().filter(|entry| entry.starts_with(&prefix)).collect();
+        versions.sort_by_key(|version| in_use.as_deref() != Some(Path::new(version)));
+        Ok(versions)
+    }
+
+    /// An image by its name, or one version of it by `NAME@DIGITS`.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn named(&self, wanted: &str) -> Result<Image, ImageError> {
+        let Some((name, _)) = wanted.split_once('@') else { return self.get(wanted) };
+        if !self.versions(name)?.iter().any(|version| version == wanted) {
+            return Err(ImageError::NoVersion { name: name.to_owned(), wanted: wanted.to_owned() });
+        }
+        self.version(name, wanted)
+    }
+
+    fn version(&self, name: &str, version: &str) -> Result<Image, ImageError> {
+        let link = self.directory.join(version);
+        let dir =
+            fs::canonicalize(&link).map_err(|source| ImageError::File { name: name.to_owned(), path: link, source })?;
+        let image = open(name, dir)?;
+        self.is_as_before(&image)?;
+        Ok(image)
+    }
+
+    /// Puts the version before back in use; the one that was stays, so that this can be taken back in the same way.
+    /// Jobs that run, and jobs that were accepted, keep the version that they have.
+    ///
+    /// # Errors
+    /// [`ImageError::NothingBefore`], or what is wrong with that version; the one in use then stays.
+    pub fn roll_back(&self, name: &str) -> Result<Image, ImageError> {
+        let versions = self.versions(name)?;
+        // Two are kept. Were there more, a promotion was interrupted before it could remove the oldest.
+        let before = versions.iter().skip(1).max_by_key(|version| {
+            let manifest = self.directory.join(version).join(MANIFEST_FILE);
+            fs::metadata(manifest).and_then(|manifest| manifest.modified()).ok()
+        });
+        let Some(before) = before else { return Err(ImageError::NothingBefore(name.to_owned())) };
+        self.version(name, before)?;
+        self.put_in_use(name, before)?;
+        self.get(name)
+    }
+
+    /// At each moment the name leads to the one before or to this one.
+    fn put_in_use(&self, name: &str, version: &str) -> Result<(), ImageError> {
+        let failed = |what: &'static str, path: &Path| {
+            let path = path.to_owned();
+            move |source| ImageError::Directory { what, path, source }
+        };
+        let (link, new_link) = (self.directory.join(name), self.directory.join(format!(".{name}.new")));
+        match fs::remove_file(&new_link) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &new_link)(source)),
+            _ => {}
+        }
+        std::os::unix::fs::symlink(version, &new_link).map_err(failed("make link", &new_link))?;
+        fs::rename(&new_link, &link).map_err(failed("replace image", &link))?;
+        self.sync()
     }
 
     /// Removes an image and all its versions; none is fine.

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Turns a minimal Debian into the guest. mmdebstrap runs it outside of the new root, as the root of
-# that root: $1 is where it is. Beside this script: `files` (copied in), `kernel-package` (a name).
+# that root: $1 is where it is. Beside this script: `files` (copied in). A recipe's own customize.sh comes after it, in the
+# same way, and seal.sh is the last.
 set -eu
 root=$1
 here=$(dirname "$0")
@@ -26,19 +27,3 @@ mkdir -p "$root/etc/systemd/system-generators"
 for generator in "$root"/usr/lib/systemd/system-generators/*; do
     ln -s /dev/null "$root/etc/systemd/system-generators/$(basename "$generator")"
 done
-
-# The kernel's package, and what is in the image, for the record; both leave with this directory.
-mkdir "$root/.dayfly"
-APT_CONFIG=$MMDEBSTRAP_APT_CONFIG
-export APT_CONFIG
-kernel=$(apt-cache depends --important "$(cat "$here/kernel-package")" | sed -n 's/^ *Depends: //p' | head -n 1)
-(cd "$root/.dayfly" && apt-get -qq -o APT::Sandbox::User=root download "$kernel")
-chroot "$root" dpkg-query -W -f '${Package} ${Version}\n' > "$root/.dayfly/packages"
-
-# What belongs to the building host, and what each machine gets by itself. An empty machine-id (not
-# a missing one) keeps systemd from its first-boot presets.
-rm -f "$root/etc/apt/apt.conf.d/99mmdebstrap" "$root/var/lib/dbus/machine-id" "$root/etc/resolv.conf"
-: > "$root/etc/resolv.conf"
-: > "$root/etc/machine-id"
-: > "$root/etc/fstab"
-echo localhost > "$root/etc/hostname"

@@ -1,0 +1,3 @@
+#!/bin/sh
+set -eu
+ln -sf /bin/false "$1/usr/bin/gitlab-runner"
