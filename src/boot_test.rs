@@ -12,7 +12,7 @@ use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
 use crate::guest_config::{GuestParts, guest_config, guest_token, new_machine_id};
 use crate::image::manifest::Learnt;
 use crate::image::store::Image;
-use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
+use crate::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use crate::metrics::Metrics;
 use crate::network::{self, Listen, Network};
 use crate::rng::Rng;
@@ -37,6 +37,9 @@ pub const DEADLINE: Duration = Duration::from_secs(180);
 
 /// How long the VM may take to go; beyond it the caller is told what is left.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// MiB of its log, which nobody keeps.
+const LOG_MIB_MAX: u64 = 4;
 
 /// A class as small as a job's usually is.
 const CPUS: u32 = 1;
@@ -190,6 +193,7 @@ impl BootTest<'_> {
                 clone_url: Url::parse("http://gitlab.invalid/").expect("a constant URL parses"),
                 ca_pem: None,
                 direct_download: false,
+                settings: GuestSettings::default(),
             },
         };
         let parts = GuestParts {
@@ -200,6 +204,7 @@ impl BootTest<'_> {
             wait_timeout: self.deadline,
             door_patience: Duration::from_secs(5),
             power_off_after: self.deadline,
+            log_mib_max: LOG_MIB_MAX,
         };
         let clock = Clock::system();
         let config = guest_config(&parts, &clock, rng);

@@ -4,7 +4,7 @@
 //! config.toml (decision D9). Its form on the wire is the crate `dayfly-guest-config`'s.
 
 use crate::clock::Clock;
-use crate::machine_spec::MachineSpec;
+use crate::machine_spec::{EnvironmentLine, MachineSpec, PINNED_FLAGS};
 use crate::network::Lease;
 use crate::rng::Rng;
 use crate::secret::Secret;
@@ -34,6 +34,8 @@ pub struct GuestParts<'a> {
     pub door_patience: Duration,
     /// See [`GuestConfig::power_off_after_s`].
     pub power_off_after: Duration,
+    /// MiB of a job's log that are kept here: the guest's runner would cut it at 4 by itself.
+    pub log_mib_max: u64,
 }
 
 /// A new guest config, with a pass of its own.
@@ -70,6 +72,7 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
     let runner = &parts.spec.runner;
     let quoted = |text: &str| toml_edit::Value::from(text).to_string();
     let home = if user == "root" { "/root".to_owned() } else { format!("/home/{user}") };
+    let settings = &runner.settings;
     let mut text = String::new();
     let mut add = |line: String| writeln!(text, "{line}").expect("a String takes all");
     add("concurrent = 1".into());
@@ -87,12 +90,56 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
     add(format!("  builds_dir = {}", quoted(&format!("{home}/builds"))));
     add(format!("  cache_dir = {}", quoted(&format!("{home}/cache"))));
     add(format!("  job_status_final_update_retry_limit = {FINAL_UPDATE_TRIES}"));
-    // Pinned: GitLab decides from line 1, which is ours, whether a log has timestamps.
+    let log_mib = settings.output_limit_mib.map_or(parts.log_mib_max, |mib| mib.min(parts.log_mib_max));
+    // An `int` of Go's; in KiB, whatever its documentation calls them.
+    add(format!("  output_limit = {}", log_mib.saturating_mul(1024).min(i64::MAX.unsigned_abs())));
+    let environment = environment(&settings.environment);
+    if !environment.is_empty() {
+        let lines: Vec<String> = environment.iter().map(|line| quoted(line)).collect();
+        add(format!("  environment = [{}]", lines.join(", ")));
+    }
+    for (key, script) in [
+        ("pre_get_sources_script", &settings.pre_get_sources_script),
+        ("post_get_sources_script", &settings.post_get_sources_script),
+        ("pre_build_script", &settings.pre_build_script),
+        ("post_build_script", &settings.post_build_script),
+    ] {
+        if let Some(script) = script {
+            add(format!("  {key} = {}", quoted(script)));
+        }
+    }
+    if settings.custom_build_dir {
+        add("  [runners.custom_build_dir]".into());
+        add("    enabled = true".into());
+    }
     add("  [runners.feature_flags]".into());
-    add("    FF_TIMESTAMPS = true".into());
-    add("    FF_USE_JOB_ROUTER = false".into());
-    add("    FF_CONCRETE = false".into());
+    for (flag, on) in &settings.feature_flags {
+        // Ours win, should both be there: a line twice is no TOML.
+        if !PINNED_FLAGS.iter().any(|(pinned, _)| pinned == flag) {
+            add(format!("    {} = {on}", quoted(flag)));
+        }
+    }
+    for (flag, on) in PINNED_FLAGS {
+        add(format!("    {flag} = {on}"));
+    }
     text
+}
+
+/// The variables as they are wanted; with a proxy among them, the way to GitLab stays out of it: in a guest that is the
+/// relay, which no proxy can reach.
+fn environment(wanted: &[EnvironmentLine]) -> Vec<String> {
+    let is = |line: &EnvironmentLine, names: &[&str]| names.contains(&line.name().to_ascii_lowercase().as_str());
+    let mut lines: Vec<String> = wanted.iter().map(|line| line.0.clone()).collect();
+    if wanted.iter().any(|line| is(line, &["http_proxy", "https_proxy", "all_proxy"])) {
+        let relay = RELAY_URL.trim_start_matches("http://");
+        let but: Vec<&str> =
+            wanted.iter().filter(|line| is(line, &["no_proxy"])).map(EnvironmentLine::value).chain([relay]).collect();
+        let but = but.iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join(",");
+        lines.retain(|line| !line.to_ascii_lowercase().starts_with("no_proxy="));
+        // Programs differ in which of the two they read.
+        lines.extend(["NO_PROXY", "no_proxy"].map(|name| format!("{name}={but}")));
+    }
+    lines
 }
 
 /// The guest token, out of the config.toml that carries it.
@@ -127,11 +174,17 @@ pub fn new_machine_id(rng: &Rng) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine_spec::GuestSettings;
 
     fn config(name: &str) -> GuestConfig {
+        config_with(name, GuestSettings::default())
+    }
+
+    fn config_with(name: &str, settings: GuestSettings) -> GuestConfig {
         let rng = Rng::seeded(1);
         let mut spec = MachineSpec::example();
         spec.runner.name = name.to_owned();
+        spec.runner.settings = settings;
         spec.runner.clone_url = "https://gitlab.example/root/".parse().unwrap();
         spec.runner.ca_pem = Some("PEM".into());
         let parts = GuestParts {
@@ -142,6 +195,7 @@ mod tests {
             wait_timeout: Duration::from_secs(360),
             door_patience: Duration::from_secs(60),
             power_off_after: Duration::from_secs(1800),
+            log_mib_max: 256,
         };
         guest_config(&parts, &Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()), &rng)
     }
@@ -155,6 +209,73 @@ mod tests {
             assert_eq!(parsed["runners"][0]["clone_url"].as_str(), Some("https://gitlab.example/root"));
             assert_eq!(parsed["runners"][0]["feature_flags"]["FF_TIMESTAMPS"].as_bool(), Some(true));
         }
+    }
+
+    fn runner_of(settings: GuestSettings) -> toml_edit::Table {
+        let text = config_with("r", settings).runner.config_toml;
+        let parsed: toml_edit::DocumentMut = text.parse().unwrap_or_else(|error| panic!("{error}: {text}"));
+        parsed["runners"].as_array_of_tables().unwrap().get(0).unwrap().clone()
+    }
+
+    /// U15: the guest's runner cuts a log where the daemon would, and not at its own 4 MiB; an entry may want less.
+    #[test]
+    fn the_runners_own_limit_of_a_log_follows_the_spools() {
+        let limit = |output_limit_mib| {
+            let settings = GuestSettings { output_limit_mib, ..GuestSettings::default() };
+            runner_of(settings)["output_limit"].as_integer().unwrap()
+        };
+        assert_eq!(limit(None), 256 * 1024);
+        assert_eq!(limit(Some(1)), 1024);
+        assert_eq!(limit(Some(1000)), 256 * 1024);
+    }
+
+    /// What shops have in their runners' entries arrives in the guest's config.toml, whatever is in it.
+    #[test]
+    fn the_entrys_settings_are_the_guest_runners() {
+        let script = "echo \"a 'b' \\ \"\"\"\n\tset -e\n".to_owned();
+        let settings = GuestSettings {
+            environment: vec![EnvironmentLine("A=b \"c\"=d".into())],
+            pre_get_sources_script: Some(script.clone()),
+            post_get_sources_script: Some("two".into()),
+            pre_build_script: Some("three".into()),
+            post_build_script: Some("four".into()),
+            feature_flags: [("FF_USE_FASTZIP".to_owned(), true), ("FF_TIMESTAMPS".to_owned(), false)].into(),
+            custom_build_dir: true,
+            ..GuestSettings::default()
+        };
+        let runner = runner_of(settings);
+        assert_eq!(runner["environment"][0].as_str(), Some("A=b \"c\"=d"));
+        assert_eq!(runner["pre_get_sources_script"].as_str(), Some(script.as_str()));
+        for (key, text) in
+            [("post_get_sources_script", "two"), ("pre_build_script", "three"), ("post_build_script", "four")]
+        {
+            assert_eq!(runner[key].as_str(), Some(text));
+        }
+        assert_eq!(runner["custom_build_dir"]["enabled"].as_bool(), Some(true));
+        assert_eq!(runner["feature_flags"]["FF_USE_FASTZIP"].as_bool(), Some(true));
+        assert_eq!(runner["feature_flags"]["FF_TIMESTAMPS"].as_bool(), Some(true), "pinned");
+    }
+
+    /// U43: no job can have itself suspended: there is nobody to wake it.
+    #[test]
+    fn suspending_is_switched_off_where_no_job_can_switch_it_on() {
+        let flags = [("FF_SUSPENDABLE_ENVIRONMENTS".to_owned(), true)].into();
+        for settings in [GuestSettings::default(), GuestSettings { feature_flags: flags, ..GuestSettings::default() }] {
+            let runner = runner_of(settings);
+            assert_eq!(runner["feature_flags"]["FF_SUSPENDABLE_ENVIRONMENTS"].as_bool(), Some(false));
+        }
+    }
+
+    #[test]
+    fn the_way_to_gitlab_goes_by_no_proxy() {
+        let of =
+            |lines: &[&str]| environment(&lines.iter().map(|line| EnvironmentLine((*line).into())).collect::<Vec<_>>());
+        assert_eq!(of(&["A=b", "NO_PROXY=x"]), ["A=b", "NO_PROXY=x"]);
+        assert_eq!(
+            of(&["https_proxy=http://p:3128", "No_Proxy=a,b"]),
+            ["https_proxy=http://p:3128", "NO_PROXY=a,b,192.0.2.1", "no_proxy=a,b,192.0.2.1"]
+        );
+        assert_eq!(of(&["HTTP_PROXY=p"])[1], "NO_PROXY=192.0.2.1");
     }
 
     #[test]

@@ -7,6 +7,8 @@
 use crate::network;
 use crate::secret::{self, Secret};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
 use url::Url;
 
 /// One job's machine, from its image to what its runner believes.
@@ -59,6 +61,76 @@ pub struct GuestRunnerSpec {
     pub ca_pem: Option<String>,
     /// Whether the guest fetches artifacts straight from object storage.
     pub direct_download: bool,
+    /// What the entry wants of the guest's runner besides.
+    #[serde(default, skip_serializing_if = "GuestSettings::is_default")]
+    pub settings: GuestSettings,
+}
+
+/// Flags that no entry and no job can change, for the runner believes its config.toml first.
+///
+/// GitLab decides from line 1 of a log, which is ours, whether it has timestamps. Jobs come by polls of ours. And no
+/// machine can be suspended and found again: a job variable could else make a system failure of a success.
+pub const PINNED_FLAGS: [(&str, bool); 4] = [
+    ("FF_TIMESTAMPS", true),
+    ("FF_USE_JOB_ROUTER", false),
+    ("FF_CONCRETE", false),
+    ("FF_SUSPENDABLE_ENVIRONMENTS", false),
+];
+
+/// What a runner's entry says for its guests' config.toml, by gitlab-runner's own keys. None of it is looked at here.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GuestSettings {
+    /// MiB of a job's log; none: as much as is kept here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_limit_mib: Option<u64>,
+    /// Variables of every job.
+    pub environment: Vec<EnvironmentLine>,
+    /// Before a job's sources are fetched.
+    pub pre_get_sources_script: Option<String>,
+    /// After that.
+    pub post_get_sources_script: Option<String>,
+    /// Before a job's own commands.
+    pub pre_build_script: Option<String>,
+    /// After them.
+    pub post_build_script: Option<String>,
+    /// Feature flags, on or off.
+    pub feature_flags: BTreeMap<String, bool>,
+    /// Whether jobs may choose their build directory (`GIT_CLONE_PATH`).
+    pub custom_build_dir: bool,
+}
+
+impl GuestSettings {
+    /// Whether nothing is wanted.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// `NAME=value`. The value may be what people should not see, a proxy's password say, and is not printed.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct EnvironmentLine(pub String);
+
+impl EnvironmentLine {
+    /// The name, or all of it where there is no value.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.0.split_once('=').map_or(&self.0, |(name, _)| name)
+    }
+
+    /// The value.
+    #[must_use]
+    pub fn value(&self) -> &str {
+        self.0.split_once('=').map_or("", |(_, value)| value)
+    }
+}
+
+impl fmt::Debug for EnvironmentLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}=[redacted]", self.name())
+    }
 }
 
 #[cfg(test)]
@@ -81,6 +153,7 @@ impl MachineSpec {
                 clone_url: "https://gitlab.example".parse().unwrap(),
                 ca_pem: None,
                 direct_download: false,
+                settings: GuestSettings::default(),
             },
         }
     }

@@ -448,18 +448,11 @@ async fn prepare(
     config.state_directory.clone_from(&instance.state);
     config.runtime_directory.clone_from(&instance.runtime);
     config.runner = vec![Runner {
-        name: RUNNER_NAME.into(),
-        url: url(Ipv4Addr::LOCALHOST),
-        token_file,
-        class: "exec".into(),
         limit: Some(1),
-        tls_ca_file: None,
-        tls_cert_file: None,
-        tls_key_file: None,
         clone_url: Some(url(HOST_FROM_GUEST)),
         allow_insecure_http: true,
-        direct_download: false,
         poll_interval: Span::from_millis(500),
+        ..Runner::new(RUNNER_NAME, url(Ipv4Addr::LOCALHOST), token_file, "exec")
     }];
     Ok((standin, project, served))
 }

@@ -8,6 +8,7 @@ pub const EXAMPLE: &str = include_str!("../../config.example.toml");
 mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span};
+    use crate::machine_spec::EnvironmentLine;
     use serde_json::Value;
     use std::collections::BTreeSet;
 
@@ -58,6 +59,14 @@ mod tests {
             allow_insecure_http: true,
             direct_download: true,
             poll_interval: Span::from_secs(1),
+            output_limit_mib: Some(1),
+            environment: vec![EnvironmentLine("A=b".into())],
+            pre_get_sources_script: Some("s".into()),
+            post_get_sources_script: Some("s".into()),
+            pre_build_script: Some("s".into()),
+            post_build_script: Some("s".into()),
+            feature_flags: [("FF_A".into(), true)].into(),
+            custom_build_dir: true,
         };
         (class, runner)
     }

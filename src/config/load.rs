@@ -248,8 +248,19 @@ impl Loaded {
         if let Ok(value) = serde_json::to_value(&self.config) {
             leaves("", &value, &mut values);
         }
-        values.into_iter().map(|(key, value)| (key.clone(), value, self.origins.of(&key))).collect()
+        let shown = |key: &str, value: String| if is_variable(key) { without_value(&value) } else { value };
+        values.into_iter().map(|(key, value)| (key.clone(), shown(&key, value), self.origins.of(&key))).collect()
     }
+}
+
+/// `runner.0.environment.2`.
+fn is_variable(key: &str) -> bool {
+    matches!(key.split('.').collect::<Vec<_>>()[..], ["runner", _, "environment", _])
+}
+
+/// A variable's value may be a secret for all that we know.
+fn without_value(shown: &str) -> String {
+    shown.split_once('=').map_or_else(|| shown.to_owned(), |(name, _)| format!("{name}=…\""))
 }
 
 fn leaves(key: &str, value: &serde_json::Value, found: &mut Vec<(String, String)>) {

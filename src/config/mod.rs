@@ -18,8 +18,10 @@ pub use load::{ConfigError, Loaded, environment};
 pub use origin::{Origin, Origins};
 pub use validate::{Problem, Problems};
 
+use crate::machine_spec::{EnvironmentLine, GuestSettings};
 use crate::{capacity, network, telemetry, vm};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use url::Url;
 
@@ -130,6 +132,74 @@ pub struct Runner {
     /// Pause between polls that found nothing.
     #[serde(default = "defaults::poll_interval")]
     pub poll_interval: Span,
+    /// MiB of a job's log that the guest's runner takes; none: `limits.spool_mib`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_limit_mib: Option<u64>,
+    /// Variables of every job, `NAME=value`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub environment: Vec<EnvironmentLine>,
+    /// Before a job's sources are fetched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_get_sources_script: Option<String>,
+    /// After that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_get_sources_script: Option<String>,
+    /// Before a job's own commands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_build_script: Option<String>,
+    /// After them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_build_script: Option<String>,
+    /// Feature flags of the guest's runner.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub feature_flags: BTreeMap<String, bool>,
+    /// Whether jobs may choose their build directory.
+    #[serde(default)]
+    pub custom_build_dir: bool,
+}
+
+impl Runner {
+    /// An entry of what each must have, and the defaults.
+    #[must_use]
+    pub fn new(name: impl Into<String>, url: Url, token_file: impl Into<PathBuf>, class: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            url,
+            token_file: token_file.into(),
+            class: class.into(),
+            limit: None,
+            tls_ca_file: None,
+            tls_cert_file: None,
+            tls_key_file: None,
+            clone_url: None,
+            allow_insecure_http: false,
+            direct_download: false,
+            poll_interval: POLL_INTERVAL,
+            output_limit_mib: None,
+            environment: Vec::new(),
+            pre_get_sources_script: None,
+            post_get_sources_script: None,
+            pre_build_script: None,
+            post_build_script: None,
+            feature_flags: BTreeMap::new(),
+            custom_build_dir: false,
+        }
+    }
+
+    /// What of it goes into guests' config.toml.
+    #[must_use]
+    pub fn guest_settings(&self) -> GuestSettings {
+        GuestSettings {
+            output_limit_mib: self.output_limit_mib,
+            environment: self.environment.clone(),
+            pre_get_sources_script: self.pre_get_sources_script.clone(),
+            post_get_sources_script: self.post_get_sources_script.clone(),
+            pre_build_script: self.pre_build_script.clone(),
+            post_build_script: self.post_build_script.clone(),
+            feature_flags: self.feature_flags.clone(),
+            custom_build_dir: self.custom_build_dir,
+        }
+    }
 }
 
 /// The default of `poll_interval`: the official runner's `check_interval`.

@@ -31,6 +31,9 @@ pub struct Verdict {
     /// The script's exit code.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i64>,
+    /// By which the job's environment is found again, if its runner has kept one; GitLab's since September 2026.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime_environment_key: Option<String>,
 }
 
 /// `PUT /jobs/:id`.
@@ -112,6 +115,8 @@ struct UpdateBody<'a> {
     output: Output<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     exit_code: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runtime_environment_key: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -171,6 +176,7 @@ impl JobClient {
                 bytesize: update.trace.map(|(_, size)| size).filter(|size| *size > 0),
             },
             exit_code: verdict.and_then(|v| v.exit_code).filter(|code| *code != 0),
+            runtime_environment_key: verdict.and_then(|v| v.runtime_environment_key.as_deref()),
         };
         let call = self.draft(Method::PUT, "", &token).json(&body, Kind::Small);
         let response = self.send("an update of the job", call, &token).await?;

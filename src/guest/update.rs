@@ -19,6 +19,8 @@ use std::sync::atomic::Ordering;
 const UPDATE_BODY_BYTES_MAX: usize = 64 * 1024;
 /// Characters of a failure reason at most; GitLab's longest has 34.
 const FAILURE_REASON_CHARS_MAX: usize = 64;
+/// Bytes of an environment's key at most: it is a name.
+const ENVIRONMENT_KEY_BYTES_MAX: usize = 255;
 /// What GitLab makes of a reason that it does not know.
 const UNKNOWN_FAILURE: &str = "unknown_failure";
 
@@ -35,6 +37,8 @@ pub struct Update {
     failure_reason: Option<String>,
     #[serde(default)]
     exit_code: Option<serde_json::Number>,
+    #[serde(default)]
+    runtime_environment_key: Option<String>,
 }
 
 /// What an update says.
@@ -60,12 +64,18 @@ impl Update {
             success,
             failure_reason: reason.map(|reason| if is_reason(&reason) { reason } else { UNKNOWN_FAILURE.into() }),
             exit_code: self.exit_code.as_ref().map(exit_code),
+            runtime_environment_key: self.runtime_environment_key.filter(|key| is_key(key)),
         }))
     }
 }
 
 fn is_reason(text: &str) -> bool {
     text.len() <= FAILURE_REASON_CHARS_MAX && text.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+}
+
+/// What is no key is passed over: it says nothing of how the job ended.
+fn is_key(text: &str) -> bool {
+    (1..=ENVIRONMENT_KEY_BYTES_MAX).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// Any number, brought into 64 bits; GitLab brings it into 16.
@@ -128,7 +138,12 @@ mod tests {
     fn check(body: &str, expected: Option<(bool, Option<&str>, Option<i64>)>) {
         let said = object::<Update>(body.as_bytes()).and_then(Update::said);
         let expected = expected.map(|(success, reason, exit_code)| {
-            Said::Verdict(Verdict { success, failure_reason: reason.map(str::to_owned), exit_code })
+            Said::Verdict(Verdict {
+                success,
+                failure_reason: reason.map(str::to_owned),
+                exit_code,
+                runtime_environment_key: None,
+            })
         });
         assert_eq!(said, expected, "{body}");
     }
@@ -151,6 +166,22 @@ mod tests {
             r#"{"state":"failed","exit_code":null,"output":{"checksum":"crc32:0"},"new":[1]}"#,
             Some((false, None, None)),
         );
+    }
+
+    /// U43: the key of a kept environment goes on with the verdict; what can be none is left out.
+    #[test]
+    fn the_key_of_an_environment_is_part_of_the_verdict() {
+        let key = |key: &str| {
+            let body = format!(r#"{{"state":"success","runtime_environment_key":{key}}}"#);
+            match object::<Update>(body.as_bytes()).and_then(Update::said) {
+                Some(Said::Verdict(verdict)) => verdict.runtime_environment_key,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(key("\"rt-1/abc\"").as_deref(), Some("rt-1/abc"));
+        for none in ["null", "\"\"", "\"a b\"", "\"a\\n\"", &format!("\"{}\"", "x".repeat(256))] {
+            assert_eq!(key(none), None, "{none}");
+        }
     }
 
     /// T11: unknown states.

@@ -65,5 +65,6 @@ fn told(runner: &Runner, rng: &Rng) -> GuestRunnerSpec {
         clone_url: runner.config.clone_url.as_ref().unwrap_or(&runner.config.url).clone(),
         ca_pem: runner.ca_pem.clone(),
         direct_download: runner.config.direct_download,
+        settings: runner.config.guest_settings(),
     }
 }

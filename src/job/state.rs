@@ -454,7 +454,12 @@ impl State {
     }
 
     fn fail(failure: Failure) -> (Self, Vec<Command>) {
-        let verdict = Verdict { success: false, failure_reason: Some(failure.reason().to_owned()), exit_code: None };
+        let verdict = Verdict {
+            success: false,
+            failure_reason: Some(failure.reason().to_owned()),
+            exit_code: None,
+            runtime_environment_key: None,
+        };
         (
             Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false },
             vec![Command::Explain(failure), Command::CloseGuest, Command::Deliver, Command::ReleaseMachine],

@@ -206,20 +206,7 @@ impl World {
         std::fs::write(&file, token).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
         std::fs::set_permissions(&file, mode).unwrap();
-        self.config.runner.push(Runner {
-            name: name.into(),
-            url: url.parse().unwrap(),
-            token_file: file,
-            class: "small".into(),
-            limit: None,
-            tls_ca_file: None,
-            tls_cert_file: None,
-            tls_key_file: None,
-            clone_url: None,
-            allow_insecure_http: false,
-            direct_download: false,
-            poll_interval: dayfly::config::Span::from_secs(3),
-        });
+        self.config.runner.push(Runner::new(name, url.parse().unwrap(), file, "small"));
     }
 
     /// The seams of a daemon that is not this world's own (`exec` brings one).

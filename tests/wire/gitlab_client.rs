@@ -19,7 +19,7 @@ fn update(verdict: Option<Verdict>, trace: Option<(u32, u64)>) -> JobUpdate {
 }
 
 fn failed(reason: &str, exit_code: Option<i64>) -> Option<Verdict> {
-    Some(Verdict { success: false, failure_reason: Some(reason.to_owned()), exit_code })
+    Some(Verdict { success: false, failure_reason: Some(reason.to_owned()), exit_code, runtime_environment_key: None })
 }
 
 async fn updated(reply: Reply) -> Result<UpdateAnswer, GitlabError> {
@@ -54,8 +54,21 @@ async fn an_update_is_what_the_official_runner_sends() {
     check(update(None, None), r#""state":"running","output":{}"#).await;
     let sums = r#""checksum":"crc32:0000abcd","output":{"checksum":"crc32:0000abcd","bytesize":17}"#;
     check(update(None, Some((0xabcd, 17))), &format!(r#""state":"running",{sums}"#)).await;
-    let success = Some(Verdict { success: true, failure_reason: Some("ignored".into()), exit_code: Some(0) });
+    let success = Some(Verdict {
+        success: true,
+        failure_reason: Some("ignored".into()),
+        exit_code: Some(0),
+        runtime_environment_key: None,
+    });
     check(update(success, Some((0xabcd, 17))), &format!(r#""state":"success",{sums}"#)).await;
+    let kept = Some(Verdict {
+        success: true,
+        failure_reason: None,
+        exit_code: None,
+        runtime_environment_key: Some("rt-1/abc".into()),
+    });
+    let key = r#","runtime_environment_key":"rt-1/abc""#;
+    check(update(kept, Some((0xabcd, 17))), &format!(r#""state":"success",{sums}{key}"#)).await;
     check(
         update(failed("script_failure", Some(3)), Some((0xabcd, 17))),
         &format!(r#""state":"failed","failure_reason":"script_failure",{sums},"exit_code":3"#),

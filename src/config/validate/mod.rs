@@ -7,6 +7,7 @@ use super::origin::nearest_name;
 use super::{Class, Config, ConfigError, Loaded, Origin, Origins, Runner};
 use crate::files::{plain, private};
 use crate::gitlab::RunnerToken;
+use crate::machine_spec::PINNED_FLAGS;
 use crate::telemetry::chain;
 use crate::vm::{AccelChoice, Backend};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +19,9 @@ use url::Url;
 /// Bytes of `runtime_directory` at most: a unix socket path has 107, `/vm/df-<16 characters>.guest`
 /// takes 29.
 const RUNTIME_DIRECTORY_BYTES_MAX: usize = 78;
+
+/// Bytes of an entry's scripts and variables at most: a guest config has 256 KiB, of which a CA bundle may take half.
+const GUEST_SETTINGS_BYTES_MAX: usize = 64 * 1024;
 
 /// Something wrong with one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -241,6 +245,7 @@ fn one_runner(i: usize, runner: &Runner, config: &Config, report: &mut Report<'_
     if poll.is_zero() || poll > Duration::from_secs(60) {
         report.error(&key("poll_interval"), format!("is {}", runner.poll_interval), "use a duration up to 60s");
     }
+    guest_settings(i, runner, config, report);
     match (&runner.tls_cert_file, &runner.tls_key_file) {
         (Some(_), None) => report.error(&key("tls_cert_file"), "has no key", "set `tls_key_file` too"),
         (None, Some(_)) => report.error(&key("tls_key_file"), "has no certificate", "set `tls_cert_file` too"),
@@ -256,6 +261,45 @@ fn one_runner(i: usize, runner: &Runner, config: &Config, report: &mut Report<'_
         if path.is_some_and(|path| path.as_os_str().is_empty()) {
             report.error(&key(name), "is empty", "name a file");
         }
+    }
+}
+
+/// What goes into guests' config.toml as it is.
+fn guest_settings(i: usize, runner: &Runner, config: &Config, report: &mut Report<'_>) {
+    let key = |name: &str| format!("runner.{i}.{name}");
+    report.not_zero(&key("output_limit_mib"), runner.output_limit_mib == Some(0));
+    if runner.output_limit_mib.is_some_and(|mib| mib > config.limits.spool_mib) {
+        let what = format!("is more than `limits.spool_mib`, {}: no more of a log is kept", config.limits.spool_mib);
+        report.warning(&key("output_limit_mib"), what, "raise that, too");
+    }
+    for (n, line) in runner.environment.iter().enumerate() {
+        let name = line.name();
+        let is_name = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        if !is_name || !line.0.contains('=') || line.0.contains('\0') {
+            report.error(&key(&format!("environment.{n}")), "is no variable", "write it as \"NAME=value\"");
+        }
+    }
+    for flag in runner.feature_flags.keys() {
+        let key = key(&format!("feature_flags.{flag}"));
+        if PINNED_FLAGS.iter().any(|(pinned, _)| pinned == flag) {
+            report.error(&key, "is dayfly's to set", "leave it away");
+        } else if !flag.starts_with("FF_") || !flag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+            report.error(&key, "is no name of a feature flag", "use a name like FF_USE_FASTZIP");
+        }
+    }
+    let scripts = [
+        &runner.pre_get_sources_script,
+        &runner.post_get_sources_script,
+        &runner.pre_build_script,
+        &runner.post_build_script,
+    ];
+    let bytes: usize = scripts.into_iter().flatten().map(String::len).sum::<usize>()
+        + runner.environment.iter().map(|line| line.0.len()).sum::<usize>();
+    if bytes > GUEST_SETTINGS_BYTES_MAX {
+        let what =
+            format!("has {bytes} bytes of scripts and variables; {GUEST_SETTINGS_BYTES_MAX} can be told to a guest");
+        report.error(&format!("runner.{i}"), what, "put what is long into the image");
     }
 }
 

@@ -199,6 +199,28 @@ fn running_needs_files_that_can_be_used_and_only_we_can_read() {
 }
 
 #[test]
+fn what_goes_to_guests_is_looked_at_before_it_does() {
+    for (lines, part) in [
+        ("environment = [\"A B=c\"]", "`runner.0.environment.0`"),
+        ("environment = [\"A=b\", \"A\"]", "`runner.0.environment.1`"),
+        ("output_limit_mib = 0", "`runner.0.output_limit_mib`"),
+        ("feature_flags = { FF_SUSPENDABLE_ENVIRONMENTS = true }", "is dayfly's to set"),
+        ("feature_flags = { fastzip = true }", "is no name of a feature flag"),
+        (&format!("pre_build_script = \"{}\"", "x".repeat(70_000)), "70000 bytes of scripts"),
+    ] {
+        let text = GOOD.replace("[[runner]]", &format!("[[runner]]\n{lines}"));
+        let message = chain(&load(&text, &[]).unwrap_err());
+        assert!(message.contains(part), "{message}");
+    }
+    let text = GOOD.replace("[[runner]]", "[[runner]]\noutput_limit_mib = 1000\nenvironment = [\"P=secret\"]");
+    let loaded = load(&text, &[]).unwrap();
+    assert_eq!(loaded.warnings.iter().map(Problem::key).collect::<Vec<_>>(), ["runner.0.output_limit_mib"]);
+    let shown: Vec<String> = loaded.resolved().into_iter().map(|(key, value, _)| format!("{key} = {value}")).collect();
+    assert!(shown.contains(&"runner.0.environment.0 = \"P=…\"".to_owned()), "{shown:?}");
+    assert!(!format!("{:?} {shown:?}", loaded.config).contains("secret"));
+}
+
+#[test]
 fn every_value_has_an_origin() {
     let resolved = load(GOOD, &[("DAYFLY_LOG__LEVEL", "debug")]).unwrap().resolved();
     let get =

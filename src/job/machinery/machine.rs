@@ -270,6 +270,7 @@ impl Machinery {
                 wait_timeout: limits.boot_deadline.get() + WAIT_MARGIN,
                 door_patience: limits.door_patience.get(),
                 power_off_after: limits.guest_power_off.get(),
+                log_mib_max: limits.spool_mib,
             },
             &self.parts.clock,
             &self.parts.rng,

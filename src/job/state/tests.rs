@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn success() -> Verdict {
-    Verdict { success: true, failure_reason: None, exit_code: None }
+    Verdict { success: true, failure_reason: None, exit_code: None, runtime_environment_key: None }
 }
 
 fn check(state: State, event: Event, commands: &[Command]) -> State {
@@ -132,7 +132,8 @@ fn any_event() -> impl Strategy<Value = Event> {
         Just(Event::GuestVerdict(Verdict {
             success: false,
             failure_reason: Some("script_failure".into()),
-            exit_code: Some(3)
+            exit_code: Some(3),
+            runtime_environment_key: None,
         })),
         Just(Event::MachineFailed),
         Just(Event::MachineStopped(Ending::Died)),

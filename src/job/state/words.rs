@@ -92,7 +92,13 @@ mod tests {
     #[test]
     fn a_verdict_and_an_end_are_told_in_words() {
         let verdict = |success, reason: Option<&str>, exit_code| {
-            Event::GuestVerdict(Verdict { success, failure_reason: reason.map(str::to_owned), exit_code }).words()
+            Event::GuestVerdict(Verdict {
+                success,
+                failure_reason: reason.map(str::to_owned),
+                exit_code,
+                runtime_environment_key: None,
+            })
+            .words()
         };
         assert_eq!(verdict(true, None, None), "the guest's verdict: success");
         let failed = "the guest's verdict: failed, script_failure, exit code 3";

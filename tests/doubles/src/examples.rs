@@ -6,7 +6,7 @@ use dayfly::capacity::Resources;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::{JobKey, RECORD_VERSION, Record};
 use dayfly::job::state::State;
-use dayfly::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
+use dayfly::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use dayfly::network::Mode;
 use dayfly::secret::Secret;
 
@@ -56,6 +56,7 @@ pub fn machine_spec() -> MachineSpec {
             clone_url: "https://gitlab.example".parse().unwrap(),
             ca_pem: None,
             direct_download: false,
+            settings: GuestSettings::default(),
         },
     }
 }

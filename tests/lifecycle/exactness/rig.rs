@@ -281,7 +281,7 @@ async fn live(life: &Life, world: &World, plan: &Plan) {
                     _ => {}
                 },
                 () = world.we_end.notified() => {
-                    let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".into()), exit_code: None };
+                    let verdict = Verdict { success: false, failure_reason: Some("runner_system_failure".into()), exit_code: None, runtime_environment_key: None };
                     spool.close_guest().await;
                     record.write(|record| record.verdict = Some(verdict.clone()));
                     spool.append_own(LAST_LINES).await.unwrap();

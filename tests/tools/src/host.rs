@@ -143,18 +143,9 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
             allow_standin_runner: true,
         }],
         runner: vec![Runner {
-            name: "runner".into(),
-            url: choice.url.clone(),
-            token_file,
-            class: "small".into(),
-            limit: None,
-            tls_ca_file: None,
-            tls_cert_file: None,
-            tls_key_file: None,
-            clone_url: None,
             allow_insecure_http: true,
-            direct_download: false,
             poll_interval: Span::from_secs(1),
+            ..Runner::new("runner", choice.url.clone(), token_file, "small")
         }],
         ..Config::default()
     };

@@ -268,7 +268,7 @@ async fn the_first_running_is_always_200() {
 }
 
 fn success() -> Verdict {
-    Verdict { success: true, failure_reason: None, exit_code: None }
+    Verdict { success: true, failure_reason: None, exit_code: None, runtime_environment_key: None }
 }
 
 /// T11, T12: the first verdict wins, the same one again is 200, others 403 with `Job-Status`.
@@ -310,8 +310,12 @@ async fn a_verdict_that_could_not_be_written_is_asked_for_again() {
         let reply = guest.reply().await;
         assert_eq!((reply.status, reply.header("retry-after")), (status, (status == 503).then_some("1")));
     }
-    let verdict =
-        Verdict { success: false, failure_reason: Some("runner_system_failure".into()), exit_code: Some(137) };
+    let verdict = Verdict {
+        success: false,
+        failure_reason: Some("runner_system_failure".into()),
+        exit_code: Some(137),
+        runtime_environment_key: None,
+    };
     assert_eq!(door.job.lock().unwrap().verdicts, vec![verdict; 3]);
 }
 

@@ -114,7 +114,7 @@ async fn nothing_but_the_three_routes_reaches_gitlab() {
     let mut combinations = 0;
     for state in ["running", "over", "verdict"] {
         door.set_status(if state == "over" { JobStatus::Over } else { JobStatus::Running });
-        let verdict = Verdict { success: true, failure_reason: None, exit_code: None };
+        let verdict = Verdict { success: true, failure_reason: None, exit_code: None, runtime_environment_key: None };
         door.set_verdict((state == "verdict").then_some(verdict));
         for method in METHODS {
             for path in UNKNOWN {

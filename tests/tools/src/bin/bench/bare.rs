@@ -9,7 +9,7 @@
 use crate::watched::FIRST_REQUEST;
 use dayfly::clock::Clock;
 use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
+use dayfly::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -62,6 +62,7 @@ pub(crate) async fn boot(disks: &Disks, dayflys: &VmSpec, executor: &str, limit:
             clone_url: url,
             ca_pem: None,
             direct_download: false,
+            settings: GuestSettings::default(),
         },
     };
     let minutes = Duration::from_secs(600);
@@ -73,6 +74,7 @@ pub(crate) async fn boot(disks: &Disks, dayflys: &VmSpec, executor: &str, limit:
         wait_timeout: minutes,
         door_patience: minutes,
         power_off_after: minutes,
+        log_mib_max: 4,
     };
     let config = guest_config(&parts, &Clock::system(), &rng);
     let pass = Pass::from_text(&config.pass).ok_or("a config without a pass")?;

@@ -119,18 +119,8 @@ impl World {
         });
         self.story.inner().ledger.runner_tokens.push(token);
         self.config.runner.push(Runner {
-            name: format!("runner-{number}"),
-            url: "https://gitlab.example/".parse().expect("a URL"),
-            token_file: file,
-            class: "small".into(),
-            limit: None,
-            tls_ca_file: None,
-            tls_cert_file: None,
-            tls_key_file: None,
-            clone_url: None,
-            allow_insecure_http: false,
-            direct_download: false,
             poll_interval: Span::from_secs(plan.limits.poll_s),
+            ..Runner::new(format!("runner-{number}"), "https://gitlab.example/".parse().expect("a URL"), file, "small")
         });
     }
 

@@ -5,7 +5,7 @@
 
 use dayfly::clock::Clock;
 use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec};
+use dayfly::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -124,6 +124,7 @@ fn config(spec: &VmSpec, registered: &Registered, rng: &Rng) -> GuestConfig {
             clone_url: registered.url.clone(),
             ca_pem: None,
             direct_download: false,
+            settings: GuestSettings::default(),
         },
     };
     let parts = GuestParts {
@@ -135,6 +136,7 @@ fn config(spec: &VmSpec, registered: &Registered, rng: &Rng) -> GuestConfig {
         wait_timeout: PATIENCE,
         door_patience: PATIENCE,
         power_off_after: PATIENCE,
+        log_mib_max: 4,
     };
     let mut config = guest_config(&parts, &Clock::system(), rng);
     let gitlab = registered.url.as_str().trim_end_matches('/');
