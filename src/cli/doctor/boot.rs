@@ -76,6 +76,11 @@ fn command(config: &Config, class: &Class, program: &Path, dir: &Path) -> Progra
         .arg(path("artifacts"))
         .env("HOME", dir)
         .directory(dir);
+    // A libvirt of the user's own is found by it.
+    let command = match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(directory) => command.env("XDG_RUNTIME_DIR", directory),
+        None => command,
+    };
     if class.run_as_root { command.arg("--root") } else { command }
 }
 
