@@ -240,7 +240,8 @@ impl RunnerApi {
     pub async fn reset_token(&self) -> Result<FreshToken, GitlabError> {
         const WHAT: &str = "a reset of the token";
         let token = self.token();
-        let body = TokenBody { token: token.0.expose(), system_id: None };
+        // Without the system id GitLab would list a manager of no name.
+        let body = TokenBody { token: token.0.expose(), system_id: Some(&self.system_id) };
         let path = "/api/v4/runners/reset_authentication_token";
         let call = self.draft(Method::POST, path, &token).json(&body, Kind::Small);
         let response = self.transport.call(call).await?;
