@@ -21,6 +21,8 @@ const SMALL_READ: Duration = Duration::from_secs(5);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 /// 429 without a time. GitLab counts per minute, and not all of its limiters say when to come back.
 const RATE_LIMIT_DEFAULT: Duration = Duration::from_secs(10);
+/// Of a redirect's target, within the 200 that a message has.
+const TARGET_CHARS_MAX: usize = 140;
 /// As the official runner (`MaxUpdateInterval`).
 const INTERVAL_MAX: Duration = Duration::from_secs(15 * 60);
 
@@ -173,8 +175,8 @@ pub async fn error(what: &'static str, response: Response<Body>, token: &Secret)
             GitlabError::Unavailable { status: Some(status), retry_after, source: None }
         }
         300..=399 => {
-            let target = parts.headers.get(LOCATION).map(redirect_target).unwrap_or_default();
-            let message = without(format!("a redirect{target}; redirects are never followed"), token);
+            let target = parts.headers.get(LOCATION).map(|location| redirect_target(location, token));
+            let message = format!("a redirect{}; redirects are never followed", target.unwrap_or_default());
             GitlabError::Unexpected { what, status, message }
         }
         _ => {
@@ -191,14 +193,18 @@ fn without(text: String, token: &Secret) -> String {
 }
 
 /// A redirect's target with its whole path, by which people know where they are sent; a query, a name and a password in
-/// it may be secrets, and are left out.
-fn redirect_target(location: &HeaderValue) -> String {
+/// it may be secrets, and are left out, and so is what is neither an address nor a path.
+fn redirect_target(location: &HeaderValue, token: &Secret) -> String {
     let Ok(location) = location.to_str() else { return String::new() };
     let target = match url::Url::parse(location) {
-        Ok(url) => format!("{}{}", url.origin().ascii_serialization(), url.path()),
-        Err(_) => location.split(['?', '#']).next().unwrap_or_default().to_owned(),
+        Ok(url) if url.has_host() => format!("{}{}", url.origin().ascii_serialization(), url.path()),
+        Err(_) if location.starts_with('/') && !location.starts_with("//") => {
+            location.split(['?', '#']).next().unwrap_or_default().to_owned()
+        }
+        _ => return String::new(),
     };
-    if target.is_empty() { target } else { format!(" to `{}`", clean(&target, 200)) }
+    // Before it is cut: half a token is one that is not found.
+    format!(" to `{}`", clean(&without(target, token), TARGET_CHARS_MAX))
 }
 
 /// GitLab's own words: `{"message": …}` or `{"error": …}`, else the text itself.
@@ -387,10 +393,16 @@ mod tests {
             ("https://me:pw@login.example/x/y?token=abc#f", "https://login.example/x/y"),
             ("/users/sign_in?token=abc", "/users/sign_in"),
             ("https://login.example/tok-secret", "https://login.example/[redacted]"),
+            (&format!("/{}", "x".repeat(300)), &format!("/{}", "x".repeat(139))),
         ] {
             let redirect = Response::builder().status(302).header("location", location);
             let GitlabError::Unexpected { message, .. } = error_of(redirect, "").await else { panic!() };
             assert_eq!(message, format!("a redirect to `{shown}`; redirects are never followed"));
+        }
+        for odd in ["https//me:pw@login.example", "//me:pw@login.example/x", "mailto:me", ""] {
+            let redirect = Response::builder().status(302).header("location", odd);
+            let GitlabError::Unexpected { message, .. } = error_of(redirect, "").await else { panic!() };
+            assert_eq!(message, "a redirect; redirects are never followed");
         }
     }
 
