@@ -207,6 +207,21 @@ fn redirect_target(location: &HeaderValue, token: &Secret) -> String {
     format!(" to `{}`", clean(&without(target, token), TARGET_CHARS_MAX))
 }
 
+/// What to make of a redirect, by the target that its message names.
+pub(super) fn redirect_remedy(message: &str) -> String {
+    let target = message.split('`').nth(1).unwrap_or_default();
+    match target.split_once("/api/v4/") {
+        Some((address, _)) if address.contains("://") => {
+            format!("check `url`: that leads to `{address}`, which may be the right one")
+        }
+        _ if ["sign_in", "login", "auth", "saml"].iter().any(|word| target.contains(word)) => {
+            "check `url`: that is a login page; let requests below /api/v4/ pass it, or give the address behind it"
+                .into()
+        }
+        _ => "check `url`: it must be the address that GitLab itself shows for its runners".into(),
+    }
+}
+
 /// GitLab's own words: `{"message": …}` or `{"error": …}`, else the text itself.
 fn message(body: &[u8]) -> String {
     use serde_json::Value;

@@ -184,7 +184,8 @@ impl GitlabError {
                  requests below /api/v4/ pass it, or give the address behind it"
                     .to_owned(),
             ),
-            Self::Unexpected { status: 301..=399 | 404 | 405, .. } => {
+            Self::Unexpected { status: 301..=399, message, .. } => Some(answers::redirect_remedy(message)),
+            Self::Unexpected { status: 404 | 405, .. } => {
                 Some("check `url`: it must be the address that GitLab itself shows for its runners".to_owned())
             }
             Self::Unexpected { status: 407, .. } => {

@@ -251,7 +251,6 @@ pub(super) fn explain(error: GitlabError, runner: &Runner) -> anyhow::Error {
             "GitLab, or a proxy before it, answers {status}: it is down, being upgraded or overloaded; see whether {url} \
              opens in a browser, and try again"
         )),
-        GitlabError::Unexpected { status: 301..=399, message, .. } => Some(redirected(message)),
         error if error.is_of_unknown_issuer() => runner.tls_ca_file.as_ref().map(|ca| {
             format!(
                 "{} holds no CA that has signed GitLab's certificate, or GitLab does not send its intermediate \
@@ -266,18 +265,6 @@ pub(super) fn explain(error: GitlabError, runner: &Runner) -> anyhow::Error {
     match remedy.or_else(|| error.explain()) {
         Some(remedy) => anyhow!("{}; {remedy}", chain(&error)),
         None => anyhow::Error::new(error),
-    }
-}
-
-/// What to make of a redirect, by where it goes.
-fn redirected(message: &str) -> String {
-    let target = message.split('`').nth(1).unwrap_or_default();
-    match target.strip_suffix("/api/v4/runners/verify") {
-        Some(address) if address.contains("://") => format!("use that address: --url {address}"),
-        _ if ["sign_in", "login", "auth", "saml", "oauth"].iter().any(|word| target.contains(word)) => {
-            "that is a login page: let requests below /api/v4/ pass it, or give the address behind it".into()
-        }
-        _ => "give the address that GitLab itself shows for its runners".into(),
     }
 }
 
