@@ -167,6 +167,8 @@ pub struct JobMetrics {
     pub waiting_for_gitlab: Gauge,
     /// Jobs whose verdict went without the rest of their log, which GitLab did not take.
     pub traces_given_up: Counter,
+    /// Runner tokens that were made anew before they ended.
+    pub tokens_renewed: Counter,
     /// Runners that cannot take a job until somebody looks: see their state in the status.
     pub runners_unwell: Gauge,
     /// Seconds from the last byte of GitLab's 201 to the job's record on disk: what a crash may cost.
@@ -197,6 +199,7 @@ impl JobMetrics {
             stuck_domains: Gauge::default(),
             waiting_for_gitlab: Gauge::default(),
             traces_given_up: Counter::default(),
+            tokens_renewed: Counter::default(),
             runners_unwell: Gauge::default(),
             journal: Histogram::new(JOURNAL_BUCKETS),
             verdicts: Labelled::new("verdict"),
@@ -209,6 +212,7 @@ impl JobMetrics {
             ("jobs_assigned_again", "Jobs that GitLab assigned although they were under way", &metrics.assigned_again),
             ("jobs_panicked", "Jobs whose task panicked", &metrics.panicked),
             ("trace_ahead", "GitLab held more of a trace than there was", &metrics.trace_ahead),
+            ("runner_tokens_renewed", "Runner tokens that were made anew before they ended", &metrics.tokens_renewed),
             ("machines_replaced", "Machines replaced before they were ready", &metrics.machines_replaced),
             (
                 "traces_given_up",

@@ -65,7 +65,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use wiring::Wiring;
-pub(crate) use wiring::{bounds, needs};
+pub(crate) use wiring::{bounds, needs, overhead_mib};
 
 /// How long jobs and polls may take to let go at a hand-over: of the 5 s in all (decision D11,
 /// threats.md E1) all but what the end itself needs.
@@ -80,17 +80,6 @@ const FIRST_SWEEP_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long ending all jobs may take (threats.md E2).
 const END_PATIENCE: Duration = Duration::from_secs(30);
-
-/// What QEMU takes besides the guest's memory under TCG: translation cache and its own (decision D3).
-const TCG_OVERHEAD_MIB: u64 = 256 + 150;
-
-/// What QEMU takes besides the guest's memory under KVM.
-const KVM_OVERHEAD_MIB: u64 = 150;
-
-/// What QEMU takes besides a guest's memory.
-pub(crate) fn overhead_mib(is_tcg: bool) -> u64 {
-    if is_tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB }
-}
 
 /// The seams.
 #[derive(Clone)]
@@ -278,7 +267,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         overlay_dir,
     };
     let (fresh, watched) = watch::channel(runners.values().cloned().collect());
-    let (tokens, stops) = (Tokens::new(wiring.backends.clock.clone(), watched), stop.clone());
+    let (tokens, stops) = (Tokens::new(wiring.backends.clock.clone(), watched, parts.metrics.clone()), stop.clone());
     background.spawn(async move {
         tokens.keep_fresh(stops).await;
         "watch of the tokens"
@@ -401,9 +390,11 @@ impl Daemon {
             let _ = mode.wait_for(|mode| *mode == Mode::HandOverNow).await;
         };
         let mut pollers = std::mem::take(&mut self.pollers);
+        let runners: Vec<Arc<Runner>> = self.runners.values().cloned().collect();
         let quiet = async {
             while pollers.join_next().await.is_some() {}
             self.join_all(&mut tasks, patience).await;
+            tokens::settled(&runners).await;
         };
         tokio::select! {
             biased;

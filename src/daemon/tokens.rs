@@ -8,6 +8,7 @@
 use crate::clock::Clock;
 use crate::gitlab::{GitlabError, Replacement, RunnerToken};
 use crate::job::Runner;
+use crate::metrics::Metrics;
 use crate::telemetry::chain;
 use jiff::{SignedDuration, Timestamp};
 use std::collections::BTreeMap;
@@ -28,6 +29,7 @@ const MARGIN_MAX: SignedDuration = SignedDuration::from_hours(7 * 24);
 pub(super) struct Tokens {
     clock: Clock,
     runners: watch::Receiver<Vec<Arc<Runner>>>,
+    metrics: Metrics,
     known: BTreeMap<String, Known>,
 }
 
@@ -43,8 +45,8 @@ struct Known {
 }
 
 impl Tokens {
-    pub(super) fn new(clock: Clock, runners: watch::Receiver<Vec<Arc<Runner>>>) -> Self {
-        Self { clock, runners, known: BTreeMap::new() }
+    pub(super) fn new(clock: Clock, runners: watch::Receiver<Vec<Arc<Runner>>>, metrics: Metrics) -> Self {
+        Self { clock, runners, metrics, known: BTreeMap::new() }
     }
 
     /// Until `stop`.
@@ -53,7 +55,7 @@ impl Tokens {
         loop {
             tokio::select! {
                 biased;
-                // Both are cancel safe. A renewal itself is never cut: its answer is the only copy of a token.
+                // Both are cancel safe. A renewal itself is not cut: its answer is the only copy of a token (see `settled`).
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep_until(next) => {}
             }
@@ -89,6 +91,7 @@ impl Tokens {
         match outcome {
             Ok(()) if known.unwritten.is_none() => {
                 known.said = None;
+                self.metrics.job().tokens_renewed.inc();
                 let end = runner.api.token_expires_at().map(|end| end.to_string());
                 tracing::info!(runner = name, ends = end, "the runner token was renewed");
             }
@@ -100,6 +103,13 @@ impl Tokens {
                 }
             }
         }
+    }
+}
+
+/// Waits for renewals that are under way: the daemon ends after them, or their tokens would be lost.
+pub(super) async fn settled(runners: &[Arc<Runner>]) {
+    for runner in runners {
+        drop(runner.api.changing().await);
     }
 }
 
@@ -125,9 +135,10 @@ async fn renew(runner: &Arc<Runner>, unwritten: &mut Option<RunnerToken>) -> Res
         error => chain(&error),
     })?;
     runner.api.adopt(fresh.token.clone(), fresh.expires_at);
-    drop(changing);
     let token = fresh.token.clone();
-    if let Err(error) = blocking(move || place.commit(&token)).await {
+    let kept = blocking(move || place.commit(&token)).await;
+    drop(changing);
+    if let Err(error) = kept {
         *unwritten = Some(fresh.token);
         return Err(format!("{error}; the token in use is nowhere else: make room for it there, and do not restart"));
     }

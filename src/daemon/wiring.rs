@@ -17,6 +17,17 @@ use tokio_util::sync::CancellationToken;
 /// Memory kept for the host itself where nobody configured a bound, MiB.
 const HOST_MEMORY_MIB: u64 = 1024;
 
+/// What QEMU takes besides the guest's memory under TCG: translation cache and its own (decision D3).
+const TCG_OVERHEAD_MIB: u64 = 256 + 150;
+
+/// What QEMU takes besides the guest's memory under KVM.
+const KVM_OVERHEAD_MIB: u64 = 150;
+
+/// What QEMU takes besides a guest's memory.
+pub(crate) fn overhead_mib(is_tcg: bool) -> u64 {
+    if is_tcg { TCG_OVERHEAD_MIB } else { KVM_OVERHEAD_MIB }
+}
+
 /// A runner and what its poller says.
 pub(super) type View = (Arc<Runner>, watch::Receiver<PollerView>);
 

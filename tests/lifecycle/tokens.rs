@@ -2,7 +2,7 @@
 
 use crate::support::world::World;
 use dayfly::secret::Secret;
-use dayfly_exec::standin::JobState;
+use dayfly_exec::standin::{Fault, JobState, Matcher, Model, Route};
 use jiff::SignedDuration;
 use std::time::Duration;
 use tokio::time::sleep;
@@ -76,6 +76,25 @@ async fn a_renewal_that_fails_is_tried_again_and_said_once() {
     std::fs::rename(&aside, &file).unwrap();
     sleep(Duration::from_secs(120)).await;
     assert!(world.is_known(&world.token_in_file()) && !world.is_known(&first));
+    let job = world.job(&["print hello"]);
+    world.until(job, JobState::Success).await;
+    world.assert_clean().await;
+}
+
+/// U18: GitLab's answer is the only copy of a new token: a hand-over in the middle of a renewal waits for it.
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_in_the_middle_of_a_renewal_loses_no_token() {
+    let mut world = World::new(1);
+    world.tokens_live(4);
+    world.standin.script(Matcher::on(Route::ResetToken), Fault::DelayAnswer(Duration::from_secs(2)));
+    let first = world.token_in_file();
+    world.start().await.unwrap();
+    let forgotten = |model: &Model| model.runners.values().all(|runner| !runner.token.matches(&first));
+    world.standin.wait_for(forgotten, HOUR * 4).await.unwrap();
+    assert_eq!(world.token_in_file(), first, "the answer is on its way");
+    world.hand_over().await;
+    assert!(world.is_known(&world.token_in_file()));
+    world.start().await.unwrap();
     let job = world.job(&["print hello"]);
     world.until(job, JobState::Success).await;
     world.assert_clean().await;
