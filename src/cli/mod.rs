@@ -9,6 +9,7 @@ pub mod doctor;
 mod exec;
 mod fit;
 pub(crate) mod image;
+mod migrate;
 mod operate;
 mod prompt;
 mod register;
@@ -64,6 +65,8 @@ enum Command {
     Unregister(runners::Unregister),
     /// Have GitLab make a runner's token anew, and keep that in place of the old one
     ResetToken(runners::Which),
+    /// Take over the runners of gitlab-runner's config.toml, and say of each line what became of it
+    Migrate(migrate::Args),
     /// Check the configuration and show its values with their sources
     Check,
     /// Look at this host: libvirt, virtualisation, network, images, settings
@@ -136,6 +139,7 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Verify(which) => return wait_for(runners::verify(&config, &which)),
         Command::Unregister(args) => wait_for(runners::unregister(&config, &args))?,
         Command::ResetToken(which) => wait_for(runners::reset_token(&config, &which))?,
+        Command::Migrate(args) => migrate::migrate(&config, &args)?,
         Command::Check => check::check(&config)?,
         Command::Doctor(args) => return wait_for(doctor::doctor(&config, args)),
         Command::Image(args) => wait_for(image::image(&config, args))?,

@@ -84,6 +84,12 @@ impl RunnerToken {
         Ok(Self(Secret::new(text)))
     }
 
+    /// What a token file holds: it, and a line's end.
+    #[must_use]
+    pub fn to_file(&self) -> Vec<u8> {
+        format!("{}\n", self.0.expose()).into_bytes()
+    }
+
     /// Whether its runner was made in GitLab (or by its API), where it is deleted, too; others come from a registration
     /// token.
     #[must_use]

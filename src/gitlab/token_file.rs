@@ -49,8 +49,7 @@ impl Replacement {
         let Self { mut file, path } = self;
         let put = || -> io::Result<()> {
             file.rewind()?;
-            file.write_all(token.0.expose().as_bytes())?;
-            file.write_all(b"\n")?;
+            file.write_all(&token.to_file())?;
             let end = file.stream_position()?;
             file.as_file().set_len(end)?;
             file.as_file().sync_all()?;

@@ -5,10 +5,11 @@
 
 use crate::config::{Config, EXAMPLE, Loaded, Runner};
 use crate::files::plain;
+use crate::gitlab::RunnerToken;
 use crate::secret::Secret;
 use anyhow::{Context as _, bail};
 use std::fs::{DirBuilder, File, Metadata, Permissions};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
@@ -87,6 +88,17 @@ impl Entry {
         &self.file
     }
 
+    /// The file's text as it stands.
+    pub(in crate::cli) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The file with this text in its place, judged.
+    pub(in crate::cli) fn edited(self, text: String) -> anyhow::Result<Changed> {
+        let loaded = Config::assemble(Some((self.file.clone(), text.clone())), crate::config::environment())?;
+        Ok(Changed { file: self.file, text, loaded })
+    }
+
     /// The entry of this name.
     pub(in crate::cli) fn runner(&self, name: &str) -> Option<&Runner> {
         self.loaded.config.runner.iter().find(|runner| runner.name == name)
@@ -107,7 +119,7 @@ impl Entry {
                 text.push('\n');
             }
             text.push('\n');
-            text.push_str(&written_form(changes));
+            text.push_str(&written_form("runner", changes));
             text
         };
         let loaded = Config::assemble(Some((self.file.clone(), text.clone())), crate::config::environment())?;
@@ -165,8 +177,8 @@ fn is_named(table: &Table, name: &str) -> bool {
     table.get("name").and_then(Item::as_str) == Some(name)
 }
 
-/// An entry of these keys as TOML.
-pub(in crate::cli) fn written_form(changes: Vec<Change>) -> String {
+/// An entry of this kind with these keys, as TOML.
+pub(in crate::cli) fn written_form(kind: &str, changes: Vec<Change>) -> String {
     let mut table = Table::new();
     for (key, new) in changes {
         table.insert(key, Item::Value(new));
@@ -174,7 +186,7 @@ pub(in crate::cli) fn written_form(changes: Vec<Change>) -> String {
     let mut entries = ArrayOfTables::new();
     entries.push(table);
     let mut document = DocumentMut::new();
-    document.insert("runner", Item::ArrayOfTables(entries));
+    document.insert(kind, Item::ArrayOfTables(entries));
     document.to_string()
 }
 
@@ -190,22 +202,57 @@ impl Prepared {
 
     /// Writes token and copies, then the configuration, each atomically; all or nothing.
     pub(in crate::cli) fn write(self, token: &Secret, copies: &[Copied]) -> anyhow::Result<Written> {
-        let path = self.runner().token_file.clone();
+        let token = NewFile::token(self.runner().token_file.clone(), &RunnerToken::new(token.clone()));
+        let path = token.path.clone();
+        let copies = copies.iter().map(|copy| NewFile::tls(copy.target.clone(), copy.bytes.clone(), copy.private));
+        let files: Vec<NewFile> = std::iter::once(token).chain(copies).collect();
+        let changed = Changed { file: self.file, text: self.text, loaded: self.loaded };
+        Ok(Written { config: changed.write(&files)?, token: path })
+    }
+}
+
+/// A file beside the configuration that is to be written.
+pub(in crate::cli) struct NewFile {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    mode: u32,
+    /// Of its directory, should that be made.
+    directory_mode: u32,
+}
+
+impl NewFile {
+    /// A token: its daemon's and nobody else's.
+    pub(in crate::cli) fn token(path: PathBuf, token: &RunnerToken) -> Self {
+        Self { path, bytes: token.to_file(), mode: 0o600, directory_mode: 0o700 }
+    }
+
+    /// A file of certificates, or a key.
+    pub(in crate::cli) fn tls(path: PathBuf, bytes: Vec<u8>, private: bool) -> Self {
+        Self { path, bytes, mode: if private { 0o600 } else { 0o644 }, directory_mode: 0o755 }
+    }
+}
+
+/// A configuration that is valid as a whole; not written yet.
+pub(in crate::cli) struct Changed {
+    file: PathBuf,
+    text: String,
+    loaded: Loaded,
+}
+
+impl Changed {
+    /// Writes these files, then the configuration, each atomically; all or nothing. Where that is.
+    pub(in crate::cli) fn write(self, files: &[NewFile]) -> anyhow::Result<PathBuf> {
         let mut done = Undo::default();
-        let line = format!("{}\n", token.expose());
         let owner = std::fs::metadata(&self.loaded.config.state_directory).ok();
-        done.make_directory(&path, 0o700, owner.as_ref())
-            .and_then(|()| done.replace(&path, line.as_bytes(), 0o600))
-            .with_context(|| format!("write token file `{}`", path.display()))?;
-        for copy in copies {
-            done.make_directory(&copy.target, 0o755, owner.as_ref())
-                .and_then(|()| done.replace(&copy.target, &copy.bytes, if copy.private { 0o600 } else { 0o644 }))
-                .with_context(|| format!("copy `{}` to `{}`", copy.source.display(), copy.target.display()))?;
+        for new in files {
+            done.make_directory(&new.path, new.directory_mode, owner.as_ref())
+                .and_then(|()| done.replace(&new.path, &new.bytes, new.mode))
+                .with_context(|| format!("write `{}`", new.path.display()))?;
         }
         write_config(&self.file, &self.text)
             .with_context(|| format!("write configuration `{}`", self.file.display()))?;
         done.keep();
-        Ok(Written { config: self.file, token: path })
+        Ok(self.file)
     }
 }
 
@@ -241,7 +288,7 @@ impl Undo {
             Ok(file) => {
                 let metadata = file.metadata()?;
                 let mut bytes = Vec::new();
-                io::copy(&mut io::Read::take(file, COPY_BYTES_MAX), &mut bytes)?;
+                file.take(COPY_BYTES_MAX).read_to_end(&mut bytes)?;
                 Some((bytes, metadata))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -273,7 +320,17 @@ impl Drop for Undo {
 }
 
 /// Bytes of a file that is copied, at most: the largest bundles of CAs have a fourth of it.
-pub(in crate::cli) const COPY_BYTES_MAX: u64 = 4 * 1024 * 1024;
+const COPY_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// An operator's file of certificates, or a key.
+pub(in crate::cli) fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    io::Read::take(plain::open_chosen(path)?, COPY_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > COPY_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is larger than any file of certificates"));
+    }
+    Ok(bytes)
+}
 
 /// Puts a file in place, atomically and for good. It is mode 0600 from the start; without `like` it gets its directory's
 /// owner, who is the daemon.

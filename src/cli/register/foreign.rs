@@ -11,6 +11,9 @@ const AT_GITLAB: &str = "GitLab keeps it: set it where the runner was made, on i
 const NO_MACHINES: &str = "not used: dayfly makes each job's machine itself, as its class says (--class)";
 const OWN_DISK: &str = "not used: each job has a disk of its own";
 
+const IN_THE_ENTRY: &str =
+    "not taken from here: put it into the runner's entry (`environment`, `pre_build_script` … in config.example.toml)";
+
 /// A flag, its variable, and what becomes of it.
 const FLAGS: &[(&str, &str, &str)] = &[
     ("tag-list", "RUNNER_TAG_LIST", AT_GITLAB),
@@ -25,6 +28,14 @@ const FLAGS: &[(&str, &str, &str)] = &[
     ("shell", "RUNNER_SHELL", "not used: a job has its machine's bash"),
     ("builds-dir", "RUNNER_BUILDS_DIR", OWN_DISK),
     ("cache-dir", "RUNNER_CACHE_DIR", OWN_DISK),
+    ("env", "RUNNER_ENV", IN_THE_ENTRY),
+    ("environment", "", IN_THE_ENTRY),
+    ("pre-get-sources-script", "RUNNER_PRE_GET_SOURCES_SCRIPT", IN_THE_ENTRY),
+    ("post-get-sources-script", "RUNNER_POST_GET_SOURCES_SCRIPT", IN_THE_ENTRY),
+    ("pre-build-script", "RUNNER_PRE_BUILD_SCRIPT", IN_THE_ENTRY),
+    ("post-build-script", "RUNNER_POST_BUILD_SCRIPT", IN_THE_ENTRY),
+    ("output-limit", "RUNNER_OUTPUT_LIMIT", IN_THE_ENTRY),
+    ("template-config", "TEMPLATE_CONFIG_FILE", "not read: dayfly migrate takes over what can be of such a file"),
     ("request-concurrency", "RUNNER_REQUEST_CONCURRENCY", "not needed: jobs are asked for when there is room"),
 ];
 
@@ -69,7 +80,8 @@ pub(in crate::cli) fn take(args: Vec<OsString>) -> (Vec<String>, Vec<OsString>) 
 
 /// The same for what gitlab-runner reads from the environment.
 pub(super) fn of_environment(variable: impl Fn(&str) -> Option<String>) -> Vec<String> {
-    let set = FLAGS.iter().filter_map(|(_, name, fate)| Some((name, variable(name)?, fate)));
+    let named = FLAGS.iter().filter(|(_, name, _)| !name.is_empty());
+    let set = named.filter_map(|(_, name, fate)| Some((name, variable(name)?, fate)));
     set.filter(|(_, value, _)| !value.is_empty()).map(|(name, value, fate)| note(name, &value, fate)).collect()
 }
 

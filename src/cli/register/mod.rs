@@ -318,7 +318,7 @@ fn wish(args: &Args, entry: &Entry, interactive: bool) -> anyhow::Result<Wish> {
         let source = std::path::absolute(source).context("find the current directory")?;
         let target = Path::new("tls").join(format!("{}.{suffix}", entry::file_name(&name)));
         changes.push((key, path_value(&target)));
-        let bytes = read_bounded(&source)
+        let bytes = entry::read_bounded(&source)
             .with_context(|| format!("read `{}` (--{})", source.display(), key.replace('_', "-")))?;
         copies.push(Copied { key, source, target: entry.resolve(&target), private, bytes });
     }
@@ -350,15 +350,6 @@ fn class(args: &Args, entry: &Entry, interactive: bool) -> anyhow::Result<String
 
 fn path_value(path: &Path) -> Value {
     path.to_string_lossy().into_owned().into()
-}
-
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    plain::open_chosen(path)?.take(entry::COPY_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > entry::COPY_BYTES_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is larger than any file of certificates"));
-    }
-    Ok(bytes)
 }
 
 fn host_name() -> String {
