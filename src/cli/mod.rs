@@ -72,7 +72,7 @@ enum Command {
     /// Look at this host: libvirt, virtualisation, network, images, settings
     Doctor(doctor::Args),
     /// Build, test, list and remove base images
-    Image(image::Args),
+    Image(Box<image::Args>),
     /// Run jobs of a local pipeline file, each in a fresh VM, without a GitLab
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Exec(exec::Args),
@@ -142,7 +142,7 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Migrate(args) => migrate::migrate(&config, &args)?,
         Command::Check => check::check(&config)?,
         Command::Doctor(args) => return wait_for(doctor::doctor(&config, args)),
-        Command::Image(args) => wait_for(image::image(&config, args))?,
+        Command::Image(args) => wait_for(image::image(&config, *args))?,
         Command::Exec(args) => return Err(exec::become_it(args)),
         Command::Status { json } => wait_for(operate::status(&config, json))?,
         Command::Drain => wait_for(operate::drain(&config))?,

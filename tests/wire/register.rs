@@ -1,5 +1,5 @@
 //! `dayfly register` as people start it: the program, its variables, a GitLab behind TLS with a CA of its own.
-#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "the program is a process here")]
+#![expect(clippy::disallowed_methods, reason = "the program is a process here")]
 
 use crate::gitlab_tls_server::{Ca, server_config};
 use dayfly::clock::Clock;

@@ -256,12 +256,15 @@ impl Changed {
     }
 }
 
+/// What a file held, and whose it was.
+type Before = (Vec<u8>, Metadata);
+
 /// What was changed on the way, and is changed back when this is dropped: the error that is reported is the one that
 /// matters.
 #[derive(Default)]
 struct Undo {
     made: Vec<PathBuf>,
-    replaced: Vec<(PathBuf, Option<(Vec<u8>, Metadata)>)>,
+    replaced: Vec<(PathBuf, Option<Before>)>,
 }
 
 impl Undo {

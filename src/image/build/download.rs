@@ -82,10 +82,10 @@ pub enum DownloadError {
     #[error("ask {base}")]
     Open {
         /// The place.
-        base: Url,
+        base: String,
         /// Cause.
         #[source]
-        source: OpenError,
+        source: Box<OpenError>,
     },
     /// It did not answer.
     #[error("fetch {url}{}", source.explain().map(|remedy| format!(" ({remedy})")).unwrap_or_default())]
@@ -171,8 +171,9 @@ impl Release {
             tls_client: None,
             allow_insecure_http: self.base.scheme() == "http",
         };
-        let transport =
-            open.open(&endpoint).map_err(|source| DownloadError::Open { base: self.base.clone(), source })?;
+        let transport = open
+            .open(&endpoint)
+            .map_err(|source| DownloadError::Open { base: self.base.to_string(), source: source.into() })?;
         let file = file_of_host();
         let expected = match &self.sha256 {
             Some(digest) => digest.clone(),
