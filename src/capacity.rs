@@ -7,6 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
@@ -67,6 +68,8 @@ pub struct Capacity(Arc<Mutex<Accounts>>);
 struct Accounts {
     bounds: Bounds,
     promised: Promised,
+    /// What of it is held by polls.
+    asking: Promised,
     queue: VecDeque<Waiter>,
     askers: BTreeMap<String, Asker>,
 }
@@ -104,9 +107,18 @@ pub struct Reservation {
     capacity: Capacity,
     runner: String,
     resources: Resources,
+    /// Nobody has a job for it yet: a poller asks GitLab with it.
+    asks: bool,
 }
 
 impl Reservation {
+    /// There is a job for it.
+    pub fn is_for_a_job(&mut self) {
+        if std::mem::take(&mut self.asks) {
+            self.capacity.lock().asking.remove(&self.runner, self.resources);
+        }
+    }
+
     /// What is promised.
     #[must_use]
     pub fn resources(&self) -> Resources {
@@ -124,9 +136,12 @@ impl Reservation {
             return;
         }
         {
-            let promised = &mut self.capacity.lock().promised;
-            promised.remove(&self.runner, self.resources);
-            promised.add(&self.runner, less);
+            let mut accounts = self.capacity.lock();
+            let Accounts { promised, asking, .. } = &mut *accounts;
+            for account in std::iter::once(promised).chain(self.asks.then_some(asking)) {
+                account.remove(&self.runner, self.resources);
+                account.add(&self.runner, less);
+            }
         }
         self.resources = less;
         self.capacity.serve();
@@ -153,15 +168,38 @@ impl From<Reservation> for Held {
     }
 }
 
-/// A class that no host state could ever satisfy.
+/// A class that no host state could ever satisfy. Only what is too small is named.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "a job needs {} CPUs, {} MiB memory and {} GiB disk; this host has {}, {} MiB and {} GiB for all jobs (section `capacity`)",
-    needs.cpus, needs.memory_mib, needs.disk_gib, bounds.cpus, bounds.memory_mib, bounds.disk_gib
-)]
 pub struct NeverFits {
     needs: Resources,
     bounds: Bounds,
+}
+
+impl NeverFits {
+    /// Whether disk is what is lacking.
+    #[must_use]
+    pub fn lacks_disk(&self) -> bool {
+        self.needs.disk_gib > self.bounds.disk_gib
+    }
+}
+
+impl fmt::Display for NeverFits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { needs, bounds } = self;
+        if bounds.jobs == 0 {
+            f.write_str("no job may run here (`concurrent`)")?;
+        }
+        let lacking = [
+            (u64::from(needs.cpus), u64::from(bounds.cpus), "CPUs", "cpus"),
+            (needs.memory_mib, bounds.memory_mib, "MiB memory", "memory_mib"),
+            (needs.disk_gib, bounds.disk_gib, "GiB disk", "disk_gib"),
+        ];
+        for (i, (needs, bound, of, key)) in lacking.into_iter().filter(|(needs, bound, ..)| needs > bound).enumerate() {
+            let and = if i == 0 { "" } else { "; " };
+            write!(f, "{and}a job needs {needs} {of}, and {bound} are there for all jobs (`capacity.{key}`)")?;
+        }
+        Ok(())
+    }
 }
 
 impl Capacity {
@@ -171,6 +209,7 @@ impl Capacity {
         Self(Arc::new(Mutex::new(Accounts {
             bounds,
             promised: Promised::default(),
+            asking: Promised::default(),
             queue: VecDeque::new(),
             askers: BTreeMap::new(),
         })))
@@ -208,7 +247,7 @@ impl Capacity {
     #[must_use]
     pub fn adopt(&self, runner: &str, resources: Resources) -> Reservation {
         self.lock().promised.add(runner, resources);
-        Reservation { capacity: self.clone(), runner: runner.to_owned(), resources }
+        Reservation { capacity: self.clone(), runner: runner.to_owned(), resources, asks: false }
     }
 
     /// Says what a runner wants, with `limit` jobs at once, each of these resources.
@@ -239,7 +278,40 @@ impl Capacity {
         self.serve();
     }
 
-    /// What is promised now.
+    /// What of the promised room polls hold, which have no job for it yet.
+    #[must_use]
+    pub fn asking(&self) -> Promised {
+        self.lock().asking.clone()
+    }
+
+    /// What keeps one more job of `runner` waiting, which may have `limit` at once and takes `needs`, in words for
+    /// operators; `None`: only those who came before it.
+    #[must_use]
+    pub fn missing(&self, runner: &str, limit: u32, needs: Resources) -> Option<String> {
+        let accounts = self.lock();
+        let (bounds, promised) = (&accounts.bounds, &accounts.promised);
+        let of_runner = promised.by_runner.get(runner).copied().unwrap_or(0);
+        let mut missing = Vec::new();
+        if of_runner >= limit {
+            missing.push(format!("the runner's `limit` of {limit} jobs"));
+        }
+        if promised.jobs >= bounds.jobs {
+            missing.push(format!("`concurrent`, {} jobs at once", bounds.jobs));
+        }
+        let now = &promised.resources;
+        for (needs, promised, bound, of) in [
+            (u64::from(needs.cpus), u64::from(now.cpus), u64::from(bounds.cpus), "CPUs"),
+            (needs.memory_mib, now.memory_mib, bounds.memory_mib, "MiB memory"),
+            (needs.disk_gib, now.disk_gib, bounds.disk_gib, "GiB disk"),
+        ] {
+            if promised.saturating_add(needs) > bound {
+                missing.push(format!("{needs} {of}, {} of {bound} are free", bound.saturating_sub(promised)));
+            }
+        }
+        (!missing.is_empty()).then(|| missing.join("; "))
+    }
+
+    /// What is promised now, to jobs and to polls.
     #[must_use]
     pub fn promised(&self) -> Promised {
         self.lock().promised.clone()
@@ -283,10 +355,11 @@ impl Capacity {
                 }
                 let Some(waiter) = accounts.queue.remove(index) else { break };
                 accounts.promised.add(&waiter.runner, waiter.resources);
-                let reservation =
-                    Reservation { capacity: self.clone(), runner: waiter.runner, resources: waiter.resources };
+                accounts.asking.add(&waiter.runner, waiter.resources);
+                let Waiter { runner, resources, grant, .. } = waiter;
+                let reservation = Reservation { capacity: self.clone(), runner, resources, asks: true };
                 // The waiter may have gone in between; its reservation is dropped outside the lock.
-                unclaimed.extend(waiter.grant.send(reservation).err());
+                unclaimed.extend(grant.send(reservation).err());
             }
         }
         drop(unclaimed);
@@ -326,173 +399,16 @@ impl Promised {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        self.capacity.lock().promised.remove(&self.runner, self.resources);
+        {
+            let mut accounts = self.capacity.lock();
+            accounts.promised.remove(&self.runner, self.resources);
+            if self.asks {
+                accounts.asking.remove(&self.runner, self.resources);
+            }
+        }
         self.capacity.serve();
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const ONE: Resources = Resources { cpus: 1, memory_mib: 100, disk_gib: 1 };
-
-    fn capacity(jobs: u32) -> Capacity {
-        Capacity::new(Bounds { jobs, cpus: 100, memory_mib: 1000, disk_gib: 50 })
-    }
-
-    #[tokio::test]
-    async fn room_comes_back_when_the_reservation_is_dropped() {
-        let capacity = capacity(1);
-        let first = capacity.reserve("a", 9, ONE).await.unwrap();
-        let mut second = Box::pin(capacity.reserve("b", 9, ONE));
-        assert!(futures_poll(&mut second).is_none());
-        drop(first);
-        drop(second.await.unwrap());
-        assert_eq!(capacity.promised(), Promised::default());
-    }
-
-    /// U4: room that a job does not need goes to the next one at once; what it holds never grows.
-    #[tokio::test]
-    async fn a_reservation_shrinks_and_never_grows() {
-        let capacity = Capacity::new(Bounds { jobs: 9, cpus: 4, memory_mib: 1000, disk_gib: 50 });
-        let ceiling = Resources { cpus: 4, memory_mib: 1000, disk_gib: 50 };
-        let mut first = capacity.reserve("a", 9, ceiling).await.unwrap();
-        let mut second = Box::pin(capacity.reserve("b", 9, ONE));
-        assert!(futures_poll(&mut second).is_none());
-        first.shrink(Resources { cpus: 1, memory_mib: 900, disk_gib: 60 });
-        assert_eq!(first.resources(), Resources { cpus: 1, memory_mib: 900, disk_gib: 50 });
-        assert!(futures_poll(&mut second).is_none(), "its disk is still all of it");
-        first.shrink(Resources { cpus: 4, memory_mib: 900, disk_gib: 49 });
-        let second = second.await.unwrap();
-        assert_eq!(capacity.promised().resources, Resources { cpus: 2, memory_mib: 1000, disk_gib: 50 });
-        drop((first, second));
-        assert_eq!(capacity.promised(), Promised::default());
-    }
-
-    #[tokio::test]
-    async fn a_waiter_that_gives_up_blocks_nobody() {
-        let capacity = capacity(1);
-        let first = capacity.reserve("a", 9, ONE).await.unwrap();
-        let mut gone = Box::pin(capacity.reserve("b", 9, ONE));
-        assert!(futures_poll(&mut gone).is_none());
-        drop(gone);
-        drop(first);
-        drop(capacity.reserve("c", 9, ONE).await.unwrap());
-        assert_eq!(capacity.promised(), Promised::default());
-    }
-
-    #[tokio::test]
-    async fn a_class_larger_than_the_host_is_refused_at_once() {
-        let error = capacity(1).reserve("a", 9, Resources { cpus: 101, memory_mib: 1, disk_gib: 1 }).await.unwrap_err();
-        assert!(error.to_string().contains("needs 101 CPUs"));
-    }
-
-    #[tokio::test]
-    async fn a_runner_at_its_limit_holds_nobody_up() {
-        let capacity = capacity(2);
-        let first = capacity.reserve("a", 1, ONE).await.unwrap();
-        let mut same = Box::pin(capacity.reserve("a", 1, ONE));
-        assert!(futures_poll(&mut same).is_none());
-        drop(capacity.reserve("b", 1, ONE).await.unwrap());
-        drop(first);
-        drop(same.await.unwrap());
-    }
-
-    #[tokio::test]
-    async fn with_room_for_one_the_grants_go_round() {
-        let capacity = capacity(1);
-        // All seven stand in the queue before the first grant.
-        let taken = capacity.reserve("before", 1, ONE).await.unwrap();
-        let (grants, mut granted) = tokio::sync::mpsc::channel(1);
-        let mut runners = tokio::task::JoinSet::new();
-        for runner in 0..7_usize {
-            let (capacity, grants) = (capacity.clone(), grants.clone());
-            runners.spawn(async move {
-                loop {
-                    let room = capacity.reserve(&runner.to_string(), 1, ONE).await.unwrap();
-                    if grants.send(runner).await.is_err() {
-                        break;
-                    }
-                    drop(room);
-                }
-            });
-        }
-        tokio::task::yield_now().await;
-        assert_eq!(capacity.lock().queue.len(), 7);
-        drop(taken);
-        let mut counts = [0_i32; 7];
-        for _ in 0..1000 {
-            counts[granted.recv().await.unwrap()] += 1;
-        }
-        assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1, "{counts:?}");
-    }
-
-    #[tokio::test]
-    async fn a_question_may_be_held_only_while_there_is_room_for_the_other_runners() {
-        let capacity = capacity(2);
-        for runner in ["a", "b"] {
-            capacity.want(runner, 9, ONE, Wants::Room);
-        }
-        let first = capacity.reserve("a", 9, ONE).await.unwrap();
-        capacity.want("a", 9, ONE, Wants::Answer);
-        assert!(capacity.leaves_room("a"));
-        let second = capacity.reserve("b", 9, ONE).await.unwrap();
-        capacity.want("b", 9, ONE, Wants::Answer);
-        assert!(capacity.leaves_room("a") && capacity.leaves_room("b"), "both have their room");
-        // a's question was answered by a job, and a wants to ask for another.
-        capacity.want("a", 9, ONE, Wants::Room);
-        assert!(!capacity.leaves_room("b"));
-        capacity.want("a", 1, ONE, Wants::Room);
-        assert!(capacity.leaves_room("b"), "a has as many jobs as it may");
-        drop((first, second));
-    }
-
-    #[tokio::test]
-    async fn disk_that_is_freed_is_promised() {
-        let capacity = Capacity::new(Bounds { jobs: 9, cpus: 9, memory_mib: 1000, disk_gib: 1 });
-        let first = capacity.reserve("a", 9, ONE).await.unwrap();
-        let mut second = Box::pin(capacity.reserve("a", 9, ONE));
-        assert!(futures_poll(&mut second).is_none());
-        capacity.set_disk_gib(2);
-        drop((second.await.unwrap(), first));
-    }
-
-    fn futures_poll<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        match std::pin::Pin::new(future).poll(&mut context) {
-            std::task::Poll::Ready(output) => Some(output),
-            std::task::Poll::Pending => None,
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn never_more_is_promised_than_the_bounds_say(steps in prop::collection::vec((0..3_u8, 1..4_u32, 1..5_u64), 1..60)) {
-            let bounds = Bounds { jobs: 3, cpus: 6, memory_mib: 8, disk_gib: 9 };
-            let capacity = Capacity::new(bounds);
-            let mut waiting = Vec::new();
-            let mut held = Vec::new();
-            for (what, cpus, memory_mib) in steps {
-                match what {
-                    0 => {
-                        let capacity = capacity.clone();
-                        waiting.push(Box::pin(async move { capacity.reserve("r", 9, Resources { cpus, memory_mib, disk_gib: 4 }).await }));
-                    }
-                    1 => drop(held.pop()),
-                    _ => drop(waiting.pop()),
-                }
-                waiting.retain_mut(|w| match futures_poll(w) {
-                    Some(granted) => { held.extend(granted.ok()); false }
-                    None => true,
-                });
-                let promised = capacity.promised();
-                prop_assert!(promised.jobs <= bounds.jobs && promised.resources.cpus <= bounds.cpus && promised.resources.memory_mib <= bounds.memory_mib);
-                prop_assert_eq!(promised.jobs as usize, held.len());
-            }
-            drop((waiting, held));
-            prop_assert_eq!(capacity.promised(), Promised::default());
-        }
-    }
-}
+mod tests;

@@ -23,6 +23,7 @@ pub mod gitlab; // how do we speak the runner API?
 pub mod recovery; // what exists, what should exist?
 pub mod status; // how are we doing?
 pub mod control; // what may the operator tell a running daemon?
+pub mod web; // what does the status listener answer?
 pub mod files; // how do bytes get to disk for good?
 pub mod process; // how do we run another program?
 pub mod clock; // what time is it, for people and protocols?
@@ -33,6 +34,7 @@ pub mod latest; // who waits for the newest value?
 pub mod secret; // what must never be printed?
 pub mod metrics; // what do we count?
 pub mod telemetry; // where do log lines go?
+mod socket; // how is a socket of ours bound?
 mod repeats; // how often may a guest fill the log?
 pub mod failpoint; // where may a test pull the plug?
 

@@ -119,7 +119,7 @@ pub async fn orphans(
     let supply = &parts.supply;
     let setup = supply.setup();
     // VMs are listed before the overlays: one that is being made has its overlay first.
-    let vms = supply.hypervisor().list(&setup.installation).await?;
+    let vms = supply.list().await?;
     let vms: BTreeSet<VmId> = vms.into_iter().map(|vm| vm.name.id().clone()).collect();
     let overlays = supply.host().disks.list(&setup.overlay_dir).await?;
     let overlays = overlays.iter().filter_map(|path| overlay_id(path));

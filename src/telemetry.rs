@@ -116,6 +116,19 @@ pub fn chain(error: &dyn Error) -> String {
     text
 }
 
+/// How long something has lasted, for people: `7 s`, `12 min`, `3 h 5 min`, `2 d 4 h`.
+#[must_use]
+pub fn lasting(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds} s"),
+        (0, 0, _) => format!("{minutes} min"),
+        (0, ..) => format!("{hours} h {} min", minutes % 60),
+        _ => format!("{days} d {} h", hours % 24),
+    }
+}
+
 /// Writes out what waits when it is dropped, for a second at most.
 #[derive(Debug)]
 #[must_use = "the last log lines are lost without it"]

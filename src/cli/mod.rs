@@ -81,7 +81,12 @@ enum Command {
         /// As JSON
         #[arg(long)]
         json: bool,
+        /// Only what needs a person: exit code 0 if nothing does, 2 if something does, 3 if no daemon answers
+        #[arg(long, conflicts_with = "json")]
+        check: bool,
     },
+    /// Show what the running daemon has counted, in the Prometheus text format
+    Metrics,
     /// Tell the running daemon to take no more jobs, and to end after those it has
     Drain,
     /// End one job of the running daemon now; GitLab is told why
@@ -91,6 +96,9 @@ enum Command {
         /// Name of its runner entry, if several have a job of this id
         #[arg(long)]
         runner: Option<String>,
+        /// What the job's author reads of the reason
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
     },
 }
 
@@ -144,9 +152,11 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Doctor(args) => return wait_for(doctor::doctor(&config, args)),
         Command::Image(args) => wait_for(image::image(&config, *args))?,
         Command::Exec(args) => return Err(exec::become_it(args)),
-        Command::Status { json } => wait_for(operate::status(&config, json))?,
+        Command::Status { check: true, .. } => return wait_for(operate::check(&config)),
+        Command::Status { json, .. } => wait_for(operate::status(&config, json))?,
+        Command::Metrics => wait_for(operate::metrics(&config))?,
         Command::Drain => wait_for(operate::drain(&config))?,
-        Command::Kill { job, runner } => wait_for(operate::kill(&config, job, runner))?,
+        Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -175,6 +185,18 @@ fn needs_a_change(cause: &(dyn std::error::Error + 'static)) -> bool {
     daemon || journal || cause.is::<ConfigError>()
 }
 
+/// Prints to stdout. Who has read enough closes the pipe, as `head` does: that is no error of ours.
+fn print(text: &str) -> io::Result<()> {
+    quietly(io::stdout().lock().write_all(text.as_bytes()))
+}
+
+fn quietly(written: io::Result<()>) -> io::Result<()> {
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
 /// Runs one short command on a runtime of its own.
 fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
@@ -198,11 +220,30 @@ mod tests {
 
     #[test]
     fn a_wrong_command_line_exits_with_64_and_help_with_0() {
-        for args in [&[][..], &["fly"], &["status", "--yaml"], &["kill"], &["kill", "x"], &["check", "--config"]] {
+        for args in [
+            &[][..],
+            &["fly"],
+            &["status", "--yaml"],
+            &["status", "--check", "--json"],
+            &["kill"],
+            &["kill", "x"],
+            &["check", "--config"],
+        ] {
             assert_eq!(exit_of(args), ExitCode::from(64), "{args:?}");
         }
         assert_eq!(exit_of(&["--help"]), ExitCode::SUCCESS);
         assert_eq!(exit_of(&["--version"]), ExitCode::SUCCESS);
+    }
+
+    /// U20: `dayfly status | head`.
+    #[test]
+    fn a_pipe_that_its_reader_has_closed_is_no_error() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        drop(reader);
+        let written = writer.write_all(b"a long report");
+        assert_eq!(written.as_ref().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        assert!(quietly(written).is_ok());
+        assert!(quietly(Err(io::ErrorKind::StorageFull.into())).is_err(), "a full disk is one");
     }
 
     #[test]
@@ -233,6 +274,17 @@ mod tests {
                 ExitCode::from(1),
                 "{command:?}"
             );
+        }
+    }
+
+    /// U19: monitoring's code where nobody answers, whatever keeps them from it.
+    #[test]
+    fn a_check_of_the_status_without_a_daemon_exits_with_3() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        for text in ["runtime_directory = \".\"\n", "concurent = 1\n"] {
+            std::fs::write(&file, text).unwrap();
+            assert_eq!(exit_of(&["status", "--check", "--config", file.to_str().unwrap()]), ExitCode::from(3));
         }
     }
 

@@ -5,6 +5,7 @@ use super::validate::{Problem, Problems, validate};
 use super::{Config, Origin};
 use crate::files::plain;
 use crate::files::private::CREDENTIALS_VARIABLE;
+use crate::web::Address;
 use figment::Figment;
 use figment::error::Kind;
 use figment::providers::{Format as _, Serialized, Toml};
@@ -143,6 +144,9 @@ impl Config {
             let optional = [&mut runner.tls_ca_file, &mut runner.tls_cert_file, &mut runner.tls_key_file];
             optional.into_iter().flatten().chain([&mut runner.token_file])
         });
+        if let Some(Address::Unix(path)) = &mut self.status.listen {
+            *path = dir.join(&path);
+        }
         for path in own.into_iter().chain(runners) {
             // An empty path stays one, for validation to name it.
             if path.as_os_str().is_empty() {

@@ -19,7 +19,7 @@ pub use origin::{Origin, Origins};
 pub use validate::{Problem, Problems};
 
 use crate::machine_spec::{EnvironmentLine, GuestSettings};
-use crate::{capacity, network, telemetry, vm};
+use crate::{capacity, network, telemetry, vm, web};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -39,6 +39,8 @@ pub struct Config {
     pub concurrent: u32,
     /// Section `[log]`.
     pub log: telemetry::Config,
+    /// Section `[status]`.
+    pub status: web::Config,
     /// Section `[hypervisor]`.
     pub hypervisor: vm::Config,
     /// Section `[network]`.
@@ -61,6 +63,7 @@ impl Default for Config {
             image_directory: "/var/lib/dayfly/images".into(),
             concurrent: 1,
             log: telemetry::Config::default(),
+            status: web::Config::default(),
             hypervisor: vm::Config::default(),
             network: network::Config::default(),
             capacity: capacity::Config::default(),

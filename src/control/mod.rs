@@ -1,11 +1,11 @@
-//! What may the operator tell a running daemon? Status, drain and kill, over a unix socket.
+//! What may the operator tell a running daemon? Status, metrics, drain and kill, over a unix socket.
 //!
 //! The socket is `control.sock` in the runtime directory, mode 0600: only the daemon's own user
 //! and root reach it, no guest and no network ever (threats.md T35). One request a connection, one
 //! line of JSON each way, so that `nc -U` will do where `dayfly` is not at hand:
 //!
 //! ```text
-//! {"command":"status"}      {"command":"drain"}      {"command":"kill","job":42,"runner":"ci"}
+//! {"command":"status"}   {"command":"metrics"}   {"command":"drain"}   {"command":"kill","job":42,"runner":"ci"}
 //! ```
 //!
 //! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
@@ -38,12 +38,17 @@ pub fn socket(runtime_directory: &Path) -> PathBuf {
     runtime_directory.join("control.sock")
 }
 
+/// Characters of the reason for a kill at most: a sentence or two.
+const REASON_CHARACTERS_MAX: usize = 300;
+
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
     /// How are you?
     Status,
+    /// What have you counted?
+    Metrics,
     /// Take no more jobs, finish those you have, then end.
     Drain,
     /// End this job now, with an honest verdict.
@@ -53,6 +58,9 @@ pub enum Request {
         /// Its runner entry; needed only if several GitLabs have a job of this id here.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         runner: Option<String>,
+        /// What its author reads of the reason.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
     },
 }
 
@@ -64,6 +72,11 @@ pub enum Answer {
     Status {
         /// The report.
         status: Box<StatusReport>,
+    },
+    /// To `metrics`.
+    Metrics {
+        /// All of them, in the Prometheus text format.
+        text: String,
     },
     /// To `drain`: it has begun, or had begun before.
     Draining,

@@ -1,11 +1,13 @@
 //! The daemon's end of the control socket.
 
-use super::{ANSWER_BYTES_MAX, Answer, EXCHANGE_DEADLINE, KillOutcome, REQUEST_BYTES_MAX, Request};
+use super::{
+    ANSWER_BYTES_MAX, Answer, EXCHANGE_DEADLINE, KillOutcome, REASON_CHARACTERS_MAX, REQUEST_BYTES_MAX, Request,
+};
 use crate::gitlab::JobId;
-use crate::status::StatusReport;
-use crate::telemetry::chain;
+use crate::metrics::Form;
+use crate::status::Reports;
+use crate::telemetry::{chain, printable};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,13 +19,13 @@ use tokio_util::sync::CancellationToken;
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// What `daemon` does for the operator. Calls come one at a time and must not block.
-pub trait ControlHandler: Send + Sync + 'static {
-    /// How the daemon stands.
-    fn status(&self) -> StatusReport;
+pub trait ControlHandler: Reports {
     /// Begins a drain; one that has begun goes on.
     fn drain(&self);
-    /// Tells the job to end; `runner` is the name of a runner entry.
-    fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome;
+    /// Tells the job to end; `runner` is the name of a runner entry, `reason` a line that its author reads.
+    fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome;
+    /// Why nobody is served the status elsewhere, for the status; `None`: all is well with that.
+    fn status_is_not_served(&self, why: Option<String>);
 }
 
 /// Why there is no control socket; for the operator.
@@ -52,7 +54,8 @@ pub struct ControlSocket {
 /// # Panics
 /// Outside a runtime of Tokio's.
 pub fn bind(socket: &Path) -> Result<ControlSocket, ServeError> {
-    let listener = bind_hidden(socket).map_err(|source| ServeError { path: socket.to_owned(), source })?;
+    let listener =
+        crate::socket::bind(socket, 0o600).map_err(|source| ServeError { path: socket.to_owned(), source })?;
     Ok(ControlSocket { listener, path: socket.to_owned() })
 }
 
@@ -103,32 +106,6 @@ pub(super) async fn serve_within(
     }
 }
 
-/// Where a socket is made, beside its place.
-const HIDDEN: &str = ".new-socket";
-
-/// Binds where nobody else can look, and moves the socket into place once its mode is right: at no
-/// instant can another user connect.
-fn bind_hidden(socket: &Path) -> io::Result<UnixListener> {
-    let dir = socket.parent().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "path has no parent"))?;
-    // One name, for ours is the only daemon here: what one that was killed in between has left is taken away.
-    let hidden = dir.join(HIDDEN);
-    remove_hidden(&hidden)?;
-    std::fs::DirBuilder::new().mode(0o700).create(&hidden)?;
-    let path = hidden.join("s");
-    let listener = UnixListener::bind(&path)?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-    std::fs::rename(&path, socket)?;
-    remove_hidden(&hidden)?;
-    Ok(listener)
-}
-
-fn remove_hidden(hidden: &Path) -> io::Result<()> {
-    match std::fs::remove_dir_all(hidden) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
 async fn exchange(stream: UnixStream, handler: &dyn ControlHandler) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut line = String::new();
@@ -149,14 +126,19 @@ async fn exchange(stream: UnixStream, handler: &dyn ControlHandler) -> io::Resul
 fn obey(request: Request, handler: &dyn ControlHandler) -> Answer {
     match request {
         Request::Status => Answer::Status { status: Box::new(handler.status()) },
+        Request::Metrics => Answer::Metrics { text: handler.metrics(Form::Classic) },
         Request::Drain => {
             tracing::info!("the operator asks for a drain");
             handler.drain();
             Answer::Draining
         }
-        Request::Kill { job, runner } => {
-            tracing::info!(%job, runner, "the operator kills a job");
-            Answer::Kill { outcome: handler.kill(job, runner.as_deref()) }
+        Request::Kill { job, runner, reason } => {
+            // One line of the job's log, whatever it is.
+            let reason =
+                reason.map(|text| printable(text.trim()).chars().take(REASON_CHARACTERS_MAX).collect::<String>());
+            let reason = reason.filter(|text| !text.is_empty());
+            tracing::info!(%job, runner, reason, "the operator kills a job");
+            Answer::Kill { outcome: handler.kill(job, runner.as_deref(), reason) }
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Server and client against each other, over a real socket.
 
 use super::*;
-use crate::status::DaemonStatus;
+use crate::metrics::Form;
+use crate::status::{DaemonStatus, Reports};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -9,26 +10,37 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
+/// Job, runner and reason of a kill.
+type Killed = (JobId, Option<String>, Option<String>);
+
 #[derive(Default)]
 struct Fake {
     draining: AtomicBool,
-    killed: Mutex<Vec<(JobId, Option<String>)>>,
+    killed: Mutex<Vec<Killed>>,
 }
 
-impl ControlHandler for Fake {
+impl Reports for Fake {
     fn status(&self) -> StatusReport {
         StatusReport {
             daemon: DaemonStatus { draining: self.draining.load(Ordering::SeqCst), ..DaemonStatus::default() },
             ..StatusReport::default()
         }
     }
+    fn metrics(&self, form: Form) -> String {
+        assert_eq!(form, Form::Classic);
+        "dayfly_up 1\n".into()
+    }
+}
+
+impl ControlHandler for Fake {
     fn drain(&self) {
         self.draining.store(true, Ordering::SeqCst);
     }
-    fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome {
-        self.killed.lock().unwrap().push((job, runner.map(str::to_owned)));
+    fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome {
+        self.killed.lock().unwrap().push((job, runner.map(str::to_owned), reason));
         KillOutcome::Told { runner: runner.unwrap_or("ci").to_owned() }
     }
+    fn status_is_not_served(&self, _why: Option<String>) {}
 }
 
 /// Runs `test` beside a server on a socket in a fresh directory; both must come to an end.
@@ -50,23 +62,26 @@ async fn beside_server<F: Future<Output = ()>>(deadline: Duration, test: impl Fn
 }
 
 #[tokio::test]
-async fn status_drain_and_kill_reach_the_handler() {
+async fn status_metrics_drain_and_kill_reach_the_handler() {
     beside_server(EXCHANGE_DEADLINE, |path, fake| async move {
         let Answer::Status { status } = call(&path, &Request::Status).await.unwrap() else { panic!("no status") };
         assert!(!status.daemon.draining);
+        let metrics = Answer::Metrics { text: "dayfly_up 1\n".into() };
+        assert_eq!(call(&path, &Request::Metrics).await.unwrap(), metrics);
         assert_eq!(call(&path, &Request::Drain).await.unwrap(), Answer::Draining);
         let Answer::Status { status } = call(&path, &Request::Status).await.unwrap() else { panic!("no status") };
         assert!(status.daemon.draining);
-        let kill = Request::Kill { job: JobId(42), runner: Some("b".into()) };
+        let kill = Request::Kill { job: JobId(42), runner: Some("b".into()), reason: Some(" a\nb\u{1b}[2J ".into()) };
         assert_eq!(
             call(&path, &kill).await.unwrap(),
             Answer::Kill { outcome: KillOutcome::Told { runner: "b".into() } }
         );
-        assert_eq!(*fake.killed.lock().unwrap(), [(JobId(42), Some("b".into()))]);
+        assert_eq!(*fake.killed.lock().unwrap(), [(JobId(42), Some("b".into()), Some("a\\nb\\u{1b}[2J".into()))]);
     })
     .await;
 }
 
+/// T35: commands are for the daemon's own user and root.
 #[tokio::test]
 async fn only_the_owner_may_use_the_socket() {
     beside_server(EXCHANGE_DEADLINE, |path, _| async move {

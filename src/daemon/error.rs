@@ -115,7 +115,9 @@ fn remedy(kind: io::ErrorKind) -> &'static str {
     match kind {
         io::ErrorKind::ReadOnlyFilesystem => " (make its file system writable; the kernel's log says why it is not)",
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => " (make room on its file system)",
-        io::ErrorKind::PermissionDenied => " (it must belong to the user that dayfly runs as, mode 0700)",
+        io::ErrorKind::PermissionDenied => {
+            " (it must belong to the user that dayfly runs as, and that user must pass each directory above it)"
+        }
         io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory => {
             " (something of another kind has this name, or one above it: move that away)"
         }

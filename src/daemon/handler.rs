@@ -1,70 +1,175 @@
-//! What the control socket may ask of a running daemon.
+//! What the control socket and the status listener may ask of a running daemon.
 
+use super::problems::problems;
 use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
 use crate::capacity::Capacity;
+use crate::clock::Clock;
 use crate::control::{ControlHandler, KillOutcome};
 use crate::gitlab::JobId;
 use crate::job::Parts;
-use crate::metrics::Metrics;
-use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, RunnerState, RunnerStatus, StatusReport};
-use std::sync::{Mutex, PoisonError};
+use crate::metrics::{Form, ImageTime, Metrics, RunnerGauges, Snapshot, Usage};
+use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, Reports, RunnerState, RunnerStatus, StatusReport};
+use crate::supply::Supply;
+use crate::vm::{VmId, VmName};
+use jiff::Timestamp;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+/// Bytes of a MiB.
+const MIB: u64 = 1 << 20;
+
+/// Bytes of a GiB.
+const GIB: u64 = 1 << 30;
 
 pub(super) struct Handler {
     jobs: Jobs,
     capacity: Capacity,
+    supply: Supply,
     /// Exchanged at a reload; held for a few lines.
     runners: Mutex<Vec<View>>,
+    /// Why nothing serves the status; held for a few lines.
+    not_served: Mutex<Option<String>>,
     shutdown: Shutdown,
     metrics: Metrics,
-    since: String,
+    clock: Clock,
+    since: Timestamp,
 }
 
 impl Handler {
     pub(super) fn new(jobs: Jobs, capacity: Capacity, runners: Vec<View>, shutdown: Shutdown, parts: &Parts) -> Self {
-        let since = parts.clock.now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-        Self { jobs, capacity, runners: Mutex::new(runners), shutdown, metrics: parts.metrics.clone(), since }
+        Self {
+            jobs,
+            capacity,
+            supply: parts.supply.clone(),
+            runners: Mutex::new(runners),
+            not_served: Mutex::default(),
+            shutdown,
+            metrics: parts.metrics.clone(),
+            clock: parts.clock.clone(),
+            since: parts.clock.now(),
+        }
     }
-}
 
-impl Handler {
     /// After a reload.
     pub(super) fn set_runners(&self, runners: Vec<View>) {
-        *self.runners.lock().unwrap_or_else(PoisonError::into_inner) = runners;
+        *self.runners() = runners;
+    }
+
+    fn runners(&self) -> MutexGuard<'_, Vec<View>> {
+        self.runners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn capacity(&self) -> CapacityStatus {
+        let (promised, asking, bounds) = (self.capacity.promised(), self.capacity.asking(), self.capacity.bounds());
+        CapacityStatus {
+            jobs: promised.jobs.saturating_sub(asking.jobs),
+            asking: asking.jobs,
+            jobs_max: bounds.jobs,
+            cpus: promised.resources.cpus.saturating_sub(asking.resources.cpus),
+            cpus_max: (bounds.cpus != u32::MAX).then_some(bounds.cpus),
+            memory_mib: promised.resources.memory_mib.saturating_sub(asking.resources.memory_mib),
+            memory_mib_max: bounds.memory_mib,
+            disk_gib: promised.resources.disk_gib.saturating_sub(asking.resources.disk_gib),
+            disk_gib_max: bounds.disk_gib,
+        }
+    }
+
+    fn runner(&self, view: &View, jobs: &BTreeMap<String, u32>) -> RunnerStatus {
+        let View { runner, poller, needs, limit } = view;
+        let name = &runner.config.name;
+        let state = match poller.borrow().state.clone() {
+            RunnerState::WaitingForRoom { missing } => {
+                let missing = self.capacity.missing(name, *limit, *needs).unwrap_or(missing);
+                RunnerState::WaitingForRoom { missing }
+            }
+            state => state,
+        };
+        RunnerStatus {
+            name: name.clone(),
+            url: runner.config.url.to_string(),
+            class: runner.class.name.clone(),
+            state,
+            answered_s: runner.reach.answered().map(|at| at.elapsed().as_secs()),
+            outage: runner.reach.outage().map(|outage| outage.to_string()),
+            jobs: jobs.get(name).copied().unwrap_or(0),
+        }
+    }
+
+    /// Jobs of each runner that hold room, less the polls.
+    fn jobs_by_runner(&self) -> BTreeMap<String, u32> {
+        let (mut jobs, asking) = (self.capacity.promised().by_runner, self.capacity.asking().by_runner);
+        for (runner, count) in &mut jobs {
+            *count = count.saturating_sub(asking.get(runner).copied().unwrap_or(0));
+        }
+        jobs
+    }
+
+    fn problems(&self, runners: &[View]) -> Vec<String> {
+        let not_served = self.not_served.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        problems(runners, &self.supply, &self.metrics, not_served)
+    }
+
+    fn draining(&self) -> bool {
+        matches!(*self.shutdown.mode().borrow(), Mode::Drain | Mode::End)
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let capacity = self.capacity();
+        let runners = self.runners().clone();
+        let usage = |promised, bound: Option<u64>, unit| Usage {
+            promised: u64::saturating_mul(promised, unit),
+            bound: bound.map(|bound| bound.saturating_mul(unit)),
+        };
+        let mut images = BTreeMap::new();
+        for view in &runners {
+            let age = view
+                .poller
+                .borrow()
+                .image_made
+                .and_then(|made| SystemTime::from(self.clock.now()).duration_since(made).ok());
+            if let Some(age) = age {
+                images.insert(view.runner.class.image.clone(), age);
+            }
+        }
+        Snapshot {
+            version: env!("CARGO_PKG_VERSION"),
+            started_s: self.since.as_duration().as_secs_f64(),
+            draining: self.draining(),
+            problems: self.problems(&runners).len(),
+            jobs: usage(capacity.jobs.into(), Some(capacity.jobs_max.into()), 1),
+            cpus: usage(capacity.cpus.into(), capacity.cpus_max.map(u64::from), 1),
+            memory_bytes: usage(capacity.memory_mib, Some(capacity.memory_mib_max), MIB),
+            disk_bytes: usage(capacity.disk_gib, Some(capacity.disk_gib_max), GIB),
+            runners: runners.iter().map(gauges).collect(),
+            jobs_by_state: self.jobs.views().into_iter().map(|view| (view.key.runner, view.state)).collect(),
+            machines: self.supply.states(),
+            images: images.into_iter().map(|(name, age)| ImageTime { name, age_s: age.as_secs_f64() }).collect(),
+        }
     }
 }
 
-impl ControlHandler for Handler {
+fn gauges(view: &View) -> RunnerGauges {
+    let reach = &view.runner.reach;
+    RunnerGauges {
+        name: view.runner.config.name.clone(),
+        blocked: view.poller.borrow().blocked,
+        answered_s: reach.answered().map(|at| at.elapsed().as_secs_f64()),
+        unanswered_s: reach.outage().map_or(Duration::ZERO, |outage| outage.lasts).as_secs_f64(),
+    }
+}
+
+/// The hypervisor's name of a VM: what an operator can give to `virsh`.
+fn vm_name(id: &str) -> String {
+    id.parse::<VmId>().map_or_else(|_| id.to_owned(), |id| VmName::from(id).to_string())
+}
+
+impl Reports for Handler {
     fn status(&self) -> StatusReport {
-        let promised = self.capacity.promised();
-        let bounds = self.capacity.bounds();
-        let runners = self.runners.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let runners: Vec<RunnerStatus> = runners
-            .iter()
-            .map(|(runner, view)| {
-                let view = view.borrow().clone();
-                RunnerStatus {
-                    name: runner.config.name.clone(),
-                    url: runner.config.url.to_string(),
-                    class: runner.class.name.clone(),
-                    state: view.state,
-                    answered_s: view.answered.map(|at| at.elapsed().as_secs()),
-                    jobs: promised.by_runner.get(&runner.config.name).copied().unwrap_or(0),
-                }
-            })
-            .collect();
-        let problems = runners.iter().filter_map(|runner| match &runner.state {
-            RunnerState::Refused { error } => Some(format!("runner `{}`: {error}", runner.name)),
-            RunnerState::Blocked { reason } => Some(format!("runner `{}`: {reason}", runner.name)),
-            _ => None,
-        });
-        let stuck = self.metrics.job().stuck_domains.get();
-        let stuck = (stuck > 0)
-            .then(|| format!("{stuck} VMs cannot be taken down, and hold their room until they go; see the log"));
-        let waiting = self.metrics.job().waiting_for_gitlab.get();
-        let waiting =
-            (waiting > 0).then(|| format!("{waiting} jobs have a log or a verdict that GitLab does not take"));
-        let problems = problems.chain(stuck).chain(waiting);
+        let views = self.runners().clone();
+        let by_runner = self.jobs_by_runner();
+        let runners = views.iter().map(|view| self.runner(view, &by_runner)).collect();
         let jobs = self.jobs.views().into_iter().map(|view| JobStatusReport {
             runner: view.key.runner.clone(),
             id: view.key.id,
@@ -72,37 +177,38 @@ impl ControlHandler for Handler {
             name: view.name.clone(),
             state: view.state.to_owned(),
             phase: view.phase.clone(),
-            vm: view.vm.clone(),
-            age_s: view.since.elapsed().as_secs(),
+            vm: view.vm.as_deref().map(vm_name),
+            age_s: (view.age_before + view.since.elapsed()).as_secs(),
         });
         StatusReport {
             daemon: DaemonStatus {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 pid: std::process::id(),
-                since: self.since.clone(),
-                draining: matches!(*self.shutdown.mode().borrow(), Mode::Drain | Mode::End),
-                problems: problems.collect(),
+                since: self.since.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+                draining: self.draining(),
+                problems: self.problems(&views),
             },
-            capacity: CapacityStatus {
-                jobs: promised.jobs,
-                jobs_max: bounds.jobs,
-                cpus: promised.resources.cpus,
-                cpus_max: (bounds.cpus != u32::MAX).then_some(bounds.cpus),
-                memory_mib: promised.resources.memory_mib,
-                memory_mib_max: bounds.memory_mib,
-                disk_gib: promised.resources.disk_gib,
-                disk_gib_max: bounds.disk_gib,
-            },
+            capacity: self.capacity(),
             jobs: jobs.collect(),
             runners,
         }
     }
 
+    fn metrics(&self, form: Form) -> String {
+        self.metrics.text(&self.snapshot(), form)
+    }
+}
+
+impl ControlHandler for Handler {
     fn drain(&self) {
         self.shutdown.drain();
     }
 
-    fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome {
-        self.jobs.kill(job, runner)
+    fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome {
+        self.jobs.kill(job, runner, reason)
+    }
+
+    fn status_is_not_served(&self, why: Option<String>) {
+        *self.not_served.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 }

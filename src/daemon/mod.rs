@@ -14,7 +14,9 @@ mod disk;
 mod error;
 mod handler;
 mod installation;
+mod listener;
 mod places;
+mod problems;
 mod process;
 mod reload;
 mod setup;
@@ -45,6 +47,7 @@ use crate::job::{self, Jobs, Parts, Runner, Started};
 use crate::metrics::Metrics;
 use crate::network::{Listen, Network};
 use crate::recovery;
+use crate::repeats::Repeats;
 use crate::rng::Rng;
 use crate::supply::{Setup, Supply};
 use crate::telemetry::chain;
@@ -218,7 +221,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         awake: Awake::default(),
         leave,
     };
-    let runners = runners(&config, &backends, &installation).await?;
+    let runners = runners(&config, &backends, &installation, &parts.metrics, &BTreeMap::new()).await?;
     let (jobs, joined) = Jobs::new();
     let adopted =
         recovery::adopt_all(&parts, loaded, &capacity, &|record: &Record| runner_of(record, &runners, &config.class))
@@ -248,6 +251,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         unknown,
         image_directory: config.image_directory.clone(),
         hypervisor: config.hypervisor.clone(),
+        unseen: Repeats::new("look for orphans; trying again in a minute"),
     };
     let first_sweep = sweeper.begin(stop.clone(), &mut background);
     // The common case is clean before the first poll; a domain that is stuck keeps nobody waiting.

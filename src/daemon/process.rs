@@ -1,5 +1,6 @@
 //! The process around the daemon: lock, log, signals, systemd, control socket.
 
+use super::listener::Listener;
 use super::{Backends, DaemonError, Reloader, Shutdown, places, socket_directory, start};
 use crate::clock::Clock;
 use crate::config::{Config, Loaded};
@@ -123,16 +124,18 @@ pub async fn main(loaded: Loaded, connect: Connect) -> anyhow::Result<()> {
     let signals = listen(&shutdown)?;
     let hangups = signal(SignalKind::hangup())?;
     let socket = control::bind(&control::socket(&config.runtime_directory))?;
+    let status = config.status.address(&config.runtime_directory);
     let backends = connect(&config)?;
     let daemon = start(config, backends, shutdown.clone()).await?;
     let handler = daemon.handler();
+    let mut listener = Listener::open(handler.clone(), &status).await;
     let stop = CancellationToken::new();
     let serve_stop = stop.clone();
     let mut served = std::pin::pin!(control::serve(socket, handler, serve_stop));
     // Errors mean that nobody waits for us: no systemd.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), pid = std::process::id(), "dayfly runs");
-    let hangups = reload_on(hangups, daemon.reloader(), file);
+    let hangups = reload_on(hangups, daemon.reloader(), file, &mut listener);
     let run = daemon.run();
     let watchdog = watchdog();
     tokio::select! {
@@ -147,8 +150,8 @@ pub async fn main(loaded: Loaded, connect: Connect) -> anyhow::Result<()> {
         () = hangups => {}
     }
     stop.cancel();
-    // Removes the socket; an exchange that is under way has its own deadline.
-    let _ = tokio::time::timeout(SOCKET_PATIENCE, served).await;
+    // Removes the sockets; an exchange that is under way has its own deadline.
+    let _ = tokio::time::timeout(SOCKET_PATIENCE, async { tokio::join!(served, listener.close()) }).await;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("dayfly ends");
     Ok(())
@@ -175,7 +178,7 @@ fn listen(shutdown: &Shutdown) -> std::io::Result<impl Future<Output = ()>> {
 }
 
 /// SIGHUP: reads the file again, for ever. One that makes no sense changes nothing (threats.md E10).
-async fn reload_on(mut hangups: Signal, reloader: Reloader, file: Option<PathBuf>) {
+async fn reload_on(mut hangups: Signal, reloader: Reloader, file: Option<PathBuf>, listener: &mut Listener) {
     while hangups.recv().await.is_some() {
         let Some(file) = file.clone() else { continue };
         let loaded = tokio::task::spawn_blocking(move || {
@@ -188,8 +191,18 @@ async fn reload_on(mut hangups: Signal, reloader: Reloader, file: Option<PathBuf
                 for warning in &loaded.warnings {
                     tracing::warn!("configuration: {warning}");
                 }
+                let config = loaded.config;
+                let next = match listener.prepare(&config.status.address(&config.runtime_directory)).await {
+                    Ok(next) => next,
+                    Err(error) => {
+                        tracing::error!(error = chain(&error), "reload the configuration; that of before stays");
+                        continue;
+                    }
+                };
                 // The daemon says how it went.
-                let _ = reloader.reload(loaded.config).await;
+                if reloader.reload(config).await.is_ok() {
+                    listener.exchange(next).await;
+                }
             }
             Ok(Err(error)) => {
                 tracing::error!(error = chain(&*error), "reload the configuration; that of before stays");

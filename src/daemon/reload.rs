@@ -84,7 +84,8 @@ impl Daemon {
             return Err(ReloadError::Fixed(key));
         }
         let wiring = &self.wiring;
-        let runners = setup::runners(&config, &wiring.backends, &wiring.installation).await?;
+        let runners =
+            setup::runners(&config, &wiring.backends, &wiring.installation, &self.parts.metrics, &self.runners).await?;
         let bounds = bounds(&config, wiring.memory_mib, wiring.disk_gib);
 
         wiring.disk_is_found.store(config.capacity.disk_gib.is_none(), Ordering::Relaxed);

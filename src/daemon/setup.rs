@@ -3,10 +3,11 @@
 use super::{Backends, DaemonError, Installation};
 use crate::config::{self, Config};
 use crate::gitlab::transport::OpenError;
-use crate::gitlab::{Endpoint, RunnerApi, RunnerToken};
+use crate::gitlab::{Endpoint, Reach, RunnerApi, RunnerToken};
 use crate::image::store::Image;
 use crate::job::Runner;
 use crate::job::journal::Record;
+use crate::metrics::Metrics;
 use crate::telemetry::chain;
 use crate::vm::proof::{Places, Subject, memory, prove_kvm};
 use crate::vm::{Accel, HostInfo, InstallationId};
@@ -80,11 +81,14 @@ pub(super) async fn accel(
     }
 }
 
-/// Reads tokens and certificates, and opens each runner's GitLab.
+/// Reads tokens and certificates, and opens each runner's GitLab. What is known of the GitLab of an entry of `before`
+/// stays known.
 pub(super) async fn runners(
     config: &Config,
     backends: &Backends,
     installation: &Installation,
+    metrics: &Metrics,
+    before: &BTreeMap<String, Arc<Runner>>,
 ) -> Result<BTreeMap<String, Arc<Runner>>, DaemonError> {
     let mut runners = BTreeMap::new();
     for entry in &config.runner {
@@ -113,10 +117,17 @@ pub(super) async fn runners(
                 Some(String::from_utf8_lossy(&bytes).into_owned())
             }
         };
+        let known = before.get(&entry.name).filter(|runner| runner.config.url == entry.url);
+        let reach = match known {
+            Some(runner) => runner.reach.clone(),
+            None => Reach::new(&entry.name, entry.url.as_str(), metrics.gitlab().clone()),
+        };
+        metrics.job().begin_runner(&entry.name);
+        let transport = reach.watch(transport);
         let api = RunnerApi::new(transport.clone(), token, installation.system_id(), backends.rng.clone());
         runners.insert(
             entry.name.clone(),
-            Arc::new(Runner { config: entry.clone(), class: class.clone(), transport, api, ca_pem }),
+            Arc::new(Runner { config: entry.clone(), class: class.clone(), transport, reach, api, ca_pem }),
         );
     }
     Ok(runners)

@@ -8,6 +8,7 @@ use super::Jobs;
 use crate::capacity::{Capacity, Held, Resources};
 use crate::job::Parts;
 use crate::recovery::{self, Orphan};
+use crate::repeats::Repeats;
 use crate::supply::unassigned::{Abandoned, abandoned};
 use crate::telemetry::chain;
 use crate::vm::{self, VmId};
@@ -31,6 +32,8 @@ pub(super) struct Sweeper {
     pub(super) image_directory: PathBuf,
     /// The hypervisor that is looked at: they are written down with its name.
     pub(super) hypervisor: vm::Config,
+    /// Sweeps that saw nothing.
+    pub(super) unseen: Repeats,
 }
 
 impl Sweeper {
@@ -77,7 +80,7 @@ impl Sweeper {
             owned
         };
         let orphans = recovery::orphans(&self.parts, &owned).await.unwrap_or_else(|error| {
-            tracing::warn!(error = chain(&error), "look for orphans; trying again in a minute");
+            self.unseen.log(|line| tracing::warn!(error = chain(&error), "{line}"));
             Vec::new()
         });
         for orphan in orphans {

@@ -5,7 +5,6 @@ use crate::capacity::{Bounds, Capacity, Resources};
 use crate::config::{Class, Config};
 use crate::job::{Parts, Runner};
 use crate::poller::{Poller, PollerView};
-use crate::status::RunnerState;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,7 +28,15 @@ pub(crate) fn overhead_mib(is_tcg: bool) -> u64 {
 }
 
 /// A runner and what its poller says.
-pub(super) type View = (Arc<Runner>, watch::Receiver<PollerView>);
+#[derive(Clone)]
+pub(super) struct View {
+    pub(super) runner: Arc<Runner>,
+    pub(super) poller: watch::Receiver<PollerView>,
+    /// What one job of it takes.
+    pub(super) needs: Resources,
+    /// Jobs at once of it.
+    pub(super) limit: u32,
+}
 
 /// What was learnt at the start, and the configuration in force.
 pub(super) struct Wiring {
@@ -64,14 +71,15 @@ impl Wiring {
         let reserve = config.capacity.disk_reserve_gib.saturating_mul(1 << 30).saturating_add(spool_bytes);
         let mut views = Vec::new();
         for runner in runners.values() {
-            let (state, view) = watch::channel(PollerView { state: RunnerState::Polling, answered: None });
-            views.push((runner.clone(), view));
+            let (state, poller) = watch::channel(PollerView::begin());
+            let (needs, limit) = (needs(&runner.class, self.overhead_mib), runner.config.limit.unwrap_or(u32::MAX));
+            views.push(View { runner: runner.clone(), poller, needs, limit });
             let poller = Poller {
                 parts: parts.clone(),
                 runner: runner.clone(),
                 capacity: self.capacity.clone(),
-                resources: needs(&runner.class, self.overhead_mib),
-                limit: runner.config.limit.unwrap_or(u32::MAX),
+                resources: needs,
+                limit,
                 disk: (self.overlay_dir.clone(), reserve),
                 jobs: self.jobs.clone(),
                 state,

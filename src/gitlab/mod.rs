@@ -12,6 +12,7 @@ mod job_client;
 mod json;
 mod payload;
 mod proxy;
+mod reach;
 mod real;
 mod runner_api;
 mod runner_token;
@@ -32,6 +33,7 @@ pub mod readers {
 pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, UpdateAnswer, Verdict};
 pub use payload::{Containers, Dependency, JobPayload, PayloadError};
 pub use proxy::ProxyEnvironment;
+pub use reach::{Outage, PATIENCE, Reach};
 pub use real::{RealLimits, RealOpenTransport};
 pub use runner_api::{FreshToken, Poll, RunnerApi, RunnerInfo, Verified};
 pub use runner_token::{RunnerToken, TokenFileError};

@@ -11,6 +11,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What tells the files of an image apart from others at the same paths: device, inode, length and
 /// time of the last write. Their owner may change: libvirtd lends kernel and initrd to QEMU's user.
@@ -28,6 +29,13 @@ impl Stamp {
             Ok((path, found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
         };
         files.into_iter().map(one).collect::<io::Result<_>>().map(Self)
+    }
+
+    /// When the last of them was written; `None`: they are on no disk.
+    #[must_use]
+    pub fn made(&self) -> Option<SystemTime> {
+        let newest = self.0.iter().map(|(.., seconds, _)| *seconds).max()?;
+        Some(UNIX_EPOCH + Duration::from_secs(u64::try_from(newest).ok()?))
     }
 
     /// Whether they are still what they were. One that cannot be looked at is not.

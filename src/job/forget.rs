@@ -13,11 +13,14 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Tries until it works, the daemon leaves, or [`PATIENCE`] is over. `false`: it is left to the next start, as after a
 /// kill.
 pub async fn forget(parts: &Parts, key: &JobKey) -> bool {
-    let (since, mut backoff) = (Instant::now(), Backoff::uploader());
+    let (since, mut backoff, mut told) = (Instant::now(), Backoff::uploader(), false);
     loop {
         match parts.journal.remove(key).await {
             Ok(()) => return true,
-            Err(error) => tracing::warn!(%key, error = chain(&error), "remove a job's record"),
+            Err(error) if !std::mem::replace(&mut told, true) => {
+                tracing::warn!(%key, error = chain(&error), "remove a job's record; trying again");
+            }
+            Err(error) => tracing::debug!(%key, error = chain(&error), "remove a job's record; trying again"),
         }
         if since.elapsed() >= PATIENCE {
             tracing::error!(%key, "the record of a job could not be removed; the next start of the daemon tries again");

@@ -101,16 +101,16 @@ impl Jobs {
         self.views().into_iter().filter_map(|view| view.vm?.parse().ok()).collect()
     }
 
-    /// Tells one job to end.
+    /// Tells one job to end; its author reads `reason`.
     #[must_use]
-    pub fn kill(&self, job: JobId, runner: Option<&str>) -> KillOutcome {
+    pub fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome {
         let entries = self.lock();
         let mut found = entries.iter().filter(|(key, _)| key.id == job && runner.is_none_or(|r| r == key.runner));
         match (found.next(), found.next()) {
             (None, _) => KillOutcome::Unknown,
             (Some((key, entry)), None) => {
                 // A full inbox holds a kill, or a flood of GitLab's: then the operator may ask again.
-                let _ = entry.inbox.try_send(JobCommand::Kill);
+                let _ = entry.inbox.try_send(JobCommand::Kill { reason });
                 KillOutcome::Told { runner: key.runner.clone() }
             }
             (Some(_), Some(_)) => {
@@ -134,7 +134,7 @@ impl Jobs {
     /// Tells all jobs to end.
     pub(crate) fn kill_all(&self) {
         for entry in self.lock().values() {
-            let _ = entry.inbox.try_send(JobCommand::Kill);
+            let _ = entry.inbox.try_send(JobCommand::Kill { reason: None });
         }
     }
 }

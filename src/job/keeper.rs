@@ -46,8 +46,10 @@ impl Kept {
                     *self = Self::There;
                     return Ok(());
                 };
+                // Where that is not taken either, it is tried again, and told by who tries.
+                self.clear(journal, &record.key).await?;
                 tracing::error!(error = chain(&error), "write down that a job is not run");
-                self.clear(journal, &record.key).await
+                Ok(())
             }
             Self::Suspect => {
                 let (journal, record) = (journal.clone(), record.clone());

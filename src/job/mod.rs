@@ -34,7 +34,7 @@ use crate::capacity::Held;
 use crate::clock::Clock;
 use crate::config;
 use crate::files::Files;
-use crate::gitlab::{JobPayload, RunnerApi, Transport};
+use crate::gitlab::{JobPayload, Reach, RunnerApi, Transport};
 use crate::guest;
 use crate::image::store::Images;
 use crate::metrics::Metrics;
@@ -95,6 +95,8 @@ pub struct Runner {
     pub class: config::Class,
     /// Its GitLab.
     pub transport: Arc<dyn Transport>,
+    /// Whether that answers.
+    pub reach: Reach,
     /// Its token's calls.
     pub api: RunnerApi,
     /// GitLab's chain, for guests.
@@ -104,8 +106,11 @@ pub struct Runner {
 /// What others may say to a job.
 #[derive(Debug)]
 pub enum JobCommand {
-    /// End it, with an honest verdict: the operator's word.
-    Kill,
+    /// End it, with an honest verdict: the operator's word, with what its author is told of the reason.
+    Kill {
+        /// The operator's own words.
+        reason: Option<String>,
+    },
     /// GitLab has given it out once more.
     Reassign {
         /// The newer payload.
@@ -139,8 +144,10 @@ pub struct JobView {
     pub phase: String,
     /// Its VM.
     pub vm: Option<String>,
-    /// When the task began (which is later than GitLab's 201 after a restart).
+    /// When the task began.
     pub since: Instant,
+    /// How long after GitLab's 201 that was: more than nothing after a restart.
+    pub age_before: Duration,
 }
 
 /// A job that is under way.

@@ -25,6 +25,7 @@ use super::{JobCommand, JobView, Parts, Runner};
 use super::{Reassigned, forget};
 use crate::capacity::Held;
 use crate::gitlab::{JobPayload, JobStatus};
+use crate::metrics::Phase;
 use crate::retry::Backoff;
 use crate::spool::Spool;
 use crate::telemetry::chain;
@@ -96,7 +97,10 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         };
         match next {
             Happened::Event(event) => job.feed(event).await,
-            Happened::Command(JobCommand::Kill) => job.feed(Event::Killed).await,
+            Happened::Command(JobCommand::Kill { reason }) => {
+                job.seen.kill_reason = reason;
+                job.feed(Event::Killed).await;
+            }
             Happened::Command(JobCommand::Reassign { payload, reply }) => {
                 let answer = job.reassigned(*payload).await;
                 // Whoever asked may have left with the daemon.
@@ -114,7 +118,10 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
                 }
             }
             Happened::Next(Next::Waits(what)) => job.say_phase(&what),
-            Happened::Next(Next::Delivered) => job.feed(Event::Delivered).await,
+            Happened::Next(Next::Delivered) => {
+                job.m.end_phase(Phase::Flush);
+                job.feed(Event::Delivered).await;
+            }
         }
     }
     job.m.leave().await;
@@ -195,6 +202,9 @@ impl Job {
             let before = self.m.record.state.clone();
             let (state, commands) = before.clone().on(event.clone());
             self.count_loss(&before, &event);
+            if matches!((&before, &state), (State::Running { .. }, State::Releasing { .. })) {
+                self.m.end_phase(Phase::Run);
+            }
             self.m.record.state = state;
             let mut step = Step { before, event, asking: asking.take() };
             for command in commands {

@@ -7,20 +7,25 @@
 //! anything else happens, then to `daemon`.
 
 mod policy;
+mod trouble;
 
 use self::policy::{Host, Policy, Seen, Step, Why};
-use crate::capacity::{Capacity, Reservation, Resources, Wants};
+use self::trouble::{Cause, Trouble};
+use crate::capacity::{Capacity, NeverFits, Reservation, Resources, Wants};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, RunnerToken};
 use crate::job::Jobs;
 use crate::job::journal::JobKey;
 use crate::job::{self, Parts, Reassigned, Runner};
+use crate::metrics::Phase;
 use crate::secret::Secret;
 use crate::status::RunnerState;
-use crate::telemetry::chain;
+use crate::telemetry::{chain, lasting};
+use std::future::poll_fn;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::task;
+use std::time::{Duration, SystemTime};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -33,6 +38,9 @@ const HAND_OVER_POLL_PATIENCE: Duration = Duration::from_millis(4000);
 /// How long a job that GitLab gave out anew waits for its forerunner's machine to go (at most the
 /// grace of a cancel, and its destruction); meanwhile nothing of it is written down.
 const GIVEN_AGAIN_PATIENCE: Duration = Duration::from_secs(90);
+
+/// Why a poller does not ask while the host is full, in a word of [`crate::metrics::BLOCKED_BY`].
+const ROOM: &str = "room";
 
 /// What a poller is told and tells.
 pub struct Poller {
@@ -63,8 +71,20 @@ pub struct Poller {
 pub struct PollerView {
     /// What it does.
     pub state: RunnerState,
-    /// When GitLab last answered.
-    pub answered: Option<Instant>,
+    /// Why it does not ask, in a word of [`crate::metrics::BLOCKED_BY`].
+    pub blocked: Option<&'static str>,
+    /// Since when that is so.
+    pub since: Instant,
+    /// When the image of its class was made, where that is known.
+    pub image_made: Option<SystemTime>,
+}
+
+impl PollerView {
+    /// One that begins.
+    #[must_use]
+    pub fn begin() -> Self {
+        Self { state: RunnerState::Polling, blocked: None, since: Instant::now(), image_made: None }
+    }
 }
 
 impl Poller {
@@ -74,6 +94,7 @@ impl Poller {
         // Jobs that were given out again, and wait for those of before; what is left at the end is given up with this set.
         let mut again = JoinSet::new();
         let mut info = None;
+        let mut trouble = Trouble::default();
         let mut seen = Seen::Rested;
         loop {
             while again.try_join_next().is_some() {}
@@ -97,7 +118,7 @@ impl Poller {
                     None => Some(Seen::Rested),
                 },
                 Step::Rest(rest, why) => {
-                    self.tell(rest, &why);
+                    self.tell(rest, &why, &mut trouble);
                     let rested = self.rest(rest).await;
                     if matches!(why, Why::Refused(_)) && self.read_token().await {
                         policy.verify_again();
@@ -111,19 +132,22 @@ impl Poller {
             }
         }
         self.wants(Wants::Nothing);
-        self.say(RunnerState::Stopped);
+        self.say(RunnerState::Stopped, None);
     }
 
     fn wants(&self, wants: Wants) {
         self.capacity.want(&self.runner.config.name, self.limit, self.resources, wants);
     }
 
-    fn say(&self, state: RunnerState) {
+    fn say(&self, state: RunnerState, blocked: Option<&'static str>) {
         let unwell = |state: &RunnerState| matches!(state, RunnerState::Blocked { .. } | RunnerState::Refused { .. });
         let gauge = &self.parts.metrics.job().runners_unwell;
         self.state.send_modify(|view| {
             gauge.inc_by(i64::from(unwell(&state)) - i64::from(unwell(&view.state)));
-            view.state = state;
+            if view.blocked != blocked {
+                view.since = Instant::now();
+            }
+            (view.state, view.blocked) = (state, blocked);
         });
     }
 
@@ -137,41 +161,46 @@ impl Poller {
         }
     }
 
-    /// Tells log and status why nothing is asked for a while.
-    fn tell(&self, rest: Duration, why: &Why) {
-        let runner = &self.runner.config.name;
-        let blocked = |reason: &str| {
-            self.wants(Wants::Nothing);
-            self.say(RunnerState::Blocked { reason: reason.to_owned() });
-        };
+    /// Tells log and status why nothing is asked for a while. The log hears of it when it comes and when it has gone.
+    fn tell(&self, rest: Duration, why: &Why, trouble: &mut Trouble) {
+        let (runner, now) = (&self.runner.config.name, Instant::now());
         match why {
-            Why::Answered => {}
-            Why::NoImage { reason, news } => {
-                if *news {
-                    tracing::error!(runner, reason, "no job is asked for");
+            Why::Answered => {
+                if let Some(lasted) = trouble.is_over(now) {
+                    tracing::info!(runner, "this runner asks for jobs again, after {}", lasting(lasted));
                 }
-                blocked(reason);
             }
-            Why::NeverFits { reason, news } => {
-                if *news {
-                    tracing::error!(runner, error = reason, "this runner can never take a job here");
+            Why::Blocked(cause, reason) => {
+                if trouble.is(*cause, now) {
+                    let what = match cause {
+                        Cause::TooLarge => "this runner can never take a job here",
+                        _ => "no job is asked for",
+                    };
+                    tracing::error!(runner, reason, "{what}");
                 }
-                blocked(reason);
-            }
-            Why::HostUnfit { reason } => blocked(reason),
-            Why::Refused(error) => {
-                tracing::error!(runner, error = chain(error), "GitLab refuses this runner");
                 self.wants(Wants::Nothing);
-                self.say(RunnerState::Refused { error: chain(error) });
+                self.say(RunnerState::Blocked { reason: reason.clone() }, Some(cause.word()));
             }
+            Why::Refused(error) => {
+                if trouble.is(Cause::Refused, now) {
+                    tracing::error!(runner, error = chain(error), "GitLab refuses this runner");
+                }
+                self.wants(Wants::Nothing);
+                self.say(RunnerState::Refused { error: chain(error) }, Some(Cause::Refused.word()));
+            }
+            // Each is a job that GitLab counts as ours.
             Why::Unreadable(error) => {
                 tracing::error!(runner, error = chain(error), "GitLab assigned a job that cannot be read");
             }
             Why::NoAnswer(error) => {
                 let (error, remedy) = (chain(error), error.explain());
-                tracing::warn!(runner, error, remedy, pause_s = rest.as_secs_f64(), "GitLab gave no answer to a poll");
+                tracing::debug!(runner, error, pause_s = rest.as_secs_f64(), "GitLab gave no answer to a poll");
                 let error = remedy.map_or_else(|| error.clone(), |remedy| format!("{error}; {remedy}"));
-                self.say(RunnerState::Retrying { error, in_s: rest.as_secs() });
+                // An outage is told by whoever watches the connection, which others use, too.
+                if self.runner.reach.outage().is_none() && trouble.is(Cause::Gitlab, now) {
+                    tracing::warn!(runner, error, "GitLab gives no answer that makes sense to a poll");
+                }
+                self.say(RunnerState::Retrying { error, in_s: rest.as_secs() }, Some(Cause::Gitlab.word()));
             }
         }
     }
@@ -181,6 +210,8 @@ impl Poller {
     async fn image(&self) -> Result<RunnerInfo, String> {
         let class = &self.runner.class;
         let image = self.parts.images.load(&class.image).await.map_err(|error| chain(&error))?;
+        let made = image.stamp.made();
+        self.state.send_if_modified(|view| std::mem::replace(&mut view.image_made, made) != made);
         if image.manifest.is_standin() && !class.allow_standin_runner {
             return Err(format!(
                 "image `{}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
@@ -227,33 +258,64 @@ impl Poller {
 
     /// Waits for room. `None`: stopped.
     async fn reserve(&self) -> Option<Seen<Reservation>> {
-        self.say(RunnerState::WaitingForRoom { missing: "room for one more job".into() });
+        if self.stop.is_cancelled() {
+            return None;
+        }
+        let since = Instant::now();
         self.wants(Wants::Room);
+        let mut room = std::pin::pin!(self.capacity.reserve(&self.runner.config.name, self.limit, self.resources));
+        // Where there is room at once, whoever looks goes on to see what is the matter otherwise.
+        let at_once = poll_fn(|context| match room.as_mut().poll(context) {
+            task::Poll::Ready(reserved) => task::Poll::Ready(Some(reserved)),
+            task::Poll::Pending => task::Poll::Ready(None),
+        });
+        if let Some(reserved) = at_once.await {
+            return Some(self.reserved(reserved, since).await);
+        }
+        self.say(RunnerState::WaitingForRoom { missing: "room for one more job".into() }, Some(ROOM));
         tokio::select! {
             biased;
             // Both are cancel safe.
             () = self.stop.cancelled() => None,
-            reserved = self.capacity.reserve(&self.runner.config.name, self.limit, self.resources) => Some(match reserved {
-                Ok(reservation) => Seen::Room(reservation),
-                Err(error) => Seen::NeverFits(chain(&error)),
-            }),
+            reserved = room => Some(self.reserved(reserved, since).await),
+        }
+    }
+
+    async fn reserved(&self, reserved: Result<Reservation, NeverFits>, since: Instant) -> Seen<Reservation> {
+        match reserved {
+            Ok(reservation) => {
+                self.parts.metrics.job().phase(Phase::Reserve, since.elapsed());
+                Seen::Room(reservation)
+            }
+            Err(error) if error.lacks_disk() => {
+                let path = &self.disk.0;
+                let free = match self.parts.files.free_bytes(path).await {
+                    Ok(free) => format!("{} GiB are free", free >> 30),
+                    Err(error) => format!("what is free is not known ({error})"),
+                };
+                Seen::NeverFits(Cause::Disk, format!("{}; at `{}` {free}", chain(&error), path.display()))
+            }
+            Err(error) => Seen::NeverFits(Cause::TooLarge, chain(&error)),
         }
     }
 
     /// Whether a job would have a chance here: disk, a hypervisor that answers, and machines that come up and live.
     async fn host(&self) -> Host {
         if let Some(reason) = self.disk_is_short().await {
-            return Host::Unfit(reason);
+            return Host::Unfit(Cause::Disk, reason);
         }
         if let Err(error) = self.parts.journal.look_well().await {
-            return Host::Unfit(format!(
-                "the journal cannot be written, so no job can be taken: {}; look at that disk and at the kernel's log",
-                chain(&error)
-            ));
+            return Host::Unfit(
+                Cause::Journal,
+                format!(
+                    "the journal cannot be written, so no job can be taken: {}; look at that disk and at the kernel's log",
+                    chain(&error)
+                ),
+            );
         }
         let supply = &self.parts.supply;
-        if let Err(error) = supply.hypervisor().list(&supply.setup().installation).await {
-            return Host::Unfit(chain(&error));
+        if let Err(error) = supply.list().await {
+            return Host::Unfit(Cause::Hypervisor, chain(&error));
         }
         supply.unfit().map_or(Host::Well, Host::LosesMachines)
     }
@@ -266,14 +328,14 @@ impl Poller {
         last_update: Option<&str>,
         again: &mut JoinSet<()>,
     ) -> Option<Seen<Reservation>> {
-        self.say(RunnerState::Polling);
+        self.ask_aloud();
         self.wants(Wants::Answer);
         reached(Point::K0);
         let asked = Instant::now();
         let answer = self.poll(info, last_update).await?;
         self.wants(Wants::Room);
-        if !matches!(answer, Err(GitlabError::Unavailable { .. })) {
-            self.state.send_modify(|view| view.answered = Some(Instant::now()));
+        if answer.is_ok() {
+            self.say(RunnerState::Polling, None);
         }
         Some(match answer {
             Ok(Poll::Job(payload)) => {
@@ -292,6 +354,18 @@ impl Poller {
                 Seen::Failed(error)
             }
         })
+    }
+
+    /// Shows that it asks. After a question that was not answered that is no news until there is an answer.
+    fn ask_aloud(&self) {
+        let before = self.state.borrow().state.clone();
+        match before {
+            RunnerState::Retrying { error, .. } => {
+                self.say(RunnerState::Retrying { error, in_s: 0 }, Some(Cause::Gitlab.word()));
+            }
+            RunnerState::Refused { .. } => {}
+            _ => self.say(RunnerState::Polling, None),
+        }
     }
 
     /// One poll. `None`: stopped, and the poll was closed.
@@ -328,10 +402,11 @@ impl Poller {
     }
 
     /// Journals the job and starts it.
-    async fn take(&self, payload: JobPayload, reservation: Reservation, again: &mut JoinSet<()>) {
+    async fn take(&self, payload: JobPayload, mut reservation: Reservation, again: &mut JoinSet<()>) {
         let key = JobKey { runner: self.runner.config.name.clone(), id: payload.id };
         tracing::info!(%key, project = payload.project, name = payload.name, "GitLab assigned a job");
         self.parts.metrics.job().assigned.inc();
+        reservation.is_for_a_job();
         let taking = Taking { parts: self.parts.clone(), runner: self.runner.clone(), jobs: self.jobs.clone(), key };
         match self.jobs.reassign(&taking.key, &payload) {
             None => taking.begin(payload, reservation).await,

@@ -9,6 +9,7 @@
 //! The room is handed from step to step, so that nothing can be asked without any, and none is kept over a rest
 //! (decision D3).
 
+use super::trouble::Cause;
 use crate::gitlab::GitlabError;
 use crate::retry::Backoff;
 use crate::rng::Rng;
@@ -53,12 +54,8 @@ pub(super) enum Step<R> {
 pub(super) enum Why {
     /// It has a job, or GitLab has none.
     Answered,
-    /// The class's image cannot be used. `news`: it could a moment ago.
-    NoImage { reason: String, news: bool },
-    /// No room here is large enough. `news`: as above.
-    NeverFits { reason: String, news: bool },
-    /// A job would have no chance here.
-    HostUnfit { reason: String },
+    /// Something on this host keeps it from asking; why, for operators.
+    Blocked(Cause, String),
     /// GitLab refuses the token.
     Refused(GitlabError),
     /// GitLab gave out a job that cannot be read.
@@ -81,7 +78,7 @@ pub(super) enum Seen<R> {
     /// There is room.
     Room(R),
     /// There never will be; why, for operators.
-    NeverFits(String),
+    NeverFits(Cause, String),
     /// How the host is. `shared`: another runner wants this room too.
     Host { room: R, host: Host, shared: bool },
     /// GitLab gave out a job, which has the room now.
@@ -100,7 +97,7 @@ pub(super) enum Host {
     /// It loses one machine after the other; why, for operators.
     LosesMachines(String),
     /// A job has no chance; why, for operators.
-    Unfit(String),
+    Unfit(Cause, String),
 }
 
 /// The policy of one poller.
@@ -114,23 +111,12 @@ pub(super) struct Policy {
     last_update: Option<String>,
     /// When a host that loses machines was tried last.
     tried: Option<Instant>,
-    no_image: bool,
-    never_fits: bool,
 }
 
 impl Policy {
     /// One that has seen nothing.
     pub(super) fn new(interval: Duration) -> Self {
-        Self {
-            interval,
-            backoff: Backoff::poll(),
-            conflicts: 0,
-            verified: false,
-            last_update: None,
-            tried: None,
-            no_image: false,
-            never_fits: false,
-        }
+        Self { interval, backoff: Backoff::poll(), conflicts: 0, verified: false, last_update: None, tried: None }
     }
 
     /// There is another token, of which GitLab has told nothing yet.
@@ -142,24 +128,16 @@ impl Policy {
     pub(super) fn on<R>(&mut self, seen: Seen<R>, now: Instant, rng: &Rng) -> Step<R> {
         match seen {
             Seen::Rested => Step::LookAtImage,
-            Seen::Image => {
-                self.no_image = false;
-                if self.verified { Step::Reserve } else { Step::Verify }
-            }
-            Seen::NoImage(reason) => {
-                let news = !std::mem::replace(&mut self.no_image, true);
-                Step::Rest(BLOCKED_REST, Why::NoImage { reason, news })
-            }
+            Seen::Image if self.verified => Step::Reserve,
+            Seen::Image => Step::Verify,
+            Seen::NoImage(reason) => Step::Rest(BLOCKED_REST, Why::Blocked(Cause::Image, reason)),
             Seen::Verified => {
                 self.verified = true;
                 Step::Reserve
             }
             Seen::Room(room) => Step::LookAtHost(room),
-            Seen::NeverFits(reason) => {
-                // Disk may be freed.
-                let news = !std::mem::replace(&mut self.never_fits, true);
-                Step::Rest(BLOCKED_REST, Why::NeverFits { reason, news })
-            }
+            // Disk may be freed.
+            Seen::NeverFits(cause, reason) => Step::Rest(BLOCKED_REST, Why::Blocked(cause, reason)),
             Seen::Host { room, host, shared } => self.with_room(room, host, shared, now),
             Seen::Job => {
                 self.answered();
@@ -180,14 +158,13 @@ impl Policy {
     /// is well again.
     fn with_room<R>(&mut self, room: R, host: Host, shared: bool, now: Instant) -> Step<R> {
         match host {
-            Host::Unfit(reason) => return Step::Rest(BLOCKED_REST, Why::HostUnfit { reason }),
+            Host::Unfit(cause, reason) => return Step::Rest(BLOCKED_REST, Why::Blocked(cause, reason)),
             Host::LosesMachines(reason) if now - *self.tried.get_or_insert(now) < TRY_INTERVAL => {
-                return Step::Rest(BLOCKED_REST, Why::HostUnfit { reason });
+                return Step::Rest(BLOCKED_REST, Why::Blocked(Cause::MachinesLost, reason));
             }
             Host::LosesMachines(_) => {}
             Host::Well => self.tried = None,
         }
-        self.never_fits = false;
         // GitLab holds a question that says what it knew last. With another runner in want of this room that would
         // keep it from asking.
         Step::Ask(room, self.last_update.clone().filter(|_| !shared))
@@ -208,7 +185,11 @@ impl Policy {
             GitlabError::Conflict if self.conflicts == 1 => Step::Rest(Duration::ZERO, Why::Answered),
             GitlabError::Conflict => Step::Rest(self.interval, Why::Answered),
             GitlabError::UnreadableJob { .. } => Step::Rest(self.interval, Why::Unreadable(error)),
-            error => Step::Rest(self.backoff.next_told(rng, error.retry_after()), Why::NoAnswer(error)),
+            error => {
+                // The next question is one that GitLab answers at once: it is known soon that it is back.
+                self.last_update = None;
+                Step::Rest(self.backoff.next_told(rng, error.retry_after()), Why::NoAnswer(error))
+            }
         }
     }
 }
@@ -276,10 +257,10 @@ mod tests {
                     _ => failed(told),
                 },
                 Step::Reserve if lot.fine => (Seen::Room(1), Duration::ZERO),
-                Step::Reserve => (Seen::NeverFits("too small".into()), Duration::ZERO),
+                Step::Reserve => (Seen::NeverFits(Cause::TooLarge, "too small".into()), Duration::ZERO),
                 Step::LookAtHost(room) => {
                     let host = match lot.host {
-                        0 => Host::Unfit("no disk".into()),
+                        0 => Host::Unfit(Cause::Disk, "no disk".into()),
                         1 => Host::LosesMachines("they die".into()),
                         _ => Host::Well,
                     };
@@ -330,7 +311,7 @@ mod tests {
                 }
                 let (job, conflict) = (matches!(seen, Seen::Job), matches!(seen, Seen::Failed(GitlabError::Conflict)));
                 let held = matches!(seen, Seen::NoJob { held, .. } if held >= HELD);
-                let ended = matches!(seen, Seen::NoImage(_) | Seen::NeverFits(_) | Seen::Job | Seen::NoJob { .. } | Seen::Failed(_));
+                let ended = matches!(seen, Seen::NoImage(_) | Seen::NeverFits(..) | Seen::Job | Seen::NoJob { .. } | Seen::Failed(_));
                 step = life.on(seen);
                 prop_assert!(!ended || matches!(step, Step::Rest(..)), "no rest after an end, but {step:?}");
                 if let Step::Rest(rest, _) = &step {
@@ -418,19 +399,14 @@ mod tests {
         assert!(rest_after(&mut life, Seen::Failed(unavailable(None))) <= Duration::from_millis(1200), "counts anew");
     }
 
+    /// U19: after an outage the first question is not held: whoever looks knows at once that GitLab is back.
     #[test]
-    fn what_is_wrong_is_news_once_until_it_is_right_again() {
+    fn after_an_outage_gitlab_is_asked_for_an_answer_at_once() {
         let mut life = Life::new();
-        let news = |step| {
-            matches!(step, Step::<u8>::Rest(_, Why::NoImage { news: true, .. } | Why::NeverFits { news: true, .. }))
-        };
-        assert!(news(life.on(Seen::NoImage("a".into()))));
-        assert!(!news(life.on(Seen::NoImage("a".into()))));
-        life.on(Seen::Image);
-        assert!(news(life.on(Seen::NoImage("a".into()))));
-        assert!(news(life.on(Seen::NeverFits("b".into()))));
-        assert!(!news(life.on(Seen::NeverFits("b".into()))));
         until_asked(&mut life);
-        assert!(news(life.on(Seen::NeverFits("b".into()))));
+        life.on(Seen::NoJob { held: Duration::ZERO, last_update: Some("q1".into()) });
+        assert_eq!(until_asked(&mut life).as_deref(), Some("q1"));
+        life.on(Seen::Failed(unavailable(None)));
+        assert_eq!(until_asked(&mut life), None);
     }
 }

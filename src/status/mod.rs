@@ -6,8 +6,19 @@
 //! the text escapes control characters, so that none can drive the operator's terminal.
 
 use crate::gitlab::JobId;
+use crate::metrics::Form;
+use crate::telemetry::lasting;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::time::Duration;
+
+/// Who can say how the daemon stands: what anybody who may look is served from. Never blocks.
+pub trait Reports: Send + Sync + 'static {
+    /// The report of this moment.
+    fn status(&self) -> StatusReport;
+    /// The metrics of this moment.
+    fn metrics(&self, form: Form) -> String;
+}
 
 /// A daemon, as it stands at one moment. New members may come; none goes away within a version.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -40,8 +51,11 @@ pub struct DaemonStatus {
 /// What is promised of the host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CapacityStatus {
-    /// Jobs that hold a reservation.
+    /// Jobs that hold a reservation. What polls hold while GitLab is asked is not in these numbers.
     pub jobs: u32,
+    /// Polls under way, each with room for the job that it may bring.
+    #[serde(default)]
+    pub asking: u32,
     /// `concurrent` of the configuration.
     pub jobs_max: u32,
     /// Virtual CPUs promised.
@@ -69,8 +83,11 @@ pub struct RunnerStatus {
     pub class: String,
     /// What its poller does.
     pub state: RunnerState,
-    /// Seconds since GitLab last answered a poll; `None`: not yet.
+    /// Seconds since GitLab last answered, whatever was asked; `None`: not yet.
     pub answered_s: Option<u64>,
+    /// Why its GitLab does not answer now, and for how long; `None`: it does.
+    #[serde(default)]
+    pub outage: Option<String>,
     /// Its jobs here.
     pub jobs: u32,
 }
@@ -122,9 +139,9 @@ pub struct JobStatusReport {
     pub state: String,
     /// What it is about right now: the boot's phase, what the uploader still owes.
     pub phase: String,
-    /// Its VM, if one may exist.
+    /// Its VM, if one may exist, by the hypervisor's name for it.
     pub vm: Option<String>,
-    /// Seconds since GitLab's 201.
+    /// Seconds since GitLab's 201, before a restart of the daemon too.
     pub age_s: u64,
 }
 
@@ -180,6 +197,7 @@ impl fmt::Display for RunnerState {
         match self {
             Self::Polling => f.write_str("polling"),
             Self::WaitingForRoom { missing } => write!(f, "waiting for room: {missing}"),
+            Self::Retrying { error, in_s: 0 } => write!(f, "trying again: {error}"),
             Self::Retrying { error, in_s } => write!(f, "trying again in {in_s} s: {error}"),
             Self::Refused { error } => write!(f, "refused: {error}"),
             Self::Blocked { reason } => write!(f, "blocked: {reason}"),
@@ -197,15 +215,8 @@ impl fmt::Display for Clean<'_> {
     }
 }
 
-/// `7 s`, `12 min`, `3 h 5 min`, `2 d 4 h`.
 fn age(seconds: u64) -> String {
-    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
-    match (days, hours, minutes) {
-        (0, 0, 0) => format!("{seconds} s"),
-        (0, 0, _) => format!("{minutes} min"),
-        (0, ..) => format!("{hours} h {} min", minutes % 60),
-        _ => format!("{days} d {} h", hours % 24),
-    }
+    lasting(Duration::from_secs(seconds))
 }
 
 /// Columns as wide as their widest cell; the last one is not padded.
@@ -244,6 +255,7 @@ mod tests {
             },
             capacity: CapacityStatus {
                 jobs: 1,
+                asking: 0,
                 jobs_max: 4,
                 cpus: 2,
                 cpus_max: Some(8),
@@ -259,6 +271,7 @@ mod tests {
                     class: "small".into(),
                     state: RunnerState::Polling,
                     answered_s: Some(3),
+                    outage: None,
                     jobs: 1,
                 },
                 RunnerStatus {
@@ -267,6 +280,7 @@ mod tests {
                     class: "large".into(),
                     state: RunnerState::WaitingForRoom { missing: "4 CPUs".into() },
                     answered_s: None,
+                    outage: None,
                     jobs: 0,
                 },
             ],
@@ -277,7 +291,7 @@ mod tests {
                 name: "test\u{1b}[2J\nforged".into(),
                 state: "running".into(),
                 phase: "trace 4 KiB".into(),
-                vm: Some("abcdefghijklmnop".into()),
+                vm: Some("df-abcdefghijklmnop".into()),
                 age_s: 7_500,
             }],
         }
@@ -295,8 +309,8 @@ RUNNER  GITLAB                       CLASS  JOBS  ANSWERED  STATE
 ci      https://gitlab.example.com/  small  1     3 s ago   polling
 other   https://git.example.org/     large  0     never     waiting for room: 4 CPUs
 
-JOB  RUNNER  AGE        STATE    PHASE        VM                WHAT
-42   ci      2 h 5 min  running  trace 4 KiB  abcdefghijklmnop  group/app: test\\u{1b}[2J\\nforged
+JOB  RUNNER  AGE        STATE    PHASE        VM                   WHAT
+42   ci      2 h 5 min  running  trace 4 KiB  df-abcdefghijklmnop  group/app: test\\u{1b}[2J\\nforged
 ";
         assert_eq!(text, expected);
     }

@@ -309,13 +309,16 @@ impl Driver {
     /// asked again until there is an answer, or it is to go.
     async fn look(&mut self, patiently: bool) -> Result<VmState, VmError> {
         let mut backoff = Backoff::hypervisor();
+        let mut told = false;
         loop {
             let error = match self.supply.hypervisor().state(&self.name).await {
                 Ok(state) => return Ok(state),
                 Err(error) if patiently && error.is_transient() => error,
                 Err(error) => return Err(error),
             };
-            tracing::warn!(vm = %self.id, error = chain(&error), "look for the VM of a running job; trying again");
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(vm = %self.id, error = chain(&error), "look for the VM of a running job; trying again");
+            }
             let pause = backoff.next(&self.supply.0.rng);
             tokio::select! {
                 biased;
@@ -328,7 +331,7 @@ impl Driver {
 
     /// Whether the hypervisor lists it as this installation's. A name alone proves nothing (threats.md H16, H17).
     async fn is_ours(&self) -> Result<bool, VmError> {
-        let listed = self.supply.hypervisor().list(&self.supply.setup().installation).await?;
+        let listed = self.supply.list().await?;
         Ok(listed.iter().any(|vm| vm.name == self.name))
     }
 
@@ -419,7 +422,12 @@ impl Driver {
             match result {
                 Ok(()) => break,
                 Err(error) => {
-                    tracing::warn!(vm = %self.id, error = chain(&error), "could not take a VM down; trying again");
+                    let error = chain(&error);
+                    if stuck.is_none() {
+                        tracing::warn!(vm = %self.id, error, "could not take a VM down; trying again");
+                    } else {
+                        tracing::debug!(vm = %self.id, error, "could not take a VM down; trying again");
+                    }
                     stuck.get_or_insert_with(|| Stuck::count(&self.supply));
                     let pause = backoff.next(&self.supply.0.rng);
                     tokio::select! {
@@ -431,6 +439,9 @@ impl Driver {
                 }
             }
         }
+        if stuck.is_some() {
+            tracing::info!(vm = %self.id, "the VM is taken down after all");
+        }
         self.tell(MachineEvent::Gone).await;
     }
 }
@@ -440,7 +451,7 @@ struct Stuck(Gauge);
 
 impl Stuck {
     fn count(supply: &Supply) -> Self {
-        let gauge = supply.0.metrics.job().stuck_domains.clone();
+        let gauge = supply.0.metrics.job().machines_stuck.clone();
         gauge.inc();
         Self(gauge)
     }

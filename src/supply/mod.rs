@@ -17,6 +17,7 @@
 
 mod losses;
 mod machine;
+mod silence;
 pub mod unassigned;
 mod wires;
 
@@ -29,7 +30,7 @@ use crate::machine_spec::MachineSpec;
 use crate::metrics::Metrics;
 use crate::network::{DoorListener, Lease, LeaseError, Mode, Network, PortRange};
 use crate::rng::Rng;
-use crate::vm::{Accel, Host, Hypervisor, InstallationId, VmId, VmName, VmSpec, VmState};
+use crate::vm::{Accel, Host, Hypervisor, InstallationId, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -42,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::losses::Losses;
 use self::machine::NewVm;
+use self::silence::Silence;
 
 /// The names of one VM's things, from before any is made. Plain data, for its owner's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +74,7 @@ struct Shared {
     /// VMs that have a task here, so that no sweep takes them for orphans. Held for one line each.
     driven: Mutex<BTreeMap<VmId, Driven>>,
     losses: Losses,
+    silence: Silence,
 }
 
 /// The tasks of one VM in this daemon, of which one is at work: a second one waits for the call under way of a first
@@ -126,6 +129,7 @@ impl Supply {
             listing,
             driven: Mutex::default(),
             losses: Losses::default(),
+            silence: Silence::default(),
         });
         let supply = Self(shared);
         let lister = supply.clone();
@@ -147,6 +151,7 @@ impl Supply {
             listing: Latest::new(Listing::default()),
             driven: Mutex::default(),
             losses: Losses::default(),
+            silence: Silence::default(),
         }))
     }
 
@@ -279,6 +284,41 @@ impl Supply {
         self.0.driven.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
     }
 
+    /// This installation's VMs. What becomes of the question is noted: see [`Supply::silence`].
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn list(&self) -> Result<Vec<VmSummary>, VmError> {
+        let listed = self.0.host.hypervisor.list(&self.0.setup.installation).await;
+        self.0.silence.note(&listed);
+        listed
+    }
+
+    /// For how long the hypervisor has not answered, and what it said last; `None`: it answers, as far as is known.
+    #[must_use]
+    pub fn silence(&self) -> Option<(Duration, String)> {
+        self.0.silence.lasts()
+    }
+
+    /// How many VMs of this daemon are in which state, as they were listed last.
+    #[must_use]
+    pub fn states(&self) -> Vec<(&'static str, u64)> {
+        let driven = self.driven();
+        let mut states = [("starting", 0), ("running", 0), ("paused", 0), ("ended", 0)];
+        self.0.listing.clone().look(|listing| {
+            for id in driven {
+                let state = match listing.vms.get(&VmName::from(id)) {
+                    None | Some(VmState::Gone) => 0,
+                    Some(VmState::Running) => 1,
+                    Some(VmState::Paused(_)) => 2,
+                    Some(VmState::Ended(_)) => 3,
+                };
+                states[state].1 += 1;
+            }
+        });
+        states.to_vec()
+    }
+
     /// One task more for this VM; what it must hold while it works.
     fn begin(&self, id: &VmId) -> Arc<tokio::sync::Mutex<()>> {
         let mut driven = self.0.driven.lock().unwrap_or_else(PoisonError::into_inner);
@@ -313,7 +353,7 @@ impl Supply {
                 continue;
             }
             let asked = Instant::now();
-            match self.0.host.hypervisor.list(&self.0.setup.installation).await {
+            match self.list().await {
                 Ok(vms) => {
                     let vms = vms.into_iter().map(|vm| (vm.name, vm.state)).collect();
                     self.0.listing.send(Listing { asked: Some(asked), vms });

@@ -12,13 +12,14 @@ mod pace;
 mod trace;
 
 use self::next::Next;
-use self::owed::Owed;
+use self::owed::{Backlog, Owed};
 use self::trace::PATCH_BYTES_MAX;
 use crate::awake::{Awake, Moment};
 use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobClient, JobStatus, JobUpdate, Verdict};
 use crate::metrics::Metrics;
+use crate::repeats::Repeats;
 use crate::retry::Backoff;
 use crate::rng::Rng;
 use crate::secret::Secret;
@@ -34,6 +35,9 @@ const NOT_FOUND_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Interval between PATCHes before GitLab has named one: its own while somebody watches the log.
 const FIRST_INTERVAL: Duration = Duration::from_secs(3);
+
+/// Told when that begins, and not with each try.
+const NOT_TAKEN: &str = "GitLab did not take trace or state; it will be sent again";
 
 /// What an uploader needs.
 pub struct Upload {
@@ -114,6 +118,8 @@ pub async fn upload(upload: Upload) {
         given_up: false,
         piece_max: PATCH_BYTES_MAX,
         owed: Owed::new(upload.awake.clone(), upload.metrics.job().waiting_for_gitlab.clone()),
+        backlog: Backlog::new(upload.metrics.job().backlog_bytes.clone()),
+        untaken: Repeats::new(NOT_TAKEN),
         waits: String::new(),
         renewals: upload.client.renewals(),
         upload,
@@ -182,6 +188,9 @@ struct Uploader {
     /// Bytes of one PATCH at most, as far as is known.
     piece_max: usize,
     owed: Owed,
+    backlog: Backlog,
+    /// How often it began to wait.
+    untaken: Repeats,
     /// What the job task was told last of what waits.
     waits: String,
 }
@@ -197,6 +206,7 @@ impl Uploader {
         self.renewals.mark_unchanged();
         // Before it is decided what to do: what grows meanwhile ends the wait.
         let seen = self.upload.spool.view();
+        self.backlog.is(seen.length.saturating_sub(self.sent));
         match self.next() {
             Next::Stop => Step::Done,
             Next::Patch(offset) => self.patch(offset).await,
@@ -282,6 +292,9 @@ impl Uploader {
     /// Says what waits, if that is news.
     async fn tell(&mut self, waits: String) {
         if waits != self.waits {
+            if waits.is_empty() {
+                tracing::info!("GitLab takes trace and state of the job again");
+            }
             self.waits.clone_from(&waits);
             // Nobody listening is found out by whoever has a word for it.
             let _ = self.upload.events.send(UploaderEvent::Waits(waits)).await;
@@ -343,6 +356,7 @@ impl Uploader {
             None if matches!(error, GitlabError::RateLimited { .. }) => "GitLab limits our requests".to_owned(),
             None => "GitLab does not answer".to_owned(),
         };
+        let news = self.waits.is_empty() && self.untaken.is_news();
         self.tell(format!("its {what} waits: {why}")).await;
         let outbox = self.upload.outbox.borrow().clone();
         let mut pause = self.backoff.next(&self.upload.rng);
@@ -363,11 +377,12 @@ impl Uploader {
         } else {
             self.not_found_since = None;
         }
-        tracing::warn!(
-            error = chain(error),
-            pause_s = pause.as_secs_f64(),
-            "GitLab did not take trace or state; it will be sent again"
-        );
+        let (error, pause_s) = (chain(error), pause.as_secs_f64());
+        if news {
+            tracing::warn!(error, pause_s, "{NOT_TAKEN}");
+        } else {
+            tracing::debug!(error, pause_s, "{NOT_TAKEN}");
+        }
         self.not_before = Instant::now() + pause;
         Step::Continue
     }

@@ -33,6 +33,31 @@ impl Drop for Counted {
     }
 }
 
+/// Bytes that wait here, in a gauge of all jobs'.
+#[derive(Debug)]
+pub(super) struct Backlog {
+    gauge: Gauge,
+    bytes: i64,
+}
+
+impl Backlog {
+    pub(super) fn new(gauge: Gauge) -> Self {
+        Self { gauge, bytes: 0 }
+    }
+
+    /// So many wait now.
+    pub(super) fn is(&mut self, bytes: u64) {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.gauge.inc_by(bytes - std::mem::replace(&mut self.bytes, bytes));
+    }
+}
+
+impl Drop for Backlog {
+    fn drop(&mut self) {
+        self.gauge.dec_by(self.bytes);
+    }
+}
+
 impl Owed {
     pub(super) fn new(awake: Awake, gauge: Gauge) -> Self {
         Self { awake, most: 0, failing: false, stuck: None, verdict: None, waiting: None, gauge }

@@ -103,7 +103,7 @@ fn a_host_on_which_machines_stop_by_themselves_does_not_burn_the_queue() {
     ] {
         paused(async move {
             let mut world = World::new(1);
-            world.expect_trouble(&[failure, "a machine was stopped"]);
+            world.expect_trouble(&["no job is asked for", failure, "a machine was stopped"]);
             world.config.concurrent = 1;
             let lost: Vec<JobId> = (0..3).map(|_| world.job(&["print begun", "sleep 5", word])).collect();
             let waits = world.job(&["print well"]);
@@ -134,7 +134,7 @@ fn a_host_on_which_machines_stop_by_themselves_does_not_burn_the_queue() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_stops_booting_is_replaced_once_and_counts() {
     let mut world = World::new(1);
-    world.expect_trouble(&["QEMU stopped the machine by itself", "a machine was stopped"]);
+    world.expect_trouble(&["no job is asked for", "QEMU stopped the machine by itself", "a machine was stopped"]);
     world.config.concurrent = 1;
     world.set_guest(|guest| async move {
         guest.machine.power.pause(Pause::Itself);

@@ -133,7 +133,13 @@ async fn a_clock_set_ahead_before_a_restart_ends_no_job() {
 #[tokio::test(start_paused = true)]
 async fn what_is_kept_of_a_job_goes_once_the_disk_lets_it() {
     let mut world = World::new(1);
-    world.expect_trouble(&["remove a job's record", "not on disk", "write the job's record", "durable"]);
+    world.expect_trouble(&[
+        "no job is asked for",
+        "remove a job's record",
+        "not on disk",
+        "write the job's record",
+        "durable",
+    ]);
     let job = world.job(&["print hello"]);
     world.standin.script(Matcher::on(Route::UpdateJob).after(1), Fault::Delay(Duration::from_secs(10)));
     world.start().await.unwrap();
@@ -149,7 +155,7 @@ async fn what_is_kept_of_a_job_goes_once_the_disk_lets_it() {
 #[tokio::test(start_paused = true)]
 async fn a_record_that_is_behind_catches_up() {
     let mut world = World::new(1);
-    world.expect_trouble(&["write the job's record", "not on disk"]);
+    world.expect_trouble(&["no job is asked for", "write the job's record", "not on disk"]);
     let job = world.job(&["print hello", "sleep 100"]);
     world.start().await.unwrap();
     world.until_trace(job, "hello").await;
@@ -176,7 +182,13 @@ async fn a_record_that_is_behind_catches_up() {
 #[tokio::test(start_paused = true)]
 async fn the_room_of_a_job_whose_end_is_not_on_disk_is_kept() {
     let mut world = World::new(1);
-    world.expect_trouble(&["write the job's record", "not on disk", "sent again", "no answer to a poll"]);
+    world.expect_trouble(&[
+        "no job is asked for",
+        "write the job's record",
+        "not on disk",
+        "sent again",
+        "no answer to a poll",
+    ]);
     world.expect_trouble(&["last lines", "ends without a verdict", "durable", "line of ours"]);
     let job = world.job(&["print hello", "sleep 100"]);
     world.start().await.unwrap();
@@ -200,7 +212,13 @@ async fn the_room_of_a_job_whose_end_is_not_on_disk_is_kept() {
 #[tokio::test(start_paused = true)]
 async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
     let mut world = World::new(1);
-    world.expect_trouble(&["write the job's record", "not on disk", "last lines", "ends without a verdict"]);
+    world.expect_trouble(&[
+        "no job is asked for",
+        "write the job's record",
+        "not on disk",
+        "last lines",
+        "ends without a verdict",
+    ]);
     let job = world.job(&["print hello", "sleep 100"]);
     world.start().await.unwrap();
     world.until_trace(job, "hello").await;
@@ -223,7 +241,13 @@ async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
 #[tokio::test(start_paused = true)]
 async fn an_end_that_the_disk_refuses_for_long_is_told_without_it() {
     let mut world = World::new(1);
-    world.expect_trouble(&["write the job's record", "not on disk", "last lines", "ends without a verdict"]);
+    world.expect_trouble(&[
+        "no job is asked for",
+        "write the job's record",
+        "not on disk",
+        "last lines",
+        "ends without a verdict",
+    ]);
     let job = world.job(&["print hello", "sleep 100"]);
     world.start().await.unwrap();
     world.until_trace(job, "hello").await;
@@ -319,7 +343,7 @@ async fn a_job_that_waits_for_a_port_takes_none_from_its_neighbour_after_a_resta
 #[tokio::test(start_paused = true)]
 async fn a_refusal_that_is_not_on_disk_is_told_to_nobody() {
     let mut world = World::new(1);
-    world.expect_trouble(&["open the job's spool", "write the job's record", "not on disk"]);
+    world.expect_trouble(&["no job is asked for", "open the job's spool", "write the job's record", "not on disk"]);
     world.start().await.unwrap();
     sleep(Duration::from_secs(1)).await;
     let job = world.job(&["print hello"]);

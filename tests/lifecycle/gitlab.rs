@@ -17,7 +17,7 @@ fn gaps(polls: &[Recorded]) -> Vec<i64> {
 #[tokio::test(start_paused = true)]
 async fn an_outage_of_gitlab_costs_no_running_job_anything() {
     let mut world = World::new(1);
-    world.expect_trouble(&["it will be sent again", "no answer to a poll"]);
+    world.expect_trouble(&["it will be sent again", "GitLab has not answered for 1 min"]);
     world.config.concurrent = 21;
     let jobs: Vec<JobId> =
         (0..20).map(|n| world.job(&["print begun", &format!("sleep {}", 60 * n), "print ended"])).collect();

@@ -271,15 +271,18 @@ async fn a_job_whose_machine_is_gone_holds_no_room() {
     world.assert_clean().await;
 }
 
-/// Disk that others free is used again.
+/// U21: what is lacking is named with its path and what is free there; disk that others free is used again.
 #[tokio::test(start_paused = true)]
 async fn the_disk_that_may_be_promised_grows_again() {
     let mut world = World::new(1);
-    world.expect_trouble(&["can never take a job here"]);
+    world.expect_trouble(&["no job is asked for"]);
     world.files.set_free_bytes(9 << 30);
     let job = world.job(&["print hello"]);
     world.start().await.unwrap();
     world.until_status(|status| status.daemon.problems.len() == 1).await;
+    let problem = world.status().daemon.problems.remove(0);
+    let sentence = "a job needs 10 GiB disk, and 9 are there for all jobs (`capacity.disk_gib`); at `/state/overlays` 9 GiB are free";
+    assert_eq!(problem, format!("runner `runner`: {sentence}"));
     sleep(Duration::from_secs(300)).await;
     assert_eq!((world.found(job).state, world.status().capacity.disk_gib_max), (JobState::Pending, 9));
     world.files.set_free_bytes(100 << 30);

@@ -6,7 +6,7 @@ use crate::support::world::{LONG, World, paused};
 use dayfly::gitlab::JobId;
 use dayfly::network::Listen as _;
 use dayfly::status::RunnerState;
-use dayfly::vm::{Hypervisor as _, Stream, VmId, VmSpec, VmState};
+use dayfly::vm::{Hypervisor as _, Stream, VmId, VmName, VmSpec, VmState};
 use dayfly_doubles::fake::{Fault, Op, Timing};
 use dayfly_exec::standin::{JobState, Route};
 use dayfly_test_guest::Connection;
@@ -38,7 +38,7 @@ async fn until_vms(world: &World, count: usize) -> Instant {
 #[tokio::test(start_paused = true)]
 async fn a_host_that_loses_every_machine_stops_asking_for_jobs() {
     let mut world = World::new(1);
-    world.expect_trouble(&["the machine could not be made", "no machine could be made"]);
+    world.expect_trouble(&["no job is asked for", "the machine could not be made", "no machine could be made"]);
     world.config.concurrent = 1;
     world.hypervisor.fail_always(Op::Start, Fault::Refused("cannot allocate memory"));
     let jobs: Vec<JobId> = (0..5).map(|_| world.job(&["print hello"])).collect();
@@ -68,7 +68,7 @@ async fn a_host_that_loses_every_machine_stops_asking_for_jobs() {
 #[tokio::test(start_paused = true)]
 async fn a_host_that_lost_machines_is_tried_by_jobs_and_not_by_polls() {
     let mut world = World::new(1);
-    world.expect_trouble(&["the machine could not be made", "no machine could be made"]);
+    world.expect_trouble(&["no job is asked for", "the machine could not be made", "no machine could be made"]);
     world.config.concurrent = 1;
     world.hypervisor.fail_always(Op::Start, Fault::Refused("cannot allocate memory"));
     let lost: Vec<JobId> = (0..2).map(|_| world.job(&["print never"])).collect();
@@ -320,7 +320,13 @@ async fn a_guest_without_a_fit_runner_fails_its_job_with_its_own_words() {
 #[tokio::test(start_paused = true)]
 async fn a_machine_that_dies_while_libvirtd_is_away_is_noticed_and_its_neighbour_goes_on() {
     let mut world = World::new(1);
-    world.expect_trouble(&["could not take a VM down", "look for orphans", "in the middle of the job"]);
+    world.expect_trouble(&[
+        "no job is asked for",
+        "the hypervisor does not answer",
+        "could not take a VM down",
+        "look for orphans",
+        "in the middle of the job",
+    ]);
     let (dies, lives) =
         (world.job(&["print begun", "sleep 900"]), world.job(&["print begun", "sleep 300", "print done"]));
     world.start().await.unwrap();
@@ -328,8 +334,9 @@ async fn a_machine_that_dies_while_libvirtd_is_away_is_noticed_and_its_neighbour
     world.until_trace(lives, "begun").await;
     world.hypervisor.set_reachable(false);
     let dying = world.status().jobs.iter().find(|job| job.id == dies).unwrap().vm.clone().unwrap();
+    let dying = VmName::parse(&dying).unwrap().id().clone();
     sleep(Duration::from_secs(20)).await;
-    world.hypervisor.crash(&dying.parse().unwrap());
+    world.hypervisor.crash(&dying);
     sleep(Duration::from_secs(20)).await;
     world.hypervisor.set_reachable(true);
     world.until_failed(dies, "runner_system_failure", "its process crashed or was killed").await;
@@ -341,7 +348,7 @@ async fn a_machine_that_dies_while_libvirtd_is_away_is_noticed_and_its_neighbour
 #[tokio::test(start_paused = true)]
 async fn without_libvirtd_no_job_is_asked_for() {
     let mut world = World::new(1);
-    world.expect_trouble(&["look for orphans"]);
+    world.expect_trouble(&["no job is asked for", "the hypervisor does not answer", "look for orphans"]);
     world.start().await.unwrap();
     world.until_status(|status| status.runners[0].state == RunnerState::Polling).await;
     world.hypervisor.set_reachable(false);
@@ -360,7 +367,7 @@ async fn without_libvirtd_no_job_is_asked_for() {
 #[tokio::test(start_paused = true)]
 async fn no_machine_starts_without_its_door() {
     let mut world = World::new(1);
-    world.expect_trouble(&["bind a door", "no machine could be made"]);
+    world.expect_trouble(&["no job is asked for", "bind a door", "no machine could be made"]);
     world.config.concurrent = 1;
     world.hypervisor.fail_always(Op::Listen, Fault::Refused("network is down"));
     let jobs = [world.job(&["print never"]), world.job(&["print never"]), world.job(&["print hello"])];

@@ -193,7 +193,12 @@ async fn a_machine_that_cannot_be_destroyed_holds_up_nobody() {
 #[tokio::test(start_paused = true)]
 async fn running_jobs_do_not_mind_an_unreachable_hypervisor() {
     let mut world = World::new(1);
-    world.expect_trouble(&["could not take a VM down", "look for orphans"]);
+    world.expect_trouble(&[
+        "no job is asked for",
+        "the hypervisor does not answer",
+        "could not take a VM down",
+        "look for orphans",
+    ]);
     let job = world.job(&["print hello", "sleep 200", "print done"]);
     world.start().await.unwrap();
     world.until_trace(job, "hello").await;

@@ -73,7 +73,12 @@ fn a_refused_job_is_reported_once_wherever_the_daemon_is_killed() {
 #[tokio::test(start_paused = true)]
 async fn a_job_that_no_disk_takes_is_told_of_from_memory() {
     let mut world = World::new(1);
-    world.expect_trouble(&["write an assigned job down", "write down that a job is not run", "sent again"]);
+    world.expect_trouble(&[
+        "no job is asked for",
+        "write an assigned job down",
+        "write down that a job is not run",
+        "sent again",
+    ]);
     world.start().await.unwrap();
     sleep(Duration::from_secs(1)).await;
     world.files.fail_replaces(Some(io::ErrorKind::StorageFull));

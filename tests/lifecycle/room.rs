@@ -53,6 +53,7 @@ async fn without_its_image_a_runner_asks_for_nothing() {
 #[tokio::test(start_paused = true)]
 async fn without_free_disk_nothing_is_asked_for() {
     let mut world = World::new(1);
+    world.expect_trouble(&["no job is asked for"]);
     world.config.capacity.disk_gib = Some(1000);
     world.config.capacity.disk_reserve_gib = 20;
     world.files.set_free_bytes(19 << 30);

@@ -143,6 +143,7 @@ async fn the_log_tells_ten_times_what_a_guest_says_to_its_job() {
     let kinds = ["guest could not do its part", "keep the guest's verdict"];
     world.expect_trouble(&kinds);
     world.expect_trouble(&[
+        "no job is asked for",
         "of these lines the log has",
         "the host's disk failed or is full",
         "write the job's record",

@@ -10,9 +10,9 @@
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -255,4 +255,55 @@ fn a_hangup_reads_the_configuration_again() {
     assert!(status.status.success() && shown.contains('7'), "{shown}");
     process.signal(Signal::QUIT);
     assert_eq!(process.ends().0.code(), Some(0), "a drain without jobs ends at once");
+}
+
+/// The answer of the status listener at this socket; empty: nobody listens.
+fn answer(socket: &Path, path: &str) -> String {
+    let mut text = String::new();
+    if let Ok(mut stream) = UnixStream::connect(socket) {
+        let asked = stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: dayfly\r\n\r\n").as_bytes());
+        let _ = asked.and_then(|()| stream.read_to_string(&mut text));
+    }
+    text
+}
+
+/// Exit code and output of a command that asks the daemon.
+fn told(place: &Place, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dayfly"));
+    let output = command.arg("--config").arg(place.path("config.toml")).args(arguments).output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// U19: what a daemon knows is there for whoever scrapes it, over either socket, and for a monitoring that goes by exit
+/// codes; a hangup moves the listener, and the end removes it.
+#[test]
+fn metrics_health_and_a_check_are_served_and_move_with_the_configuration() {
+    let place = Place::new();
+    let mut daemon = place.start();
+    let socket = place.path("run/status.sock");
+    let blocked = "dayfly_polls_blocked{runner=\"runner\",reason=\"image\"} 1\n";
+    assert!(until(|| answer(&socket, "/metrics").contains(blocked)), "{}", answer(&socket, "/metrics"));
+    assert!(answer(&socket, "/healthz").starts_with("HTTP/1.1 200 "));
+    let ready = answer(&socket, "/readyz");
+    assert!(ready.starts_with("HTTP/1.1 503 ") && ready.contains("no runner can take a job"), "{ready}");
+    let (code, text) = told(&place, &["status", "--check"]);
+    assert!(code == Some(2) && text.starts_with("problem: runner `runner`: no image `none`"), "{code:?} {text}");
+    let (code, text) = told(&place, &["metrics"]);
+    assert!(code == Some(0) && text.contains(blocked) && text.contains("dayfly_build_info{"), "{code:?} {text}");
+    place.configure("status.listen = \"./elsewhere.sock\"");
+    daemon.signal(Signal::HUP);
+    let other = place.path("elsewhere.sock");
+    assert!(until(|| answer(&other, "/healthz").starts_with("HTTP/1.1 200 ")), "{}", place.log());
+    assert!(until(|| !socket.exists()), "{}", place.log());
+    // Guests would reach it: the configuration of before stays.
+    place.configure("status.listen = \"127.0.0.1:9480\"");
+    daemon.signal(Signal::HUP);
+    place.until_logged("every job's machine reaches");
+    assert!(answer(&other, "/healthz").starts_with("HTTP/1.1 200 "));
+    place.configure("");
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.ends().0.code(), Some(0));
+    assert!(!other.exists());
+    let (code, text) = told(&place, &["status", "--check"]);
+    assert!(code == Some(3) && text.starts_with("unknown: "), "{code:?} {text}");
 }

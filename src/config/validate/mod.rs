@@ -8,8 +8,10 @@ use super::{Class, Config, ConfigError, Loaded, Origin, Origins, Runner};
 use crate::files::{plain, private};
 use crate::gitlab::RunnerToken;
 use crate::machine_spec::PINNED_FLAGS;
+use crate::network::Mode;
 use crate::telemetry::chain;
 use crate::vm::{AccelChoice, Backend};
+use crate::web::Address;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
@@ -22,6 +24,9 @@ const RUNTIME_DIRECTORY_BYTES_MAX: usize = 78;
 
 /// Bytes of an entry's scripts and variables at most: a guest config has 256 KiB, of which a CA bundle may take half.
 const GUEST_SETTINGS_BYTES_MAX: usize = 64 * 1024;
+
+/// Bytes of a socket's path at most, less the end of the text.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// Something wrong with one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,6 +111,7 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
         &std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default(),
         &mut report,
     );
+    status(config, &mut report);
     limits(config, &mut report);
     for (i, class) in config.class.iter().enumerate() {
         one_class(i, class, &mut report);
@@ -178,6 +184,35 @@ fn network(config: &Config, local_port_range: &str, report: &mut Report<'_>) {
             "overlaps the host's ephemeral ports {low}-{high}: another program may hold a door's port after a restart"
         );
         report.warning("network.guest_ports", what, "choose a range outside, or change net.ipv4.ip_local_port_range");
+    }
+}
+
+/// No guest may reach the status listener.
+fn status(config: &Config, report: &mut Report<'_>) {
+    let key = "status.listen";
+    match &config.status.listen {
+        Some(Address::Tcp(address)) if !address.ip().is_loopback() => report.error(
+            key,
+            format!("is `{address}`: others could read what runs here, in the clear"),
+            "use a unix socket or an address of the host's loopback, and a proxy with TLS before it",
+        ),
+        Some(Address::Tcp(address)) if guests_reach_loopback(config) => report.error(
+            key,
+            format!("is `{address}`, on the host's loopback, which every job's machine reaches by `network.mode = \"user\"`"),
+            "use the path of a unix socket; a Prometheus reads it through a proxy, or `dayfly metrics` and node_exporter's textfile collector",
+        ),
+        Some(Address::Unix(path)) if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX => {
+            let what = format!("is longer than {SOCKET_PATH_BYTES_MAX} bytes, too long for a socket");
+            report.error(key, what, "choose a shorter path");
+        }
+        _ => {}
+    }
+}
+
+/// Whether what listens on the host's loopback is open to guests of any class.
+fn guests_reach_loopback(config: &Config) -> bool {
+    match config.network.mode {
+        Mode::User => true,
     }
 }
 

@@ -230,3 +230,28 @@ fn every_value_has_an_origin() {
     assert_eq!(get("runner.0.poll_interval").1, "default");
     assert_eq!(get("capacity.cpus"), ("not set", "default".into()));
 }
+
+/// T35: metrics and health name projects and problems: no guest may read them, and no network.
+#[test]
+fn a_status_listener_that_guests_reach_is_refused_with_a_way_out() {
+    let with = |listen: &str| format!("{GOOD}[status]\nlisten = \"{listen}\"\n");
+    for loopback in ["127.0.0.1:9480", "[::1]:9480"] {
+        refused(
+            &with(loopback),
+            &["`status.listen`", "line 12", "every job's machine reaches", "unix socket", "dayfly metrics"],
+        );
+    }
+    refused(&with("0.0.0.0:9480"), &["`status.listen`", "in the clear", "unix socket"]);
+    refused(&with("localhost:9480"), &["`status.listen`", "`localhost:9480`"]);
+    refused(&with(&format!("/{}", "x".repeat(110))), &["`status.listen`", "shorter path"]);
+    for (listen, address) in [
+        ("off", Address::Off),
+        ("/run/x/s", Address::Unix("/run/x/s".into())),
+        ("./s", Address::Unix("/etc/dayfly/./s".into())),
+    ] {
+        let config = load(&with(listen), &[]).unwrap().config;
+        assert_eq!(config.status.address(&config.runtime_directory), address);
+    }
+    let config = load(GOOD, &[]).unwrap().config;
+    assert_eq!(config.status.address(&config.runtime_directory), Address::Unix("/run/dayfly/status.sock".into()));
+}

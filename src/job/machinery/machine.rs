@@ -9,6 +9,7 @@ use crate::job::journal::Record;
 use crate::job::lines;
 use crate::job::state::Event;
 use crate::machine_spec::MachineSpec;
+use crate::metrics::Phase;
 use crate::network::{DoorListener, LeaseError};
 use crate::secret::Secret;
 use crate::supply::Claim;
@@ -63,6 +64,8 @@ impl Machinery {
                 }
             },
         };
+        // One of a former daemon may be half made.
+        let adopted = self.record.machine.is_some();
         let (claim, config, listener) = match (self.record.machine.clone(), &made_of) {
             (Some(claim), made_of) => self.known_machine(claim, made_of.as_ref().map(|(spec, _)| spec)).await?,
             (None, Some((spec, _))) => self.new_machine(spec).await?,
@@ -70,6 +73,9 @@ impl Machinery {
         };
         self.open_door(&claim, &config, listener)?;
         self.machine_task_lost = None;
+        if made_of.is_some() && !adopted {
+            self.begin_phase(Phase::Overlay);
+        }
         let job = (self.record.key.runner.clone(), self.record.key.id.0);
         let machine = match made_of {
             Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job),
@@ -294,6 +300,7 @@ impl Machinery {
 
     /// Has the machine taken down. `false`: there is none.
     fn take_down(&mut self) -> bool {
+        self.begin_phase(Phase::CleanUp);
         if let Some(machine) = &self.machine {
             machine.take_down();
             return true;
@@ -316,6 +323,7 @@ impl Machinery {
     /// The machine is gone: its door closes. `true`: another is wanted.
     pub(in crate::job) async fn machine_released(&mut self) -> bool {
         self.machine = None;
+        self.end_phase(Phase::CleanUp);
         self.close_door().await;
         if self.another {
             self.let_go().await;

@@ -1,12 +1,15 @@
 //! The moving parts of one job: spool, uploader, machine, door, record. `task` decides, this acts.
 
 mod machine;
+mod phases;
 mod repeated;
 mod times;
 mod trace;
 
+use self::phases::Phases;
 use self::repeated::Repeated;
 use self::times::Times;
+pub(super) use self::times::age;
 use self::trace::Trace;
 use super::journal::Record;
 use super::keeper::Kept;
@@ -55,6 +58,7 @@ pub(super) struct Machinery {
     runner: Arc<Runner>,
     payload: Option<JobPayload>,
     times: Times,
+    phases: Phases,
     trace: Trace,
     door: Option<DoorHandle>,
     guest_out: mpsc::Sender<GuestEvent>,
@@ -67,6 +71,8 @@ pub(super) struct Machinery {
     machine_task_lost: Option<Instant>,
     /// The machine is being released for another one.
     another: bool,
+    /// The record was not taken by the disk at the last try.
+    unkept: bool,
     /// Lines of the log that the guest may bring about.
     pub(super) repeated: Repeated,
 }
@@ -86,6 +92,7 @@ impl Machinery {
         let (guest_view, _) = watch::channel(GuestView { status: JobStatus::Running, verdict: None, update_interval });
         Self {
             times: Times::of(&parts, &record),
+            phases: Phases::default(),
             trace: Trace::begin(&parts, &runner, &record, spool),
             last_spoke: parts.awake.now(),
             door: None,
@@ -96,6 +103,7 @@ impl Machinery {
             gone: Vec::new(),
             machine_task_lost: None,
             another: false,
+            unkept: false,
             repeated: Repeated::default(),
             parts,
             record,
@@ -177,9 +185,16 @@ impl Machinery {
     /// Writes the record. An error is logged here.
     pub(super) async fn put(&mut self) -> bool {
         match self.keep().await {
-            Ok(()) => true,
+            Ok(()) => {
+                if std::mem::take(&mut self.unkept) {
+                    tracing::info!("the job's record is on disk again");
+                }
+                true
+            }
             Err(error) => {
-                tracing::error!(error = chain(&error), "write the job's record");
+                if !std::mem::replace(&mut self.unkept, true) {
+                    self.repeated.record_unkept.log(|line| tracing::error!(error = chain(&error), "{line}"));
+                }
                 false
             }
         }

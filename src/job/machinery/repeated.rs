@@ -1,4 +1,4 @@
-//! What a guest can bring about again and again, and the log, or the trace, shall not tell each time.
+//! What a guest or a broken disk can bring about again and again, and the log, or the trace, shall not tell each time.
 
 use crate::repeats::Repeats;
 
@@ -8,6 +8,7 @@ pub(in crate::job) struct Repeated {
     pub(in crate::job) failures: Repeats,
     pub(super) verdict_unkept: Repeats,
     pub(super) hand_out_unkept: Repeats,
+    pub(super) record_unkept: Repeats,
 }
 
 impl Default for Repeated {
@@ -17,6 +18,7 @@ impl Default for Repeated {
             failures: Repeats::new("guest could not do its part"),
             verdict_unkept: Repeats::new("keep the guest's verdict; it is asked to send it again"),
             hand_out_unkept: Repeats::new("write the hand-out down"),
+            record_unkept: Repeats::new("write the job's record"),
         }
     }
 }

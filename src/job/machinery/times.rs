@@ -22,12 +22,17 @@ pub(super) struct Times {
     adopted: bool,
 }
 
+/// How long ago GitLab has given the job out.
+pub(in crate::job) fn age(parts: &Parts, record: &Record) -> Duration {
+    match record.received_uptime_ms {
+        Some(then) => parts.clock.uptime().saturating_sub(Duration::from_millis(then)),
+        None => Duration::try_from(parts.clock.now().duration_since(record.received)).unwrap_or_default(),
+    }
+}
+
 impl Times {
     pub(super) fn of(parts: &Parts, record: &Record) -> Self {
-        let elapsed_before = match record.received_uptime_ms {
-            Some(then) => parts.clock.uptime().saturating_sub(Duration::from_millis(then)),
-            None => Duration::try_from(parts.clock.now().duration_since(record.received)).unwrap_or_default(),
-        };
+        let elapsed_before = age(parts, record);
         let (started, awake_since) = (Instant::now(), parts.awake.now());
         Self { started, awake_since, elapsed_before, adopted: record.machine.is_some() }
     }

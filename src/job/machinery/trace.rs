@@ -6,6 +6,7 @@ use crate::guest::HandOut;
 use crate::job::journal::{LastLines, Record};
 use crate::job::state::State;
 use crate::job::{Parts, Runner, lines};
+use crate::metrics::Phase;
 use crate::secret::Secret;
 use crate::spool::Spool;
 use crate::telemetry::chain;
@@ -164,8 +165,9 @@ impl Machinery {
         })
     }
 
-    pub(in crate::job) fn abandon(&self) {
-        self.trace.outbox.send_replace(Outbox::Abandoned);
+    /// `true`: it had no verdict.
+    pub(in crate::job) fn abandon(&self) -> bool {
+        self.trace.outbox.send_replace(Outbox::Abandoned) == Outbox::Empty
     }
 
     /// What is left of the job's own time, in whole seconds; `None`: it has no bound.
@@ -200,7 +202,8 @@ impl Machinery {
         let elapsed = self.elapsed();
         self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
         self.end_boot_section().await;
-        self.parts.metrics.job().phase("hand-out", elapsed);
+        self.parts.metrics.job().boot_step("hand-out", elapsed);
+        self.begin_phase(Phase::Run);
         tracing::info!(elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX), "job handed to its guest");
         self.record.guest_base = Some(self.trace.spool.begin_guest().await);
     }

@@ -1,12 +1,14 @@
 //! How a job's task begins: for a new job, for one that is not run, for one of a former daemon, for one whose task has
 //! panicked.
 
+use super::commands::HAS_ITS_JOB;
 use super::{Begun, run};
 use crate::capacity::{Held, Reservation, Resources};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobId, JobPayload};
 use crate::job::journal::{JobKey, RECORD_VERSION, Record};
 use crate::job::keeper::Kept;
+use crate::job::machinery::age;
 use crate::job::resolve::{resolve, room};
 use crate::job::state::{Event, Failure, State};
 use crate::job::{INBOX_MAX, JobHandle, JobView, Parts, Runner};
@@ -149,9 +151,13 @@ fn start(begun: Begun) -> JobHandle {
         name: record.name.clone(),
         project: record.project.clone(),
         state: record.state.word(),
-        phase: String::new(),
+        phase: match &record.state {
+            State::Running { .. } => HAS_ITS_JOB.to_owned(),
+            _ => String::new(),
+        },
         vm: record.machine.as_ref().map(|m| m.id.to_string()),
         since: Instant::now(),
+        age_before: age(&begun.parts, record),
     });
     let span = tracing::info_span!("job", runner = %key.runner, job = %key.id);
     let run = run(begun, inbox_in, view_out).instrument(span);

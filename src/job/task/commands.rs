@@ -6,8 +6,12 @@ use crate::guest::{HandOut, VerdictAnswer};
 use crate::job::lines;
 use crate::job::state::{Answer, Command, Event, State};
 use crate::job::{END_PATIENCE, REWRITE_PAUSE};
+use crate::metrics::Phase;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+
+/// What a job is about while its guest works, in the status: the same before and after a restart of the daemon.
+pub(super) const HAS_ITS_JOB: &str = "its guest works at it";
 
 /// Where the guest waits for an answer.
 pub(super) enum Asking {
@@ -94,13 +98,20 @@ impl Job {
                     return Done::Brings(Event::MachineReleased);
                 }
             }
-            Command::BeginGuest => self.m.begin_guest().await,
+            Command::BeginGuest => {
+                self.m.begin_guest().await;
+                self.say_phase(HAS_ITS_JOB);
+            }
             Command::CloseGuest => self.m.close_guest().await,
             Command::Deliver => match &mut self.behind {
                 Some(behind) => behind.verdict_until = Some(Instant::now() + END_PATIENCE),
                 None => self.deliver().await,
             },
-            Command::Abandon => self.m.abandon(),
+            Command::Abandon => {
+                if self.m.abandon() {
+                    self.m.metrics().job().ended(&self.m.record.key.runner, "over");
+                }
+            }
             Command::Arm(grace) => self.arm(grace),
             Command::Finish => self.m.finish().await,
         }
@@ -181,7 +192,8 @@ impl Job {
         if let State::Releasing { verdict: Some(verdict), .. } = &self.m.record.state {
             let word = if verdict.success { "success" } else { "failed" };
             if self.m.outbox(verdict.clone()) {
-                self.m.metrics().job().verdicts.inc(word);
+                self.m.metrics().job().ended(&self.m.record.key.runner, word);
+                self.m.begin_phase(Phase::Flush);
             }
         }
     }

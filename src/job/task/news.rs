@@ -6,6 +6,7 @@ use crate::failpoint::{Point, reached};
 use crate::guest::GuestEvent;
 use crate::job::lines;
 use crate::job::state::{Event, State};
+use crate::metrics::Phase;
 use crate::supply::MachineEvent;
 use crate::telemetry::chain;
 use crate::vm::Pause;
@@ -38,8 +39,14 @@ impl Job {
 
     pub(super) async fn machine(&mut self, event: MachineEvent) {
         match event {
-            MachineEvent::DiskReady => self.phase("disk ready").await,
-            MachineEvent::Started => self.phase("machine started").await,
+            MachineEvent::DiskReady => {
+                self.m.begin_phase(Phase::Create);
+                self.phase("disk ready").await;
+            }
+            MachineEvent::Started => {
+                self.m.begin_phase(Phase::Boot);
+                self.phase("machine started").await;
+            }
             MachineEvent::Report(report) => self.report(report).await,
             MachineEvent::Failed(error) => {
                 tracing::warn!(error = chain(&error), "the machine could not be made");
@@ -80,7 +87,10 @@ impl Job {
         match report {
             // A line in the log and one in the trace for each.
             Report::Ready | Report::Applied | Report::RunnerStarted if !self.m.repeated.phases.is_news() => {}
-            Report::Ready => self.phase("guest is up").await,
+            Report::Ready => {
+                self.m.begin_phase(Phase::PickUp);
+                self.phase("guest is up").await;
+            }
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
             Report::Contract(_) | Report::RunnerConnected => tracing::debug!(%report, "guest reports"),
@@ -101,10 +111,10 @@ impl Job {
 
     /// Writes a phase into the boot section; after the hand-out the trace is the guest's.
     async fn phase(&mut self, what: &'static str) {
-        self.say_phase(what);
         if self.m.record.guest_base.is_none() && matches!(self.m.record.state, State::Booting { .. }) {
+            self.say_phase(what);
             let since = self.m.elapsed();
-            self.m.metrics().job().phase(what, since);
+            self.m.metrics().job().boot_step(what, since);
             tracing::info!(
                 phase = what,
                 elapsed_ms = u64::try_from(since.as_millis()).unwrap_or(u64::MAX),

@@ -20,11 +20,14 @@ pub(super) struct Seen {
     pub(super) runner_exited: Option<i32>,
     /// What it has said last that it could not do, or of its own end: a hint.
     pub(super) guest_failed: Option<String>,
+    /// Why the operator ends the job, in their words.
+    pub(super) kill_reason: Option<String>,
 }
 
 impl Seen {
     pub(super) async fn begin(files: &dyn Files) -> Self {
-        Self { oom_kills: oom_kills(files).await, paused: None, runner_exited: None, guest_failed: None }
+        let oom_kills = oom_kills(files).await;
+        Self { oom_kills, paused: None, runner_exited: None, guest_failed: None, kill_reason: None }
     }
 }
 
@@ -124,6 +127,7 @@ impl Job {
             console: words(lines::kernel_words),
             runner: words(lines::runner_words).filter(|_| failure == Failure::NotTaken),
         };
+        let reason = self.seen.kill_reason.take();
         let tail = console.filter(|_| lost && (booting || !self.m.guest_has_written()));
         if let Some(tail) = &tail {
             let what = if booting { "the machine that never asked for its job" } else { "a machine that wrote no log" };
@@ -134,6 +138,9 @@ impl Job {
                 let mut text = lines::failure(now, failure, job, limit, &image);
                 if matches!(failure, Failure::Died(_) | Failure::Silent | Failure::NotTaken) {
                     text.push_str(&hints.lines(now));
+                }
+                if failure == Failure::Killed {
+                    text.extend(reason.map(|reason| lines::note(now, &format!("dayfly: the operator says: {reason}"))));
                 }
                 text.extend(tail.map(|tail| lines::console(now, &tail)));
                 text

@@ -12,7 +12,7 @@ use dayfly::clock::Clock;
 use dayfly::files::Files as _;
 use dayfly::gitlab::{Endpoint, JobClient, JobStatus, Verdict};
 use dayfly::guest::{Admission, GuestEvent, GuestView, Limits, VerdictAnswer, admit};
-use dayfly::metrics::Metrics;
+use dayfly::metrics::{Form, Metrics, Snapshot};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::spool::Spool;
@@ -89,7 +89,7 @@ pub(super) fn counted(plan: &Plan) -> Result<String, String> {
     let metrics = Metrics::new();
     let mut result = Ok(());
     paused(async { result = story(plan, metrics.clone()).await });
-    result.map(|()| metrics.to_text())
+    result.map(|()| metrics.text(&Snapshot::default(), Form::Open))
 }
 
 async fn story(plan: &Plan, metrics: Metrics) -> Result<(), String> {

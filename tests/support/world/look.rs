@@ -83,9 +83,19 @@ impl World {
         reloader.reload(self.config.clone()).await
     }
 
+    /// `dayfly kill --reason`.
+    pub fn kill_job_for(&self, job: JobId, reason: &str) -> KillOutcome {
+        self.daemon.as_ref().expect("a daemon runs").handler.kill(job, None, Some(reason.to_owned()))
+    }
+
+    /// What `dayfly metrics` would show.
+    pub fn metrics(&self) -> String {
+        self.daemon.as_ref().expect("a daemon runs").handler.metrics(dayfly::metrics::Form::Classic)
+    }
+
     /// `dayfly kill`.
     pub fn kill_job(&self, job: JobId) -> KillOutcome {
-        self.daemon.as_ref().expect("a daemon runs").handler.kill(job, None)
+        self.daemon.as_ref().expect("a daemon runs").handler.kill(job, None, None)
     }
 
     /// Waits until the job is over at GitLab, however. `false`: no daemon ever wrote it down.

@@ -153,7 +153,7 @@ impl Bench<'_> {
         let marks = self.watch.marks();
         // The job has told all that it can; its VM goes before the next one starts.
         self.standin.cancel(job, false);
-        let _ = self.host.jobs().kill(job, None);
+        let _ = self.host.jobs().kill(job, None, None);
         let gone = async {
             while !self.host.jobs().views().is_empty() {
                 sleep(GLANCE).await;

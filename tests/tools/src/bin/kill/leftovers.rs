@@ -16,7 +16,7 @@ pub(crate) struct Places {
 
 /// What may always be there, below each of the directories.
 const STATE: [&str; 4] = ["installation.json", "jobs", "overlays", "lock"];
-const RUNTIME: [&str; 3] = ["control.sock", "jobs", "vm"];
+const RUNTIME: [&str; 4] = ["control.sock", "jobs", "status.sock", "vm"];
 const MACHINES: [&str; 2] = ["guest", "guest.log"];
 
 /// All that is there and should not be.

@@ -204,7 +204,7 @@ impl World {
         let Some(daemon) = self.daemon.as_ref().filter(|daemon| !daemon.life.is_over()) else { return };
         self.story.hit(K::KillJob);
         self.says(DaemonDoes::Kills(job));
-        let _ = daemon.handler.kill(job, None);
+        let _ = daemon.handler.kill(job, None, None);
     }
 
     fn wall_jumps(&mut self) {

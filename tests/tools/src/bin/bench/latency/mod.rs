@@ -181,7 +181,7 @@ impl Bench<'_> {
             Side::Dayfly => {
                 let job = self.standin.enqueue(self.ours, spec);
                 let came = self.over(job, told()).await;
-                let _ = self.host.jobs().kill(job, None);
+                let _ = self.host.jobs().kill(job, None, None);
                 self.no_machines().await?;
                 (job, came)
             }

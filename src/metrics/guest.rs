@@ -1,0 +1,58 @@
+//! What the doors count.
+
+use super::Labelled;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::Registry;
+
+/// What the doors count, over all VMs.
+#[derive(Clone, Debug)]
+pub struct GuestMetrics {
+    /// Connections that have proven the pass.
+    pub greetings: Counter,
+    /// Connections closed before that; `reason`: see `guest::greeting`.
+    pub greetings_failed: Labelled,
+    /// Connections closed for another `reason`: `too_many`, `head_timeout`, `idle`, `write_stall`.
+    pub connections_closed: Labelled,
+    /// Failed accepts.
+    pub accept_errors: Counter,
+    /// Requests by `route`.
+    pub requests: Labelled,
+    /// Requests refused by us, by `reason`.
+    pub refused: Labelled,
+    /// Query keys that were dropped on the way to GitLab.
+    pub query_keys_dropped: Counter,
+    /// Trace bytes taken.
+    pub trace_bytes: Counter,
+    /// Artifact bytes by `direction`: `up`, `down`.
+    pub artifact_up_bytes: Counter,
+    /// See `artifact_up_bytes`.
+    pub artifact_down_bytes: Counter,
+}
+
+impl GuestMetrics {
+    pub(super) fn register(registry: &mut Registry) -> Self {
+        let registry = registry.sub_registry_with_prefix("guest");
+        let counter = |registry: &mut Registry, name: &str, help: &str| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let labelled = |registry: &mut Registry, name: &str, help: &str, label| {
+            let labelled = Labelled::new(label);
+            registry.register(name, help, labelled.family.clone());
+            labelled
+        };
+        Self {
+            greetings: counter(registry, "greetings", "Connections that proved the pass"),
+            greetings_failed: labelled(registry, "greetings_failed", "Connections that did not", "reason"),
+            connections_closed: labelled(registry, "connections_closed", "Connections that we closed", "reason"),
+            accept_errors: counter(registry, "accept_errors", "Failed accepts at doors"),
+            requests: labelled(registry, "requests", "Requests of guests", "route"),
+            refused: labelled(registry, "requests_refused", "Requests of guests that were refused", "reason"),
+            query_keys_dropped: counter(registry, "query_keys_dropped", "Unknown query keys dropped"),
+            trace_bytes: counter(registry, "trace_bytes", "Trace bytes taken from guests"),
+            artifact_up_bytes: counter(registry, "artifact_up_bytes", "Artifact bytes from guests to GitLab"),
+            artifact_down_bytes: counter(registry, "artifact_down_bytes", "Artifact bytes from GitLab to guests"),
+        }
+    }
+}
