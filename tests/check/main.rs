@@ -12,8 +12,10 @@
 mod advisories;
 mod branches;
 mod modules;
+mod packaging;
 mod pages;
 mod programs;
+mod prometheus;
 mod scripts;
 
 use serde_json::Value;

@@ -1,0 +1,59 @@
+//! What the package brings for systemd: what it promises of limits and leftovers.
+
+fn unit(name: &str) -> String {
+    std::fs::read_to_string(std::path::Path::new(super::ROOT).join("packaging").join(name)).unwrap()
+}
+
+fn value<'a>(unit: &'a str, key: &str) -> &'a str {
+    let line = unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    line.unwrap_or_else(|| panic!("no {key}"))
+}
+
+/// U44: a daemon that is killed for its memory is started again: its machines are in no cgroup of its own, and the next
+/// one adopts its jobs (the kill ring shows that at every step).
+#[test]
+fn the_service_is_bounded_and_comes_back() {
+    let unit = unit("dayfly.service");
+    assert!(value(&unit, "MemoryMax").ends_with('G'));
+    assert!(value(&unit, "TasksMax").parse::<u32>().unwrap() >= 1024);
+    assert_eq!(value(&unit, "Restart"), "on-failure");
+    assert_eq!(value(&unit, "KillMode"), "process");
+    assert_eq!(value(&unit, "StartLimitIntervalSec"), "0");
+    assert!(!unit.contains("\nOOMPolicy="), "the default ends the unit as failed, which starts it again");
+}
+
+/// U23: the host's libvirtd keeps a log for each machine, which only root can remove: a timer does, of our machines and
+/// no others, within a fortnight. (Those of a session's libvirtd go with the machine.)
+#[test]
+#[expect(clippy::disallowed_methods, reason = "what the unit starts is what is tested")]
+fn old_logs_of_our_machines_are_removed_and_no_others() {
+    let service = unit("dayfly-logs.service");
+    let command = value(&service.replace("\\\n", " "), "ExecStart").to_owned();
+    let dir = tempfile::tempdir().unwrap();
+    let old = std::time::SystemTime::now() - std::time::Duration::from_secs(13 * 86_400 + 3600);
+    let files = [
+        ("df-abcdefghijklmnop.log", true, false),
+        ("df-abcdefghijklmno2.log.1.gz", true, false),
+        ("df-abcdefghijklmno3.log.2", true, false),
+        ("df-abcdefghijklmno4.log", false, true),
+        ("df-short.log", true, true),
+        ("web.log", true, true),
+        ("other-df-abcdefghijklmnop.log", true, true),
+        ("df-abcdefghijklmnop.xml", true, true),
+    ];
+    for (name, is_old, _) in files {
+        let file = std::fs::File::create(dir.path().join(name)).unwrap();
+        if is_old {
+            file.set_modified(old).unwrap();
+        }
+    }
+    let command = command.replace("/var/log/libvirt/qemu", &dir.path().display().to_string());
+    assert!(std::process::Command::new("sh").arg("-c").arg(&command).status().unwrap().success(), "{command}");
+    for (name, _, stays) in files {
+        assert_eq!(dir.path().join(name).exists(), stays, "{name}");
+    }
+    assert_eq!(value(&unit("dayfly-logs.timer"), "OnCalendar"), "daily");
+    assert!(unit("dayfly.service").contains("\nWants=dayfly-logs.timer\n"));
+    let package = unit("build-deb");
+    assert!(package.contains("dayfly-logs.service dayfly-logs.timer"), "both are in the package");
+}
