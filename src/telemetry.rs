@@ -1,9 +1,12 @@
-//! Where do log lines go? To stderr, one event a line, whatever the event says.
+//! Where do log lines go? To stderr, one event a line, whatever the event says; where that is systemd's journal, with
+//! fields ([`journal`]).
 //!
 //! A thread of its own writes; everybody else only puts lines into a bounded queue. So a journal
 //! that stands still, or a pipe that nobody reads, never stops the daemon: lines are dropped and
 //! counted instead (threats.md E14). Text that came from a guest or from GitLab cannot forge lines
 //! or drive a terminal: control characters are escaped and a line is capped (T21).
+
+mod journal;
 
 use serde::{Deserialize, Serialize};
 use std::error::Error;
@@ -15,6 +18,8 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel}
 use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// Section `[log]`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +94,17 @@ impl Config {
 /// [`TelemetryError`].
 pub fn init(config: &Config) -> Result<Guard, TelemetryError> {
     let filter = config.filter()?;
+    // JSON is for whoever collects stderr, and stays as it is.
+    if config.format == Format::Text
+        && journal::is_stderr()
+        && let Ok(journal) = journal::Journal::connect()
+    {
+        let sink = Sink::start(journal, config.format).map_err(TelemetryError::Thread)?;
+        let guard = Guard(sink.clone());
+        let subscriber = tracing_subscriber::registry().with(filter).with(journal::Entries(sink));
+        subscriber.try_init().map_err(|_| TelemetryError::Twice)?;
+        return Ok(guard);
+    }
     let sink = Sink::start(std::io::stderr(), config.format).map_err(TelemetryError::Thread)?;
     let guard = Guard(sink.clone());
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(sink);
@@ -175,7 +191,12 @@ impl Sink {
     }
 
     fn put(&self, raw: &[u8]) {
-        match self.queue.try_send(Message::Line(clean(raw, self.format))) {
+        self.put_raw(clean(raw, self.format));
+    }
+
+    /// The same, of what is as it should be.
+    fn put_raw(&self, line: Vec<u8>) {
+        match self.queue.try_send(Message::Line(line)) {
             Ok(()) => {}
             Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
                 self.dropped.fetch_add(1, Ordering::Relaxed);

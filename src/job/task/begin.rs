@@ -159,7 +159,9 @@ fn start(begun: Begun) -> JobHandle {
         since: Instant::now(),
         age_before: age(&begun.parts, record),
     });
-    let span = tracing::info_span!("job", runner = %key.runner, job = %key.id);
+    // Not known of a job that could not be read.
+    let project = Some(record.project.as_str()).filter(|project| !project.is_empty());
+    let span = tracing::info_span!("job", runner = %key.runner, job = %key.id, project);
     let run = run(begun, inbox_in, view_out).instrument(span);
     #[expect(clippy::disallowed_methods, reason = "joined by daemon through the handle")]
     let task = tokio::spawn(run);
