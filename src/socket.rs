@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 use tokio::net::UnixListener;
 
@@ -17,7 +17,7 @@ const HIDDEN: &str = ".new-socket";
 ///
 /// # Panics
 /// Outside a runtime of Tokio's.
-pub(crate) fn bind(socket: &Path, mode: u32) -> io::Result<UnixListener> {
+pub(crate) fn bind(socket: &Path, mode: u32, group: Option<u32>) -> io::Result<UnixListener> {
     let dir = socket.parent().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "path has no parent"))?;
     // One name, for ours is the only daemon here: what one that was killed in between has left is taken away.
     let hidden = dir.join(HIDDEN);
@@ -25,6 +25,9 @@ pub(crate) fn bind(socket: &Path, mode: u32) -> io::Result<UnixListener> {
     DirBuilder::new().mode(0o700).create(&hidden)?;
     let path = hidden.join("s");
     let listener = UnixListener::bind(&path)?;
+    if group.is_some() {
+        chown(&path, None, group)?;
+    }
     std::fs::set_permissions(&path, Permissions::from_mode(mode))?;
     std::fs::rename(&path, socket)?;
     remove_hidden(&hidden)?;

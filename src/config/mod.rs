@@ -19,7 +19,7 @@ pub use origin::{Origin, Origins};
 pub use validate::{Problem, Problems};
 
 use crate::machine_spec::{EnvironmentLine, GuestSettings};
-use crate::{capacity, network, telemetry, vm, web};
+use crate::{capacity, control, network, telemetry, vm, web};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -39,6 +39,8 @@ pub struct Config {
     pub concurrent: u32,
     /// Section `[log]`.
     pub log: telemetry::Config,
+    /// Section `[control]`.
+    pub control: control::Config,
     /// Section `[status]`.
     pub status: web::Config,
     /// Section `[hypervisor]`.
@@ -63,6 +65,7 @@ impl Default for Config {
             image_directory: "/var/lib/dayfly/images".into(),
             concurrent: 1,
             log: telemetry::Config::default(),
+            control: control::Config::default(),
             status: web::Config::default(),
             hypervisor: vm::Config::default(),
             network: network::Config::default(),

@@ -16,7 +16,7 @@ pub enum ControlError {
         path: PathBuf,
     },
     /// The socket is not for us.
-    #[error("reach the daemon at `{}`: run this as its user or as root", path.display())]
+    #[error("reach the daemon at `{}`: run this as its user, as root, or as a member of its `control.group`", path.display())]
     Denied {
         /// The socket.
         path: PathBuf,

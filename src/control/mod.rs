@@ -1,7 +1,7 @@
 //! What may the operator tell a running daemon? Status, metrics, drain and kill, over a unix socket.
 //!
 //! The socket is `control.sock` in the runtime directory, mode 0600: only the daemon's own user
-//! and root reach it, no guest and no network ever (threats.md T35). One request a connection, one
+//! and root reach it, and the group of operators that is configured; no guest and no network ever (threats.md T35). One request a connection, one
 //! line of JSON each way, so that `nc -U` will do where `dayfly` is not at hand:
 //!
 //! ```text
@@ -12,9 +12,11 @@
 //! worst that a stuck client can do is to delay the next one by [`EXCHANGE_DEADLINE`].
 
 mod client;
+mod group;
 mod server;
 
 pub use client::{ControlError, call};
+pub use group::{Config, OPEN_TO_GROUP, group_id};
 pub use server::{ControlHandler, ControlSocket, ServeError, bind, serve};
 
 use crate::gitlab::JobId;

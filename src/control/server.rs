@@ -1,5 +1,6 @@
 //! The daemon's end of the control socket.
 
+use super::group;
 use super::{
     ANSWER_BYTES_MAX, Answer, EXCHANGE_DEADLINE, KillOutcome, REASON_CHARACTERS_MAX, REQUEST_BYTES_MAX, Request,
 };
@@ -44,7 +45,7 @@ pub struct ControlSocket {
     path: PathBuf,
 }
 
-/// Binds the control socket. One that an earlier process left is replaced: the lock on the state
+/// Binds the control socket, for this group too. One that an earlier process left is replaced: the lock on the state
 /// directory says that no other daemon lives. Done before anything is asked of GitLab, so that a
 /// daemon that nobody could talk to takes no job.
 ///
@@ -53,10 +54,31 @@ pub struct ControlSocket {
 ///
 /// # Panics
 /// Outside a runtime of Tokio's.
-pub fn bind(socket: &Path) -> Result<ControlSocket, ServeError> {
-    let listener =
-        crate::socket::bind(socket, 0o600).map_err(|source| ServeError { path: socket.to_owned(), source })?;
+pub fn bind(socket: &Path, group: Option<&str>) -> Result<ControlSocket, ServeError> {
+    let listener = match group {
+        None => group::admit(directory(socket), None).and_then(|()| crate::socket::bind(socket, 0o600, None)),
+        Some(name) => with_group(socket, name).or_else(|error| {
+            // Jobs of before wait for us: that a group may not command us is no reason to keep them waiting.
+            tracing::error!(
+                error = chain(&error),
+                group = name,
+                "let the group of operators in (`control.group`); is this daemon's user a member? Only root and that user are served"
+            );
+            crate::socket::bind(socket, 0o600, None)
+        }),
+    };
+    let listener = listener.map_err(|source| ServeError { path: socket.to_owned(), source })?;
     Ok(ControlSocket { listener, path: socket.to_owned() })
+}
+
+fn directory(socket: &Path) -> &Path {
+    socket.parent().unwrap_or(Path::new("/"))
+}
+
+fn with_group(socket: &Path, name: &str) -> io::Result<UnixListener> {
+    let group = group::group_id(name)?;
+    group::admit(directory(socket), Some(group))?;
+    crate::socket::bind(socket, 0o660, Some(group))
 }
 
 /// Serves the socket until `stop`, then removes it.

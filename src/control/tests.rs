@@ -52,7 +52,7 @@ async fn beside_server<F: Future<Output = ()>>(deadline: Duration, test: impl Fn
     std::fs::create_dir(dir.path().join(".new-socket")).unwrap();
     drop(std::os::unix::net::UnixListener::bind(dir.path().join(".new-socket/s")).unwrap());
     let (fake, stop) = (Arc::new(Fake::default()), CancellationToken::new());
-    let served = server::serve_within(deadline, bind(&path).unwrap(), fake.clone(), stop.clone());
+    let served = server::serve_within(deadline, bind(&path, None).unwrap(), fake.clone(), stop.clone());
     let tested = async {
         test(path.clone(), fake.clone()).await;
         stop.cancel();
@@ -91,6 +91,22 @@ async fn only_the_owner_may_use_the_socket() {
         assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
     })
     .await;
+}
+
+/// U20: members of the group of operators may use it, and nobody else; a group that cannot be had keeps nobody waiting.
+#[tokio::test]
+async fn a_group_of_operators_may_use_the_socket() {
+    use std::os::unix::fs::MetadataExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let path = socket(dir.path());
+    let own = rustix::process::getegid().as_raw();
+    drop(bind(&path, Some(&own.to_string())).unwrap());
+    let found = std::fs::metadata(&path).unwrap();
+    assert_eq!((found.mode() & 0o777, found.gid()), (0o660, own));
+    drop(bind(&path, Some("no-such-group")).unwrap());
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+    drop(bind(&path, None).unwrap());
+    assert_eq!(std::fs::metadata(dir.path()).unwrap().mode() & 0o777, 0o700);
 }
 
 #[tokio::test]

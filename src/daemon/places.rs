@@ -6,6 +6,7 @@
 
 use super::DaemonError;
 use crate::config::Config;
+use crate::control::OPEN_TO_GROUP;
 use std::fs::{DirBuilder, Metadata, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
@@ -25,10 +26,11 @@ const FORBIDDEN: u32 = 0o077;
 /// directories.
 pub(super) fn check(config: &Config) -> Result<(), DaemonError> {
     let (state, runtime) = (&config.state_directory, &config.runtime_directory);
-    for (path, forbidden) in [(state, STATE_FORBIDDEN), (runtime, FORBIDDEN)] {
+    // A group of operators passes it, and lists nothing; which mode it has then is settled with the control socket.
+    for (path, forbidden) in [(state, STATE_FORBIDDEN), (runtime, FORBIDDEN & !OPEN_TO_GROUP)] {
         let failed = |what| move |source| DaemonError::Files { what, path: path.clone(), source };
         if !ours(path, forbidden, Kind::Directory)? {
-            let mode = 0o777 & !forbidden;
+            let mode = if path == state { 0o777 & !forbidden } else { 0o700 };
             DirBuilder::new().recursive(true).mode(mode).create(path).map_err(failed("make directory"))?;
             // Whatever our umask says.
             std::fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("set the mode of"))?;
@@ -182,6 +184,12 @@ mod tests {
             config.runtime_directory.clone()
         });
         assert!(text.contains("chmod 0700"), "{text}");
+        // A group of operators, or that of a configuration before.
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path());
+        check(&config).unwrap();
+        set_mode(&config.runtime_directory, 0o710);
+        check(&config).unwrap();
     }
 
     #[test]

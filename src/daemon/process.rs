@@ -123,7 +123,7 @@ pub async fn main(loaded: Loaded, connect: Connect) -> anyhow::Result<()> {
     // Signals first: one that comes during a long start must not kill us half-way.
     let signals = listen(&shutdown)?;
     let hangups = signal(SignalKind::hangup())?;
-    let socket = control::bind(&control::socket(&config.runtime_directory))?;
+    let socket = control::bind(&control::socket(&config.runtime_directory), config.control.group.as_deref())?;
     let status = config.status.address(&config.runtime_directory);
     let backends = connect(&config)?;
     let daemon = start(config, backends, shutdown.clone()).await?;

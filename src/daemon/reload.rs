@@ -72,6 +72,7 @@ fn fixed(old: &Config, new: &Config) -> Option<&'static str> {
         ("image_directory", old.image_directory != new.image_directory),
         ("hypervisor", old.hypervisor != new.hypervisor),
         ("log", old.log != new.log),
+        ("control", old.control != new.control),
     ]
     .into_iter()
     .find_map(|(key, differs)| differs.then_some(key))

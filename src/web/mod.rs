@@ -83,7 +83,7 @@ pub async fn listen(address: &Address) -> Result<Option<Listening>, ListenError>
     let failed = |source| ListenError { address: address.clone(), source };
     let socket = match address {
         Address::Off => return Ok(None),
-        Address::Unix(path) => Socket::Unix(socket::bind(path, 0o600).map_err(failed)?, path.clone()),
+        Address::Unix(path) => Socket::Unix(socket::bind(path, 0o600, None).map_err(failed)?, path.clone()),
         Address::Tcp(address) => Socket::Tcp(TcpListener::bind(address).await.map_err(failed)?),
     };
     Ok(Some(Listening { address: address.clone(), socket }))

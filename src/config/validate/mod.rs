@@ -5,6 +5,7 @@
 
 use super::origin::nearest_name;
 use super::{Class, Config, ConfigError, Loaded, Origin, Origins, Runner};
+use crate::control::group_id;
 use crate::files::{plain, private};
 use crate::gitlab::RunnerToken;
 use crate::machine_spec::PINNED_FLAGS;
@@ -150,6 +151,9 @@ fn general(config: &Config, report: &mut Report<'_>) {
     report.not_zero("capacity.cpus", config.capacity.cpus == Some(0));
     report.not_zero("capacity.memory_mib", config.capacity.memory_mib == Some(0));
     report.not_zero("capacity.disk_gib", config.capacity.disk_gib == Some(0));
+    if config.control.group.as_deref().is_some_and(|group| group.trim().is_empty()) {
+        report.error("control.group", "is empty", "name a group, or leave the key away");
+    }
     if let Err(error) = config.log.filter() {
         report.error("log.level", chain(&error), "use error, warn, info, debug or trace");
     }
@@ -398,6 +402,14 @@ impl Loaded {
         let mut report = Report { origins: &self.origins, errors: Vec::new(), warnings: Vec::new() };
         if self.config.runner.is_empty() {
             report.error("runner", "is empty: no runner is configured", "register one with `dayfly register`");
+        }
+        if let Some(group) = &self.config.control.group
+            && let Err(error) = group_id(group)
+        {
+            let remedy = format!(
+                "make it (`groupadd --system {group}`), and the daemon's user its member (`usermod -aG {group} dayfly`)"
+            );
+            report.error("control.group", format!("cannot be used: {error}"), remedy);
         }
         let mut tokens: Vec<(&Runner, RunnerToken)> = Vec::new();
         for (i, runner) in self.config.runner.iter().enumerate() {
