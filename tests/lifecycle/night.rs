@@ -239,6 +239,29 @@ async fn two_outages_are_seen_behind_a_runner_that_waits_for_room() {
     world.assert_clean().await;
 }
 
+/// U19: what keeps several runners from jobs is one problem, and names them.
+#[tokio::test(start_paused = true)]
+async fn what_keeps_several_runners_is_one_problem() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["GitLab has not answered for 1 min", "no job is asked for"]);
+    world.add_runner("second");
+    world.start().await.unwrap();
+    sleep(Duration::from_secs(30)).await;
+    world.standin.script(Matcher::any().always(), Fault::html(502));
+    sleep(Duration::from_secs(180)).await;
+    let problems = world.status().daemon.problems;
+    assert!(problems.len() == 1 && problems[0].ends_with(" (runners `runner`, `second`)"), "{problems:?}");
+    world.standin.behave();
+    world.until_status(|status| status.daemon.problems.is_empty()).await;
+    world.files.set_free_bytes(100 << 20);
+    world.until_status(|status| status.runners.iter().all(|r| matches!(r.state, RunnerState::Blocked { .. }))).await;
+    let problems = world.status().daemon.problems;
+    assert!(problems.len() == 1 && problems[0].starts_with("runners `runner`, `second`: "), "{problems:?}");
+    world.files.set_free_bytes(500 << 30);
+    world.until_status(|status| status.daemon.problems.is_empty()).await;
+    world.assert_clean().await;
+}
+
 /// U19: a second daemon is refused in one sentence that names the first, which is none the worse for it.
 #[tokio::test(start_paused = true)]
 async fn a_second_daemon_costs_the_first_nothing() {
