@@ -38,7 +38,7 @@ async fn a_client_key_is_used_for_gitlab_and_seen_nowhere() {
         path
     };
     let mut world = World::new(1);
-    world.expect_trouble(&["no answer to a poll"]);
+    world.expect_trouble(&["GitLab has not answered"]);
     world.spy.look_for("the client key", Search::of_bytes(scalar(&der)));
     // What its file holds, line by line: the first of two is the longer one.
     let line = pem.lines().nth(1).unwrap();
