@@ -1,4 +1,4 @@
-//! What a guest is told at hand-out, what it reports, and the greeting of its relay.
+//! What a guest is told at hand-out, what it reports, and by what its relay and its door believe each other.
 //!
 //! The one crate that the daemon and the guest program share, so that both sides of each format
 //! stand in one place. No I/O: bytes in, bytes out.
@@ -11,17 +11,28 @@ mod clock;
 mod greeting;
 mod identity;
 mod report;
+mod session;
 
 pub use clock::{ClockAnswer, ClockQuestion};
 pub use greeting::{GREETING_LINE_MAX, Greeting, GreetingError, Nonce, PASS_BYTES, Pass};
 pub use identity::system_id;
 pub use report::{REPORT_LINE_MAX, Report};
+pub use session::{PROOF_BYTES, SessionProofs};
 
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
 /// Name of the virtio-serial port, as in `/sys/class/virtio-ports/*/name`.
 pub const PORT_NAME: &str = "org.dayfly.guest.0";
+
+/// Name of the virtio-serial port that is the wire to the door.
+pub const DOOR_PORT_NAME: &str = "org.dayfly.door.0";
+
+/// What [`GuestConfig::door`] says where the door is behind [`DOOR_PORT_NAME`].
+pub const DOOR_WIRE: &str = "wire";
+
+/// The contract since which a guest can be told that.
+pub const WIRE_CONTRACT: u32 = 3;
 
 /// A word of the kernel command line: the init of the initrd says [`PROOF_LINE`] and powers off.
 pub const PROOF_WORD: &str = "dayfly.proof";
@@ -46,10 +57,11 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
 /// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`]; it may ask for the time ([`ClockQuestion`]) |
+/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
-pub const CONTRACT: u32 = 2;
+pub const CONTRACT: u32 = 3;
 
 /// The oldest contract that is spoken.
 pub const CONTRACT_OLDEST: u32 = CONTRACT - 1;
@@ -64,7 +76,7 @@ pub struct GuestConfig {
     pub version: u32,
     /// The VM's id, 16 characters of base32.
     pub vm: String,
-    /// `address:port` of the door as the guest reaches it.
+    /// `address:port` of the door as the guest reaches it, or [`DOOR_WIRE`].
     pub door: String,
     /// The pass, base64url without padding. In the relay's memory only.
     pub pass: String,
@@ -182,7 +194,7 @@ mod tests {
 
     /// One config a contract, as its daemons write it: never edited, only added to.
     const GOLDEN: [(u32, &str); 2] =
-        [(1, include_str!("../golden/contract-1.json")), (2, include_str!("../golden/contract-2.json"))];
+        [(2, include_str!("../golden/contract-2.json")), (3, include_str!("../golden/contract-3.json"))];
 
     fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
         if let Value::Object(object) = value {
@@ -228,10 +240,11 @@ mod tests {
 
     #[test]
     fn a_contract_that_is_not_spoken_is_named() {
-        for version in [0, CONTRACT + 1] {
-            let line = GOLDEN[0].1.replace("\"version\":1", &format!("\"version\":{version}"));
+        let fallen_out = include_str!("../golden/contract-1.json");
+        let of = |version: u32| GOLDEN[0].1.replace("\"version\":2", &format!("\"version\":{version}"));
+        for (version, line) in [(0, of(0)), (1, fallen_out.to_owned()), (CONTRACT + 1, of(CONTRACT + 1))] {
             let error = GuestConfig::from_line(line.as_bytes()).unwrap_err();
-            assert_eq!(error.to_string(), format!("guest config has version {version}, this program reads 1 to 2"));
+            assert_eq!(error.to_string(), format!("guest config has version {version}, this program reads 2 to 3"));
         }
     }
 }

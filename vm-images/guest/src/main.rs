@@ -262,7 +262,7 @@ mod tests {
     #[test]
     fn a_torn_line_before_the_config_is_passed_over() {
         let (lines, inbox) = sync_channel(4);
-        lines.send(Line::Whole(b"{\"version\":1,\"vm\":\"ab{\"version\":1}".into())).unwrap();
+        lines.send(Line::Whole(b"{\"version\":2,\"vm\":\"ab{\"version\":2}".into())).unwrap();
         lines.send(Line::TooLong).unwrap();
         let whole = include_bytes!("../tests/config.json").to_vec();
         lines.send(Line::Whole(whole)).unwrap();
@@ -275,9 +275,9 @@ mod tests {
     fn nothing_else_is_taken_for_a_config_and_the_reason_is_kept() {
         let (lines, inbox) = sync_channel(4);
         assert_eq!(config_of(&inbox, SHORT, SHORT).unwrap_err().to_string(), "no guest config within 30 min");
-        lines.send(Line::Whole(b"{\"version\":3}".into())).unwrap();
+        lines.send(Line::Whole(b"{\"version\":1}".into())).unwrap();
         let error = config_of(&inbox, SHORT, SHORT).unwrap_err();
-        assert_eq!(chain(&error), "read guest config: guest config has version 3, this program reads 1 to 2");
+        assert_eq!(chain(&error), "read guest config: guest config has version 1, this program reads 2 to 3");
         lines.send(Line::TooLong).unwrap();
         assert!(matches!(config_of(&inbox, SHORT, SHORT), Err(GuestError::TooLong)));
     }

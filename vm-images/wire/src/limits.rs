@@ -1,0 +1,90 @@
+//! Sizes, counts and times of the wire. What the other side is held to is a constant; what tests shorten is in [`Limits`].
+
+use std::time::Duration;
+
+/// The target of each CONNECT. It names nothing that could be resolved: there is one door behind a wire.
+pub const AUTHORITY: &str = "door.dayfly.invalid:80";
+
+/// `0xff` so often before a handshake: more than one frame holds ([`FRAME_BYTES_MAX`] and its head), so what is left of
+/// one that an earlier session began is eaten, and behind it stands the head of a frame that is too long for any session.
+pub const FILLER_BYTES: usize = 17 * 1024;
+
+/// Payload of one frame, either way: HTTP/2's smallest maximum.
+pub(crate) const FRAME_BYTES_MAX: u32 = 16 * 1024;
+
+/// Between two hellos. Nothing else tells a host when its guest has begun to listen, so a session's beginning waits
+/// this long at worst; a hello has 33 bytes.
+pub(crate) const HELLO_PERIOD: Duration = Duration::from_millis(25);
+
+/// Each so many hellos the filler comes again, for a guest whose old session read neither the end of the pipe nor the
+/// first filler whole. 1.6 s; a guest that boots for a minute finds 600 KiB of it.
+pub(crate) const HELLOS_A_FILLER: u32 = 64;
+
+/// Bytes that a handshake reads in search of the other side's words. A port and its socket hold some 5 MB of an
+/// earlier session.
+pub const SCANNED_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// Proofs that one handshake makes. An honest guest asks for one, and for another if it had to open its port again.
+pub(crate) const PROOFS_MAX: usize = 64;
+
+/// Bytes of one stream that its receiver has not taken yet.
+pub(crate) const STREAM_WINDOW: u32 = 256 * 1024;
+
+/// Headers of one request or answer. Ours have some 60 bytes.
+pub(crate) const HEADERS_BYTES_MAX: u32 = 4 * 1024;
+
+/// What h2 keeps to send for one stream; beyond that a writer waits.
+pub(crate) const SEND_BUFFER_BYTES: usize = 256 * 1024;
+
+/// Streams that were reset here and whose last frames may still come, kept for [`RESETS_KEPT`].
+pub(crate) const RESET_STREAMS_MAX: usize = 64;
+/// See [`RESET_STREAMS_MAX`]: longer than what is in a port takes to come out of it.
+pub(crate) const RESETS_KEPT: Duration = Duration::from_secs(10);
+
+/// What is still read of an answer that nobody waits for, before its stream is reset.
+pub(crate) const DRAIN_BYTES: usize = 256 * 1024;
+/// And for how long after its first byte could have come.
+pub(crate) const DRAIN: Duration = Duration::from_secs(5);
+
+/// What a guest may make the host read: units a second, and at once. A frame of data or a window's update is one unit,
+/// any other (it opens, resets, asks or sets something) is [`COSTLY_FRAME`]. A gigabyte a second in whole frames is
+/// 65,000, with as many updates for what flows the other way. Beyond it the host reads no faster: its
+/// guest waits, and harms nobody else.
+pub(crate) const UNITS_A_SECOND: u32 = 200_000;
+/// See [`UNITS_A_SECOND`]: 12,500 a second of these.
+pub(crate) const COSTLY_FRAME: u32 = 16;
+
+/// Of one session. The same on both sides, but for what each enforces.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Streams at once that a host takes; more than that wait at the guest.
+    pub streams: u32,
+    /// Streams at once that a guest opens: fewer, so that it never finds out what the host does with one too many.
+    pub opened: u32,
+    /// Between two questions of the guest whether its host is there. Only the guest asks: h2 does not read while a
+    /// question of its own waits for room, so that two askers with full pipes would wait for each other.
+    pub ping: Duration,
+    /// The answer's time. A stalled stream does not delay it, a full pipe does.
+    pub pong: Duration,
+    /// Without a byte of the guest, which asks every few seconds, the host ends the session.
+    pub silence: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            streams: 64,
+            opened: 48,
+            ping: Duration::from_secs(5),
+            pong: Duration::from_secs(30),
+            silence: Duration::from_secs(40),
+        }
+    }
+}
+
+impl Limits {
+    /// The connection's window: all streams of a session may be full, and one more still gets its bytes.
+    pub(crate) fn connection_window(&self) -> u32 {
+        (self.streams + 4).saturating_mul(STREAM_WINDOW).min(i32::MAX.unsigned_abs())
+    }
+}

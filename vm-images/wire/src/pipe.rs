@@ -1,0 +1,250 @@
+//! Between a session and its pipe: hands over first what the handshake has read, notes when something came, and at the
+//! host reads no faster than a guest's frames are allowed to cost.
+//!
+//! The allowance is counted in frames and not in bytes, because bytes are cheap and what h2 does for a frame that opens,
+//! resets, asks or sets something is not: floods of these are its known ones (CVE-2023-44487 and its kin). h2 has
+//! bounds of its own for what they make it keep; here is the bound of what they make it do. Who is beyond it waits, as
+//! an honest guest might for a moment.
+
+use crate::limits::{COSTLY_FRAME, UNITS_A_SECOND};
+use bytes::{Buf as _, BytesMut};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep};
+
+/// When something last came.
+#[derive(Clone)]
+pub(crate) struct Heard {
+    start: Instant,
+    after_ms: Arc<AtomicU64>,
+}
+
+impl Heard {
+    pub(crate) fn now() -> Self {
+        Self { start: Instant::now(), after_ms: Arc::default() }
+    }
+
+    pub(crate) fn last(&self) -> Instant {
+        self.start + Duration::from_millis(self.after_ms.load(Ordering::Relaxed))
+    }
+
+    fn note(&self) {
+        let after = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.after_ms.store(after, Ordering::Relaxed);
+    }
+}
+
+/// What is done whenever bytes came.
+type OnBytes = Box<dyn Fn() + Send>;
+
+/// See the file.
+pub(crate) struct Pipe<S> {
+    inner: S,
+    /// Read before the session began.
+    first: BytesMut,
+    on_bytes: OnBytes,
+    meter: Option<Meter>,
+}
+
+impl<S> Pipe<S> {
+    /// A host's: metered.
+    pub(crate) fn of_host(inner: S, first: BytesMut, heard: &Heard) -> Self {
+        let heard = heard.clone();
+        Self { inner, first, on_bytes: Box::new(move || heard.note()), meter: Some(Meter::new()) }
+    }
+
+    /// A guest's.
+    pub(crate) fn of_guest(inner: S, first: BytesMut, on_bytes: OnBytes) -> Self {
+        Self { inner, first, on_bytes, meter: None }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Pipe<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if let Some(meter) = &mut this.meter {
+            ready!(meter.poll_allowance(cx));
+        }
+        let before = into.filled().len();
+        if this.first.is_empty() {
+            ready!(Pin::new(&mut this.inner).poll_read(cx, into))?;
+        } else {
+            let count = this.first.len().min(into.remaining());
+            into.put_slice(&this.first[..count]);
+            this.first.advance(count);
+        }
+        let came = &into.filled()[before..];
+        if !came.is_empty() {
+            (this.on_bytes)();
+            if let Some(meter) = &mut this.meter {
+                meter.count(came);
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Pipe<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// HTTP/2's preface, in front of the first frame.
+const PREFACE_BYTES: usize = 24;
+/// Length, type, flags, stream.
+const HEAD_BYTES: usize = 9;
+const TYPE_DATA: u8 = 0;
+const TYPE_WINDOW_UPDATE: u8 = 8;
+
+/// Counts frames against an allowance that comes back with time.
+struct Meter {
+    /// Of the frame (or preface) that is being read, still to come.
+    skip: usize,
+    head: [u8; HEAD_BYTES],
+    have: usize,
+    /// Negative: to be waited for.
+    units: i64,
+    since: Instant,
+    wait: Pin<Box<Sleep>>,
+}
+
+impl Meter {
+    fn new() -> Self {
+        Self {
+            skip: PREFACE_BYTES,
+            head: [0; HEAD_BYTES],
+            have: 0,
+            units: i64::from(UNITS_A_SECOND),
+            since: Instant::now(),
+            wait: Box::pin(sleep(Duration::ZERO)),
+        }
+    }
+
+    /// Ready while something is left of the allowance.
+    fn poll_allowance(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.units < 0 {
+            let now = Instant::now();
+            let passed = i64::try_from((now - self.since).as_micros()).unwrap_or(i64::MAX);
+            let back = passed.saturating_mul(i64::from(UNITS_A_SECOND)) / 1_000_000;
+            if back > 0 {
+                self.since = now;
+                self.units = self.units.saturating_add(back).min(i64::from(UNITS_A_SECOND));
+                continue;
+            }
+            let debt = self.units.unsigned_abs().saturating_mul(1_000_000) / u64::from(UNITS_A_SECOND);
+            // Not less than a timer can tell.
+            self.wait.as_mut().reset(now + Duration::from_micros(debt).max(Duration::from_millis(1)));
+            ready!(self.wait.as_mut().poll(cx));
+        }
+        Poll::Ready(())
+    }
+
+    /// Follows the frames through what came. Whether they are good ones is h2's business.
+    fn count(&mut self, mut came: &[u8]) {
+        while !came.is_empty() {
+            let skipped = self.skip.min(came.len());
+            came = &came[skipped..];
+            self.skip -= skipped;
+            if self.skip > 0 {
+                return;
+            }
+            let taken = (HEAD_BYTES - self.have).min(came.len());
+            self.head[self.have..self.have + taken].copy_from_slice(&came[..taken]);
+            self.have += taken;
+            came = &came[taken..];
+            if self.have == HEAD_BYTES {
+                self.have = 0;
+                let [a, b, c, kind, ..] = self.head;
+                self.skip = u32::from_be_bytes([0, a, b, c]) as usize;
+                let cheap = matches!((kind, self.skip), (TYPE_DATA, 1..) | (TYPE_WINDOW_UPDATE, _));
+                self.units -= i64::from(if cheap { 1 } else { COSTLY_FRAME });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+
+    fn frame(kind: u8, length: u8) -> Vec<u8> {
+        let mut bytes = vec![0, 0, length, kind, 0, 0, 0, 0, 0];
+        bytes.extend(std::iter::repeat_n(0xaa, length.into()));
+        bytes
+    }
+
+    #[test]
+    fn frames_are_counted_however_they_are_cut() {
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
+            let stream =
+                [vec![b'P'; PREFACE_BYTES], frame(6, 8), frame(0, 200), frame(0, 0), frame(8, 4), frame(1, 30)]
+                    .concat();
+            for size in [1, 2, 7, 9, 10, 1000] {
+                let mut meter = Meter::new();
+                for piece in stream.chunks(size) {
+                    meter.count(piece);
+                }
+                assert_eq!(meter.units, i64::from(UNITS_A_SECOND) - 3 * i64::from(COSTLY_FRAME) - 2, "{size}");
+                assert_eq!((meter.skip, meter.have), (0, 0));
+            }
+        });
+    }
+
+    /// A flood of pings is read at the pace that is allowed.
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_is_read_no_faster_than_it_may_cost() {
+        let (mut guest, host) = duplex(64 * 1024);
+        let heard = Heard::now();
+        let mut pipe = Pipe::of_host(host, BytesMut::from(&[b'P'; PREFACE_BYTES][..]), &heard);
+        let pings = frame(6, 8).repeat(1000);
+        let start = Instant::now();
+        let flood = async {
+            for _ in 0..100 {
+                guest.write_all(&pings).await.unwrap();
+            }
+            drop(guest);
+        };
+        let mut read = 0;
+        let drain = async {
+            let mut buffer = vec![0; 16 * 1024];
+            loop {
+                match pipe.read(&mut buffer).await.unwrap() {
+                    0 => break,
+                    count => read += count,
+                }
+            }
+        };
+        tokio::join!(flood, drain);
+        assert_eq!(read, PREFACE_BYTES + 17 * 100_000);
+        // 100,000 at 12,500 a second, less what was allowed at once.
+        let took = start.elapsed();
+        assert!((Duration::from_secs(6)..Duration::from_secs(9)).contains(&took), "{took:?}");
+    }
+}
