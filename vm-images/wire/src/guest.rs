@@ -27,6 +27,8 @@ pub struct Opener {
 /// What moves a session: [`GuestSession::run`].
 pub struct GuestSession<S> {
     connection: Connection<Pipe<S>, Bytes>,
+    /// h2 ends a session that nobody can open a stream in.
+    _requests: SendRequest<Bytes>,
     pings: Option<PingPong>,
     /// Streams that were dropped; at most as many as are open.
     dropped: mpsc::UnboundedReceiver<Left>,
@@ -59,8 +61,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Proven<S> {
         let (requests, mut connection) = builder.handshake(pipe).await.map_err(SessionError::Protocol)?;
         let pings = connection.ping_pong();
         let (left, dropped) = mpsc::unbounded_channel();
+        let kept = requests.clone();
         let opener = Opener { requests, places: Arc::new(Semaphore::new(limits.opened as usize)), left };
-        Ok((opener, GuestSession { connection, pings, dropped, limits: limits.clone() }))
+        Ok((opener, GuestSession { connection, _requests: kept, pings, dropped, limits: limits.clone() }))
     }
 }
 

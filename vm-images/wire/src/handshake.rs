@@ -9,7 +9,7 @@
 
 use crate::limits::{FILLER_BYTES, HELLO_PERIOD, HELLOS_A_FILLER, PROOFS_MAX, SCANNED_BYTES_MAX};
 use crate::message::{Message, Scanner};
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use dayfly_guest_config::{Nonce, Pass, SessionProofs};
 use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf, split};
@@ -56,6 +56,14 @@ pub struct Proven<S> {
     pub(crate) pipe: S,
     /// Bytes of the session that were read already.
     pub(crate) read: BytesMut,
+}
+
+impl<S> Proven<S> {
+    /// The pipe, and what was read of the session's bytes: for a session that is not ours.
+    #[must_use]
+    pub fn into_parts(self) -> (S, Bytes) {
+        (self.pipe, self.read.freeze())
+    }
 }
 
 impl<S> std::fmt::Debug for Proven<S> {

@@ -9,6 +9,7 @@ use crate::limits::{DRAIN, DRAIN_BYTES};
 use bytes::{Buf as _, Bytes};
 use h2::client::ResponseFuture;
 use h2::{Reason, RecvStream, SendStream};
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -63,6 +64,18 @@ impl Stream {
         let halves = Halves { send, receive: Receive::Awaited(answer), ended: false, _permit: Some(permit) };
         Self { halves: Some(halves), came: Bytes::new(), left: Some(left) }
     }
+
+    /// Ready once the host has taken it: a session whose host died looks alive until the next one begins, and what is
+    /// written before may be lost. At once for a host's own.
+    ///
+    /// # Errors
+    /// The session is over, or the host refuses.
+    ///
+    /// # Cancel safety
+    /// Safe.
+    pub async fn accepted(&mut self) -> io::Result<()> {
+        poll_fn(|cx| self.halves.as_mut().map_or(Poll::Ready(Ok(())), |halves| halves.poll_accepted(cx))).await
+    }
 }
 
 impl std::fmt::Debug for Stream {
@@ -82,18 +95,24 @@ fn broken(error: h2::Error) -> io::Error {
 }
 
 impl Halves {
+    fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Receive::Awaited(answer) = &mut self.receive else { return Poll::Ready(Ok(())) };
+        let answer = match ready!(Pin::new(answer).poll(cx)) {
+            Ok(answer) if answer.status().is_success() => answer,
+            refused => {
+                self.receive = Receive::Ended;
+                return Poll::Ready(Err(refused.map_or_else(broken, |_| io::ErrorKind::ConnectionRefused.into())));
+            }
+        };
+        self.receive = Receive::Open(answer.into_body());
+        Poll::Ready(Ok(()))
+    }
+
     /// The next bytes; none: the other side says no more.
     fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
         loop {
             match &mut self.receive {
-                Receive::Awaited(answer) => {
-                    let answer = ready!(Pin::new(answer).poll(cx)).map_err(broken)?;
-                    if !answer.status().is_success() {
-                        self.receive = Receive::Ended;
-                        return Poll::Ready(Err(io::ErrorKind::ConnectionRefused.into()));
-                    }
-                    self.receive = Receive::Open(answer.into_body());
-                }
+                Receive::Awaited(_) => ready!(self.poll_accepted(cx))?,
                 Receive::Open(body) => match ready!(body.poll_data(cx)) {
                     Some(Ok(bytes)) if bytes.is_empty() => {}
                     Some(Ok(bytes)) => return Poll::Ready(Ok(bytes)),
