@@ -5,13 +5,13 @@
 //! channel ──config──► apply (seed, clock, names, network, files)
 //!    ▲                  │
 //!    └── reports ── main ──► relay (192.0.2.1:80) ◄── gitlab-runner
-//!                          │        │ greeting, then bytes both ways
+//!                          │        │ proofs, then bytes both ways
 //!                          │        ▼
 //!                          │      the door, on the host
 //!                          └──► power off: runner gone, door silent, or anything failed
 //! ```
 //!
-//! Std threads, no async runtime and no HTTP. Nothing here protects itself from the job: a job may
+//! Std threads, but for the wire to the door, which has a runtime on a thread of its own. Nothing here protects itself from the job: a job may
 //! be root, and the VM is the wall. `vm-images/README.md` has the contract in words.
 
 pub mod apply;

@@ -7,15 +7,17 @@ use base64::engine::general_purpose::STANDARD;
 use dayfly_guest::apply::{self, ApplyError};
 use dayfly_guest::channel::{self, Line, Reporter};
 use dayfly_guest::console::{chain, say};
-use dayfly_guest::relay::{Limits, Relay, Target};
+use dayfly_guest::relay::port::Device;
+use dayfly_guest::relay::{Door, Limits, Relay, Target};
 use dayfly_guest::{host_clock, machine, runner, users};
 use dayfly_guest_config::{
-    CONFIG_BYTES_MAX, CONTRACT, ConfigError, GuestConfig, PORT_NAME, Pass, RELAY_ADDRESS, Report,
+    CONFIG_BYTES_MAX, CONTRACT, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, GuestConfig, PORT_NAME, Pass, RELAY_ADDRESS,
+    Report,
 };
 use std::ffi::OsString;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
@@ -48,6 +50,8 @@ const WATCHDOG_PERIOD: Duration = Duration::from_secs(1);
 enum GuestError {
     #[error("no virtio-serial port `{PORT_NAME}` and no credential `dayfly.config`")]
     NoSource,
+    #[error("no virtio-serial port `{DOOR_PORT_NAME}`, behind which the door should be")]
+    NoWire,
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
     #[error("no guest config within {} min", CONFIG_DEADLINE.as_secs() / 60)]
@@ -115,14 +119,17 @@ fn last_words() {
 /// The port's reporter, or a silent one where there is no port.
 fn open_reporter() -> Reporter {
     let patience = if Path::new(CREDENTIAL).exists() { PORT_DEADLINE_CREDENTIAL } else { PORT_DEADLINE };
-    let find = || channel::find(Path::new("/sys/class/virtio-ports"), Path::new("/dev"), PORT_NAME);
-    let Some(device) = apply::wait_for(patience, find) else { return Reporter::silent() };
+    let Some(device) = apply::wait_for(patience, || find_port(PORT_NAME)) else { return Reporter::silent() };
     apply::wait_for(patience, || Reporter::open(&device).ok()).unwrap_or_else(Reporter::silent)
+}
+
+fn find_port(name: &str) -> Option<PathBuf> {
+    channel::find(Path::new("/sys/class/virtio-ports"), Path::new("/dev"), name)
 }
 
 fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let (config, lines) = read_config(reporter)?;
-    let target = target(&config)?;
+    let target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
     let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
 
     let clock = lines.and_then(|lines| host_clock::ask(reporter, &lines));
@@ -189,7 +196,7 @@ fn supervise(
                 // last of all the relay opens (`vm-images/README.md`).
                 apply::machine_id(Path::new("/"), &config.machine_id)?;
                 if let Some(target) = target.take() {
-                    relay.hand_over(target);
+                    relay.hand_over(target).map_err(|error| GuestError::Io("open the relay", error))?;
                 }
                 reporter.report(Report::RunnerConnected);
             }
@@ -247,8 +254,13 @@ fn config_of(inbox: &Receiver<Line>, first: Duration, second: Duration) -> Resul
     }
 }
 
-fn target(config: &GuestConfig) -> Result<Target, GuestError> {
-    let door: SocketAddr = config.door.parse().map_err(|_| ApplyError::Member("door", "address:port"))?;
+/// `wire` finds the port's device.
+fn target(config: &GuestConfig, wire: impl FnOnce() -> Option<PathBuf>) -> Result<Target, GuestError> {
+    let door = if config.door == DOOR_WIRE {
+        Door::Wire(Box::new(Device(wire().ok_or(GuestError::NoWire)?)))
+    } else {
+        Door::Address(config.door.parse().map_err(|_| ApplyError::Member("door", "address:port, or `wire`"))?)
+    };
     let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
     Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s) })
 }
@@ -268,7 +280,13 @@ mod tests {
         lines.send(Line::Whole(whole)).unwrap();
         let config = config_of(&inbox, SHORT, Duration::from_secs(20)).unwrap();
         assert_eq!(config.vm, "abcdefghijklmnop");
-        assert_eq!(target(&config).unwrap().door, "10.0.2.2:40000".parse().unwrap());
+        let at = |config: &GuestConfig, wire| target(config, || wire).map(|target| format!("{:?}", target.door));
+        assert_eq!(at(&config, None).unwrap(), "10.0.2.2:40000");
+        // U5: both contracts are served, each with the door that it names.
+        let wire = GuestConfig { door: DOOR_WIRE.into(), ..config.clone() };
+        assert_eq!(at(&wire, Some("/dev/vport0p2".into())).unwrap(), "wire");
+        assert!(matches!(at(&wire, None), Err(GuestError::NoWire)));
+        assert!(at(&GuestConfig { door: "wires".into(), ..config }, None).is_err());
     }
 
     #[test]

@@ -1,25 +1,27 @@
 //! The relay: the guest runner connects here, and its bytes come out at the door.
 //!
 //! ```text
-//! gitlab-runner ──► 192.0.2.1:80 ──greeting, then bytes both ways──► the door on the host
+//! gitlab-runner ──► 192.0.2.1:80 ──bytes both ways──► the door on the host
+//!                                 [`wire`] through a port, [`tcp`] to an address
 //! ```
 //!
 //! It knows no HTTP. Before it has a [`Target`] it accepts and waits: a runner may be started long
-//! before its job is known, its poll held here. For each connection it opens one to the door and
-//! greets; until the door has proven the pass, not one byte of the runner's and no proof of ours
-//! leaves this machine, for while the daemon is away another process of the host could hold its
-//! port (decision D22). A door that refuses, or that does not prove itself, is asked again until the
-//! patience ends: nothing has been sent, so nothing can be sent twice. A restart of the daemon is
+//! before its job is known, its poll held here. Until the door has proven the pass, not one byte of the runner's and no
+//! proof of ours leaves this machine (decision D22). A door that is not there, or that does not prove itself, is asked
+//! again until the patience ends: nothing has been sent, so nothing can be sent twice. A restart of the daemon is
 //! then a pause to the runner, not an error.
 //!
-//! Two std threads for each connection, at most [`Limits::connections`] of them; beyond that the
+//! A std thread for each connection until the target is known, at most [`Limits::connections`] of them; beyond that the
 //! kernel's backlog waits. The pass lives in this process's memory only.
-#![expect(clippy::disallowed_types, clippy::disallowed_methods, reason = "no async runtime in the guest")]
+#![expect(clippy::disallowed_types, clippy::disallowed_methods, reason = "accepting begins before any async runtime")]
 
-use dayfly_guest_config::{GREETING_LINE_MAX, Greeting, GreetingError, Nonce, Pass};
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+pub mod port;
+mod tcp;
+mod wire;
+
+use dayfly_guest_config::Pass;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -36,9 +38,10 @@ const STACK_BYTES: usize = 128 * 1024;
 pub struct Limits {
     /// Connections at once. The runner uses 4 a job; the door takes 64, so this side ends first.
     pub connections: usize,
-    /// One attempt to connect to the door.
+    /// One attempt to connect to a door at an address.
     pub connect: Duration,
-    /// The whole greeting, from the connection: as long as the door waits for it.
+    /// The whole greeting, from the connection: as long as the door waits for it. On the wire, the whole handshake, from
+    /// when somebody is at its other end.
     pub greeting: Duration,
     /// Before a door that refused is asked again.
     pub retry: Duration,
@@ -58,26 +61,32 @@ impl Default for Limits {
     }
 }
 
+/// Where the door is.
+pub enum Door {
+    /// At an address, for each connection anew.
+    Address(SocketAddr),
+    /// Behind a port of this machine, for all connections at once.
+    Wire(Box<dyn port::Port>),
+}
+
+impl std::fmt::Debug for Door {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Wire(_) => f.write_str("wire"),
+        }
+    }
+}
+
 /// Where the door is and what opens it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Target {
-    /// Address of the door.
-    pub door: SocketAddr,
+    /// Where.
+    pub door: Door,
     /// The pass.
     pub pass: Pass,
     /// How long a door that refuses is waited for.
     pub patience: Duration,
-}
-
-/// Why a door was not opened.
-#[derive(Debug, thiserror::Error)]
-pub enum RelayError {
-    /// Nobody there, or the connection broke.
-    #[error("talk to the door")]
-    Io(#[from] io::Error),
-    /// Somebody is there, but not the door.
-    #[error("greet the door")]
-    Greeting(#[from] GreetingError),
 }
 
 /// A handle to the running relay; clones share it.
@@ -96,8 +105,15 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    target: Option<Target>,
+    way: Option<Way>,
     open: usize,
+}
+
+/// How connections get to the door.
+#[derive(Clone)]
+enum Way {
+    Tcp(tcp::Target),
+    Wire(wire::Sender),
 }
 
 impl Shared {
@@ -130,10 +146,19 @@ impl Relay {
     }
 
     /// Gives the relay its target; all held connections go on.
-    pub fn hand_over(&self, target: Target) {
+    ///
+    /// # Errors
+    /// If what a wire needs cannot be made.
+    pub fn hand_over(&self, target: Target) -> io::Result<()> {
+        let Target { door, pass, patience } = target;
+        let way = match door {
+            Door::Address(door) => Way::Tcp(tcp::Target { door, pass, patience }),
+            Door::Wire(port) => Way::Wire(wire::start(Arc::clone(&self.0), port, pass, patience)?),
+        };
         self.0.heard();
-        self.0.state().target = Some(target);
+        self.0.state().way = Some(way);
         self.0.changed.notify_all();
+        Ok(())
     }
 
     /// Time since the door has last said anything (or since the hand-over, or the start).
@@ -169,7 +194,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener, first: impl FnOnce()) {
         shared.state().open += 1;
         let slot = Slot(Arc::clone(shared));
         // Without a thread the slot is dropped, and the connection with it.
-        let _ = spawn(move || serve(&slot.0, &runner));
+        let _ = spawn(move || serve(slot, runner));
     }
 }
 
@@ -187,125 +212,22 @@ fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<thread::JoinHandle<
     thread::Builder::new().stack_size(STACK_BYTES).spawn(work)
 }
 
-fn serve(shared: &Arc<Shared>, runner: &TcpStream) {
-    let target = {
+fn serve(slot: Slot, runner: TcpStream) {
+    let shared = &slot.0;
+    let way = {
         let mut state = shared.state();
         loop {
-            if let Some(target) = &state.target {
-                break target.clone();
+            if let Some(way) = &state.way {
+                break way.clone();
             }
             state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     };
     // No door within the patience: the runner sees a closed connection and tries again by itself.
-    if let Ok(door) = open(shared, &target) {
-        shuttle(shared, runner, door);
+    match way {
+        Way::Tcp(target) => tcp::serve(shared, &runner, &target),
+        Way::Wire(wire) => wire.serve(slot, runner),
     }
-}
-
-/// Connects and greets, again and again until the patience ends.
-fn open(shared: &Shared, target: &Target) -> Result<TcpStream, RelayError> {
-    let start = Instant::now();
-    loop {
-        let (error, pause): (RelayError, _) = match TcpStream::connect_timeout(&target.door, shared.limits.connect) {
-            Err(error) => (error.into(), shared.limits.retry),
-            Ok(door) => match greet(&door, &target.pass, shared.limits.greeting) {
-                Ok(()) => {
-                    shared.heard();
-                    return Ok(door);
-                }
-                Err(error) => (error, shared.limits.retry_unproven),
-            },
-        };
-        if start.elapsed() + pause >= target.patience {
-            return Err(error);
-        }
-        thread::sleep(pause);
-    }
-}
-
-/// The relay's side of the greeting.
-fn greet(door: &TcpStream, pass: &Pass, limit: Duration) -> Result<(), RelayError> {
-    let deadline = Instant::now() + limit;
-    door.set_nodelay(true)?;
-    door.set_write_timeout(Some(limit))?;
-    let mut nonce = Nonce::default();
-    File::open("/dev/urandom")?.read_exact(&mut nonce)?;
-    send_line(door, &Greeting::opening(&nonce))?;
-    let line = read_line(door, deadline)?;
-    let greeting = Greeting::relay(pass, nonce, &line)?;
-    send_line(door, &greeting.relay_line())?;
-    door.set_read_timeout(None)?;
-    door.set_write_timeout(None)?;
-    Ok(())
-}
-
-fn send_line(mut door: &TcpStream, line: &str) -> io::Result<()> {
-    door.write_all(format!("{line}\r\n").as_bytes())
-}
-
-/// One line of the door, without CR LF. The door says nothing after it before it is answered, so
-/// bytes beyond the line are no greeting of ours.
-fn read_line(mut door: &TcpStream, deadline: Instant) -> Result<String, RelayError> {
-    let mut line = [0; GREETING_LINE_MAX + 2];
-    let mut length = 0;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-        }
-        door.set_read_timeout(Some(left))?;
-        let count = door.read(&mut line[length..])?;
-        if count == 0 {
-            // At its end, or the line is too long.
-            return Err(if length == line.len() {
-                GreetingError::Malformed.into()
-            } else {
-                io::Error::from(io::ErrorKind::UnexpectedEof).into()
-            });
-        }
-        length += count;
-        if line[..length].contains(&b'\n') {
-            let text = line[..length].strip_suffix(b"\r\n").and_then(|line| std::str::from_utf8(line).ok());
-            return Ok(text.filter(|text| !text.contains('\n')).ok_or(GreetingError::Malformed)?.to_owned());
-        }
-    }
-}
-
-/// Copies both ways until both are at their ends.
-fn shuttle(shared: &Arc<Shared>, runner: &TcpStream, door: TcpStream) {
-    // Failing to set it costs 40 ms here and there, no more.
-    let _ = runner.set_nodelay(true);
-    let (Ok(runner_too), Ok(door_too)) = (runner.try_clone(), door.try_clone()) else { return };
-    let to_door = spawn(move || copy(&runner_too, &door_too, || {}));
-    let Ok(to_door) = to_door else { return };
-    copy(&door, runner, || shared.heard());
-    // A copying thread has no way to panic; if it had, the connection is over all the same.
-    let _ = to_door.join();
-}
-
-/// Copies one way. A clean end closes that way only; an error ends the connection on both sides.
-fn copy(mut from: &TcpStream, mut to: &TcpStream, progress: impl Fn()) {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => {
-                // Half-close: the other way may still have an answer to carry.
-                let _ = to.shutdown(Shutdown::Write);
-                return;
-            }
-            Ok(count) => {
-                progress();
-                if to.write_all(&buffer[..count]).is_err() {
-                    break;
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => break,
-        }
-    }
-    let _ = from.shutdown(Shutdown::Both);
-    let _ = to.shutdown(Shutdown::Both);
 }
 
 #[cfg(test)]

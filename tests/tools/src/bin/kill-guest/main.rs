@@ -14,7 +14,7 @@
 
 mod runner;
 
-use dayfly_guest::relay::{Limits, Relay, Target};
+use dayfly_guest::relay::{Door, Limits, Relay, Target};
 use dayfly_guest_config::{GuestConfig, Pass, Report};
 use dayfly_test_guest::boot::{config_line, door, guest_token, report};
 use std::fs::File;
@@ -80,11 +80,12 @@ async fn machine(channel: UnixListener, console: UnixListener) -> Result<(), Str
     let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(|error| format!("listen: {error}"))?;
     let address = listener.local_addr().map_err(|error| format!("listen: {error}"))?;
     let relay = Relay::start(listener, Limits::default(), || {}).map_err(|error| format!("start relay: {error}"))?;
-    relay.hand_over(Target {
-        door: door(&config).ok_or("the config names no door")?,
+    let target = Target {
+        door: Door::Address(door(&config).ok_or("the config names no door")?),
         pass: Pass::from_text(&config.pass).ok_or("the config has no pass")?,
         patience: Duration::from_secs(config.door_patience_s),
-    });
+    };
+    relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))?;
     let token = guest_token(&config).ok_or("the config has no guest token")?;
     reports.tell(&Report::RunnerStarted).await;
     let silence_max = Duration::from_secs(config.power_off_after_s);

@@ -14,7 +14,7 @@ use crate::gitlab::Gitlab;
 use crate::play::{LIMIT, Scene, Stage};
 use crate::recording::{Class, Recording};
 use dayfly_exec::standin::JobState;
-use dayfly_guest::relay::Target;
+use dayfly_guest::relay::{Door, Target};
 use dayfly_guest_config::{GuestConfig, Pass};
 use dayfly_test_guest::boot::{door, guest_token};
 use serde_json::Value;
@@ -76,7 +76,8 @@ async fn run(stage: &Stage, recording: &Recording, config: &GuestConfig, runner:
     let text = |error: &dyn std::error::Error| error.to_string();
     let pass = Pass::from_text(&config.pass).ok_or("the guest config holds no pass")?;
     let door = door(config).ok_or("the guest config names no door")?;
-    stage.relay.hand_over(Target { door, pass, patience: LIMIT });
+    let target = Target { door: Door::Address(door), pass, patience: LIMIT };
+    stage.relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))?;
     let dir = tempfile::tempdir().map_err(|error| text(&error))?;
     let token = guest_token(config).ok_or("the guest config holds no guest token")?;
     let file = dir.path().join("config.toml");

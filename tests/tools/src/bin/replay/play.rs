@@ -17,7 +17,7 @@ use dayfly::network::{PortRange, Tcp};
 use dayfly::telemetry::chain;
 use dayfly::vm::AccelChoice;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine};
-use dayfly_guest::relay::{Relay, Target};
+use dayfly_guest::relay::{Door, Relay, Target};
 use dayfly_guest_config::{GuestConfig, Pass};
 use dayfly_test_guest::boot::{boot, door, guest_token};
 use dayfly_test_guest::{Answer, Connection};
@@ -172,7 +172,8 @@ impl<'a> Runner<'a> {
     fn new(stage: &Stage, recording: &'a Recording, config: &GuestConfig) -> Result<Self, String> {
         let pass = Pass::from_text(&config.pass).ok_or("the guest config holds no pass")?;
         let door = door(config).ok_or("the guest config names no door")?;
-        stage.relay.hand_over(Target { door, pass, patience: LIMIT });
+        let target = Target { door: Door::Address(door), pass, patience: LIMIT };
+        stage.relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))?;
         let hand_out = recording.requests.iter().position(|r| r.class == Class::Ask && r.answer.status == Some(201));
         Ok(Self {
             relay: stage.address,

@@ -1,35 +1,14 @@
-//! The relay against doors of all kinds, on loopback.
+//! Doors at an address, of all kinds, on loopback.
 
-use super::*;
-use dayfly_guest_config::PASS_BYTES;
-use std::io::{BufRead as _, BufReader};
+use super::super::*;
+use super::{LIMIT, limits, pass, relay, wait_idle};
+use dayfly_guest_config::Greeting;
+use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::net::Shutdown;
 use std::sync::mpsc;
 
-/// No wait of these tests is longer.
-const LIMIT: Duration = Duration::from_secs(20);
-
-fn pass(n: u8) -> Pass {
-    Pass::new([n; PASS_BYTES])
-}
-
-fn limits() -> Limits {
-    Limits {
-        greeting: Duration::from_millis(300),
-        retry: Duration::from_millis(5),
-        retry_unproven: Duration::from_millis(5),
-        ..Limits::default()
-    }
-}
-
-/// A relay with its address.
-fn relay(limits: Limits) -> (Relay, SocketAddr) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    (Relay::start(listener, limits, || {}).unwrap(), address)
-}
-
 fn target(door: SocketAddr, patience: Duration) -> Target {
-    Target { door, pass: pass(1), patience }
+    Target { door: Door::Address(door), pass: pass(1), patience }
 }
 
 fn connect(address: SocketAddr) -> TcpStream {
@@ -66,16 +45,6 @@ fn door(listener: &TcpListener, n: u8) -> Result<BufReader<TcpStream>, String> {
     Ok(reader)
 }
 
-/// Waits until all connections of the relay are closed.
-fn wait_idle(relay: &Relay) {
-    let mut state = relay.0.state();
-    let start = Instant::now();
-    while state.open > 0 {
-        assert!(start.elapsed() < LIMIT, "{} connections stay open", state.open);
-        state = relay.0.changed.wait_timeout(state, LIMIT).unwrap().0;
-    }
-}
-
 fn read_to_end(mut stream: impl Read) -> Vec<u8> {
     let mut bytes = Vec::new();
     // A reset ends it as well as an end does.
@@ -87,7 +56,7 @@ fn read_to_end(mut stream: impl Read) -> Vec<u8> {
 fn bytes_go_both_ways_and_each_way_ends_by_itself() {
     let (listener, address) = listener();
     let (relay, front) = relay(limits());
-    relay.hand_over(target(address, LIMIT));
+    relay.hand_over(target(address, LIMIT)).unwrap();
     let request = vec![b'q'; 300_000];
     let answer = vec![b'a'; 500_000];
     let (sent, expected) = (request.clone(), answer.clone());
@@ -118,7 +87,7 @@ fn a_connection_is_held_until_there_is_a_target() {
     listener.set_nonblocking(true).unwrap();
     assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock, "no target, no connection");
     listener.set_nonblocking(false).unwrap();
-    relay.hand_over(target(address, LIMIT));
+    relay.hand_over(target(address, LIMIT)).unwrap();
     let mut door = door(&listener, 1).unwrap();
     let mut begin = [0; 10];
     door.read_exact(&mut begin).unwrap();
@@ -129,7 +98,7 @@ fn a_connection_is_held_until_there_is_a_target() {
 fn a_wrong_door_gets_neither_a_proof_nor_a_byte_of_the_runner() {
     let (listener, address) = listener();
     let (relay, front) = relay(limits());
-    relay.hand_over(target(address, Duration::ZERO));
+    relay.hand_over(target(address, Duration::ZERO)).unwrap();
     let mut runner = connect(front);
     runner.write_all(b"PRIVATE-TOKEN: secret").unwrap();
     // It holds another pass: the relay must leave after the door's line.
@@ -142,7 +111,7 @@ fn a_wrong_door_gets_neither_a_proof_nor_a_byte_of_the_runner() {
 fn the_pass_is_never_sent_and_a_silent_door_is_left() {
     let (listener, address) = listener();
     let (relay, front) = relay(limits());
-    relay.hand_over(target(address, Duration::ZERO));
+    relay.hand_over(target(address, Duration::ZERO)).unwrap();
     let mut runner = connect(front);
     runner.write_all(b"PATCH").unwrap();
     // All that a process on the door's port could collect without a proof.
@@ -164,7 +133,7 @@ fn a_door_that_talks_nonsense_is_left() {
     ] {
         let (listener, address) = listener();
         let (relay, front) = relay(limits());
-        relay.hand_over(target(address, Duration::ZERO));
+        relay.hand_over(target(address, Duration::ZERO)).unwrap();
         let runner = connect(front);
         let (mut stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
@@ -178,7 +147,7 @@ fn a_door_that_talks_nonsense_is_left() {
 fn a_door_that_refuses_is_waited_for() {
     let address = refusing();
     let (relay, front) = relay(limits());
-    relay.hand_over(target(address, LIMIT));
+    relay.hand_over(target(address, LIMIT)).unwrap();
     let mut runner = connect(front);
     runner.write_all(b"upload").unwrap();
     runner.shutdown(Shutdown::Write).unwrap();
@@ -196,7 +165,7 @@ fn a_door_that_refuses_is_waited_for() {
 #[test]
 fn patience_ends() {
     let (relay, front) = relay(limits());
-    relay.hand_over(target(refusing(), Duration::from_millis(100)));
+    relay.hand_over(target(refusing(), Duration::from_millis(100))).unwrap();
     let start = Instant::now();
     assert_eq!(read_to_end(connect(front)), b"");
     assert!(start.elapsed() >= Duration::from_millis(50), "it must have tried again");
@@ -207,7 +176,7 @@ fn patience_ends() {
 fn a_connection_cut_on_one_side_is_cut_on_the_other() {
     let (listener, address) = listener();
     let (relay, front) = relay(limits());
-    relay.hand_over(target(address, LIMIT));
+    relay.hand_over(target(address, LIMIT)).unwrap();
     // The door goes away: the runner must not wait for an answer.
     let mut runner = connect(front);
     runner.write_all(b"GET").unwrap();
@@ -226,7 +195,7 @@ fn a_connection_cut_on_one_side_is_cut_on_the_other() {
 fn connections_have_a_bound_and_the_next_one_waits() {
     let (listener, address) = listener();
     let (relay, front) = relay(Limits { connections: 3, ..limits() });
-    relay.hand_over(target(address, LIMIT));
+    relay.hand_over(target(address, LIMIT)).unwrap();
     let runners: Vec<_> = (0..3).map(|_| connect(front)).collect();
     let doors: Vec<_> = (0..3).map(|_| door(&listener, 1).unwrap()).collect();
     let mut waiting = connect(front);
@@ -243,7 +212,7 @@ fn connections_have_a_bound_and_the_next_one_waits() {
 fn silence_is_measured_from_the_last_byte_of_a_proven_door() {
     let (listener, address) = listener();
     let (relay, front) = relay(limits());
-    relay.hand_over(target(address, LIMIT));
+    relay.hand_over(target(address, LIMIT)).unwrap();
     let handed_over = relay.0.heard_ms.load(Ordering::Relaxed);
     let wait_heard = |after: u64| {
         let start = Instant::now();

@@ -1,0 +1,174 @@
+//! A door behind a port: one session after another, and each connection of the runner a stream of one of them.
+//!
+//! One thread with a runtime of its own. A session lives as long as its host: a daemon that restarts ends it at any
+//! byte, and the next one begins by a handshake ([`dayfly_wire`]). A connection whose stream was accepted is bound to
+//! its session and ends with it, as a connection to a daemon does; one whose stream was not is nobody's yet, and waits
+//! for the next session as long as its patience lasts.
+
+use super::port::{Pipe, Port};
+use super::{BUFFER_BYTES, Shared, Slot};
+use dayfly_guest_config::{Nonce, Pass};
+use dayfly_wire::{HandshakeError, Limits, Opener, Stream, guest_handshake};
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::net;
+use std::pin::pin;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::runtime::Builder;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+/// Takes connections to the wire. As many wait in it as there are slots.
+#[derive(Clone)]
+pub(super) struct Sender(mpsc::UnboundedSender<(Slot, net::TcpStream)>);
+
+impl Sender {
+    /// Leaves this connection to the wire.
+    pub(super) fn serve(&self, slot: Slot, runner: net::TcpStream) {
+        // It fails if the wire's thread has panicked; the connection is closed then.
+        let _ = self.0.send((slot, runner));
+    }
+}
+
+/// Begins to look for hosts at `port`.
+///
+/// # Errors
+/// If runtime or thread cannot be made.
+pub(super) fn start(shared: Arc<Shared>, port: Box<dyn Port>, pass: Pass, patience: Duration) -> io::Result<Sender> {
+    let (sender, connections) = mpsc::unbounded_channel();
+    let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
+    thread::Builder::new().name("wire".into()).spawn(move || {
+        runtime.block_on(run(shared, port, pass, patience, connections));
+    })?;
+    Ok(Sender(sender))
+}
+
+async fn run(
+    shared: Arc<Shared>,
+    port: Box<dyn Port>,
+    pass: Pass,
+    patience: Duration,
+    mut connections: mpsc::UnboundedReceiver<(Slot, net::TcpStream)>,
+) {
+    let (current, session) = watch::channel(None);
+    let mut sessions = pin!(sessions(&shared, port, &pass, &current));
+    let mut tasks = JoinSet::new();
+    loop {
+        tokio::select! {
+            // What was begun before what comes. All three are cancel safe, or pinned.
+            biased;
+            () = &mut sessions => return,
+            Some(_) = tasks.join_next() => {}
+            connection = connections.recv() => {
+                // The relay has ended: tests only.
+                let Some((slot, runner)) = connection else { return };
+                let session = session.clone();
+                tasks.spawn(async move {
+                    serve(runner, session, patience).await;
+                    drop(slot);
+                });
+            }
+        }
+    }
+}
+
+/// One session after another, for ever.
+async fn sessions(shared: &Arc<Shared>, mut port: Box<dyn Port>, pass: &Pass, current: &watch::Sender<Option<Opener>>) {
+    loop {
+        // Not there yet, or still held by the last session: a pause, as for a door that refuses.
+        let pause = match port.open().await {
+            Ok(pipe) => match timeout(shared.limits.greeting, handshake(pipe, pass)).await {
+                Ok(Ok(proven)) => {
+                    let heard = Arc::clone(shared);
+                    if let Ok((opener, session)) = proven.connect(&limits(shared), move || heard.heard()).await {
+                        shared.heard();
+                        current.send_replace(Some(opener));
+                        session.run().await;
+                        current.send_replace(None);
+                    }
+                    continue;
+                }
+                Ok(Err(HandshakeError::WrongProof)) => shared.limits.retry_unproven,
+                // Somebody is there who does not speak, or has gone.
+                Ok(Err(_)) | Err(_) => continue,
+            },
+            Err(_) => shared.limits.retry,
+        };
+        sleep(pause).await;
+    }
+}
+
+async fn handshake(pipe: Box<dyn Pipe>, pass: &Pass) -> Result<dayfly_wire::Proven<Box<dyn Pipe>>, HandshakeError> {
+    let mut nonce = Nonce::default();
+    File::open("/dev/urandom")?.read_exact(&mut nonce)?;
+    guest_handshake(pipe, pass, nonce).await
+}
+
+fn limits(shared: &Shared) -> Limits {
+    let opened = u32::try_from(shared.limits.connections).unwrap_or(u32::MAX);
+    let limits = Limits::default();
+    Limits { opened: opened.min(limits.opened), ..limits }
+}
+
+/// One connection of the runner.
+async fn serve(runner: net::TcpStream, session: watch::Receiver<Option<Opener>>, patience: Duration) {
+    let Ok(runner) = runner.set_nonblocking(true).and_then(|()| TcpStream::from_std(runner)) else { return };
+    let Ok(Some(stream)) = timeout(patience, open(session)).await else { return };
+    // Failing to set it costs 40 ms here and there, no more.
+    let _ = runner.set_nodelay(true);
+    shuttle(runner, stream).await;
+}
+
+/// A stream that the door has accepted, in this session or a later one.
+async fn open(mut session: watch::Receiver<Option<Opener>>) -> Option<Stream> {
+    loop {
+        let opener = session.wait_for(Option::is_some).await.ok()?.clone()?;
+        if let Ok(mut stream) = opener.open().await
+            && stream.accepted().await.is_ok()
+        {
+            return Some(stream);
+        }
+        // That session is over, and says so in a moment; if it is not, it refused, and is asked again.
+        let _ = timeout(Duration::from_secs(1), session.changed()).await;
+    }
+}
+
+/// Which side of a copy failed.
+enum Broken {
+    Reading,
+    Writing,
+}
+
+/// Copies both ways until both are at their ends.
+async fn shuttle(mut runner: TcpStream, stream: Stream) {
+    let (mut from_runner, mut to_runner) = runner.split();
+    let (mut from_door, mut to_door) = tokio::io::split(stream);
+    let up = async {
+        match copy(&mut from_runner, &mut to_door).await {
+            // A door that wants no more may still answer.
+            Ok(()) | Err(Broken::Writing) => Ok(()),
+            // The runner is gone. What is left of the stream ends by itself.
+            Err(Broken::Reading) => Err(()),
+        }
+    };
+    let down = async { copy(&mut from_door, &mut to_runner).await.map_err(drop) };
+    // Whoever is gone takes the other way with it; a clean end does not.
+    let _ = tokio::try_join!(up, down);
+}
+
+/// Copies one way, and says that it has ended.
+async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> Result<(), Broken> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    loop {
+        let count = from.read(&mut buffer).await.map_err(|_| Broken::Reading)?;
+        if count == 0 {
+            return to.shutdown().await.map_err(|_| Broken::Writing);
+        }
+        to.write_all(&buffer[..count]).await.map_err(|_| Broken::Writing)?;
+    }
+}
