@@ -16,6 +16,7 @@ mod image;
 mod journal;
 mod libvirt;
 mod pipeline;
+mod wire;
 
 pub use config::config;
 pub use gitlab::{gitlab_answers, payload};
@@ -28,6 +29,7 @@ pub use image::image;
 pub use journal::journal;
 pub use libvirt::{domain_xml, libvirt_answers};
 pub use pipeline::pipeline;
+pub use wire::{wire_handshake, wire_session};
 
 /// One kind of input.
 #[derive(Clone, Copy)]
@@ -60,6 +62,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "requests", check: requests },
     Target { name: "route", check: route },
     Target { name: "update_body", check: update_body },
+    Target { name: "wire_handshake", check: wire_handshake },
+    Target { name: "wire_session", check: wire_session },
 ];
 
 #[cfg(test)]

@@ -224,7 +224,7 @@ mod near_misses_hold_the_property_of {
     properties! {
         artifact_upload chunked_body config content_range domain_xml forwarded_headers gitlab_answers greeting_door
         greeting_relay guest_config image journal libvirt_answers payload pipeline proxy request_head requests route
-        update_body
+        update_body wire_handshake wire_session
     }
 
     /// None is left out.
