@@ -94,7 +94,7 @@ pub struct Setup {
     pub accel: Accel,
     /// Where overlays are.
     pub overlay_dir: PathBuf,
-    /// Where the sockets of channel and console are.
+    /// Where the sockets of channel, door and console are.
     pub socket_dir: PathBuf,
 }
 

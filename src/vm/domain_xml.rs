@@ -18,6 +18,9 @@ pub const METADATA_NAMESPACE: &str = "urn:dayfly:vm:1";
 /// Name of the virtio-serial port that carries guest config and reports.
 pub const CHANNEL_NAME: &str = "org.dayfly.guest.0";
 
+/// Name of the one that carries what its guest says to its door.
+pub const DOOR_NAME: &str = "org.dayfly.door.0";
+
 /// TCG's translation cache. QEMU's own default grows without bound; 256 MiB cost no visible speed
 /// and are what decision D3 reserves.
 pub(super) const TB_CACHE_MIB: &str = "256";
@@ -43,7 +46,7 @@ pub struct BadSpec {
 pub struct Ownership {
     /// User that QEMU runs as.
     pub qemu_uid: u32,
-    /// Group that may connect to the sockets of channel and console: the daemon's own.
+    /// Group that may connect to the sockets of channel, door and console: the daemon's own.
     pub socket_gid: u32,
 }
 
@@ -107,6 +110,7 @@ struct Texts {
     overlay: String,
     base: String,
     channel: String,
+    door: String,
     console: String,
     direct: Option<[String; 3]>,
     bridge: Option<[String; 2]>,
@@ -118,6 +122,7 @@ impl Texts {
             overlay: absolute("overlay", &spec.overlay)?,
             base: absolute("base image", &spec.base)?,
             channel: absolute("channel socket", &VmSpec::channel_socket(&spec.socket_dir, &spec.id))?,
+            door: absolute("door's socket", &VmSpec::door_socket(&spec.socket_dir, &spec.id))?,
             console: absolute("console socket", &VmSpec::console_socket(&spec.socket_dir, &spec.id))?,
             direct: match &spec.boot {
                 Boot::Direct { kernel, initrd, cmdline } => Some([
@@ -250,10 +255,12 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
             empty(w, "target", target)
         })?;
     }
-    w.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|w| {
-        socket(w, &texts.channel, ownership)?;
-        empty(w, "target", &[("type", "virtio"), ("name", CHANNEL_NAME)])
-    })?;
+    for (path, name) in [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)] {
+        w.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|w| {
+            socket(w, path, ownership)?;
+            empty(w, "target", &[("type", "virtio"), ("name", name)])
+        })?;
+    }
     w.create_element("rng").with_attribute(("model", "virtio")).write_inner_content(|w| {
         let backend = w.create_element("backend").with_attribute(("model", "random"));
         backend.write_text_content(BytesText::new("/dev/urandom")).map(drop)

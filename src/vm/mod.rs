@@ -211,7 +211,7 @@ pub struct VmSpec {
     pub base: PathBuf,
     /// Its network card.
     pub attachment: Attachment,
-    /// Directory for the unix sockets of channel and console.
+    /// Directory for the unix sockets of channel, door and console.
     pub socket_dir: PathBuf,
 }
 
@@ -222,10 +222,22 @@ impl VmSpec {
         socket_dir.join(format!("df-{id}.guest"))
     }
 
+    /// Socket of the port that carries what its guest says to its door.
+    #[must_use]
+    pub fn door_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
+        socket_dir.join(format!("df-{id}.door"))
+    }
+
     /// Socket of the serial console.
     #[must_use]
     pub fn console_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
         socket_dir.join(format!("df-{id}.con"))
+    }
+
+    /// All of them. What its hypervisor binds, and what goes with it.
+    #[must_use]
+    pub fn sockets(&self) -> [PathBuf; 3] {
+        [Self::channel_socket, Self::door_socket, Self::console_socket].map(|of| of(&self.socket_dir, &self.id))
     }
 }
 

@@ -1,4 +1,4 @@
-//! The wires between a VM and us: unix sockets of guest channel and serial console. The same for every back end.
+//! The wires between a VM and us: unix sockets of guest channel, door and serial console. The same for every back end.
 
 use super::paths::Paths;
 use super::{Stream, VmId, VmName, VmSpec};
@@ -45,6 +45,15 @@ impl Sockets {
     /// The system's; `InvalidInput` for a path that Linux cannot hold.
     pub async fn channel(&self, dir: &Path, id: &VmId) -> io::Result<Box<dyn Stream>> {
         self.connect(&VmSpec::channel_socket(dir, id)).await
+    }
+
+    /// Connects to the door's port of a VM. One connection is served at a time: another one connects as well, and
+    /// nothing is read of it before the first one has gone.
+    ///
+    /// # Errors
+    /// As [`Sockets::channel`].
+    pub async fn door(&self, dir: &Path, id: &VmId) -> io::Result<Box<dyn Stream>> {
+        self.connect(&VmSpec::door_socket(dir, id)).await
     }
 
     /// Connects to the serial console of a VM. Must be drained, or the guest stands still.

@@ -148,6 +148,10 @@ impl Bench {
         self.host.sockets.channel(&spec.socket_dir, &spec.id).await.unwrap()
     }
 
+    pub(crate) async fn door(&self, spec: &VmSpec) -> Box<dyn Stream> {
+        self.host.sockets.door(&spec.socket_dir, &spec.id).await.unwrap()
+    }
+
     pub(crate) async fn console(&self, spec: &VmSpec) -> Box<dyn Stream> {
         self.host.sockets.console(&spec.socket_dir, &spec.id).await.unwrap()
     }

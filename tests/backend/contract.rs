@@ -5,8 +5,9 @@ use dayfly::vm::proof::{Places, Subject, prove, prove_kvm};
 use dayfly::vm::{Accel, Ending, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
 use std::io::ErrorKind;
 use std::path::Path;
+use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 macro_rules! contract {
     (everywhere: $($promise:ident)* ; with guests: $($guests:ident)* ; with QEMU: $($real:ident)*) => {
@@ -69,7 +70,8 @@ contract! {
         a_guest_that_powers_off_is_gone
         a_guest_that_restarts_has_ended
         a_guest_that_panics_or_sleeps_has_ended_and_is_kept_until_it_is_destroyed
-        a_new_daemon_finds_channel_and_console_again
+        a_new_daemon_finds_each_wire_again
+        a_door_that_nobody_reads_holds_up_no_guest_and_no_other_wire
         a_vm_without_a_disk_is_refused_by_name;
     with QEMU:
         a_socket_path_that_linux_cannot_hold_is_refused_in_words
@@ -97,12 +99,15 @@ async fn a_guest_is_talked_to_until_its_end(bench: &Bench) {
     let (spec, name) = bench.started().await;
     let mut channel = bench.channel(&spec).await;
     channel.write_all(b"a config may be written before the kernel runs").await.unwrap();
+    let mut door = bench.door(&spec).await;
+    door.write_all(b"so may what is said to its door").await.unwrap();
     let mut console = bench.console(&spec).await;
     await_line(&mut console).await;
     console.write_all(b"x").await.unwrap();
     await_bytes(&mut console, b"x").await;
     bench.hypervisor.destroy(&name).await.unwrap();
     await_end(&mut channel).await;
+    await_end(&mut door).await;
     await_end(&mut console).await;
     bench.end(&spec).await;
     bench.assert_clean().await;
@@ -196,9 +201,33 @@ async fn the_vms_of_another_installation_are_left_alone(bench: &Bench) {
     bench.assert_clean().await;
 }
 
-async fn a_new_daemon_finds_channel_and_console_again(bench: &Bench) {
+/// What is said to a guest without a program behind its port is taken up to a bound, and the writer waits.
+async fn a_door_that_nobody_reads_holds_up_no_guest_and_no_other_wire(bench: &Bench) {
+    let (spec, _) = bench.started().await;
+    let mut door = bench.door(&spec).await;
+    let flood = async {
+        loop {
+            door.write_all(&[0xff; 16 * 1024]).await.unwrap();
+        }
+    };
+    let stands = timeout(Duration::from_secs(2), flood).await;
+    assert!(stands.is_err(), "it ends by waiting only");
+    // The next one's connection is taken, and waits for the end of this one.
+    let second = bench.door(&spec).await;
+    let mut console = bench.console(&spec).await;
+    await_line(&mut console).await;
+    console.write_all(b"x").await.unwrap();
+    await_bytes(&mut console, b"x").await;
+    drop((door, second));
+    bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+async fn a_new_daemon_finds_each_wire_again(bench: &Bench) {
     let (spec, _) = bench.started().await;
     for _ in 0..3 {
+        let mut door = bench.door(&spec).await;
+        door.write_all(b"a hello").await.unwrap();
         let mut channel = bench.channel(&spec).await;
         channel.write_all(b"the same config again").await.unwrap();
         let mut console = bench.console(&spec).await;
@@ -207,7 +236,9 @@ async fn a_new_daemon_finds_channel_and_console_again(bench: &Bench) {
     let nowhere = bench.disks();
     let error = bench.host.sockets.channel(&nowhere, &spec.id).await.err().expect("no socket lies there");
     assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert_eq!(bench.host.sockets.door(&nowhere, &spec.id).await.err().unwrap().kind(), ErrorKind::NotFound);
     bench.end(&spec).await;
+    assert!(bench.host.sockets.door(&spec.socket_dir, &spec.id).await.is_err());
     assert!(bench.host.sockets.channel(&spec.socket_dir, &spec.id).await.is_err());
     assert!(bench.host.sockets.console(&spec.socket_dir, &spec.id).await.is_err());
     bench.assert_clean().await;

@@ -111,9 +111,7 @@ impl Hypervisor for Libvirt {
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(async move {
             let name = VmName::from(spec.id.clone()).to_string();
-            for path in
-                [VmSpec::channel_socket(&spec.socket_dir, &spec.id), VmSpec::console_socket(&spec.socket_dir, &spec.id)]
-            {
+            for path in spec.sockets() {
                 check_path(&path).map_err(|error| VmError::refused("start VM", &name, error))?;
             }
             self.endings.watch();

@@ -1,7 +1,7 @@
 //! QEMU's command line for a [`VmSpec`]: the machine that libvirt makes of [`domain_xml`](crate::vm::domain_xml), device
 //! by device, and no others. Pure text, no I/O. Everybody on the host can read it: it holds no secret.
 
-use crate::vm::domain_xml::{CHANNEL_NAME, TB_CACHE_MIB, uuid};
+use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, TB_CACHE_MIB, uuid};
 use crate::vm::{Accel, Attachment, Boot, VmName, VmSpec};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -87,6 +87,8 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     add("-device", virtio("serial", ""));
     add("-chardev", socket("channel", absolute("channel", &VmSpec::channel_socket(&spec.socket_dir, &spec.id))?));
     add("-device", format!("virtserialport,chardev=channel,name={CHANNEL_NAME}"));
+    add("-chardev", socket("door", absolute("door's port", &VmSpec::door_socket(&spec.socket_dir, &spec.id))?));
+    add("-device", format!("virtserialport,chardev=door,name={DOOR_NAME}"));
     add("-object", "rng-random,id=rng,filename=/dev/urandom".into());
     add("-device", virtio("rng", ",rng=rng"));
     add("-device", PANIC_PORT.into());

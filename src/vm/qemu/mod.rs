@@ -8,7 +8,7 @@
 //! | `df-<id>.vm` | whose machine it is, and what became of it; its lock is the machine: [`record`] | ours |
 //! | `df-<id>.qmp` | QEMU's monitor: [`qmp`], listened to by one task: [`watch`] | QEMU's |
 //! | `df-<id>.log` | what QEMU complains of, its first 16 KiB: [`log`] | ours |
-//! | `df-<id>.guest`, `.con` | channel and console, as with any back end | QEMU's |
+//! | `df-<id>.guest`, `.door`, `.con` | channel, door and console, as with any back end | QEMU's |
 //!
 //! A start that is cut at any point leaves a record without a lock, which the next look removes, or a QEMU that holds
 //! one, which `list` shows. A number of a process is never kept, so none is ever mistaken.
@@ -243,11 +243,7 @@ impl Qemu {
         let name = VmName::from(spec.id.clone());
         let until = Instant::now() + START_DEADLINE;
         let qmp = self.0.records.path(&name, "qmp");
-        for path in [
-            &VmSpec::channel_socket(&spec.socket_dir, &spec.id),
-            &VmSpec::console_socket(&spec.socket_dir, &spec.id),
-            &qmp,
-        ] {
+        for path in spec.sockets().iter().chain([&qmp]) {
             check_path(path).map_err(|error| VmError::refused(WHAT, &name, error))?;
         }
         let arguments = args::arguments(spec, &qmp).map_err(|error| VmError::refused(WHAT, &name, error))?;

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The program is given its description as standard input, and the paths of channel and console, which it binds, as
-//! QEMU does. The description carries a lock that the process inherits before it begins, so the lock is the machine:
+//! QEMU does; that of the door's port stands in its environment. The description carries a lock that the process inherits before it begins, so the lock is the machine:
 //! it is there from the fork to the last moment of the process, whoever started it and whatever became of that one.
 //! A description without a lock is what a start or a machine left behind; who finds it removes it. Overlays and sockets
 //! are the real ones.
@@ -135,9 +135,11 @@ fn spawn(directory: &Path, path: &Path, spec: &VmSpec) -> io::Result<()> {
     file.write_all(&serde_json::to_vec(&owner)?)?;
     file.write_all(b"\n")?;
     let log = File::options().append(true).create(true).mode(0o600).open(directory.join("guest.log"))?;
-    let [channel, console] = [VmSpec::channel_socket, VmSpec::console_socket].map(|of| of(&spec.socket_dir, &spec.id));
+    let [channel, door, console] = spec.sockets();
     // The lock tells its end, so nobody need wait for it.
-    start_outliving(directory.join("guest").as_os_str(), &[&channel, &console], &[], file, log)
+    // A program of before the door was a wire knows two sockets, and passes over what is beside them.
+    let beside = [("DAYFLY_DOOR", door.into_os_string())];
+    start_outliving(directory.join("guest").as_os_str(), &[&channel, &console], &beside, file, log)
 }
 
 impl Hypervisor for Processes {

@@ -129,12 +129,14 @@ impl FakeHypervisor {
     /// The VM is there from here on; its guest boots.
     fn boot(&self, spec: VmSpec) {
         let name = VmName::from(spec.id.clone());
-        let (channel, console, control) = (Wire::default(), Wire::default(), Control::default());
+        let [channel, door, console] = std::array::from_fn(|_| Wire::default());
+        let control = Control::default();
         let mut world = self.world();
         let (timing, script) = (world.timing, Arc::clone(&world.script));
         let machine = GuestMachine {
             spec: spec.clone(),
             channel: channel.guest_end(),
+            door: door.guest_end(),
             console: console.guest_end(),
             doors: Doors(self.clone()),
             power: Power { hypervisor: self.clone(), id: spec.id.clone() },
@@ -143,7 +145,7 @@ impl FakeHypervisor {
         world.endings.remove(&name);
         world.vms.insert(
             name.clone(),
-            Machine { spec, state: VmState::Running, channel, console, control: control.clone() },
+            Machine { spec, state: VmState::Running, channel, door, console, control: control.clone() },
         );
         world.note(None, &name.to_string(), "started");
         drop(world);
@@ -283,7 +285,11 @@ impl Paths for FakeHypervisor {
             let (op, name) = Op::of_socket(socket).ok_or(io::ErrorKind::NotFound)?;
             let end = self.wire(op, &name.to_string(), |world| {
                 let machine = machine(world, socket.parent().unwrap_or(Path::new("")), &name)?;
-                if op == Op::OpenChannel { machine.channel.connect() } else { machine.console.connect() }
+                match op {
+                    Op::OpenChannel => machine.channel.connect(),
+                    Op::OpenDoor => machine.door.connect(),
+                    _ => machine.console.connect(),
+                }
             })?;
             Ok(Box::new(end) as Box<dyn Stream>)
         })

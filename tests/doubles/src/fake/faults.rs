@@ -19,6 +19,7 @@ pub enum Op {
     Destroy,
     List,
     OpenChannel,
+    OpenDoor,
     OpenConsole,
     RemoveSockets,
     Listen,
@@ -26,7 +27,7 @@ pub enum Op {
 
 impl Op {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Probe,
         Self::CreateOverlay,
         Self::RemoveOverlay,
@@ -36,6 +37,7 @@ impl Op {
         Self::Destroy,
         Self::List,
         Self::OpenChannel,
+        Self::OpenDoor,
         Self::OpenConsole,
         Self::RemoveSockets,
         Self::Listen,
@@ -46,6 +48,7 @@ impl Op {
     pub fn of_socket(socket: &Path) -> Option<(Self, VmName)> {
         let op = match socket.extension()?.to_str()? {
             "guest" => Self::OpenChannel,
+            "door" => Self::OpenDoor,
             "con" => Self::OpenConsole,
             _ => return None,
         };
@@ -80,6 +83,7 @@ impl Op {
             Self::Destroy => "destroy VM",
             Self::List => "list VMs of",
             Self::OpenChannel => "open channel of VM",
+            Self::OpenDoor => "open door's port of VM",
             Self::OpenConsole => "open console of VM",
             Self::RemoveSockets => "remove sockets of VM",
             Self::Listen => "listen at",

@@ -36,6 +36,8 @@ pub struct GuestMachine {
     pub spec: VmSpec,
     /// The port that the guest config comes through.
     pub channel: GuestEnd,
+    /// The port that carries what it says to its door.
+    pub door: GuestEnd,
     /// Its serial console.
     pub console: GuestEnd,
     /// Its network: the doors of the host. (Any door: user mode separates guests by the pass only.)

@@ -122,6 +122,7 @@ struct Machine {
     spec: VmSpec,
     state: VmState,
     channel: Wire,
+    door: Wire,
     console: Wire,
     control: Control,
 }
@@ -377,6 +378,7 @@ impl FakeHypervisor {
         }
         machine.control.set(false, true);
         machine.channel.close();
+        machine.door.close();
         machine.console.close();
         world.note(None, &name.to_string(), how);
         true
