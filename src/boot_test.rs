@@ -175,9 +175,7 @@ impl BootTest<'_> {
     ) -> Result<Booted, BootTestError> {
         let since = Instant::now();
         let no_door = |error| BootTestError::Set("open a door for the guest", std::io::Error::other(error));
-        let claim = supply.claim(self.network.mode).await.map_err(no_door)?;
-        own.plan(&claim).await.map_err(|e| BootTestError::Set("write the VM's names down", e))?;
-        let listener = supply.listen(&claim).await.map_err(|e| BootTestError::Set("open a door for the guest", e))?;
+        let runner_token = Secret::new(format!("glrt-boottest1{}", VmId::random(rng)));
         let spec = MachineSpec {
             image: ImageRef { name: image.name.clone(), digest: image.digest() },
             contract: image.manifest.contract,
@@ -189,13 +187,16 @@ impl BootTest<'_> {
             network: self.network.mode,
             runner: GuestRunnerSpec {
                 name: "boot test".into(),
-                token: Secret::new(format!("glrt-boottest1{}", claim.id)),
+                token: runner_token,
                 clone_url: Url::parse("http://gitlab.invalid/").expect("a constant URL parses"),
                 ca_pem: None,
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
         };
+        let claim = supply.claim(spec.network, spec.door()).await.map_err(no_door)?;
+        own.plan(&claim).await.map_err(|e| BootTestError::Set("write the VM's names down", e))?;
+        let entrance = supply.listen(&claim).await.map_err(|e| BootTestError::Set("open a door for the guest", e))?;
         let parts = GuestParts {
             vm: &claim.id,
             lease: &claim.lease,
@@ -215,7 +216,7 @@ impl BootTest<'_> {
         let (_view, view) = watch::channel(view);
         let door = guest::admit(Admission {
             vm: claim.id.clone(),
-            listener,
+            entrance,
             pass: Pass::from_text(&config.pass).expect("the pass was written by the same crate"),
             guest_token: guest_token(&config),
             job: JobId(u64::MAX),

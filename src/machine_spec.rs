@@ -6,6 +6,7 @@
 
 use crate::network;
 use crate::secret::{self, Secret};
+use dayfly_guest_config::WIRE_CONTRACT;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -130,6 +131,14 @@ impl EnvironmentLine {
 impl fmt::Debug for EnvironmentLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}=[redacted]", self.name())
+    }
+}
+
+impl MachineSpec {
+    /// By what its guest reaches its door: the image says what its guest program knows.
+    #[must_use]
+    pub fn door(&self) -> network::DoorKind {
+        if self.contract >= WIRE_CONTRACT { network::DoorKind::Wire } else { network::DoorKind::Port }
     }
 }
 

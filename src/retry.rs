@@ -80,6 +80,15 @@ impl Backoff {
         Self::new(Duration::from_millis(250), Duration::from_secs(5), 20)
     }
 
+    /// A wire without a session: 50 ms doubling to 0.5 s, ± 20 %.
+    ///
+    /// To look for a machine's socket costs next to nothing, and a runner waits meanwhile; a guest that throws session
+    /// after session away is not followed at its own speed.
+    #[must_use]
+    pub fn wire() -> Self {
+        Self::new(Duration::from_millis(50), Duration::from_millis(500), 20)
+    }
+
     /// The pause before the next try.
     pub fn next(&mut self, rng: &Rng) -> Duration {
         let step = self.now.next().unwrap_or(self.longest);

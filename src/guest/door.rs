@@ -1,7 +1,8 @@
-//! Who comes in? The accept loop of one VM's door, and the life of each connection.
+//! Who comes in? The loop of one VM's door, and the life of each connection.
 //!
 //! ```text
-//! accept ─► lobby (16, oldest out first) ─► greeting ─► HTTP (64) ─► lingering close
+//! wire ─► session ─► stream ────────────────────────────┐
+//! port ─► accept ─► lobby (16, oldest out first) ─► greeting ─► HTTP (64) ─► lingering close
 //! ```
 //!
 //! One task per door, one per connection in its `JoinSet`; all end when the pass is dropped. Only
@@ -11,9 +12,10 @@
 use super::body::Held;
 use super::greeting::{self, Failure};
 use super::handler::Handler;
+use super::sessions::{Came, Sessions};
 use super::wire::{Notes, Times, Wire};
 use super::{Admission, GuestEvent, answer};
-use crate::network::DoorListener;
+use crate::network::{DoorListener, Entrance};
 use crate::repeats::Repeats;
 use crate::vm::Stream;
 use bytes::BytesMut;
@@ -63,8 +65,12 @@ struct Door {
 
 /// Serves until `stop`. Returns when no task is left.
 pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
-    let (handler, mut listener) = Handler::new(admission);
+    let (handler, entrance) = Handler::new(admission);
     let limits = handler.limits();
+    let mut way = match entrance {
+        Entrance::Wire(wire) => Way::Wire(Box::new(handler.sessions(wire))),
+        Entrance::Port(listener) => Way::Port(listener),
+    };
     let door = Arc::new(Door {
         connections: Arc::new(Semaphore::new(limits.connections)),
         lobby: Lobby::new(limits.greeting_connections),
@@ -85,12 +91,23 @@ pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
                     tracing::error!(vm = %door.handler.vm(), "a connection's task panicked");
                 }
             }
-            accepted = accept(&mut *listener) => match accepted {
-                Ok(stream) => {
+            comer = way.next() => match comer {
+                Ok(Comer::Session) => {
+                    tokio::select! {
+                        biased;
+                        // A job that has no room for the news may wait for this door's end.
+                        () = stop.cancelled() => break,
+                        () = door.greeted() => {}
+                    }
+                }
+                Ok(Comer::Stream(stream)) => {
+                    tasks.spawn(proven(Arc::clone(&door), stream, BytesMut::new()));
+                }
+                Ok(Comer::Stranger(stream)) => {
                     pause = ACCEPT_PAUSE;
                     // Entered here and not in the task, so that the lobby is never fuller than its limit.
                     let seat = door.lobby.enter();
-                    tasks.spawn(connection(Arc::clone(&door), stream, seat));
+                    tasks.spawn(stranger(Arc::clone(&door), stream, seat));
                 }
                 Err(error) => {
                     door.handler.metrics().accept_errors.inc();
@@ -104,28 +121,65 @@ pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
             },
         }
     }
-    drop(listener);
+    drop(way);
     tasks.shutdown().await;
     if timeout(LAST_WRITES, door.handler.writes_end()).await.is_err() {
         tracing::warn!(vm = %door.handler.vm(), "a write to the spool outlives its door");
     }
 }
 
-async fn accept(listener: &mut dyn DoorListener) -> std::io::Result<Box<dyn Stream>> {
-    listener.accept().await
+/// How guests come to this door.
+enum Way {
+    Wire(Box<Sessions>),
+    Port(Box<dyn DoorListener>),
 }
 
-async fn connection(door: Arc<Door>, mut stream: Box<dyn Stream>, seat: Seat) {
-    let metrics = door.handler.metrics().clone();
+/// Who comes.
+enum Comer {
+    /// Nobody yet, but whoever comes next has shown the pass.
+    Session,
+    /// A connection of a guest that has.
+    Stream(Box<dyn Stream>),
+    /// A connection of anybody.
+    Stranger(Box<dyn Stream>),
+}
+
+impl Way {
+    /// Who comes next. Cancel safe.
+    async fn next(&mut self) -> std::io::Result<Comer> {
+        match self {
+            Self::Wire(sessions) => Ok(match sessions.next().await {
+                Came::Session => Comer::Session,
+                Came::Stream(stream) => Comer::Stream(stream),
+            }),
+            Self::Port(listener) => listener.accept().await.map(Comer::Stranger),
+        }
+    }
+}
+
+impl Door {
+    /// The guest has shown the pass; the job is told the first time.
+    async fn greeted(&self) {
+        if !self.greeted.swap(true, Ordering::AcqRel) {
+            self.handler.tell(GuestEvent::Greeted).await;
+        }
+    }
+}
+
+/// The life of a connection to a port.
+async fn stranger(door: Arc<Door>, mut stream: Box<dyn Stream>, seat: Seat) {
     let Some(read) = greet(&door, &mut *stream, seat).await else { return };
+    door.handler.metrics().greetings.inc();
+    proven(door, stream, read).await;
+}
+
+/// The life of a connection of which we know whose it is.
+async fn proven(door: Arc<Door>, stream: Box<dyn Stream>, read: BytesMut) {
     let Ok(_permit) = Arc::clone(&door.connections).try_acquire_owned() else {
-        metrics.connections_closed.inc("too_many");
+        door.handler.metrics().connections_closed.inc("too_many");
         return;
     };
-    metrics.greetings.inc();
-    if !door.greeted.swap(true, Ordering::AcqRel) {
-        door.handler.tell(GuestEvent::Greeted).await;
-    }
+    door.greeted().await;
     http(&door, stream, read).await;
 }
 
@@ -211,7 +265,7 @@ async fn linger(mut stream: Box<dyn Stream>) {
     let _ = timeout(LINGER, reading).await;
 }
 
-/// Connections that have not shown the pass. In user mode they may be a neighbour's, so they get
+/// Connections to a port that have not shown the pass. They may be a neighbour's, so they get
 /// few seats, and the oldest loses its seat to the newest.
 struct Lobby {
     seats: Arc<Mutex<Seats>>,

@@ -10,6 +10,7 @@ use super::head::Refusal;
 use super::limits::Bucket;
 use super::outage::Outage;
 use super::routes::{self, JobRoute, NoRoute, Query, Route};
+use super::sessions::Sessions;
 use super::trace::is_over;
 use super::wire::Notes;
 use super::{Admission, GuestEvent, GuestView, HandOut, Limits};
@@ -17,12 +18,13 @@ use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobId, RunnerInfo};
 use crate::metrics::{GuestMetrics, Metrics};
-use crate::network::DoorListener;
+use crate::network::Entrance;
 use crate::repeats::Repeats;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::SpoolWriter;
 use crate::vm::VmId;
+use crate::vm::sockets::DoorSocket;
 use dayfly_guest_config::{Nonce, Pass};
 use http::header::HeaderMap;
 use http::request::Parts;
@@ -102,8 +104,8 @@ pub struct RunnerRequest {
 }
 
 impl Handler {
-    pub(super) fn new(admission: Admission) -> (Self, Box<dyn DoorListener>) {
-        let Admission { vm, listener, pass, guest_token, job, job_token, dependencies, spool, client, .. } = admission;
+    pub(super) fn new(admission: Admission) -> (Self, Entrance) {
+        let Admission { vm, entrance, pass, guest_token, job, job_token, dependencies, spool, client, .. } = admission;
         let limits = admission.limits;
         let handler = Self {
             vm,
@@ -138,7 +140,7 @@ impl Handler {
             writes: TaskTracker::new(),
             limits,
         };
-        (handler, listener)
+        (handler, entrance)
     }
 
     pub(super) fn vm(&self) -> &VmId {
@@ -151,6 +153,12 @@ impl Handler {
 
     pub(super) fn nonce(&self) -> Nonce {
         self.rng.bytes()
+    }
+
+    /// The sessions of this guest's wire.
+    pub(super) fn sessions(&self, wire: DoorSocket) -> Sessions {
+        let whose = (self.vm.clone(), wire, self.pass.clone());
+        Sessions::new(whose, &self.limits, self.rng.clone(), self.metrics.guest().clone())
     }
 
     pub(super) fn limits(&self) -> &Limits {

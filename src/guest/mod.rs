@@ -1,6 +1,9 @@
-//! What may a guest say to us? The door: one listener per VM, the greeting, then HTTP.
+//! What may a guest say to us? The door: one for each VM, the pass, then HTTP.
 //!
-//! The guest is hostile from its first instruction. Nothing is read as HTTP before the greeting;
+//! It is behind the VM's own wire, whose sessions begin with proofs of the pass ([`sessions`]), or, for guests of the
+//! contract before, at a port, where each connection begins with a greeting ([`greeting`]).
+//!
+//! The guest is hostile from its first instruction. Nothing is read as HTTP before the pass was shown;
 //! every size, count and duration has a limit ([`Limits`]); a guest can name only its own job.
 //! PATCH and PUT end here, in spool and outbox; artifacts stream through `gitlab::JobClient`.
 //! This module knows no runner token. Used by `job`, which owns the pass.
@@ -16,6 +19,7 @@ mod head; // is this head one that we serve?
 mod limits; // how often?
 mod outage; // when to come again, if GitLab fails?
 mod routes; // what is asked for?
+mod sessions; // who is at the other end of the wire, and who after that?
 mod trace; // PATCH
 mod update; // PUT
 mod wire; // the bytes between connection and hyper
@@ -37,7 +41,7 @@ pub mod readers {
 use crate::clock::Clock;
 use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};
 use crate::metrics::Metrics;
-use crate::network::DoorListener;
+use crate::network::Entrance;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::SpoolWriter;
@@ -52,6 +56,8 @@ use tracing::Instrument as _;
 /// Limits towards a guest (threats.md §6.5). Configuration, so that tests can use short ones.
 #[derive(Clone, Debug)]
 pub struct Limits {
+    /// One try to begin a session of the wire: a guest that boots does not answer, and is spoken to again.
+    pub handshake: Duration,
     /// The whole greeting, from the accept.
     pub greeting: Duration,
     /// Connections that have not shown the pass; the oldest is closed first.
@@ -88,6 +94,7 @@ impl Default for Limits {
     fn default() -> Self {
         const MIB: u64 = 1024 * 1024;
         Self {
+            handshake: Duration::from_secs(30),
             greeting: Duration::from_secs(5),
             greeting_connections: 16,
             connections: 64,
@@ -112,9 +119,9 @@ impl Default for Limits {
 pub struct Admission {
     /// The VM.
     pub vm: VmId,
-    /// Where its connections come from; bound already.
-    pub listener: Box<dyn DoorListener>,
-    /// What each connection must prove.
+    /// Where its connections come from; a port is bound already.
+    pub entrance: Entrance,
+    /// What each session, or each connection to a port, must prove.
     pub pass: Pass,
     /// What `jobs/request` and `verify` must carry.
     pub guest_token: Secret,
@@ -158,7 +165,7 @@ pub struct GuestView {
 /// What a guest did.
 #[derive(Debug)]
 pub enum GuestEvent {
-    /// A connection has proven the pass for the first time.
+    /// The pass was proven for the first time: by a session of the wire, or by a connection to a port.
     Greeted,
     /// It asks for its job; the job answers with the payload, or `None` for 204. The door sends
     /// 204 by itself if the answer takes longer than [`Limits::poll_hold`].
@@ -212,7 +219,7 @@ pub enum VerdictAnswer {
     Later,
 }
 
-/// The owner's handle to the door of one guest. Dropping it closes the listener and all connections.
+/// The owner's handle to the door of one guest. Dropping it closes the wire or the port, and all connections.
 pub struct DoorHandle {
     stop: tokio_util::sync::DropGuard,
     served: tokio::task::JoinHandle<()>,

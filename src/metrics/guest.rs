@@ -11,6 +11,12 @@ pub struct GuestMetrics {
     pub greetings: Counter,
     /// Connections closed before that; `reason`: see `guest::greeting`.
     pub greetings_failed: Labelled,
+    /// Sessions of wires that have begun: both sides have proven the pass.
+    pub sessions: Counter,
+    /// Tries to begin one that came to nothing while there was a VM, by `reason`: `late`, or a word of `dayfly_wire`.
+    pub sessions_failed: Labelled,
+    /// Sessions that have ended while their door was open, by `reason`.
+    pub sessions_ended: Labelled,
     /// Connections closed for another `reason`: `too_many`, `head_timeout`, `idle`, `write_stall`.
     pub connections_closed: Labelled,
     /// Failed accepts.
@@ -45,6 +51,9 @@ impl GuestMetrics {
         Self {
             greetings: counter(registry, "greetings", "Connections that proved the pass"),
             greetings_failed: labelled(registry, "greetings_failed", "Connections that did not", "reason"),
+            sessions: counter(registry, "sessions", "Sessions of wires that have begun"),
+            sessions_failed: labelled(registry, "sessions_failed", "Sessions of wires that have not", "reason"),
+            sessions_ended: labelled(registry, "sessions_ended", "Sessions of wires that have ended", "reason"),
             connections_closed: labelled(registry, "connections_closed", "Connections that we closed", "reason"),
             accept_errors: counter(registry, "accept_errors", "Failed accepts at doors"),
             requests: labelled(registry, "requests", "Requests of guests", "route"),

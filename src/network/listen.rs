@@ -1,10 +1,19 @@
-//! How a host listens for a guest: the seam behind a door.
+//! How a guest comes to its door: by a wire of its own, or to a port that is listened at, which is a seam.
 
 use crate::BoxFuture;
 use crate::vm::Stream;
+use crate::vm::sockets::DoorSocket;
 use std::io;
 use std::net::SocketAddr;
 use tokio::net::TcpListener;
+
+/// Where the connections of one guest to its door come from.
+pub enum Entrance {
+    /// Its wire, which no other guest reaches (decision D26).
+    Wire(DoorSocket),
+    /// A port, which others reach as well: each connection has to show the pass.
+    Port(Box<dyn DoorListener>),
+}
 
 /// Accepts the connections of one guest to its door. Dropping it closes the address.
 pub trait DoorListener: Send {

@@ -1,8 +1,9 @@
 //! What is this VM's lease, and what may it reach?
 //!
-//! Mode `user` (SLIRP) needs no host set-up: the guest reaches the host's loopback at 10.0.2.2, so
-//! a door is a loopback port from a configured range. Every VM reaches every loopback port of the
-//! host, other doors included: the pass alone separates them (decision D14).
+//! Mode `user` (SLIRP) needs no host set-up. The door is behind a wire of the VM's own, which takes nothing of the host's
+//! network (decision D26). A guest of the contract before that has its door at a loopback port from a configured range:
+//! it reaches the host's loopback at 10.0.2.2, as every VM in this mode reaches every loopback port of the host, such
+//! doors included, and the pass alone separates them (decision D14).
 //!
 //! A lease is plain data in a record. It is nobody else's from [`Network::acquire`], or [`Network::adopt`] after a
 //! restart, to [`Network::release`], which comes when no record on disk names it any more: two records must never name
@@ -10,10 +11,11 @@
 
 mod listen;
 
-pub use listen::{DoorListener, Listen, Tcp};
+pub use listen::{DoorListener, Entrance, Listen, Tcp};
 
 use crate::vm::Attachment;
-use dayfly_guest_config::GuestNetwork;
+use crate::vm::sockets::DoorSocket;
+use dayfly_guest_config::{DOOR_WIRE, GuestNetwork};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -28,8 +30,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Config {
     /// The network mode.
     pub mode: Mode,
-    /// Loopback ports for doors, in mode `user`. Outside the ephemeral range (32768–60999 on
-    /// Linux), or a port could be taken while the daemon is away.
+    /// Loopback ports for the doors of guests of the contract before doors were wires. Outside the ephemeral range
+    /// (32768–60999 on Linux), or a port could be taken while the daemon is away.
     pub guest_ports: PortRange,
 }
 
@@ -91,11 +93,24 @@ impl fmt::Display for PortRange {
     }
 }
 
+/// By what a guest reaches its door.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DoorKind {
+    /// A wire of its own.
+    Wire,
+    /// A port of the host's loopback: all that a guest of the contract before knows.
+    Port,
+}
+
 /// What one VM holds of the host's network. Plain data: it stands in records.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub enum Lease {
-    /// Mode `user`.
+    /// Mode `user`, the door behind a wire: nothing.
+    #[serde(rename = "wire")]
+    Wire,
+    /// Mode `user`, the door at a port.
+    #[serde(untagged)]
     User {
         /// Port of the door on the host's loopback.
         port: u16,
@@ -105,16 +120,18 @@ pub enum Lease {
 impl fmt::Display for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Wire => write!(f, "wire"),
             Self::User { port } => write!(f, "port {port}"),
         }
     }
 }
 
 impl Lease {
-    /// Where the guest connects to: SLIRP maps 10.0.2.2 to the host's loopback.
+    /// Where the guest connects to. SLIRP maps 10.0.2.2 to the host's loopback.
     #[must_use]
     pub fn guest_door(&self) -> String {
         match self {
+            Self::Wire => DOOR_WIRE.to_owned(),
             Self::User { port } => format!("10.0.2.2:{port}"),
         }
     }
@@ -123,7 +140,7 @@ impl Lease {
     #[must_use]
     pub fn attachment(&self) -> Attachment {
         match self {
-            Self::User { .. } => Attachment::User,
+            Self::Wire | Self::User { .. } => Attachment::User,
         }
     }
 
@@ -131,7 +148,7 @@ impl Lease {
     #[must_use]
     pub fn guest_network(&self) -> GuestNetwork {
         match self {
-            Self::User { .. } => GuestNetwork {
+            Self::Wire | Self::User { .. } => GuestNetwork {
                 mac: None,
                 address: "10.0.2.15/24".into(),
                 gateway: Ipv4Addr::new(10, 0, 2, 2).into(),
@@ -212,14 +229,15 @@ impl Network {
         self.ports().range = range;
     }
 
-    /// A lease for a new VM, its door bound already: a port that is somebody else's is no lease of ours, and the next
-    /// one is tried. To be released also if nothing is made of it.
+    /// A lease for a new VM. A door at a port is bound already: a port that is somebody else's is no lease of ours, and
+    /// the next one is tried. To be released also if nothing is made of it.
     ///
     /// # Errors
     /// [`LeaseError`].
-    pub async fn acquire(&self, mode: Mode) -> Result<Lease, LeaseError> {
-        match mode {
-            Mode::User => loop {
+    pub async fn acquire(&self, mode: Mode, door: DoorKind) -> Result<Lease, LeaseError> {
+        match (mode, door) {
+            (Mode::User, DoorKind::Wire) => Ok(Lease::Wire),
+            (Mode::User, DoorKind::Port) => loop {
                 let port = self.ports().take()?;
                 let error = match self.0.listen.listen(loopback(port)).await {
                     Ok(door) => {
@@ -242,23 +260,25 @@ impl Network {
     /// A lease that a record of before names is taken, by that one.
     pub fn adopt(&self, lease: &Lease) {
         match lease {
+            Lease::Wire => {}
             Lease::User { port } => {
                 self.ports().taken.entry(*port).or_default();
             }
         }
     }
 
-    /// The door of a lease: once as it was bound, and anew when that one is closed.
+    /// The door of a lease: a port's once as it was bound, and anew when that one is closed. `wire`: the VM's.
     ///
     /// # Errors
-    /// The host's; `AddrInUse` while the process before is still closing it.
-    pub async fn listen(&self, lease: &Lease) -> io::Result<Box<dyn DoorListener>> {
+    /// The host's; `AddrInUse` while the process before is still closing a port. A wire is there when its VM is.
+    pub async fn listen(&self, lease: &Lease, wire: DoorSocket) -> io::Result<Entrance> {
         match lease {
+            Lease::Wire => Ok(Entrance::Wire(wire)),
             Lease::User { port } => {
                 let bound = self.ports().taken.get_mut(port).and_then(Option::take);
                 match bound {
-                    Some(door) => Ok(door),
-                    None => self.0.listen.listen(loopback(*port)).await,
+                    Some(door) => Ok(Entrance::Port(door)),
+                    None => self.0.listen.listen(loopback(*port)).await.map(Entrance::Port),
                 }
             }
         }
@@ -270,6 +290,7 @@ impl Network {
     /// None in mode `user`; to be tried again.
     pub async fn release(&self, lease: &Lease) -> Result<(), LeaseError> {
         match lease {
+            Lease::Wire => Ok(()),
             Lease::User { port } => {
                 self.ports().taken.remove(port);
                 Ok(())
@@ -318,7 +339,10 @@ mod tests {
     }
 
     async fn port(network: &Network) -> Option<u16> {
-        network.acquire(Mode::User).await.ok().map(|Lease::User { port }| port)
+        match network.acquire(Mode::User, DoorKind::Port).await.ok()? {
+            Lease::User { port } => Some(port),
+            Lease::Wire => panic!("a port was asked for"),
+        }
     }
 
     #[tokio::test]
@@ -350,23 +374,45 @@ mod tests {
     async fn a_host_that_lets_nobody_listen_costs_no_port() {
         let (network, host) = network("2000-2000");
         host.broken.store(true, std::sync::atomic::Ordering::Relaxed);
-        let error = network.acquire(Mode::User).await.unwrap_err();
+        let error = network.acquire(Mode::User, DoorKind::Port).await.unwrap_err();
         assert!(matches!(error, LeaseError::Listen { .. }), "{error}");
         host.broken.store(false, std::sync::atomic::Ordering::Relaxed);
         assert_eq!(port(&network).await, Some(2000));
         assert!(network.ports().taken[&2000].is_some(), "its door is bound");
-        drop(network.listen(&Lease::User { port: 2000 }).await.unwrap());
+        drop(network.listen(&Lease::User { port: 2000 }, socket()).await.unwrap());
         assert!(network.ports().taken[&2000].is_none());
-        network.listen(&Lease::User { port: 2000 }).await.expect("anew");
+        network.listen(&Lease::User { port: 2000 }, socket()).await.expect("anew");
     }
 
-    /// What records of version 1 to 3 hold.
+    fn socket() -> DoorSocket {
+        let host = crate::vm::sockets::Sockets::new(Arc::new(crate::vm::paths::RealPaths::default()), None);
+        DoorSocket::new(host, "/run/dayfly".into(), "abcdefghijklmnop".parse().unwrap())
+    }
+
+    /// No port of the host is taken for it, and none need be free.
+    #[tokio::test]
+    async fn a_wire_is_leased_without_the_hosts_network() {
+        let (network, host) = network("2000-2000");
+        host.broken.store(true, std::sync::atomic::Ordering::Relaxed);
+        for _ in 0..3 {
+            let lease = network.acquire(Mode::User, DoorKind::Wire).await.unwrap();
+            assert_eq!((lease.guest_door().as_str(), lease.attachment()), ("wire", Attachment::User));
+            assert!(matches!(network.listen(&lease, socket()).await.unwrap(), Entrance::Wire(_)));
+            network.adopt(&lease);
+            network.release(&lease).await.unwrap();
+        }
+        assert!(network.ports().taken.is_empty());
+    }
+
+    /// What records hold, since version 1 and since version 4.
     #[test]
     fn a_lease_is_written_as_it_always_was() {
         let lease = Lease::User { port: 20_000 };
         assert_eq!(serde_json::to_string(&lease).unwrap(), r#"{"port":20000}"#);
         assert_eq!(serde_json::from_str::<Lease>(r#"{"port":20000}"#).unwrap(), lease);
-        for other in [r#"{"port":20000,"tap":"df0"}"#, r#"{"tap":"df0"}"#, "{}", "20000"] {
+        assert_eq!(serde_json::to_string(&Lease::Wire).unwrap(), r#""wire""#);
+        assert_eq!(serde_json::from_str::<Lease>(r#""wire""#).unwrap(), Lease::Wire);
+        for other in [r#"{"port":20000,"tap":"df0"}"#, r#"{"tap":"df0"}"#, "{}", "20000", r#""port""#, "null"] {
             assert!(serde_json::from_str::<Lease>(other).is_err(), "{other}");
         }
     }

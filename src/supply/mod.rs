@@ -5,7 +5,7 @@
 //! | step | does | on the host then |
 //! | --- | --- | --- |
 //! | [`claim`](Supply::claim) | chooses all names, and the lease | nothing; the owner writes it down |
-//! | [`listen`](Supply::listen) | opens the guest's door | a listener |
+//! | [`listen`](Supply::listen) | opens the guest's door | a listener, if it is at a port |
 //! | [`start`](Supply::start) | makes the VM | overlay, VM, sockets |
 //! | [`bind`](Machine::bind) | gives the guest its guest config | the same; its guest is somebody |
 //! | [`event`](Machine::event) | tells how it does | |
@@ -28,8 +28,9 @@ use crate::image::store::Image;
 use crate::latest::Latest;
 use crate::machine_spec::MachineSpec;
 use crate::metrics::Metrics;
-use crate::network::{DoorListener, Lease, LeaseError, Mode, Network, PortRange};
+use crate::network::{DoorKind, Entrance, Lease, LeaseError, Mode, Network, PortRange};
 use crate::rng::Rng;
+use crate::vm::sockets::DoorSocket;
 use crate::vm::{Accel, Host, Hypervisor, InstallationId, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -159,8 +160,8 @@ impl Supply {
     ///
     /// # Errors
     /// [`LeaseError`].
-    pub async fn claim(&self, network: Mode) -> Result<Claim, LeaseError> {
-        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network).await? })
+    pub async fn claim(&self, network: Mode, door: DoorKind) -> Result<Claim, LeaseError> {
+        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network, door).await? })
     }
 
     /// Takes a recorded claim up again, after a restart: nobody else is given its lease.
@@ -172,8 +173,9 @@ impl Supply {
     ///
     /// # Errors
     /// See [`Network::listen`].
-    pub async fn listen(&self, claim: &Claim) -> io::Result<Box<dyn DoorListener>> {
-        self.0.network.listen(&claim.lease).await
+    pub async fn listen(&self, claim: &Claim) -> io::Result<Entrance> {
+        let wire = DoorSocket::new(self.0.host.sockets.clone(), self.0.setup.socket_dir.clone(), claim.id.clone());
+        self.0.network.listen(&claim.lease, wire).await
     }
 
     /// Makes a VM for this job of a runner entry, from this image, or goes on with it if it runs already. Returns at

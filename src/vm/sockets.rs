@@ -84,6 +84,30 @@ impl Sockets {
     }
 }
 
+/// The door's port of one VM, from before there is one: what connects to it, again and again.
+#[derive(Clone)]
+pub struct DoorSocket {
+    sockets: Sockets,
+    dir: PathBuf,
+    id: VmId,
+}
+
+impl DoorSocket {
+    /// That of a VM whose sockets lie in `dir`.
+    #[must_use]
+    pub fn new(sockets: Sockets, dir: PathBuf, id: VmId) -> Self {
+        Self { sockets, dir, id }
+    }
+
+    /// See [`Sockets::door`].
+    ///
+    /// # Errors
+    /// As [`Sockets::channel`].
+    pub async fn connect(&self) -> io::Result<Box<dyn Stream>> {
+        self.sockets.door(&self.dir, &self.id).await
+    }
+}
+
 /// The socket path is too long for the kernel.
 #[derive(Debug, thiserror::Error)]
 #[error(

@@ -16,7 +16,9 @@ fn metrics() -> String {
     metrics.job().phase(Phase::Run, Duration::from_secs(1));
     metrics.job().boot_step("hand-out", Duration::from_secs(1));
     metrics.gitlab().request("ci", Some(204));
-    for labelled in [&metrics.guest().greetings_failed, &metrics.guest().connections_closed] {
+    let guest = metrics.guest();
+    let labelled = [&guest.greetings_failed, &guest.connections_closed, &guest.sessions_failed, &guest.sessions_ended];
+    for labelled in labelled {
         labelled.inc("too_many");
     }
     metrics.guest().requests.inc("trace");

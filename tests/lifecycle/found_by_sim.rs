@@ -324,6 +324,7 @@ async fn a_machine_whose_guest_works_already_is_not_lost_with_an_answer_about_it
 async fn a_job_that_waits_for_a_port_takes_none_from_its_neighbour_after_a_restart() {
     let mut world = World::new(1);
     world.expect_trouble(&["the job waits for one", "the guest went silent"]);
+    world.by_port();
     world.config.network.guest_ports = "20000-20000".parse().unwrap();
     let held = world.hypervisor.listen("127.0.0.1:20000".parse().unwrap()).await.unwrap();
     let jobs = [(); 2].map(|()| world.job(&["print begun", "sleep 60"]));

@@ -102,6 +102,8 @@ fn an_ask_at_the_boot_deadline_runs_the_job_or_fails_it_and_never_both() {
             world.set_guest(move |mut guest: Guest| {
                 let (standin, clock) = (standin.clone(), clock.clone());
                 async move {
+                    // Its wire is up before, so that the ask is all that counts.
+                    drop(guest.connect().await);
                     let assigned =
                         standin.requests().into_iter().find(|r| r.status.is_some_and(|s| s == 201)).unwrap().at;
                     let gone = Duration::try_from(clock.now().duration_since(assigned)).unwrap();
@@ -249,6 +251,7 @@ async fn a_stuck_machine_costs_one_reservation_and_never_two() {
 async fn an_old_connection_never_reaches_the_next_job_behind_the_same_port() {
     let mut world = World::new(1);
     world.config.concurrent = 1;
+    world.by_port();
     world.config.network.guest_ports = "20000-20000".parse().unwrap();
     // Connection, pass and door of each machine.
     type Kept = (Connection<Box<dyn Stream>>, String, String);
@@ -369,6 +372,7 @@ async fn no_machine_starts_without_its_door() {
     let mut world = World::new(1);
     world.expect_trouble(&["no job is asked for", "bind a door", "no machine could be made"]);
     world.config.concurrent = 1;
+    world.by_port();
     world.hypervisor.fail_always(Op::Listen, Fault::Refused("network is down"));
     let jobs = [world.job(&["print never"]), world.job(&["print never"]), world.job(&["print hello"])];
     world.start().await.unwrap();
@@ -387,6 +391,7 @@ async fn no_machine_starts_without_its_door() {
 async fn a_job_without_a_free_port_waits_for_one() {
     let mut world = World::new(1);
     world.expect_trouble(&["the job waits for one"]);
+    world.by_port();
     world.config.network.guest_ports = "20000-20001".parse().unwrap();
     let jobs: Vec<JobId> = (0..4).map(|_| world.job(&["print hello", "sleep 60"])).collect();
     world.start().await.unwrap();
@@ -404,6 +409,7 @@ fn a_port_that_others_hold_is_waited_for_until_the_boot_deadline() {
         paused(async {
             let mut world = World::new(1);
             world.expect_trouble(&["the job waits for one", "did not ask for the job in time"]);
+            world.by_port();
             world.config.network.guest_ports = "20000-20000".parse().unwrap();
             let held = world.hypervisor.listen("127.0.0.1:20000".parse().unwrap()).await.unwrap();
             let job = world.job(&["print hello"]);

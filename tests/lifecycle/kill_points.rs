@@ -25,9 +25,20 @@ struct Calls {
 
 /// What a life of this one job calls.
 fn life() -> Calls {
+    life_in(|| World::new(1))
+}
+
+/// A world whose guests have their doors at ports.
+fn by_port() -> World {
+    let mut world = World::new(1);
+    world.by_port();
+    world
+}
+
+fn life_in(world: fn() -> World) -> Calls {
     let mut calls = Calls::default();
     paused(async {
-        let mut world = World::new(1);
+        let mut world = world();
         let job = world.job(SCRIPT);
         world.start().await.unwrap();
         world.until(job, JobState::Success).await;
@@ -73,8 +84,7 @@ fn numbers<T>(seam: Seam, all: &[T], met: impl Fn(&T) -> bool, first: u64) -> Ve
 
 /// Kills a daemon at this point, starts the next, and holds the job to its green end: one machine, one run, its trace
 /// whole, nothing left. A job that was not written down yet is GitLab's to give up.
-async fn killed(end: End, may_be_lost: bool) {
-    let mut world = World::new(1);
+async fn killed(mut world: World, end: End, may_be_lost: bool) {
     world.expect_trouble(&["belongs to no job"]);
     let job = world.job(SCRIPT);
     world.live(Some(end)).await.unwrap();
@@ -102,10 +112,14 @@ async fn judge(world: &mut World, job: JobId, may_be_lost: bool, what: &str) {
 
 /// At each of these calls, before and after its effect.
 fn killed_at(points: &[(Seam, u64)], whens: &[When], may_be_lost: bool) {
+    killed_in(|| World::new(1), points, whens, may_be_lost);
+}
+
+fn killed_in(world: fn() -> World, points: &[(Seam, u64)], whens: &[When], may_be_lost: bool) {
     assert!(!points.is_empty(), "a life has this point");
     for (seam, call) in points {
         for when in whens {
-            paused(killed(End { seam: *seam, call: *call, when: *when }, may_be_lost));
+            paused(async { killed(world(), End { seam: *seam, call: *call, when: *when }, may_be_lost).await });
         }
     }
 }
@@ -181,10 +195,22 @@ fn a_daemon_killed_around_the_guest_config_has_its_job_booted_by_the_next() {
     killed_at(&life().files("replace ", "/guest"), BOTH, false);
 }
 
-/// K7: around the door.
+/// K7: around the door, which is at a port, or behind a wire that is looked for until it is there.
 #[test]
 fn a_daemon_killed_around_the_door_has_its_job_booted_by_the_next() {
-    killed_at(&life().hypervisor(Op::Listen), BOTH, false);
+    killed_in(by_port, &life_in(by_port).hypervisor(Op::Listen), BOTH, false);
+    killed_at(&life().hypervisor(Op::OpenDoor), BOTH, false);
+}
+
+/// E4, U5: the doors of guests of the contract before are taken up again at their ports.
+#[test]
+fn a_daemon_killed_at_any_call_for_a_guest_of_the_contract_before_loses_nothing() {
+    let calls = life_in(by_port);
+    for op in [Op::CreateOverlay, Op::Start, Op::OpenChannel, Op::RemoveOverlay] {
+        killed_in(by_port, &calls.hypervisor(op), BOTH, false);
+    }
+    killed_in(by_port, &calls.gitlab(Route::AppendTrace), BOTH, false);
+    killed_in(by_port, &calls.verdict(), BOTH, false);
 }
 
 /// K8: the machine is being created; it is adopted or created, never two.

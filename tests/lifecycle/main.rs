@@ -46,3 +46,4 @@ mod tokens;
 mod trace_waits;
 mod twice;
 mod unassigned;
+mod wire;

@@ -184,12 +184,30 @@ async fn a_disk_that_is_being_made_as_a_task_dies_is_not_left() {
 #[tokio::test(start_paused = true)]
 async fn a_panic_of_a_door_fails_its_job_only() {
     let mut world = World::new(1);
+    world.by_port();
     world.expect_trouble(&["panicked", "a bug of dayfly"]);
     let armed = plan(&mut world, |what, _| what == "accept");
     let job = world.job(&["print begun", "sleep 200"]);
     world.start().await.unwrap();
     world.until_trace(job, "begun").await;
     armed.store(1, Ordering::SeqCst);
+    world.until(job, JobState::Failed).await;
+    let other = world.job(&["print other"]);
+    fails_alone(&mut world, job, other, READS).await;
+}
+
+/// E5: likewise where the door is behind a wire.
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_a_door_behind_a_wire_fails_its_job_only() {
+    let mut world = World::new(1);
+    world.expect_trouble(&["panicked", "a bug of dayfly"]);
+    let job = world.job(&["print begun", "sleep 200"]);
+    let armed = AtomicBool::new(true);
+    world.hypervisor.judge_calls(move |op, _| {
+        assert!(!(op == Op::OpenDoor && armed.swap(false, Ordering::SeqCst)), "injected");
+        None
+    });
+    world.start().await.unwrap();
     world.until(job, JobState::Failed).await;
     let other = world.job(&["print other"]);
     fails_alone(&mut world, job, other, READS).await;

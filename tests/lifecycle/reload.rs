@@ -88,6 +88,7 @@ async fn what_is_changed_holds_for_the_next_machine() {
     let mut world = World::new(1);
     world.expect_trouble(&["the guest went silent"]);
     world.config.concurrent = 2;
+    world.by_port();
     let running = world.job(&["print begun", "sleep 60", "hang"]);
     world.start().await.unwrap();
     world.until_trace(running, "begun").await;

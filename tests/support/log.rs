@@ -24,7 +24,8 @@ impl Log {
             .with_ansi(false)
             .without_time()
             .with_target(false)
-            .with_max_level(level);
+            // As the daemon's own: what h2 says has no bound.
+            .with_env_filter(format!("h2=off,{level}"));
         tracing::subscriber::set_default(subscriber.finish())
     }
 

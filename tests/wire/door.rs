@@ -11,4 +11,5 @@ mod hygiene;
 mod limits;
 mod malformed;
 mod matrix;
+mod sessions;
 pub(crate) mod support;

@@ -139,7 +139,7 @@ fn configuration(loaded: &Loaded) -> Vec<Finding> {
     });
     match loaded.config.network.mode {
         crate::network::Mode::User => findings.push(Finding::warn(
-            "network mode `user`: a job reaches every loopback port of this host and whatever this host reaches; only a secret keeps it from other jobs' doors",
+            "network mode `user`: a job reaches every loopback port of this host and whatever this host reaches",
             "run nothing on loopback that trusts everyone who connects, and no jobs of people whom you would not let on this network",
         )),
     }

@@ -10,7 +10,7 @@ use crate::job::lines;
 use crate::job::state::Event;
 use crate::machine_spec::MachineSpec;
 use crate::metrics::Phase;
-use crate::network::{DoorListener, LeaseError};
+use crate::network::{Entrance, LeaseError};
 use crate::secret::Secret;
 use crate::supply::Claim;
 use crate::telemetry::chain;
@@ -66,12 +66,12 @@ impl Machinery {
         };
         // One of a former daemon may be half made.
         let adopted = self.record.machine.is_some();
-        let (claim, config, listener) = match (self.record.machine.clone(), &made_of) {
+        let (claim, config, entrance) = match (self.record.machine.clone(), &made_of) {
             (Some(claim), made_of) => self.known_machine(claim, made_of.as_ref().map(|(spec, _)| spec)).await?,
             (None, Some((spec, _))) => self.new_machine(spec).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
-        self.open_door(&claim, &config, listener)?;
+        self.open_door(&claim, &config, entrance)?;
         self.machine_task_lost = None;
         if made_of.is_some() && !adopted {
             self.begin_phase(Phase::Overlay);
@@ -86,17 +86,12 @@ impl Machinery {
         Ok(())
     }
 
-    fn open_door(
-        &mut self,
-        machine: &Claim,
-        config: &GuestConfig,
-        listener: Box<dyn DoorListener>,
-    ) -> Result<(), Event> {
+    fn open_door(&mut self, machine: &Claim, config: &GuestConfig, entrance: Entrance) -> Result<(), Event> {
         let Some(pass) = Pass::from_text(&config.pass) else { return Err(Event::CannotGoOn) };
         self.last_spoke = self.parts.awake.now();
         self.door = Some(guest::admit(Admission {
             vm: machine.id.clone(),
-            listener,
+            entrance,
             pass,
             guest_token: guest_token(config),
             job: self.record.key.id,
@@ -141,8 +136,8 @@ impl Machinery {
         // The door holds its guest to the token of before. Its relay waits meanwhile.
         if let (Some(machine), true, false) = (self.record.machine.clone(), self.door.is_some(), self.another) {
             self.close_door().await;
-            let (machine, config, listener) = self.known_machine(machine, None).await?;
-            self.open_door(&machine, &config, listener)?;
+            let (machine, config, entrance) = self.known_machine(machine, None).await?;
+            self.open_door(&machine, &config, entrance)?;
         }
         Ok(true)
     }
@@ -160,7 +155,7 @@ impl Machinery {
         &mut self,
         machine: Claim,
         made_of: Option<&MachineSpec>,
-    ) -> Result<(Claim, GuestConfig, Box<dyn DoorListener>), Event> {
+    ) -> Result<(Claim, GuestConfig, Entrance), Event> {
         let kept = match self.parts.journal.guest(&self.record.key).await {
             Ok(line) => Some(GuestConfig::from_line(&line).map_err(|error| {
                 tracing::error!(error = chain(&error), "read the kept guest config");
@@ -184,9 +179,9 @@ impl Machinery {
             }
         };
         let since = Instant::now();
-        let listener = loop {
+        let entrance = loop {
             let error = match self.parts.supply.listen(&machine).await {
-                Ok(listener) => break listener,
+                Ok(entrance) => break entrance,
                 Err(error) => error,
             };
             if self.parts.leave.is_cancelled() {
@@ -200,15 +195,15 @@ impl Machinery {
             }
             tokio::time::sleep(REBIND_PAUSE).await;
         };
-        Ok((machine, config, listener))
+        Ok((machine, config, entrance))
     }
 
     /// A new machine: names and door, record, guest config, in this order.
-    async fn new_machine(&mut self, spec: &MachineSpec) -> Result<(Claim, GuestConfig, Box<dyn DoorListener>), Event> {
+    async fn new_machine(&mut self, spec: &MachineSpec) -> Result<(Claim, GuestConfig, Entrance), Event> {
         if !self.gone.is_empty() && !self.put().await {
             return Err(Event::HostDiskFailed);
         }
-        let machine = self.parts.supply.claim(spec.network).await.map_err(|error| match error {
+        let machine = self.parts.supply.claim(spec.network, spec.door()).await.map_err(|error| match error {
             LeaseError::NoFreePort(_) => {
                 tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
                 Event::NoDoor
@@ -223,15 +218,11 @@ impl Machinery {
         if begun.is_err() {
             self.let_go().await;
         }
-        let (config, listener) = begun?;
-        Ok((machine, config, listener))
+        let (config, entrance) = begun?;
+        Ok((machine, config, entrance))
     }
 
-    async fn begin_machine(
-        &mut self,
-        machine: &Claim,
-        spec: &MachineSpec,
-    ) -> Result<(GuestConfig, Box<dyn DoorListener>), Event> {
+    async fn begin_machine(&mut self, machine: &Claim, spec: &MachineSpec) -> Result<(GuestConfig, Entrance), Event> {
         self.record.machine = Some(machine.clone());
         if !self.put().await {
             return Err(Event::HostDiskFailed);
@@ -240,11 +231,11 @@ impl Machinery {
         reached(Point::K4);
         let config = self.write_config(machine, spec).await?;
         reached(Point::K6);
-        let listener = self.parts.supply.listen(machine).await.map_err(|error| {
+        let entrance = self.parts.supply.listen(machine).await.map_err(|error| {
             tracing::error!(error = chain(&error), "open the door of a new machine");
             Event::MachineFailed
         })?;
-        Ok((config, listener))
+        Ok((config, entrance))
     }
 
     /// Nothing of the machine is there, or all of it is gone.

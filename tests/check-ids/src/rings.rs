@@ -23,6 +23,7 @@ const ROOTS: &[(&str, &str)] = &[
     ("vm-images/guest-config/src/lib.rs", "tests --lib --bins"),
     ("vm-images/guest/src/lib.rs", "tests --lib --bins"),
     ("vm-images/guest/src/main.rs", "tests --lib --bins"),
+    ("vm-images/wire/src/lib.rs", "tests --lib --bins"),
     ("tests/runner/src/main.rs", "tests --lib --bins"),
     ("tests/runner/tests/protocol/main.rs", "--test protocol"),
     ("tests/tools/src/lib.rs", "tests --lib --bins"),

@@ -6,6 +6,7 @@ use dayfly::image::stamp::Stamp;
 use dayfly::image::store::{Image, ImageError, Images};
 use dayfly::machine_spec::ImageRef;
 use dayfly::vm::Boot;
+use dayfly_guest_config::WIRE_CONTRACT;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -41,6 +42,14 @@ pub fn image() -> Image {
         },
         stamp: Stamp::default(),
     }
+}
+
+/// The same, built before doors were wires.
+#[must_use]
+pub fn image_of_before() -> Image {
+    let mut image = image();
+    image.manifest.contract = WIRE_CONTRACT - 1;
+    image
 }
 
 /// A store that holds one image and nothing else. Clones share it.

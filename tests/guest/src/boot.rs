@@ -50,7 +50,7 @@ pub async fn boot(channel: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Option
     Some(config)
 }
 
-/// Where a guest that is no VM finds its door: SLIRP would map its address to the loopback.
+/// Where a guest that is no VM finds its door: SLIRP would map its address to the loopback. `None`: behind its wire.
 #[must_use]
 pub fn door(config: &GuestConfig) -> Option<SocketAddr> {
     let port = config.door.rsplit(':').next()?.parse().ok()?;

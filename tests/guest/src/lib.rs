@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! boot ── reports, config ── channel
-//! connection ── greeting, then bytes, a byte of them spoilt where a test wants that ── door
+//! relay ── sessions of the wire, streams in them ── door
+//! connection ── greeting where there is no wire, then bytes, a byte of them spoilt where a test wants that ── door
 //! http ── what a request is as bytes, what an answer is
 //! job ── the runner's calls for its job, and what it makes of the answers
 //! ```
@@ -15,7 +16,9 @@ pub mod boot;
 mod connection;
 pub mod http;
 pub mod job;
+mod relay;
 
 pub use connection::{Connection, Kept, Spoil, enter};
 pub use http::Answer;
 pub use job::{Job, Word};
+pub use relay::{Relay, Sessions, relay};

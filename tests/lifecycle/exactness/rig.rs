@@ -13,6 +13,7 @@ use dayfly::files::Files as _;
 use dayfly::gitlab::{Endpoint, JobClient, JobStatus, Verdict};
 use dayfly::guest::{Admission, GuestEvent, GuestView, Limits, VerdictAnswer, admit};
 use dayfly::metrics::{Form, Metrics, Snapshot};
+use dayfly::network::Entrance;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::spool::Spool;
@@ -227,7 +228,7 @@ async fn live(life: &Life, world: &World, plan: &Plan) {
     let doors = life.listen(Arc::new(world.doors.clone()));
     let door = admit(Admission {
         vm: VmId::random(&world.rng),
-        listener: doors.listen(DOOR).await.unwrap(),
+        entrance: Entrance::Port(doors.listen(DOOR).await.unwrap()),
         pass: world.pass.clone(),
         guest_token: Secret::new("glrt-guest"),
         job: world.gitlab.job,

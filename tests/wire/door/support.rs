@@ -9,10 +9,11 @@ use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
 use dayfly::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
 use dayfly::guest::{Admission, DoorHandle, GuestEvent, GuestView, HandOut, Limits, VerdictAnswer, admit};
 use dayfly::metrics::Metrics;
-use dayfly::network::DoorListener;
+use dayfly::network::{self, DoorListener};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::spool::Spool;
+use dayfly::vm::sockets::DoorSocket;
 use dayfly::vm::{Stream, VmId};
 use dayfly_doubles::files::MemoryFiles;
 use dayfly_doubles::frozen::FreezableFiles;
@@ -60,6 +61,8 @@ pub(crate) struct Door {
 pub(crate) enum Entrance {
     Memory(mpsc::Sender<io::Result<Box<dyn Stream>>>),
     Tcp(SocketAddr),
+    /// By its relay, which the test has.
+    Wire,
 }
 
 struct MemoryListener(mpsc::Receiver<io::Result<Box<dyn Stream>>>);
@@ -252,6 +255,8 @@ impl http_body::Body for Feed {
 pub(crate) struct Setup {
     pub(crate) limits: Limits,
     pub(crate) tcp: bool,
+    /// In place of a listener.
+    pub(crate) wire: Option<DoorSocket>,
     pub(crate) direct_download: bool,
     pub(crate) seed: u64,
     /// Instead of [`FakeGitlab`].
@@ -260,7 +265,7 @@ pub(crate) struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { limits: Limits::default(), tcp: false, direct_download: false, seed: 1, transport: None }
+        Self { limits: Limits::default(), tcp: false, wire: None, direct_download: false, seed: 1, transport: None }
     }
 }
 
@@ -285,13 +290,16 @@ impl Setup {
                 listening.lock().unwrap().on(event);
             }
         });
-        let (listener, entrance): (Box<dyn DoorListener>, Entrance) = if self.tcp {
+        let port = |listener: Box<dyn DoorListener>| network::Entrance::Port(listener);
+        let (ours, entrance) = if let Some(socket) = self.wire {
+            (network::Entrance::Wire(socket), Entrance::Wire)
+        } else if self.tcp {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            (Box::new(LoopbackListener(listener)), Entrance::Tcp(address))
+            (port(Box::new(LoopbackListener(listener))), Entrance::Tcp(address))
         } else {
             let (sender, receiver) = mpsc::channel(8);
-            (Box::new(MemoryListener(receiver)), Entrance::Memory(sender))
+            (port(Box::new(MemoryListener(receiver))), Entrance::Memory(sender))
         };
         let gitlab = FakeGitlab::new();
         let pass = Pass::new(rng.bytes());
@@ -301,7 +309,7 @@ impl Setup {
         let client = JobClient::new(transport, JobId(JOB), job_token.clone(), rng.clone());
         let handle = admit(Admission {
             vm: VmId::random(&rng),
-            listener,
+            entrance: ours,
             pass: pass.clone(),
             guest_token: Secret::new(GUEST_TOKEN),
             job: JobId(JOB),
@@ -394,6 +402,7 @@ impl Entrance {
                 stream.set_nodelay(true).unwrap();
                 Box::new(stream)
             }
+            Self::Wire => unreachable!("the test's relay opens streams"),
         }
     }
 }

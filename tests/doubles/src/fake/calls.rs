@@ -131,6 +131,8 @@ impl FakeHypervisor {
         let name = VmName::from(spec.id.clone());
         let [channel, door, console] = std::array::from_fn(|_| Wire::default());
         let control = Control::default();
+        let (relay, mut sessions) = dayfly_test_guest::relay();
+        let port = door.guest_end();
         let mut world = self.world();
         let (timing, script) = (world.timing, Arc::clone(&world.script));
         let machine = GuestMachine {
@@ -138,6 +140,7 @@ impl FakeHypervisor {
             channel: channel.guest_end(),
             door: door.guest_end(),
             console: console.guest_end(),
+            relay,
             doors: Doors(self.clone()),
             power: Power { hypervisor: self.clone(), id: spec.id.clone() },
         };
@@ -156,7 +159,25 @@ impl FakeHypervisor {
             fake.world().note(None, &name.to_string(), "booted");
             let rest = timing.lifetime.map_or(Duration::MAX, |lifetime| lifetime.saturating_sub(timing.boot));
             // Returned or out of time: either way the guest powers off.
-            let _ = timeout(rest, script.run(machine)).await;
+            let inside = async {
+                let mut nonces = 0_u128;
+                let nonce = || {
+                    nonces += 1;
+                    nonces.to_be_bytes()
+                };
+                let relay = async {
+                    // It may have nobody left to open streams for; the script goes on.
+                    sessions.run(port, nonce).await;
+                    std::future::pending::<()>().await;
+                };
+                tokio::select! {
+                    biased;
+                    // The VM's end drops both.
+                    () = script.run(machine) => {}
+                    () = relay => {}
+                }
+            };
+            let _ = timeout(rest, inside).await;
             fake.end(&name, Ending::PoweredOff, "powered off");
         };
         let script = Controlled { control, script: Box::pin(life) };

@@ -4,6 +4,7 @@ use super::FakeHypervisor;
 use super::wire::GuestEnd;
 use dayfly::BoxFuture;
 use dayfly::vm::{Ending, Pause, Stream, VmId, VmName, VmSpec};
+use dayfly_test_guest::Relay;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -36,11 +37,13 @@ pub struct GuestMachine {
     pub spec: VmSpec,
     /// The port that the guest config comes through.
     pub channel: GuestEnd,
-    /// The port that carries what it says to its door.
+    /// The port that carries what it says to its door: one without a relay, or a hostile one.
     pub door: GuestEnd,
     /// Its serial console.
     pub console: GuestEnd,
-    /// Its network: the doors of the host. (Any door: user mode separates guests by the pass only.)
+    /// Its relay, for which the script has a door behind a wire. Without a pass it leaves the port alone.
+    pub relay: Relay,
+    /// Its network: the doors of the host that are ports. (Any door: user mode separates guests by the pass only.)
     pub doors: Doors,
     /// Its power button, and worse.
     pub power: Power,

@@ -178,8 +178,8 @@ impl Drop for HostEnd {
     }
 }
 
-/// The guest's side of a [`super::FakeHypervisor`]'s channel or console.
-#[derive(Debug)]
+/// The guest's side of a [`super::FakeHypervisor`]'s port or console. Clones are the same open file.
+#[derive(Clone, Debug)]
 pub struct GuestEnd(Wire);
 
 impl AsyncRead for GuestEnd {

@@ -6,19 +6,21 @@ use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::format::{Unreadable, parse, seal, unseal};
 use dayfly::job::journal::{JobKey, Journal, JournalError, Loaded, RECORD_VERSION};
+use dayfly::network::Lease;
 use dayfly_doubles::files::MemoryFiles;
 use std::path::Path;
 use std::sync::Arc;
 
-const GOLDEN: [(&str, &str); 3] = [
+const GOLDEN: [(&str, &str); 4] = [
     ("1", include_str!("golden/version-1.json")),
     ("2", include_str!("golden/version-2.json")),
     ("3", include_str!("golden/version-3.json")),
+    ("4", include_str!("golden/version-4.json")),
 ];
 
 /// The newest version's record of a running job.
 fn running() -> &'static str {
-    GOLDEN[2].1.lines().nth(2).unwrap()
+    GOLDEN[3].1.lines().nth(2).unwrap()
 }
 
 /// E12: records of this version and the one before are read, whatever state they are in.
@@ -42,6 +44,8 @@ fn records_of_this_version_and_the_one_before_are_read() {
             );
             let spec = record.machine_spec.as_ref();
             assert_eq!(spec.map(|spec| spec.image.name.as_str()), (version >= "3").then_some("debian-12-shell"));
+            let lease = record.machine.as_ref().map(|machine| machine.lease.clone());
+            assert_eq!(lease == Some(Lease::Wire), version >= "4", "{lease:?}");
             words.push(record.state.word());
             // What is read is written again as this version, and reads back the same.
             let again = parse(&seal(&serde_json::to_vec(&record).unwrap())).unwrap_or_else(|_| panic!("it reads back"));
@@ -57,8 +61,8 @@ fn records_of_this_version_and_the_one_before_are_read() {
 async fn a_record_of_the_next_version_is_left_as_it_is() {
     let next = format!("\"version\":{}", RECORD_VERSION + 1);
     let (object, _) = unseal(running().as_bytes());
-    let object = String::from_utf8(object).unwrap().replace("\"version\":3", &next);
-    let edited = running().replace("\"version\":3", &next);
+    let object = String::from_utf8(object).unwrap().replace("\"version\":4", &next);
+    let edited = running().replace("\"version\":4", &next);
     for bytes in [seal(object.as_bytes()), edited.into_bytes(), format!("{{{next},\"new\":[1]}}").into_bytes()] {
         let files = MemoryFiles::default();
         let journal = Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap();
@@ -82,7 +86,7 @@ async fn a_record_of_the_next_version_is_left_as_it_is() {
 #[tokio::test]
 async fn a_bit_turned_anywhere_is_noticed() {
     let whole = running().as_bytes();
-    let version = running().find("\"version\":3").unwrap() + "\"version\":".len();
+    let version = running().find("\"version\":4").unwrap() + "\"version\":".len();
     let files = MemoryFiles::default();
     let journal = Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap();
     let key = JobKey { runner: "linux \"vm\"/1".into(), id: JobId(42) };

@@ -195,7 +195,7 @@ impl Door {
         let transport: Arc<dyn Transport> = Arc::new(Way(Arc::clone(&gitlab)));
         let handle = admit(Admission {
             vm: VmId::random(&rng),
-            listener: Box::new(Entrance(entering)),
+            entrance: dayfly::network::Entrance::Port(Box::new(Entrance(entering))),
             pass: pass.clone(),
             guest_token: Secret::new(GUEST_TOKEN),
             job: JobId(JOB),

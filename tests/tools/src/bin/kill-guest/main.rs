@@ -2,24 +2,27 @@
 //! process that outlives any daemon.
 //!
 //! ```text
-//! kill-guest CHANNEL CONSOLE <its description on standard input>
+//! kill-guest CHANNEL CONSOLE <its description on standard input>    DAYFLY_DOOR: path of its door's port
 //!
 //! channel ──config──► relay (the product's own) ──► door
 //!    ▲                  ▲
 //!    └── reports ── runner: asks, reports, moves artifacts, as gitlab-runner does
 //! ```
 //!
-//! It binds both sockets as QEMU does, says so in its description, and waits for its config. Then it runs one job and
+//! It binds its sockets as QEMU does, says so in its description, and waits for its config. Then it runs one job and
 //! powers off: the process ends. What a job does, [`dayfly_test_tools::killing`] says.
 
 mod runner;
 
+use dayfly_guest::relay::port::{Pipe, Port};
 use dayfly_guest::relay::{Door, Limits, Relay, Target};
-use dayfly_guest_config::{GuestConfig, Pass, Report};
+use dayfly_guest_config::{DOOR_WIRE, GuestConfig, Pass, Report};
 use dayfly_test_guest::boot::{config_line, door, guest_token, report};
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::pin::Pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,19 +43,21 @@ async fn main() -> ExitCode {
         eprintln!("usage: kill-guest CHANNEL CONSOLE, with its description as standard input");
         return ExitCode::from(64);
     };
-    let listeners = UnixListener::bind(channel).and_then(|channel| Ok((channel, UnixListener::bind(console)?)));
+    let port = std::env::var_os("DAYFLY_DOOR").unwrap_or_default();
+    let bind = || Ok((UnixListener::bind(channel)?, UnixListener::bind(console)?, Socket::bind(port.as_ref())?));
+    let listeners: io::Result<_> = bind();
     let booted = listeners.and_then(|listeners| {
         tell_description()?;
         Ok(listeners)
     });
-    let (channel, console) = match booted {
+    let (channel, console, port) = match booted {
         Ok(listeners) => listeners,
         Err(error) => {
             eprintln!("kill-guest {}: {error}", channel.display());
             return ExitCode::FAILURE;
         }
     };
-    match machine(channel, console).await {
+    match machine(channel, console, port).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("kill-guest {}: {error}", std::process::id());
@@ -61,13 +66,13 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Both sockets listen: whoever looks at the description sees a machine that has been started.
+/// All sockets listen: whoever looks at the description sees a machine that has been started.
 fn tell_description() -> io::Result<()> {
     let mut description = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     description.write_all(format!("up {}\n", std::process::id()).as_bytes())
 }
 
-async fn machine(channel: UnixListener, console: UnixListener) -> Result<(), String> {
+async fn machine(channel: UnixListener, console: UnixListener, port: Socket) -> Result<(), String> {
     let reports = Reports::default();
     let mut wires = JoinSet::new();
     let (config_out, mut config_in) = mpsc::channel(4);
@@ -80,8 +85,13 @@ async fn machine(channel: UnixListener, console: UnixListener) -> Result<(), Str
     let listener = std::net::TcpListener::bind("127.0.0.1:0").map_err(|error| format!("listen: {error}"))?;
     let address = listener.local_addr().map_err(|error| format!("listen: {error}"))?;
     let relay = Relay::start(listener, Limits::default(), || {}).map_err(|error| format!("start relay: {error}"))?;
+    let door = if config.door == DOOR_WIRE {
+        Door::Wire(Box::new(port))
+    } else {
+        Door::Address(door(&config).ok_or("the config names no door")?)
+    };
     let target = Target {
-        door: Door::Address(door(&config).ok_or("the config names no door")?),
+        door,
         pass: Pass::from_text(&config.pass).ok_or("the config has no pass")?,
         patience: Duration::from_secs(config.door_patience_s),
     };
@@ -97,6 +107,27 @@ async fn machine(channel: UnixListener, console: UnixListener) -> Result<(), Str
     };
     reports.tell(&Report::RunnerExited(0)).await;
     ended
+}
+
+/// The door's port, as QEMU serves it: one host after the other.
+struct Socket(std::os::unix::net::UnixListener);
+
+impl Socket {
+    fn bind(path: &Path) -> io::Result<Self> {
+        let listener = std::os::unix::net::UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Self(listener))
+    }
+}
+
+impl Port for Socket {
+    fn open(&mut self) -> Pin<Box<dyn Future<Output = io::Result<Box<dyn Pipe>>> + Send + '_>> {
+        Box::pin(async {
+            // Of the runtime that asks, which is the relay's own.
+            let (host, _) = UnixListener::from_std(self.0.try_clone()?)?.accept().await?;
+            Ok(Box::new(host) as Box<dyn Pipe>)
+        })
+    }
 }
 
 async fn silence(relay: &Relay, longest: Duration) {

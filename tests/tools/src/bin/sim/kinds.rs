@@ -109,7 +109,8 @@ kinds! {
     HalfClosed "P7" "a connection closed in mid-request";
     KeptOpen "P8" "a connection kept after the job";
     OthersJob "P9" "another job's id";
-    NoGreeting "P10" "HTTP without a greeting";
+    NoGreeting "P10" "HTTP without the pass";
+    WireCut "E4" "a session of the wire cut at any byte";
     HandOver "E1" "SIGTERM";
     SecondSignal "E2" "a second signal";
     Drain "E3" "SIGQUIT";

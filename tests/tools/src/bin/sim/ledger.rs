@@ -101,7 +101,10 @@ impl Ledger {
                     let job = spec.bound.as_ref().map(|(_, job)| JobId(*job));
                     let port = job
                         .and_then(|job| Some(self.jobs.get(&job)?.record.as_ref()?.machine.as_ref()?.lease.clone()))
-                        .map(|Lease::User { port }| port);
+                        .and_then(|lease| match lease {
+                            Lease::User { port } => Some(port),
+                            Lease::Wire => None,
+                        });
                     let vm = self.vms.entry((*subject).to_owned()).or_default();
                     vm.job = job;
                     vm.ours = true;
@@ -128,10 +131,9 @@ impl Ledger {
                         let Some(record) = &note.record else { return false };
                         let begins = matches!(record.state, State::Booting { .. });
                         let Some(machine) = &record.machine else { return begins && *op == Op::Listen };
-                        let Lease::User { port } = machine.lease;
-                        match op {
-                            Op::List => begins,
-                            Op::Listen => subject.ends_with(&format!(":{port}")),
+                        match (op, &machine.lease) {
+                            (Op::List, _) => begins,
+                            (Op::Listen, Lease::User { port }) => subject.ends_with(&format!(":{port}")),
                             _ => name.ends_with(machine.id.as_str()),
                         }
                     };

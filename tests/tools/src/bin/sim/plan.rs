@@ -21,6 +21,8 @@ pub(crate) struct Plan {
     pub(crate) heals: Duration,
     /// What is wrong with the daemon.
     pub(crate) bug: Option<Bug>,
+    /// The image's guests are of the contract before, whose doors are ports.
+    pub(crate) by_port: bool,
 }
 
 /// Deadlines and bounds of the daemon.
@@ -210,6 +212,7 @@ const CALL_KINDS: &[(Kind, u16)] = &[
     (Kind::SyncFails, 600),
     (Kind::ReadFails, 200),
     (Kind::PortTaken, 500),
+    (Kind::WireCut, 4000),
 ];
 
 /// Things that are done at a time. One stands twice if it often finds nothing to be done to.
@@ -307,7 +310,19 @@ impl Plan {
             .collect();
         actions.sort_by_key(|(at, _)| *at);
         let heals = Duration::from_millis(span);
-        Self { seed, runners, concurrent, limits, gitlab, jobs, rates, actions, heals, bug: None }
+        Self {
+            seed,
+            runners,
+            concurrent,
+            limits,
+            gitlab,
+            jobs,
+            rates,
+            actions,
+            heals,
+            bug: None,
+            by_port: Dice::new(seed, 9).chance(350),
+        }
     }
 }
 
@@ -319,6 +334,7 @@ impl Plan {
         const FEW: &[Kind] =
             &[Kind::RateLimited, Kind::OverAtFirstWord, Kind::FinalLost, Kind::DestroyFails, Kind::SyncFails];
         let (mut plan, mut dice) = (Self { bug, ..Self::draw(seed) }, Dice::new(seed, 3));
+        plan.by_port |= bug == Some(Bug::DoorLeftOpen);
         for kind in [*dice.pick(RARE), Kind::HandOver] {
             if let Some((_, from, to)) = ACTION_KINDS.iter().find(|(of, _, _)| *of == kind) {
                 let at = dice.time(0, u64::try_from(plan.heals.as_millis()).unwrap_or(u64::MAX));

@@ -132,6 +132,7 @@ fn plan(seed: u64) -> Plan {
         actions: Vec::new(),
         heals: Duration::ZERO,
         bug: None,
+        by_port: false,
     }
 }
 

@@ -94,7 +94,7 @@ impl World {
             fake,
             files: MemoryFiles::quiet(),
             clock,
-            images: OneImage::new(images::image()),
+            images: OneImage::new(if plan.by_port { images::image_of_before() } else { images::image() }),
             rng,
             config: config(plan),
             project,

@@ -13,7 +13,7 @@ use crate::story::Story;
 use dayfly::gitlab::JobId;
 use dayfly::vm::VmName;
 use dayfly_doubles::fake::GuestMachine;
-use dayfly_guest_config::{GuestConfig, Report};
+use dayfly_guest_config::{DOOR_WIRE, GuestConfig, Report};
 use dayfly_test_guest::boot::{self, report, wait_for_config};
 use dayfly_test_guest::{Answer, job::ask as poll};
 use job::Runner;
@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::{Instant, sleep};
-use wire::Line;
+use wire::{Line, Way};
 
 /// A guest that has its config.
 pub(crate) struct Guest {
@@ -108,10 +108,15 @@ async fn boot(
         }
         _ => {}
     }
-    let (token, door) = (boot::guest_token(&config)?, boot::door(&config)?);
+    let token = boot::guest_token(&config)?;
+    let way = if config.door == DOOR_WIRE {
+        Way::Wire { relay: machine.relay.clone(), port: machine.door.clone() }
+    } else {
+        Way::Port { doors: machine.doors.clone(), door: boot::door(&config)? }
+    };
     let patience = Duration::from_secs(config.door_patience_s);
     let who = (story.clone(), vm.to_owned(), job);
-    let line = Line::new(machine.doors.clone(), door, &config.pass, patience, who, dice);
+    let line = Line::new(way, &config.pass, patience, who, dice);
     line.tell(GuestDoes::Configured { pass: &config.pass });
     Some(Guest { machine, line, token, script, wait: Duration::from_secs(config.runner.wait_timeout_s) })
 }
@@ -139,6 +144,7 @@ impl Guest {
                     self.line.story.inner().ledger.jobs.get(&self.line.job).and_then(|note| note.assigned_at);
                 let at = assigned.unwrap_or_default() + Duration::from_millis(u64::try_from(ms).unwrap_or(0));
                 // The connection stands before, so that the request is all that counts.
+                drop(self.line.connect().await);
                 sleep(at.saturating_sub(self.line.story.now())).await;
                 self.line.story.hit(Kind::PollsAtDeadline);
             }

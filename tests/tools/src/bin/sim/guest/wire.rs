@@ -5,9 +5,9 @@ use crate::event::{Event, GuestDoes};
 use crate::story::Story;
 use dayfly::gitlab::JobId;
 use dayfly::vm::Stream;
-use dayfly_doubles::fake::Doors;
+use dayfly_doubles::fake::{Doors, GuestEnd};
 use dayfly_guest_config::Pass;
-use dayfly_test_guest::{Answer, Connection, Kept, enter};
+use dayfly_test_guest::{Answer, Connection, Kept, Relay, enter};
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -19,13 +19,21 @@ const ANSWER: Duration = Duration::from_secs(90);
 /// Before a door that did not let it in is tried again.
 const RETRY: Duration = Duration::from_millis(400);
 
-/// A connection through a fake VM's network.
+/// By what a guest reaches its door.
+#[derive(Clone)]
+pub(crate) enum Way {
+    /// Streams of its relay; the port under them is its own, to spoil as it likes.
+    Wire { relay: Relay, port: GuestEnd },
+    /// Connections to a port of its host.
+    Port { doors: Doors, door: SocketAddr },
+}
+
+/// A connection of a guest's to its door.
 pub(crate) type Wire = Connection<Box<dyn Stream>>;
 
 /// What a guest needs to reach its door.
 pub(crate) struct Line {
-    pub(crate) doors: Doors,
-    pub(crate) door: SocketAddr,
+    pub(crate) way: Way,
     pub(crate) pass: String,
     pub(crate) patience: Duration,
     pub(crate) story: Story,
@@ -36,34 +44,32 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    pub(crate) fn new(
-        doors: Doors,
-        door: SocketAddr,
-        pass: &str,
-        patience: Duration,
-        who: (Story, String, JobId),
-        dice: Dice,
-    ) -> Self {
+    pub(crate) fn new(way: Way, pass: &str, patience: Duration, who: (Story, String, JobId), dice: Dice) -> Self {
         let (story, vm, job) = who;
-        Self { doors, door, pass: pass.to_owned(), patience, story, vm, job, dice, kept: Kept::default() }
+        Self { way, pass: pass.to_owned(), patience, story, vm, job, dice, kept: Kept::default() }
     }
 
     /// The same guest's other line, without a kept connection.
     pub(crate) fn another(&mut self) -> Self {
         let dice = Dice::new(self.dice.next(), 7);
         let who = (self.story.clone(), self.vm.clone(), self.job);
-        Self::new(self.doors.clone(), self.door, &self.pass, self.patience, who, dice)
+        Self::new(self.way.clone(), &self.pass, self.patience, who, dice)
     }
 
     pub(crate) fn tell(&self, does: GuestDoes<'_>) {
         self.story.tell(&Event::Guest { vm: &self.vm, job: self.job, does });
     }
 
-    /// A raw connection to the door, as long as it takes within the relay's patience.
+    /// A raw connection to the door, as long as it takes within the relay's patience: of a wire its port, from which
+    /// the relay may read as well.
     pub(crate) async fn knock(&self) -> Option<Wire> {
+        let (doors, door) = match &self.way {
+            Way::Wire { port, .. } => return Some(Wire::new(Box::new(port.clone()))),
+            Way::Port { doors, door } => (doors, *door),
+        };
         let until = Instant::now() + self.patience;
         loop {
-            if let Ok(stream) = self.doors.connect(self.door) {
+            if let Ok(stream) = doors.connect(door) {
                 return Some(Wire::new(stream));
             }
             if Instant::now() >= until {
@@ -73,13 +79,21 @@ impl Line {
         }
     }
 
-    /// A connection after the greeting.
+    /// A connection after the pass was shown.
     pub(crate) async fn connect(&mut self) -> Option<Wire> {
         let pass = Pass::from_text(&self.pass)?;
         let until = Instant::now() + self.patience;
-        let (doors, door, dice) = (&self.doors, self.door, &mut self.dice);
-        let nonce = || nonce(dice);
-        let connection = enter(&pass, || doors.connect(door), nonce, RETRY, || Instant::now() < until).await?;
+        let waits = || Instant::now() < until;
+        let connection = match &self.way {
+            Way::Wire { relay, .. } => {
+                relay.hand_over(pass);
+                Wire::new(Box::new(relay.enter(RETRY, waits).await?))
+            }
+            Way::Port { doors, door } => {
+                let dice = &mut self.dice;
+                enter(&pass, || doors.connect(*door), || nonce(dice), RETRY, waits).await?
+            }
+        };
         let first = !self.story.inner().ledger.vms.get(&self.vm).is_some_and(|vm| vm.greeted);
         if first {
             self.tell(GuestDoes::Greeted);

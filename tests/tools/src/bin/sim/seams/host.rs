@@ -11,7 +11,10 @@ use dayfly_doubles::fake::{FakeHypervisor, Fault, Op};
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The fake hypervisor and what lies beside its machines, seen by the story.
 #[derive(Clone)]
@@ -84,6 +87,68 @@ impl Host {
             self.story.point(point).await;
         }
         result
+    }
+}
+
+impl Host {
+    /// Connects to a door's port, which is looked for from before its VM is there. Some of what is opened breaks off.
+    async fn open_door(&self, socket: &Path) -> io::Result<Box<dyn Stream>> {
+        let stream = self.fake.open_socket(socket).await?;
+        if self.story.strikes(K::FdShort) {
+            return Err(io::Error::other("too many open files"));
+        }
+        if !self.story.strikes(K::WireCut) {
+            return Ok(stream);
+        }
+        let bytes = {
+            let mut inner = self.story.inner();
+            // In the handshake, in the first requests, in what follows.
+            let most = *inner.dice().pick(&[100, 20_000, 200_000]);
+            inner.dice().range(0, most)
+        };
+        Ok(Box::new(Cut { stream: Some(stream), left: usize::try_from(bytes).unwrap_or(0) }))
+    }
+}
+
+/// A connection that breaks off after so many bytes, whichever way they went.
+struct Cut {
+    stream: Option<Box<dyn Stream>>,
+    left: usize,
+}
+
+impl Cut {
+    /// The stream, while it holds.
+    fn stream(&mut self) -> io::Result<Pin<&mut Box<dyn Stream>>> {
+        if self.left == 0 {
+            self.stream = None;
+        }
+        self.stream.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::ConnectionReset.into())
+    }
+}
+
+impl AsyncRead for Cut {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = into.filled().len();
+        ready!(self.stream()?.poll_read(cx, into))?;
+        self.left = self.left.saturating_sub(into.filled().len() - before);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Cut {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let most = bytes.len().min(self.left.max(1));
+        let written = ready!(self.stream()?.poll_write(cx, &bytes[..most]))?;
+        self.left = self.left.saturating_sub(written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream()?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream()?.poll_shutdown(cx)
     }
 }
 
@@ -160,6 +225,9 @@ impl Paths for Host {
     fn open_socket<'a>(&'a self, socket: &'a Path) -> BoxFuture<'a, io::Result<Box<dyn Stream>>> {
         Box::pin(async move {
             let (op, vm) = Op::of_socket(socket).ok_or(io::ErrorKind::NotFound)?;
+            if op == Op::OpenDoor {
+                return self.open_door(socket).await;
+            }
             self.call(op, vm.to_string(), None, async move { self.fake.open_socket(socket).await }).await
         })
     }
