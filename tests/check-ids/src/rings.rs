@@ -22,6 +22,7 @@ const ROOTS: &[(&str, &str)] = &[
     ("tests/doubles/tests/proof.rs", "--test proof"),
     ("vm-images/guest-config/src/lib.rs", "tests --lib --bins"),
     ("vm-images/guest/src/lib.rs", "tests --lib --bins"),
+    ("vm-images/wire/src/lib.rs", "tests --lib --bins"),
     ("vm-images/guest/src/main.rs", "tests --lib --bins"),
     ("vm-images/wire/src/lib.rs", "tests --lib --bins"),
     ("tests/runner/src/main.rs", "tests --lib --bins"),

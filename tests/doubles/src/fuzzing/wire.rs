@@ -25,7 +25,7 @@ const STREAMS_MAX: usize = 64;
 /// Runs this on a clock that only moves when nothing else does.
 fn run<T>(work: impl Future<Output = T>) -> T {
     let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    let ended = runtime.block_on(LocalSet::new().run_until(timeout(LIMIT, work)));
+    let ended = runtime.block_on(LocalSet::new().run_until(async { timeout(LIMIT, work).await }));
     ended.expect("it does not end")
 }
 

@@ -26,20 +26,23 @@ const HUNG_UP_PAUSE: Duration = Duration::from_millis(20);
 pub trait Pipe: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Pipe for T {}
 
+/// The next host's pipe, once it is there.
+pub type Opening<'a> = Pin<Box<dyn Future<Output = io::Result<Box<dyn Pipe>>> + Send + 'a>>;
+
 /// Where hosts come.
 pub trait Port: Send {
     /// Forgets what was left of the last host, waits until one is there, and gives its pipe.
     ///
     /// # Cancel safety
     /// Safe.
-    fn open(&mut self) -> Pin<Box<dyn Future<Output = io::Result<Box<dyn Pipe>>> + Send + '_>>;
+    fn open(&mut self) -> Opening<'_>;
 }
 
 /// The device of a virtio-serial port.
 pub struct Device(pub PathBuf);
 
 impl Port for Device {
-    fn open(&mut self) -> Pin<Box<dyn Future<Output = io::Result<Box<dyn Pipe>>> + Send + '_>> {
+    fn open(&mut self) -> Opening<'_> {
         Box::pin(async {
             let flags = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
             let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&self.0)?;

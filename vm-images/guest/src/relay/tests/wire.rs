@@ -1,13 +1,11 @@
 //! Doors behind a port, which is a socket here: who listens is the guest, and each connection a host.
 
-use super::super::port::{Pipe, Port};
+use super::super::port::{Opening, Pipe, Port};
 use super::super::{Door, Limits, Relay, Target};
 use super::{LIMIT, limits, pass, relay, wait_idle};
 use dayfly_wire::{HostSession, Stream, host_handshake};
-use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixListener, UnixStream};
@@ -17,7 +15,7 @@ use tokio::time::{sleep, timeout};
 struct Socket(PathBuf, Option<UnixListener>);
 
 impl Port for Socket {
-    fn open(&mut self) -> Pin<Box<dyn Future<Output = io::Result<Box<dyn Pipe>>> + Send + '_>> {
+    fn open(&mut self) -> Opening<'_> {
         Box::pin(async {
             let listener = match &mut self.1 {
                 Some(listener) => listener,
