@@ -181,27 +181,21 @@ impl Lab {
         self.daemon = Some(child.expect("dayfly starts"));
     }
 
-    /// Ports at which the daemon listens, of any address.
-    pub fn listening(&self) -> Vec<u16> {
-        let pid = self.daemon.as_ref().expect("a daemon runs").id();
-        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-        let of_daemon: Vec<_> = descriptors
-            .filter_map(|descriptor| Some(fs::read_link(descriptor.path()).ok()?.to_str()?.to_owned()))
-            .filter_map(|target| Some(target.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
-            .collect();
-        let mut ports = Vec::new();
-        for table in ["tcp", "tcp6"] {
-            let table = fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
-            for line in table.lines().skip(1) {
-                let words: Vec<&str> = line.split_whitespace().collect();
-                // Local address, state (0A: it listens), inode.
-                let [_, local, _, "0A", _, _, _, _, _, inode, ..] = words[..] else { continue };
-                if of_daemon.iter().any(|of| of == inode) {
-                    ports.extend(local.rsplit(':').next().and_then(|port| u16::from_str_radix(port, 16).ok()));
-                }
-            }
-        }
-        ports
+    /// Ports of those for doors at which somebody listens. The daemon's own descriptors nobody may look at.
+    pub fn doors_at_ports(&self) -> Vec<u16> {
+        let config = fs::read_to_string(self.dir.path().join("config.toml")).unwrap();
+        let range = config.split("guest_ports = \"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+        let (first, last) = range.split_once('-').unwrap();
+        let range = first.parse::<u16>().unwrap()..=last.parse().unwrap();
+        let tables = ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default());
+        let listens = |line: &str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            // Local address, and the state: 0A listens.
+            let [_, local, _, "0A", ..] = words[..] else { return None };
+            u16::from_str_radix(local.rsplit(':').next()?, 16).ok()
+        };
+        let ports = tables.iter().flat_map(|table| table.lines()).filter_map(listens);
+        ports.filter(|port| range.contains(port)).collect()
     }
 
     /// What `dayfly doctor` says with this lab's configuration.

@@ -53,13 +53,13 @@ async fn doctor_boots_the_images_own_kernel() {
     lab.assert_clean().await;
 }
 
-/// U41: while a job runs the daemon listens at no port, so none of it is a door that a guest could come to.
+/// U41: while a job runs nobody listens at a port for doors, so there is none that a guest could come to.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_running_job_has_no_door_at_a_port() {
     let mut lab = Lab::start(Options::default()).await;
     let job = lab.job(&["echo begun", "sleep 5"]);
     lab.until_trace(job, "begun").await;
-    assert_eq!((lab.vms(), lab.listening()), (1, Vec::new()));
+    assert_eq!((lab.vms(), lab.doors_at_ports()), (1, Vec::new()));
     lab.until(job, JobState::Success).await;
     lab.assert_clean().await;
 }
