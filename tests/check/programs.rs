@@ -33,6 +33,16 @@ pub(super) fn product_crates(edges: &str) -> BTreeSet<String> {
     crates
 }
 
+/// The crates of the product that stand on this one themselves.
+pub(super) fn users_of(name: &str) -> BTreeSet<String> {
+    let args = ["tree", "--locked", "-p", "dayfly", "-e", "normal,build", "--prefix", "depth", "--depth", "1"];
+    let tree = printed_by(env!("CARGO"), &[&args[..], &["--invert", name, "--format", " {p}"]].concat());
+    let users: BTreeSet<String> =
+        tree.lines().filter_map(|line| line.strip_prefix("1 ")?.split(' ').next()).map(str::to_owned).collect();
+    assert!(!users.is_empty(), "{tree}");
+    users
+}
+
 #[test]
 fn the_tree_stays_small() {
     let crates = product_crates("normal");
