@@ -43,12 +43,12 @@ fn tables() -> String {
     .collect()
 }
 
-/// U1 to U3 are of `faults`, U4 of two, the others of `operator`.
+/// U1 to U3 are of `faults`, U4 of two, the others of `isolation`.
 fn owner(number: u32) -> &'static str {
     match number {
         1..=3 => "faults",
         4 => "faults, images",
-        _ => "operator",
+        _ => "isolation",
     }
 }
 
@@ -299,23 +299,23 @@ fn a_row_of_the_field_may_be_open_until_its_owner_is_settled() {
 
 #[test]
 fn the_table_of_the_field_is_held_to_its_form() {
-    let row = "| U5 | it broke | it holds | operator |\n";
+    let row = "| U5 | it broke | it holds | isolation |\n";
     for (instead, says) in [
         ("", "docs/field.md:1: U5 is not in the table"),
-        ("| U5 | it broke | operator |\n", "docs/field.md:9: not of the form"),
-        ("| U05 | it broke | it holds | operator |\n", "\"U05\" is no id"),
-        ("| U5 | it broke |  | operator |\n", "U5 has an empty cell"),
+        ("| U5 | it broke | isolation |\n", "docs/field.md:9: not of the form"),
+        ("| U05 | it broke | it holds | isolation |\n", "\"U05\" is no id"),
+        ("| U5 | it broke |  | isolation |\n", "U5 has an empty cell"),
         ("| U5 | it broke | it holds | nobody |\n", "U5 is of nobody known: \"nobody\""),
-        ("| U5 | it broke | it holds | operator, |\n", "U5 is of nobody known"),
+        ("| U5 | it broke | it holds | isolation, |\n", "U5 is of nobody known"),
         (&format!("{row}{row}"), "docs/field.md:10: U5 is there twice"),
-        (&format!("| U6 | it broke | it holds | operator |\n{row}"), "U5 is out of order"),
+        (&format!("| U6 | it broke | it holds | isolation |\n{row}"), "U5 is out of order"),
     ] {
         let tree = Tree::new();
         tree.change("docs/field.md", row, instead);
         tree.complains(&[says]);
     }
     let tree = Tree::new();
-    tree.change("docs/field.md", row, "| U5 | a \\| b broke | it holds | operator |\n");
+    tree.change("docs/field.md", row, "| U5 | a \\| b broke | it holds | isolation |\n");
     assert!(tree.check().wrong.is_empty(), "a bar of a cell's own: {:#?}", tree.check().wrong);
 }
 
