@@ -1,7 +1,7 @@
 //! Takes a recorded job to its end where the recording cannot: with a runner that decides for itself.
 //!
 //! ```text
-//! stand-in runner ──► relay ──greeting──► door ► job, spool, uploader ──► stand-in GitLab
+//! stand-in runner ──► relay ──wire──► door ► job, spool, uploader ──► stand-in GitLab
 //! ```
 //!
 //! The stand-in runner is a process of its own (`dayfly-standin-runner`), with the scenario's
@@ -11,12 +11,10 @@
 
 use crate::compare;
 use crate::gitlab::Gitlab;
-use crate::play::{LIMIT, Scene, Stage};
+use crate::play::{Booted, LIMIT, Scene, Stage};
 use crate::recording::{Class, Recording};
 use dayfly_exec::standin::JobState;
-use dayfly_guest::relay::{Door, Target};
-use dayfly_guest_config::{GuestConfig, Pass};
-use dayfly_test_guest::boot::{door, guest_token};
+use dayfly_test_guest::boot::guest_token;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -64,22 +62,19 @@ pub(crate) fn reason_not_to(recording: &Recording) -> Option<String> {
 pub(crate) async fn finish(stage: &Stage, recording: &Recording, runner: &Path) -> Result<(), String> {
     let gitlab = Gitlab::with_real_archives(recording)?;
     let mut scene = Scene::open(&gitlab).await?;
-    let ended = match scene.config().await {
-        Ok(config) => run(stage, recording, &config, runner).await,
+    let ended = match scene.booted().await {
+        Ok(booted) => run(stage, recording, booted, runner).await,
         Err(why) => Err(why),
     };
     scene.close(&gitlab, ended).await?;
     judge(&gitlab, recording)
 }
 
-async fn run(stage: &Stage, recording: &Recording, config: &GuestConfig, runner: &Path) -> Result<(), String> {
+async fn run(stage: &Stage, recording: &Recording, booted: Booted, runner: &Path) -> Result<(), String> {
     let text = |error: &dyn std::error::Error| error.to_string();
-    let pass = Pass::from_text(&config.pass).ok_or("the guest config holds no pass")?;
-    let door = door(config).ok_or("the guest config names no door")?;
-    let target = Target { door: Door::Address(door), pass, patience: LIMIT };
-    stage.relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))?;
+    let token = guest_token(&booted.config).ok_or("the guest config holds no guest token")?;
+    booted.hand_over(&stage.relay)?;
     let dir = tempfile::tempdir().map_err(|error| text(&error))?;
-    let token = guest_token(config).ok_or("the guest config holds no guest token")?;
     let file = dir.path().join("config.toml");
     let (toml, name) = adapted(recording, &format!("http://{}", stage.address), &token, dir.path())?;
     std::fs::write(&file, toml).map_err(|error| text(&error))?;

@@ -1,7 +1,7 @@
 //! Plays one recording: GitLab is the stand-in, the runner is the recording, all between is real.
 //!
 //! ```text
-//! recording ──TCP──► relay ──greeting, TCP──► door ► job, spool, uploader ──► stand-in GitLab
+//! recording ──TCP──► relay ──wire──► door ► job, spool, uploader ──► stand-in GitLab
 //! ```
 //!
 //! The daemon takes the recorded job and "boots" a VM that is none; the guest config that this VM is
@@ -16,9 +16,10 @@ use dayfly::files::RealFiles;
 use dayfly::network::{PortRange, Tcp};
 use dayfly::telemetry::chain;
 use dayfly::vm::AccelChoice;
-use dayfly_doubles::fake::{FakeHypervisor, GuestMachine};
+use dayfly_doubles::fake::{FakeHypervisor, GuestEnd, GuestMachine};
+use dayfly_guest::relay::port::{Opening, Pipe, Port};
 use dayfly_guest::relay::{Door, Relay, Target};
-use dayfly_guest_config::{GuestConfig, Pass};
+use dayfly_guest_config::{DOOR_WIRE, GuestConfig, Pass};
 use dayfly_test_guest::boot::{boot, door, guest_token};
 use dayfly_test_guest::{Answer, Connection};
 use dayfly_test_tools::directories::RealDirectories;
@@ -50,7 +51,7 @@ pub(crate) struct Stage {
 pub(crate) struct Scene {
     host: Host,
     hypervisor: FakeHypervisor,
-    configs: mpsc::Receiver<GuestConfig>,
+    configs: mpsc::Receiver<Booted>,
     power: watch::Sender<bool>,
 }
 
@@ -79,8 +80,8 @@ impl Scene {
         Ok(Self { host, hypervisor, configs, power })
     }
 
-    /// The config of the VM of the job.
-    pub(crate) async fn config(&mut self) -> Result<GuestConfig, String> {
+    /// The VM of the job, once it has its config.
+    pub(crate) async fn booted(&mut self) -> Result<Booted, String> {
         Ok(timeout(LIMIT, self.configs.recv()).await.ok().flatten().ok_or("no VM came to its config")?)
     }
 
@@ -107,8 +108,8 @@ impl Scene {
 pub(crate) async fn play(stage: &Stage, recording: &Recording, until: Option<usize>) -> Result<(), String> {
     let gitlab = Gitlab::new(recording)?;
     let mut scene = Scene::open(&gitlab).await?;
-    let played = match scene.config().await {
-        Ok(config) => run(stage, recording, until.unwrap_or(recording.requests.len()), &config).await,
+    let played = match scene.booted().await {
+        Ok(booted) => run(stage, recording, until.unwrap_or(recording.requests.len()), booted).await,
         Err(why) => Err(why),
     };
     scene.close(&gitlab, played).await?;
@@ -119,16 +120,50 @@ pub(crate) async fn play(stage: &Stage, recording: &Recording, until: Option<usi
     }
 }
 
+/// A VM that has its config.
+pub(crate) struct Booted {
+    pub(crate) config: GuestConfig,
+    /// The port behind which its door is.
+    port: GuestEnd,
+}
+
+impl Booted {
+    /// Leads the relay to the door.
+    pub(crate) fn hand_over(self, relay: &Relay) -> Result<(), String> {
+        let pass = Pass::from_text(&self.config.pass).ok_or("the guest config holds no pass")?;
+        let door = match door(&self.config) {
+            Some(address) => Door::Address(address),
+            None if self.config.door == DOOR_WIRE => Door::Wire(Box::new(GuestPort(self.port))),
+            None => return Err("the guest config names no door".into()),
+        };
+        let target = Target { door, pass, patience: LIMIT };
+        relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))
+    }
+}
+
+/// The port of a VM in memory.
+struct GuestPort(GuestEnd);
+
+impl Port for GuestPort {
+    fn open(&mut self) -> Opening<'_> {
+        Box::pin(async {
+            // When its VM has gone it ends at once, each time.
+            sleep(GLANCE).await;
+            Ok(Box::new(self.0.clone()) as Box<dyn Pipe>)
+        })
+    }
+}
+
 /// A VM: it takes its config, and is there until the runner in it has ended.
-async fn guest(mut machine: GuestMachine, configs: mpsc::Sender<GuestConfig>, mut power: watch::Receiver<bool>) {
+async fn guest(mut machine: GuestMachine, configs: mpsc::Sender<Booted>, mut power: watch::Receiver<bool>) {
     let Some(config) = boot(&mut machine.channel).await else { return };
     // Full: nobody plays this VM, and the job fails with its boot deadline.
-    let _ = configs.try_send(config);
+    let _ = configs.try_send(Booted { config, port: machine.door.clone() });
     let _ = power.wait_for(|on| !on).await;
 }
 
-async fn run(stage: &Stage, recording: &Recording, until: usize, config: &GuestConfig) -> Result<(), String> {
-    let mut runner = Runner::new(stage, recording, config)?;
+async fn run(stage: &Stage, recording: &Recording, until: usize, booted: Booted) -> Result<(), String> {
+    let mut runner = Runner::new(stage, recording, booted)?;
     let requests = &recording.requests[..until];
     for (number, request) in requests.iter().enumerate() {
         let sent = runner.send(number, request).await;
@@ -169,16 +204,14 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(stage: &Stage, recording: &'a Recording, config: &GuestConfig) -> Result<Self, String> {
-        let pass = Pass::from_text(&config.pass).ok_or("the guest config holds no pass")?;
-        let door = door(config).ok_or("the guest config names no door")?;
-        let target = Target { door: Door::Address(door), pass, patience: LIMIT };
-        stage.relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))?;
+    fn new(stage: &Stage, recording: &'a Recording, booted: Booted) -> Result<Self, String> {
+        let token = guest_token(&booted.config).ok_or("the guest config holds no guest token")?;
+        booted.hand_over(&stage.relay)?;
         let hand_out = recording.requests.iter().position(|r| r.class == Class::Ask && r.answer.status == Some(201));
         Ok(Self {
             relay: stage.address,
             recording,
-            token: guest_token(config).ok_or("the guest config holds no guest token")?,
+            token,
             connections: BTreeMap::new(),
             hand_out: hand_out.ok_or("no request got the job")?,
             sent: 0,
