@@ -39,13 +39,14 @@ pub(super) struct Args {
 pub(super) async fn build(config: &Config, args: Args) -> anyhow::Result<()> {
     let recipes = Recipes::default().before_others(args.recipes.map(std::path::absolute).transpose()?);
     recipes.check(&args.recipe)?;
+    let (url, sha256) = (args.runner_download_url, args.runner_sha256);
+    let release = args.runner_download.map(|version| Release::new(&version, url, sha256.as_deref())).transpose()?;
     let (guest_program, init) = (find_guest_program("dayfly-guest")?, find_guest_program("dayfly-init")?);
     let mut progress = say;
     let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
     // Kept until the image is made.
     let mut downloaded: Option<Downloaded> = None;
-    if let Some(version) = args.runner_download {
-        let release = Release::new(&version, args.runner_download_url, args.runner_sha256.as_deref())?;
+    if let Some(release) = release {
         let open = opener();
         downloaded = Some(tokio::select! {
             biased;

@@ -19,7 +19,7 @@ pub(super) fn inspect(store: &ImageStore, name: &str, json: bool) -> anyhow::Res
             "name": image.name, "version": version(&image), "digest": image.digest(), "directory": image.dir,
             "versions": versions, "manifest": image.manifest,
         });
-        say(&serde_json::to_string_pretty(&whole)?);
+        serde_json::to_string_pretty(&whole)?.lines().for_each(say);
         return Ok(());
     }
     let Manifest { build, disk, contract, .. } = &image.manifest;
