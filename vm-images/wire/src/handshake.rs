@@ -7,7 +7,7 @@
 //!
 //! Bounded in bytes and memory here; in time by whoever calls, for only the caller knows what a guest does meanwhile.
 
-use crate::limits::{FILLER_BYTES, HELLO_PERIOD, HELLOS_A_FILLER, PROOFS_MAX, SCANNED_BYTES_MAX};
+use crate::limits::{FILLER_BYTE, FILLER_BYTES, HELLO_PERIOD, HELLOS_A_FILLER, PROOFS_MAX, SCANNED_BYTES_MAX};
 use crate::message::{Message, Scanner};
 use bytes::{Bytes, BytesMut};
 use dayfly_guest_config::{Nonce, Pass, SessionProofs};
@@ -213,7 +213,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Line<S> {
     }
 
     fn filler(&mut self) {
-        self.unwritten.resize(self.unwritten.len() + FILLER_BYTES, 0xff);
+        self.unwritten.resize(self.unwritten.len() + FILLER_BYTES, FILLER_BYTE);
     }
 
     fn say(&mut self, message: &Message) {

@@ -5,7 +5,10 @@ use std::time::Duration;
 /// The target of each CONNECT. It names nothing that could be resolved: there is one door behind a wire.
 pub const AUTHORITY: &str = "door.dayfly.invalid:80";
 
-/// `0xff` so often before a handshake: more than one frame holds ([`FRAME_BYTES_MAX`] and its head), so what is left of
+/// What a filler is made of. No frame begins with it: none is so long.
+pub(crate) const FILLER_BYTE: u8 = 0xff;
+
+/// [`FILLER_BYTE`] so often before a handshake: more than one frame holds ([`FRAME_BYTES_MAX`] and its head), so what is left of
 /// one that an earlier session began is eaten, and behind it stands the head of a frame that is too long for any session.
 pub const FILLER_BYTES: usize = 17 * 1024;
 

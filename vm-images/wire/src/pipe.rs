@@ -1,13 +1,18 @@
-//! Between a session and its pipe: hands over first what the handshake has read, notes when something came, and at the
-//! host reads no faster than a guest's frames are allowed to cost.
+//! Between a session and its pipe: hands over first what the handshake has read, notes when something came, lets no filler
+//! into a stream, and at the host reads no faster than a guest's frames are allowed to cost.
+//!
+//! An old session that has not seen its end reads the filler of the next one: what is missing of a frame is filled with
+//! it, and would be data of a stream, of the right length and wrong. No frame begins with a filler's byte, so a frame of
+//! data that ends with one is handed over only when the next frame has begun with another. That is at once where bytes
+//! flow, and with the next ping's answer where nothing else comes.
 //!
 //! The allowance is counted in frames and not in bytes, because bytes are cheap and what h2 does for a frame that opens,
 //! resets, asks or sets something is not: floods of these are its known ones (CVE-2023-44487 and its kin). h2 has
 //! bounds of its own for what they make it keep; here is the bound of what they make it do. Who is beyond it waits, as
 //! an honest guest might for a moment.
 
-use crate::limits::{COSTLY_FRAME, UNITS_A_SECOND};
-use bytes::{Buf as _, BytesMut};
+use crate::limits::{COSTLY_FRAME, FILLER_BYTE, UNITS_A_SECOND};
+use bytes::{Buf as _, BufMut as _, BytesMut};
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -48,6 +53,9 @@ pub(crate) struct Pipe<S> {
     /// Read before the session began.
     first: BytesMut,
     on_bytes: OnBytes,
+    frames: Frames,
+    /// The last byte of a frame of data, while it may be a filler's.
+    held: bool,
     meter: Option<Meter>,
 }
 
@@ -55,12 +63,14 @@ impl<S> Pipe<S> {
     /// A host's: metered.
     pub(crate) fn of_host(inner: S, first: BytesMut, heard: &Heard) -> Self {
         let heard = heard.clone();
-        Self { inner, first, on_bytes: Box::new(move || heard.note()), meter: Some(Meter::new()) }
+        let frames = Frames { skip: PREFACE_BYTES, ..Frames::default() };
+        let on_bytes = Box::new(move || heard.note());
+        Self { inner, first, on_bytes, frames, held: false, meter: Some(Meter::new()) }
     }
 
     /// A guest's.
     pub(crate) fn of_guest(inner: S, first: BytesMut, on_bytes: OnBytes) -> Self {
-        Self { inner, first, on_bytes, meter: None }
+        Self { inner, first, on_bytes, frames: Frames::default(), held: false, meter: None }
     }
 }
 
@@ -70,21 +80,67 @@ impl<S: AsyncRead + Unpin> AsyncRead for Pipe<S> {
         if let Some(meter) = &mut this.meter {
             ready!(meter.poll_allowance(cx));
         }
-        let before = into.filled().len();
-        if this.first.is_empty() {
-            ready!(Pin::new(&mut this.inner).poll_read(cx, into))?;
-        } else {
-            let count = this.first.len().min(into.remaining());
-            into.put_slice(&this.first[..count]);
-            this.first.advance(count);
+        if into.remaining() == 0 {
+            return Poll::Ready(Ok(()));
         }
-        let came = &into.filled()[before..];
-        if !came.is_empty() {
+        loop {
+            if this.held {
+                let mut byte = [0];
+                let mut next = ReadBuf::new(&mut byte);
+                ready!(this.poll_source(cx, &mut next))?;
+                match next.filled() {
+                    // It ended there, and the frame is nobody's.
+                    [] => return Poll::Ready(Ok(())),
+                    [FILLER_BYTE] => return Poll::Ready(Err(stale())),
+                    [other, ..] => {
+                        let rest = std::mem::take(&mut this.first);
+                        this.first.put_u8(*other);
+                        this.first.unsplit(rest);
+                    }
+                }
+                this.held = false;
+                into.put_slice(&[FILLER_BYTE]);
+                return Poll::Ready(Ok(()));
+            }
+            let before = into.filled().len();
+            ready!(this.poll_source(cx, into))?;
+            let came = &into.filled()[before..];
+            if came.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
             (this.on_bytes)();
             if let Some(meter) = &mut this.meter {
                 meter.count(came);
             }
+            let Ok(ends_with_filler) = this.frames.follow(came) else {
+                into.set_filled(before);
+                return Poll::Ready(Err(stale()));
+            };
+            if !ends_with_filler {
+                return Poll::Ready(Ok(()));
+            }
+            this.held = true;
+            into.set_filled(into.filled().len() - 1);
+            if into.filled().len() > before {
+                return Poll::Ready(Ok(()));
+            }
         }
+    }
+}
+
+fn stale() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the next session has begun")
+}
+
+impl<S: AsyncRead + Unpin> Pipe<S> {
+    /// What the handshake has read, then the pipe.
+    fn poll_source(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.first.is_empty() {
+            return Pin::new(&mut self.inner).poll_read(cx, into);
+        }
+        let count = self.first.len().min(into.remaining());
+        into.put_slice(&self.first[..count]);
+        self.first.advance(count);
         Poll::Ready(Ok(()))
     }
 }
@@ -121,6 +177,47 @@ const PREFACE_BYTES: usize = 24;
 const HEAD_BYTES: usize = 9;
 const TYPE_DATA: u8 = 0;
 const TYPE_WINDOW_UPDATE: u8 = 8;
+
+/// Where frames end.
+#[derive(Default)]
+struct Frames {
+    /// Of the frame (or preface) that is being read, still to come.
+    skip: usize,
+    head: [u8; HEAD_BYTES],
+    have: usize,
+    is_data: bool,
+}
+
+impl Frames {
+    /// Whether these bytes end with a frame of data whose last byte may be a filler's.
+    ///
+    /// # Errors
+    /// A frame begins with one: it is none.
+    fn follow(&mut self, mut came: &[u8]) -> Result<bool, ()> {
+        loop {
+            let skipped = self.skip.min(came.len());
+            let last = skipped.checked_sub(1).map(|at| came[at]);
+            came = &came[skipped..];
+            self.skip -= skipped;
+            if came.is_empty() {
+                return Ok(self.skip == 0 && self.have == 0 && self.is_data && last == Some(FILLER_BYTE));
+            }
+            if self.have == 0 && came[0] == FILLER_BYTE {
+                return Err(());
+            }
+            let taken = (HEAD_BYTES - self.have).min(came.len());
+            self.head[self.have..self.have + taken].copy_from_slice(&came[..taken]);
+            self.have += taken;
+            came = &came[taken..];
+            if self.have == HEAD_BYTES {
+                self.have = 0;
+                let [a, b, c, kind, ..] = self.head;
+                self.skip = u32::from_be_bytes([0, a, b, c]) as usize;
+                self.is_data = kind == TYPE_DATA;
+            }
+        }
+    }
+}
 
 /// Counts frames against an allowance that comes back with time.
 struct Meter {
@@ -215,6 +312,43 @@ mod tests {
                 assert_eq!((meter.skip, meter.have), (0, 0));
             }
         });
+    }
+
+    /// What is missing of a frame is never filled with the next session's filler, wherever the old one was cut; data that
+    /// only looks like it arrives whole.
+    #[tokio::test]
+    async fn no_filler_is_ever_data() {
+        for kind in [0, 8] {
+            for (ends, payload) in [(0xaa, vec![0xaa; 40]), (0xff, vec![0xff; 40])] {
+                let mut whole = vec![0, 0, 40, kind, 0, 0, 0, 0, 1];
+                whole.extend(&payload);
+                // Within a head the filler makes it one of a frame that is too long for any session.
+                for cut in std::iter::once(0).chain(HEAD_BYTES..=whole.len()) {
+                    let (mut old, host) = duplex(64 * 1024);
+                    old.write_all(&whole[..cut]).await.unwrap();
+                    old.write_all(&[FILLER_BYTE; 1000]).await.unwrap();
+                    let mut pipe = Pipe::of_guest(host, BytesMut::new(), Box::new(|| {}));
+                    let mut read = Vec::new();
+                    let error = pipe.read_to_end(&mut read).await.unwrap_err();
+                    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+                    let is_cut_data = kind == 0 && cut > 9 && cut < whole.len();
+                    assert!(!is_cut_data || read.len() < whole.len(), "{ends:x} cut at {cut}: {} bytes", read.len());
+                }
+                // Whole, with a frame behind it, in pieces of any size.
+                let stream = [whole.clone(), frame(6, 8), whole.clone(), frame(6, 8)].concat();
+                for size in 1..stream.len() {
+                    let (mut other, host) = duplex(64 * 1024);
+                    for piece in stream.chunks(size) {
+                        other.write_all(piece).await.unwrap();
+                    }
+                    drop(other);
+                    let mut pipe = Pipe::of_guest(host, BytesMut::from(&stream[..0]), Box::new(|| {}));
+                    let mut read = Vec::new();
+                    pipe.read_to_end(&mut read).await.unwrap();
+                    assert_eq!(read, stream, "{size}");
+                }
+            }
+        }
     }
 
     /// A flood of pings is read at the pace that is allowed.
