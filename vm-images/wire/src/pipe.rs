@@ -109,10 +109,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Pipe<S> {
                 return Poll::Ready(Ok(()));
             }
             (this.on_bytes)();
-            if let Some(meter) = &mut this.meter {
-                meter.count(came);
-            }
-            let Ok(ends_with_filler) = this.frames.follow(came) else {
+            let meter = &mut this.meter;
+            let charge = |kind, length| {
+                if let Some(meter) = meter {
+                    meter.charge(kind, length);
+                }
+            };
+            let Ok(ends_with_filler) = this.frames.follow(came, charge) else {
                 into.set_filled(before);
                 return Poll::Ready(Err(stale()));
             };
@@ -178,7 +181,7 @@ const HEAD_BYTES: usize = 9;
 const TYPE_DATA: u8 = 0;
 const TYPE_WINDOW_UPDATE: u8 = 8;
 
-/// Where frames end.
+/// Follows the frames through what comes. Whether they are good ones is h2's business.
 #[derive(Default)]
 struct Frames {
     /// Of the frame (or preface) that is being read, still to come.
@@ -189,11 +192,12 @@ struct Frames {
 }
 
 impl Frames {
-    /// Whether these bytes end with a frame of data whose last byte may be a filler's.
+    /// Whether these bytes end with a frame of data whose last byte may be a filler's. `head` hears of each frame that
+    /// begins: its type and its length.
     ///
     /// # Errors
     /// A frame begins with one: it is none.
-    fn follow(&mut self, mut came: &[u8]) -> Result<bool, ()> {
+    fn follow(&mut self, mut came: &[u8], mut head: impl FnMut(u8, usize)) -> Result<bool, ()> {
         loop {
             let skipped = self.skip.min(came.len());
             let last = skipped.checked_sub(1).map(|at| came[at]);
@@ -214,6 +218,7 @@ impl Frames {
                 let [a, b, c, kind, ..] = self.head;
                 self.skip = u32::from_be_bytes([0, a, b, c]) as usize;
                 self.is_data = kind == TYPE_DATA;
+                head(kind, self.skip);
             }
         }
     }
@@ -221,10 +226,6 @@ impl Frames {
 
 /// Counts frames against an allowance that comes back with time.
 struct Meter {
-    /// Of the frame (or preface) that is being read, still to come.
-    skip: usize,
-    head: [u8; HEAD_BYTES],
-    have: usize,
     /// Negative: to be waited for.
     units: i64,
     since: Instant,
@@ -233,14 +234,7 @@ struct Meter {
 
 impl Meter {
     fn new() -> Self {
-        Self {
-            skip: PREFACE_BYTES,
-            head: [0; HEAD_BYTES],
-            have: 0,
-            units: i64::from(UNITS_A_SECOND),
-            since: Instant::now(),
-            wait: Box::pin(sleep(Duration::ZERO)),
-        }
+        Self { units: i64::from(UNITS_A_SECOND), since: Instant::now(), wait: Box::pin(sleep(Duration::ZERO)) }
     }
 
     /// Ready while something is left of the allowance.
@@ -262,27 +256,10 @@ impl Meter {
         Poll::Ready(())
     }
 
-    /// Follows the frames through what came. Whether they are good ones is h2's business.
-    fn count(&mut self, mut came: &[u8]) {
-        while !came.is_empty() {
-            let skipped = self.skip.min(came.len());
-            came = &came[skipped..];
-            self.skip -= skipped;
-            if self.skip > 0 {
-                return;
-            }
-            let taken = (HEAD_BYTES - self.have).min(came.len());
-            self.head[self.have..self.have + taken].copy_from_slice(&came[..taken]);
-            self.have += taken;
-            came = &came[taken..];
-            if self.have == HEAD_BYTES {
-                self.have = 0;
-                let [a, b, c, kind, ..] = self.head;
-                self.skip = u32::from_be_bytes([0, a, b, c]) as usize;
-                let cheap = matches!((kind, self.skip), (TYPE_DATA, 1..) | (TYPE_WINDOW_UPDATE, _));
-                self.units -= i64::from(if cheap { 1 } else { COSTLY_FRAME });
-            }
-        }
+    /// Takes what this frame costs.
+    fn charge(&mut self, kind: u8, length: usize) {
+        let cheap = matches!((kind, length), (TYPE_DATA, 1..) | (TYPE_WINDOW_UPDATE, _));
+        self.units -= i64::from(if cheap { 1 } else { COSTLY_FRAME });
     }
 }
 
@@ -304,12 +281,12 @@ mod tests {
                 [vec![b'P'; PREFACE_BYTES], frame(6, 8), frame(0, 200), frame(0, 0), frame(8, 4), frame(1, 30)]
                     .concat();
             for size in [1, 2, 7, 9, 10, 1000] {
-                let mut meter = Meter::new();
+                let (mut meter, mut frames) = (Meter::new(), Frames { skip: PREFACE_BYTES, ..Frames::default() });
                 for piece in stream.chunks(size) {
-                    meter.count(piece);
+                    frames.follow(piece, |kind, length| meter.charge(kind, length)).unwrap();
                 }
                 assert_eq!(meter.units, i64::from(UNITS_A_SECOND) - 3 * i64::from(COSTLY_FRAME) - 2, "{size}");
-                assert_eq!((meter.skip, meter.have), (0, 0));
+                assert_eq!((frames.skip, frames.have), (0, 0));
             }
         });
     }
