@@ -208,9 +208,8 @@ async fn the_room_of_a_job_whose_end_is_not_on_disk_is_kept() {
     world.assert_clean().await;
 }
 
-/// H8, H6: GitLab is told no verdict, and a trace no last line, of which a daemon that is killed would leave no record.
-#[tokio::test(start_paused = true)]
-async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
+/// A world whose job, under way, was ended by its operator just when the disk takes no record any more.
+async fn ended_by_its_operator_on_a_full_disk() -> (World, JobId) {
     let mut world = World::new(1);
     world.expect_trouble(&[
         "no job is asked for",
@@ -224,6 +223,13 @@ async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
     world.until_trace(job, "hello").await;
     world.files.fail_replaces(Some(std::io::ErrorKind::StorageFull));
     let _ = world.kill_job(job);
+    (world, job)
+}
+
+/// H8, H6: GitLab is told no verdict, and a trace no last line, of which a daemon that is killed would leave no record.
+#[tokio::test(start_paused = true)]
+async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
+    let (mut world, job) = ended_by_its_operator_on_a_full_disk().await;
     world.until_status(|status| status.jobs.iter().all(|job| job.vm.is_none())).await;
     sleep(Duration::from_secs(20)).await;
     assert_eq!(world.found(job).state, JobState::Running, "{}", world.histories());
@@ -240,19 +246,7 @@ async fn an_end_that_is_not_on_disk_is_told_to_nobody() {
 /// H8: a disk that never takes the end of a job does not keep it from GitLab for ever.
 #[tokio::test(start_paused = true)]
 async fn an_end_that_the_disk_refuses_for_long_is_told_without_it() {
-    let mut world = World::new(1);
-    world.expect_trouble(&[
-        "no job is asked for",
-        "write the job's record",
-        "not on disk",
-        "last lines",
-        "ends without a verdict",
-    ]);
-    let job = world.job(&["print hello", "sleep 100"]);
-    world.start().await.unwrap();
-    world.until_trace(job, "hello").await;
-    world.files.fail_replaces(Some(std::io::ErrorKind::StorageFull));
-    let _ = world.kill_job(job);
+    let (mut world, job) = ended_by_its_operator_on_a_full_disk().await;
     world.until(job, JobState::Failed).await;
     world.files.fail_replaces(None);
     world.settle().await;
