@@ -48,6 +48,13 @@ impl Pass {
         Some(Self(bytes.try_into().ok()?))
     }
 
+    /// What a guest and the program that carries its egress believe each other by: of the same secret, and worth nothing
+    /// at the door.
+    #[must_use]
+    pub fn for_egress(&self) -> Self {
+        Self(self.prove(&[b"dayfly egress"]))
+    }
+
     /// HMAC-SHA256 under the pass over these parts, one after the other.
     pub(crate) fn prove(&self, parts: &[&[u8]]) -> [u8; 32] {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("any key length");
@@ -182,6 +189,17 @@ mod tests {
         let door = Greeting::door(&pass(1), [2; 16], &Greeting::opening(&[3; 16])).unwrap();
         let relay = Greeting::relay(&pass(1), [3; 16], &door.door_line()).unwrap();
         assert_eq!(door.finish(&relay.relay_line()), Ok(()));
+    }
+
+    #[test]
+    fn the_pass_of_the_egress_is_worth_nothing_at_the_door() {
+        let egress = pass(1).for_egress();
+        assert_ne!(egress.to_text(), pass(1).to_text());
+        assert_eq!(egress.to_text(), pass(1).for_egress().to_text());
+        // HMAC-SHA256 under 32 bytes of 1 over "dayfly egress": both sides may be of different versions.
+        assert_eq!(egress.to_text(), "bmPV6KlBoP0sIJ2Rv8uhEg16qgDwPJs1uEE8VlVHY4M");
+        let door = Greeting::door(&pass(1), [2; 16], &Greeting::opening(&[3; 16])).unwrap();
+        assert_eq!(Greeting::relay(&egress, [3; 16], &door.door_line()).unwrap_err(), GreetingError::WrongProof);
     }
 
     #[test]

@@ -28,6 +28,9 @@ pub const PORT_NAME: &str = "org.dayfly.guest.0";
 /// Name of the virtio-serial port that is the wire to the door.
 pub const DOOR_PORT_NAME: &str = "org.dayfly.door.0";
 
+/// Name of the virtio-serial port over which what a job sends out leaves a VM without a network card.
+pub const EGRESS_PORT_NAME: &str = "org.dayfly.egress.0";
+
 /// What [`GuestConfig::door`] says where the door is behind [`DOOR_PORT_NAME`].
 pub const DOOR_WIRE: &str = "wire";
 

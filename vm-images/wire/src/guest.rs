@@ -1,13 +1,14 @@
 //! The guest's side of a session: opens a stream for each connection of the runner, and asks whether its host is there.
 
-use crate::limits::{AUTHORITY, FRAME_BYTES_MAX, HEADERS_BYTES_MAX, SEND_BUFFER_BYTES, STREAM_WINDOW};
+use crate::limits::{AUTHORITY, FRAME_BYTES_MAX, HEADERS_BYTES_MAX};
 use crate::pipe::Pipe;
 use crate::stream::Left;
 use crate::{Limits, Proven, SessionError, Stream};
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
 use h2::{Ping, PingPong};
-use http::Request;
+use http::uri::Authority;
+use http::{Method, Request, Uri};
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
@@ -51,12 +52,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Proven<S> {
         let pipe = Pipe::of_guest(self.pipe, self.read, Box::new(heard));
         let mut builder = Builder::new();
         builder
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(limits.connection_window())
+            .initial_window_size(limits.guest.window)
+            .initial_connection_window_size(limits.connection_window(limits.guest))
             .initial_max_send_streams(limits.opened as usize)
             .max_frame_size(FRAME_BYTES_MAX)
             .max_header_list_size(HEADERS_BYTES_MAX)
-            .max_send_buffer_size(SEND_BUFFER_BYTES)
+            .max_send_buffer_size(limits.guest.unsent)
             .enable_push(false);
         let (requests, mut connection) = builder.handshake(pipe).await.map_err(SessionError::Protocol)?;
         let pings = connection.ping_pong();
@@ -76,18 +77,35 @@ impl Opener {
     /// # Cancel safety
     /// Safe: what was not returned was not opened.
     pub async fn open(&self) -> Result<Stream, SessionError> {
+        self.open_uri(Uri::from_static(AUTHORITY)).await
+    }
+
+    /// A stream to what the host reaches by `host:port`; whether it does, [`Stream::accepted`] tells. Else as
+    /// [`Opener::open`].
+    ///
+    /// # Errors
+    /// [`SessionError`] if the session is over, or this is no authority.
+    ///
+    /// # Cancel safety
+    /// Safe: what was not returned was not opened.
+    pub async fn open_to(&self, authority: &str) -> Result<Stream, SessionError> {
+        let authority = Authority::try_from(authority).map_err(|_| SessionError::Authority)?;
+        self.open_uri(Uri::from(authority)).await
+    }
+
+    async fn open_uri(&self, target: Uri) -> Result<Stream, SessionError> {
         // The semaphore is never closed.
         let permit = Arc::clone(&self.places).acquire_owned().await.map_err(|_| SessionError::Ended)?;
         let mut requests = self.requests.clone().ready().await.map_err(SessionError::Protocol)?;
-        let (answer, send) = requests.send_request(request(), false).map_err(SessionError::Protocol)?;
+        let (answer, send) = requests.send_request(connect(target), false).map_err(SessionError::Protocol)?;
         Ok(Stream::of_guest(send, answer, permit, self.left.clone()))
     }
 }
 
-fn request() -> Request<()> {
+fn connect(target: Uri) -> Request<()> {
     let mut request = Request::new(());
-    *request.method_mut() = http::Method::CONNECT;
-    *request.uri_mut() = http::Uri::from_static(AUTHORITY);
+    *request.method_mut() = Method::CONNECT;
+    *request.uri_mut() = target;
     request
 }
 

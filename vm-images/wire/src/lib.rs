@@ -23,12 +23,12 @@ mod message;
 mod pipe;
 mod stream;
 
-pub use dayfly_guest_config::DOOR_PORT_NAME;
+pub use dayfly_guest_config::{DOOR_PORT_NAME, EGRESS_PORT_NAME};
 pub use guest::{GuestSession, Opener};
 pub use handshake::{HandshakeError, Proven, guest_handshake, host_handshake};
-pub use host::HostSession;
-pub use limits::{AUTHORITY, FILLER_BYTES, Limits, SCANNED_BYTES_MAX};
-pub use stream::Stream;
+pub use host::{Asked, HostSession};
+pub use limits::{AUTHORITY, DNS_AUTHORITY, FILLER_BYTES, Held, Limits, SCANNED_BYTES_MAX};
+pub use stream::{Reading, Stream, Writing};
 
 /// Why there is a session no more, or not yet.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +42,9 @@ pub enum SessionError {
     /// The pipe broke, or what came out of it is no session: as after a restart of the other side.
     #[error("speak over the wire")]
     Protocol(#[source] h2::Error),
+    /// What a stream was to be opened to has no form that could be sent.
+    #[error("a stream's target is no `host:port`")]
+    Authority,
 }
 
 impl SessionError {
@@ -53,6 +56,7 @@ impl SessionError {
             Self::Silent => "silent",
             Self::Protocol(error) if error.is_io() => "broken",
             Self::Protocol(_) => "protocol",
+            Self::Authority => "authority",
         }
     }
 }

@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
-/// The target of each CONNECT. It names nothing that could be resolved: there is one door behind a wire.
+/// The target of each CONNECT to the door. It names nothing that could be resolved: there is one door behind its wire.
 pub const AUTHORITY: &str = "door.dayfly.invalid:80";
+
+/// The target of a stream of DNS messages, where what a job sends out goes over a wire of its own. Each message has its
+/// length in front of it, as over TCP (RFC 1035, 4.2.2).
+pub const DNS_AUTHORITY: &str = "dns.dayfly.invalid:53";
 
 /// What a filler is made of. No frame begins with it: none is so long.
 pub(crate) const FILLER_BYTE: u8 = 0xff;
@@ -30,14 +34,8 @@ pub const SCANNED_BYTES_MAX: usize = 32 * 1024 * 1024;
 /// Proofs that one handshake makes. An honest guest asks for one, and for another if it had to open its port again.
 pub(crate) const PROOFS_MAX: usize = 64;
 
-/// Bytes of one stream that its receiver has not taken yet.
-pub(crate) const STREAM_WINDOW: u32 = 256 * 1024;
-
 /// Headers of one request or answer. Ours have some 60 bytes.
 pub(crate) const HEADERS_BYTES_MAX: u32 = 4 * 1024;
-
-/// What h2 keeps to send for one stream; beyond that a writer waits.
-pub(crate) const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
 /// Streams that were reset here and whose last frames may still come, kept for [`RESETS_KEPT`].
 pub(crate) const RESET_STREAMS_MAX: usize = 64;
@@ -71,6 +69,20 @@ pub struct Limits {
     pub pong: Duration,
     /// Without a byte of the guest, which asks every few seconds, the host ends the session.
     pub silence: Duration,
+    /// What one stream may hold at the host.
+    pub host: Held,
+    /// What one stream may hold at the guest.
+    pub guest: Held,
+}
+
+/// What one stream may hold of the memory of one side, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    /// That came and were not taken yet. The window of the connection holds as much for each stream that there may be,
+    /// so that streams which stand still hold up no other.
+    pub window: u32,
+    /// That were written and have not left yet; beyond that a writer waits.
+    pub unsent: usize,
 }
 
 impl Default for Limits {
@@ -81,13 +93,30 @@ impl Default for Limits {
             ping: Duration::from_secs(5),
             pong: Duration::from_secs(30),
             silence: Duration::from_secs(40),
+            host: Held { window: 256 * 1024, unsent: 256 * 1024 },
+            guest: Held { window: 256 * 1024, unsent: 256 * 1024 },
         }
     }
 }
 
 impl Limits {
-    /// The connection's window: all streams of a session may be full, and one more still gets its bytes.
-    pub(crate) fn connection_window(&self) -> u32 {
-        (self.streams + 4).saturating_mul(STREAM_WINDOW).min(i32::MAX.unsigned_abs())
+    /// Those of the wire by which a job reaches the world: many streams, of which the host may hold little, for it holds
+    /// them for each VM. A thousand that stand still, full both ways, are some 24 MiB there at the very worst; what they
+    /// hold at the guest is the guest's memory.
+    #[must_use]
+    pub fn egress() -> Self {
+        Self {
+            streams: 1024,
+            opened: 1000,
+            host: Held { window: 16 * 1024, unsent: 8 * 1024 },
+            guest: Held { window: 256 * 1024, unsent: 64 * 1024 },
+            ..Self::default()
+        }
+    }
+
+    /// The window of the connection at the side that holds `held`: all streams of a session may be full, and one more
+    /// still gets its bytes.
+    pub(crate) fn connection_window(&self, held: Held) -> u32 {
+        (self.streams + 4).saturating_mul(held.window).min(i32::MAX.unsigned_abs())
     }
 }

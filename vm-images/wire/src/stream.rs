@@ -9,6 +9,7 @@ use crate::limits::{DRAIN, DRAIN_BYTES};
 use bytes::{Buf as _, Bytes};
 use h2::client::ResponseFuture;
 use h2::{Reason, RecvStream, SendStream};
+use http::StatusCode;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -32,12 +33,23 @@ pub struct Stream {
 
 /// The two ways of a stream.
 pub(crate) struct Halves {
-    send: SendStream<Bytes>,
-    receive: Receive,
-    /// We have said that no more comes.
-    ended: bool,
+    reading: Reading,
+    writing: Writing,
     /// Counts until both sides are done with it.
     _permit: Option<OwnedSemaphorePermit>,
+}
+
+/// What comes on a stream, for who says himself when there is room for more.
+pub struct Reading {
+    receive: Receive,
+}
+
+/// What is sent on a stream, for who wants to know first how much of it may go. Dropped before [`Writing::end`] it
+/// resets the stream.
+pub struct Writing {
+    send: SendStream<Bytes>,
+    /// We have said that no more comes.
+    ended: bool,
 }
 
 enum Receive {
@@ -50,8 +62,8 @@ enum Receive {
 impl Stream {
     /// A host's, answered.
     pub(crate) fn of_host(send: SendStream<Bytes>, receive: RecvStream) -> Self {
-        let halves = Halves { send, receive: Receive::Open(receive), ended: false, _permit: None };
-        Self { halves: Some(halves), came: Bytes::new(), left: None }
+        let (reading, writing) = halves(send, receive);
+        Self { halves: Some(Halves { reading, writing, _permit: None }), came: Bytes::new(), left: None }
     }
 
     /// A guest's, not answered yet.
@@ -61,7 +73,11 @@ impl Stream {
         permit: OwnedSemaphorePermit,
         left: mpsc::UnboundedSender<Left>,
     ) -> Self {
-        let halves = Halves { send, receive: Receive::Awaited(answer), ended: false, _permit: Some(permit) };
+        let halves = Halves {
+            reading: Reading { receive: Receive::Awaited(answer) },
+            writing: Writing { send, ended: false },
+            _permit: Some(permit),
+        };
         Self { halves: Some(halves), came: Bytes::new(), left: Some(left) }
     }
 
@@ -69,18 +85,47 @@ impl Stream {
     /// written before may be lost. At once for a host's own.
     ///
     /// # Errors
-    /// The session is over, or the host refuses.
+    /// The session is over, or the host refuses: [`io::ErrorKind::TimedOut`] if what is behind it did not answer in time
+    /// (its 504), [`io::ErrorKind::ConnectionRefused`] for all others.
     ///
     /// # Cancel safety
     /// Safe.
     pub async fn accepted(&mut self) -> io::Result<()> {
-        poll_fn(|cx| self.halves.as_mut().map_or(Poll::Ready(Ok(())), |halves| halves.poll_accepted(cx))).await
+        poll_fn(|cx| self.halves.as_mut().map_or(Poll::Ready(Ok(())), |halves| halves.reading.poll_accepted(cx))).await
     }
+
+    /// Ends both ways at once, as a connection that breaks does: the other side learns that something may be missing.
+    /// A guest's that was not accepted yet is only dropped (see the file).
+    pub fn reset(mut self) {
+        if let Some(halves) = &mut self.halves
+            && !matches!(halves.reading.receive, Receive::Awaited(_))
+        {
+            halves.writing.send.send_reset(Reason::CANCEL);
+            self.halves = None;
+        }
+    }
+}
+
+/// The two ways of a host's stream, answered.
+pub(crate) fn halves(send: SendStream<Bytes>, receive: RecvStream) -> (Reading, Writing) {
+    (Reading { receive: Receive::Open(receive) }, Writing { send, ended: false })
 }
 
 impl std::fmt::Debug for Stream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Stream").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Reading {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reading").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Writing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writing").finish_non_exhaustive()
     }
 }
 
@@ -94,22 +139,27 @@ fn broken(error: h2::Error) -> io::Error {
     }
 }
 
-impl Halves {
+impl Reading {
     fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Receive::Awaited(answer) = &mut self.receive else { return Poll::Ready(Ok(())) };
-        let answer = match ready!(Pin::new(answer).poll(cx)) {
-            Ok(answer) if answer.status().is_success() => answer,
-            refused => {
-                self.receive = Receive::Ended;
-                return Poll::Ready(Err(refused.map_or_else(broken, |_| io::ErrorKind::ConnectionRefused.into())));
+        let refused = match ready!(Pin::new(answer).poll(cx)) {
+            Ok(answer) if answer.status().is_success() => {
+                self.receive = Receive::Open(answer.into_body());
+                return Poll::Ready(Ok(()));
             }
+            Ok(answer) if answer.status() == StatusCode::GATEWAY_TIMEOUT => io::ErrorKind::TimedOut.into(),
+            Ok(_) => io::ErrorKind::ConnectionRefused.into(),
+            Err(error) => broken(error),
         };
-        self.receive = Receive::Open(answer.into_body());
-        Poll::Ready(Ok(()))
+        self.receive = Receive::Ended;
+        Poll::Ready(Err(refused))
     }
 
-    /// The next bytes; none: the other side says no more.
-    fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+    /// The next bytes; none: the other side says no more. They fill its window until they are [`Reading::release`]d.
+    ///
+    /// # Errors
+    /// The other side has reset the stream, or the session is over.
+    pub fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
         loop {
             match &mut self.receive {
                 Receive::Awaited(_) => ready!(self.poll_accepted(cx))?,
@@ -129,14 +179,20 @@ impl Halves {
     }
 
     /// Makes room at the other side for as many more.
-    fn taken(&mut self, count: usize) {
+    pub fn release(&mut self, count: usize) {
         if let Receive::Open(body) = &mut self.receive {
             // It can fail only if more is given back than came.
             let _ = body.flow_control().release_capacity(count);
         }
     }
+}
 
-    fn poll_room(&mut self, cx: &mut Context<'_>, wanted: usize) -> Poll<io::Result<usize>> {
+impl Writing {
+    /// How many of `wanted` bytes may be sent now: at least one, and none of anybody's before it is asked for.
+    ///
+    /// # Errors
+    /// The stream has ended, was reset, or the session is over.
+    pub fn poll_room(&mut self, cx: &mut Context<'_>, wanted: usize) -> Poll<io::Result<usize>> {
         if self.ended {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
@@ -156,7 +212,19 @@ impl Halves {
         }
     }
 
-    fn end(&mut self) -> io::Result<()> {
+    /// Sends these, for which there must be room.
+    ///
+    /// # Errors
+    /// The stream has ended, was reset, or the session is over.
+    pub fn send(&mut self, bytes: Bytes) -> io::Result<()> {
+        self.send.send_data(bytes, false).map_err(broken)
+    }
+
+    /// Says that no more comes.
+    ///
+    /// # Errors
+    /// As [`Writing::send`]; once is enough.
+    pub fn end(&mut self) -> io::Result<()> {
         if self.ended {
             return Ok(());
         }
@@ -164,19 +232,32 @@ impl Halves {
         self.send.reserve_capacity(0);
         self.send.send_data(Bytes::new(), true).map_err(broken)
     }
+
+    /// Ready when the other side wants no more of us, or the session is over.
+    pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        self.send.poll_reset(cx).map(|reset| match reset {
+            Ok(reason) => broken(reason.into()),
+            Err(error) => broken(error),
+        })
+    }
+
+    /// Ends both ways at once, as a connection that breaks does.
+    pub fn reset(mut self) {
+        self.send.send_reset(Reason::CANCEL);
+    }
 }
 
 impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Self { halves: Some(halves), came, .. } = &mut *self else { return Poll::Ready(Ok(())) };
         if came.is_empty() {
-            *came = ready!(halves.poll_bytes(cx))?;
+            *came = ready!(halves.reading.poll_bytes(cx))?;
         }
         let count = came.len().min(into.remaining());
         into.put_slice(&came[..count]);
         came.advance(count);
         if count > 0 {
-            halves.taken(count);
+            halves.reading.release(count);
         }
         Poll::Ready(Ok(()))
     }
@@ -188,8 +269,8 @@ impl AsyncWrite for Stream {
         if bytes.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        let room = ready!(halves.poll_room(cx, bytes.len()))?;
-        halves.send.send_data(Bytes::copy_from_slice(&bytes[..room]), false).map_err(broken)?;
+        let room = ready!(halves.writing.poll_room(cx, bytes.len()))?;
+        halves.writing.send(Bytes::copy_from_slice(&bytes[..room]))?;
         Poll::Ready(Ok(room))
     }
 
@@ -200,14 +281,14 @@ impl AsyncWrite for Stream {
 
     /// Ends our way.
     fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.halves.as_mut().map_or(Ok(()), Halves::end))
+        Poll::Ready(self.halves.as_mut().map_or(Ok(()), |halves| halves.writing.end()))
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
         let (Some(mut halves), Some(left)) = (self.halves.take(), self.left.take()) else { return };
-        halves.taken(self.came.len());
+        halves.reading.release(self.came.len());
         // Where the session is over, there is nothing to end.
         let _ = left.send(Left::new(halves));
     }
@@ -224,7 +305,7 @@ pub(crate) struct Left {
 impl Left {
     fn new(mut halves: Halves) -> Self {
         // An error says that it is over, which `poll_end` sees.
-        let _ = halves.end();
+        let _ = halves.writing.end();
         Self { halves, drained: 0, patience: None }
     }
 
@@ -232,13 +313,13 @@ impl Left {
     /// not at its end when it is dropped.
     pub(crate) fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            let bytes = self.halves.poll_bytes(cx);
-            if self.patience.is_none() && !matches!(self.halves.receive, Receive::Awaited(_)) {
+            let bytes = self.halves.reading.poll_bytes(cx);
+            if self.patience.is_none() && !matches!(self.halves.reading.receive, Receive::Awaited(_)) {
                 self.patience = Some(Box::pin(sleep(DRAIN)));
             }
             match bytes {
                 Poll::Ready(Ok(bytes)) if !bytes.is_empty() => {
-                    self.halves.taken(bytes.len());
+                    self.halves.reading.release(bytes.len());
                     self.drained += bytes.len();
                     if self.drained > DRAIN_BYTES {
                         return Poll::Ready(());
