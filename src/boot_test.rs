@@ -73,6 +73,8 @@ pub struct Booted {
     pub info: RunnerInfo,
     /// The guest contract that its guest program speaks.
     pub contract: u32,
+    /// Whether it can do without a network card.
+    pub relay: bool,
     /// From the order to the guest's first request.
     pub took: Duration,
 }
@@ -81,7 +83,7 @@ impl Booted {
     /// What goes into the image's manifest.
     #[must_use]
     pub fn learnt(&self) -> Learnt {
-        Learnt { info: self.info.0.get().to_owned(), contract: self.contract }
+        Learnt { info: self.info.0.get().to_owned(), contract: self.contract, relay: self.relay }
     }
 }
 
@@ -243,13 +245,19 @@ impl BootTest<'_> {
             machine.leave().await;
         }
         match booted {
-            Ok(Ok((info, contract))) => Ok(Booted { info, contract, took: since.elapsed() }),
+            Ok(Ok((info, Spoken { contract, relay }))) => Ok(Booted { info, contract, relay, took: since.elapsed() }),
             Ok(Err(Early::Failed(error))) => Err(BootTestError::Start(error)),
             Ok(Err(Early::Ended)) => Err(BootTestError::Ended(console)),
             Ok(Err(Early::NoInfo)) => Err(BootTestError::NoInfo),
             Err(_) => Err(BootTestError::Silent { within: self.deadline, console }),
         }
     }
+}
+
+/// What a guest has said that it can.
+struct Spoken {
+    contract: u32,
+    relay: bool,
 }
 
 enum Early {
@@ -263,9 +271,9 @@ async fn wait(
     asked: &mut mpsc::Receiver<GuestEvent>,
     since: Instant,
     progress: &mut (dyn FnMut(&str) + Send),
-) -> Result<(RunnerInfo, u32), Early> {
+) -> Result<(RunnerInfo, Spoken), Early> {
     // What a guest speaks that does not say.
-    let mut contract = 1;
+    let mut spoken = Spoken { contract: 1, relay: false };
     loop {
         let phase = tokio::select! {
             biased;
@@ -274,7 +282,7 @@ async fn wait(
                 Some(GuestEvent::AsksForJob { info, reply }) => {
                     // The answer is 204; nobody minds if the guest is gone by then.
                     let _ = reply.send(None);
-                    return info.map(|info| (info, contract)).ok_or(Early::NoInfo);
+                    return info.map(|info| (info, spoken)).ok_or(Early::NoInfo);
                 }
                 Some(GuestEvent::Greeted) => "guest has shown its pass",
                 _ => continue,
@@ -285,8 +293,8 @@ async fn wait(
                 Some(MachineEvent::Report(Report::Ready)) => "guest is up",
                 Some(MachineEvent::Report(Report::Applied)) => "guest has its identity",
                 Some(MachineEvent::Report(Report::RunnerStarted)) => "gitlab-runner started",
-                Some(MachineEvent::Report(Report::Contract(spoken))) => {
-                    contract = spoken;
+                Some(MachineEvent::Report(Report::Contract { contract, relay })) => {
+                    spoken = Spoken { contract, relay };
                     continue;
                 }
                 Some(MachineEvent::Report(Report::Failed(text))) => {

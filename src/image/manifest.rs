@@ -17,6 +17,9 @@ pub const FORMAT_VERSION: u32 = 1;
 /// File name of the manifest in its image's directory.
 pub const MANIFEST_FILE: &str = "image.toml";
 
+/// The word of [`Manifest::networks`] for an image whose machines can do without a network card.
+const RELAY: &str = "relay";
+
 /// An image in words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -37,6 +40,9 @@ pub struct Manifest {
     pub contract: u32,
     /// Executor that the runner's config.toml names: `shell`.
     pub executor: String,
+    /// The networks that it can be given besides one with a card: `relay`. Learnt by the boot test.
+    #[serde(default)]
+    pub networks: Vec<String>,
     /// What the image's runner sends as `info` when it asks for a job, raw JSON; learnt by the boot
     /// test. Without it the image has not been tested and takes no jobs.
     #[serde(default)]
@@ -117,6 +123,8 @@ pub struct Learnt {
     pub info: String,
     /// The guest contract that its guest program speaks.
     pub contract: u32,
+    /// Whether it can do without a network card.
+    pub relay: bool,
 }
 
 /// One file of an image.
@@ -154,6 +162,13 @@ impl Manifest {
     pub fn learn(&mut self, learnt: Learnt) {
         self.info = Some(learnt.info);
         self.contract = learnt.contract;
+        self.networks = learnt.relay.then(|| RELAY.to_owned()).into_iter().collect();
+    }
+
+    /// Whether a machine of it can do without a network card.
+    #[must_use]
+    pub fn can_relay(&self) -> bool {
+        self.networks.iter().any(|network| network == RELAY)
     }
 
     /// Why no job can run in it, if that is so by the contract of its guest program.
@@ -258,6 +273,9 @@ impl Manifest {
         optional(&mut document, "cmdline", self.cmdline.as_deref());
         document["contract"] = value(i64::from(self.contract));
         document["executor"] = value(&self.executor);
+        if !self.networks.is_empty() {
+            document["networks"] = value(self.networks.iter().collect::<toml_edit::Array>());
+        }
         optional(&mut document, "info", self.info.as_deref());
 
         let mut runner = Table::new();
@@ -314,6 +332,7 @@ pub(super) mod tests {
             cmdline: Some("root=/dev/vda \"quoted\"".into()),
             contract: dayfly_guest_config::CONTRACT,
             executor: "shell".into(),
+            networks: vec![RELAY.into()],
             info: Some(r#"{"name":"gitlab-runner","features":{"trace_reset":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),
@@ -339,9 +358,12 @@ pub(super) mod tests {
     fn a_manifest_reads_back_as_it_was_written() {
         let mut manifest = example();
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
+        assert!(manifest.to_text().contains("\nnetworks = [\"relay\"]\n") && manifest.can_relay());
         manifest.boot = BootKind::Disk;
         (manifest.cmdline, manifest.kernel, manifest.initrd, manifest.info, manifest.runner.revision) =
             (None, None, None, None, None);
+        manifest.learn(Learnt { info: "{}".into(), contract: 2, relay: false });
+        assert!(!manifest.to_text().contains("networks") && !manifest.can_relay());
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
     }
 

@@ -153,6 +153,7 @@ impl Lease {
                 address: "10.0.2.15/24".into(),
                 gateway: Ipv4Addr::new(10, 0, 2, 2).into(),
                 dns: vec![Ipv4Addr::new(10, 0, 2, 3).into()],
+                relay: false,
             },
         }
     }

@@ -22,13 +22,16 @@ pub(super) fn inspect(store: &ImageStore, name: &str, json: bool) -> anyhow::Res
         serde_json::to_string_pretty(&whole)?.lines().for_each(say);
         return Ok(());
     }
-    let Manifest { build, disk, contract, .. } = &image.manifest;
+    let Manifest { build, disk, contract, networks, .. } = &image.manifest;
     say(&format!("{}  {}", version(&image), describe(&image)));
     say(&format!("digest     {}", image.digest()));
     say(&format!("directory  {}", image.dir.display()));
     say(&format!("made of    {}, kernel {}, {} packages", build.suite, build.kernel, build.packages.len()));
     say(&format!("disk       {} MiB in its file, {} GiB for a job at least", disk.bytes >> 20, image.disk_bytes >> 30));
     say(&format!("contract   {contract}"));
+    if !networks.is_empty() {
+        say(&format!("networks   {}", networks.join(", ")));
+    }
     for (at, version) in versions.iter().enumerate() {
         say(&format!("version    {version}{}", if at == 0 { " (in use)" } else { "" }));
     }

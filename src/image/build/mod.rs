@@ -302,6 +302,8 @@ async fn fill(
         // The guest program is of this installation, and the boot test asks it.
         contract: dayfly_guest_config::CONTRACT,
         executor: inputs.executor.clone(),
+        // As `info`, the boot test learns it.
+        networks: Vec::new(),
         info: None,
         runner,
         disk,

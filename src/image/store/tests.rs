@@ -113,7 +113,7 @@ fn a_version_is_found_by_what_is_in_it() {
     let (_dir, store) = store();
     let reference = |image: &Image| crate::machine_spec::ImageRef { name: "shell".into(), digest: image.digest() };
     let first = promote(&store, b"one");
-    store.learn(&first, Learnt { info: r#"{"name":"gitlab-runner"}"#.into(), contract: 1 }).unwrap();
+    store.learn(&first, Learnt { info: r#"{"name":"gitlab-runner"}"#.into(), contract: 1, relay: true }).unwrap();
     let tested = store.get("shell").unwrap();
     assert_eq!(tested.digest(), first.digest(), "what a boot test learns makes no other image");
     let second = promote(&store, b"two");

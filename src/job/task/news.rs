@@ -93,7 +93,7 @@ impl Job {
             }
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
-            Report::Contract(_) | Report::RunnerConnected => tracing::debug!(%report, "guest reports"),
+            Report::Contract { .. } | Report::RunnerConnected => tracing::debug!(%report, "guest reports"),
             Report::RunnerExited(code) => {
                 tracing::debug!(code, "guest reports the end of its runner");
                 self.seen.runner_exited = Some(code);

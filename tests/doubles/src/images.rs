@@ -28,6 +28,7 @@ pub fn image() -> Image {
             cmdline: None,
             contract: dayfly_guest_config::CONTRACT,
             executor: "shell".into(),
+            networks: Vec::new(),
             info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),

@@ -60,7 +60,7 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
 /// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`]; it may ask for the time ([`ClockQuestion`]) |
-/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does |
+/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
@@ -118,6 +118,10 @@ pub struct GuestNetwork {
     pub gateway: IpAddr,
     /// Name servers for resolv.conf; empty: resolution is off, and the file says so.
     pub dns: Vec<IpAddr>,
+    /// There is no network card: `address` is on `lo`, and what the machine sends out goes over a virtio-serial port
+    /// of its own. Only for a guest whose [`Report::Contract`] says that it can.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub relay: bool,
 }
 
 /// How the guest starts its runner.
@@ -195,9 +199,12 @@ mod tests {
     use serde_json::Value;
     use std::collections::BTreeSet;
 
-    /// One config a contract, as its daemons write it: never edited, only added to.
-    const GOLDEN: [(u32, &str); 2] =
-        [(2, include_str!("../golden/contract-2.json")), (3, include_str!("../golden/contract-3.json"))];
+    /// The configs of each contract, as its daemons write them: never edited, only added to.
+    const GOLDEN: [(u32, &str); 3] = [
+        (2, include_str!("../golden/contract-2.json")),
+        (3, include_str!("../golden/contract-3.json")),
+        (3, include_str!("../golden/contract-3-relay.json")),
+    ];
 
     fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
         if let Value::Object(object) = value {
@@ -224,6 +231,7 @@ mod tests {
             assert_eq!((config.version, config.vm.as_str()), (contract, "abcdefghijklmnop"));
             let again = config.to_line();
             assert_eq!(members_of(&again), members_of(line.as_bytes()), "contract {contract}");
+            assert_eq!(config.network.relay, line.contains("\"relay\":true"));
         }
     }
 

@@ -8,13 +8,21 @@ use std::fmt;
 /// Bytes of one report line at most, its line break not counted.
 pub const REPORT_LINE_MAX: usize = 4096;
 
+/// What a guest adds to its contract if it can do without a network card.
+const RELAY_WORD: &str = "relay";
+
 /// One report of the guest program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
     /// The guest program runs and waits for its config.
     Ready,
-    /// The contract that it speaks; one that says nothing speaks the first.
-    Contract(u32),
+    /// What it can; one that says nothing speaks the first contract, and has a network card or no network.
+    Contract {
+        /// The contract that it speaks.
+        contract: u32,
+        /// Whether its kernel can give a machine without a card its network ([`crate::GuestNetwork::relay`]).
+        relay: bool,
+    },
     /// Identity, network and files are in place.
     Applied,
     /// The guest runner has been started.
@@ -34,7 +42,11 @@ impl Report {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         Some(match word {
             "ready" => Self::Ready,
-            "contract" => Self::Contract(rest.parse().ok()?),
+            "contract" => {
+                // A later guest may say more.
+                let mut words = rest.split(' ');
+                Self::Contract { contract: words.next()?.parse().ok()?, relay: words.any(|word| word == RELAY_WORD) }
+            }
             "applied" => Self::Applied,
             "runner-started" => Self::RunnerStarted,
             "runner-connected" => Self::RunnerConnected,
@@ -49,7 +61,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ready => f.write_str("ready"),
-            Self::Contract(contract) => write!(f, "contract {contract}"),
+            Self::Contract { contract, relay: false } => write!(f, "contract {contract}"),
+            Self::Contract { contract, relay: true } => write!(f, "contract {contract} {RELAY_WORD}"),
             Self::Applied => f.write_str("applied"),
             Self::RunnerStarted => f.write_str("runner-started"),
             Self::RunnerConnected => f.write_str("runner-connected"),
@@ -70,7 +83,8 @@ mod tests {
     fn a_report_reads_back_as_it_was_written() {
         for report in [
             Report::Ready,
-            Report::Contract(2),
+            Report::Contract { contract: 2, relay: false },
+            Report::Contract { contract: 3, relay: true },
             Report::Applied,
             Report::RunnerStarted,
             Report::RunnerConnected,
@@ -80,6 +94,19 @@ mod tests {
             assert_eq!(Report::parse(&report.to_string()), Some(report));
         }
         assert_eq!(Report::parse("reboot now"), None);
+        for bad in ["contract", "contract relay", "contract -1 relay", "contract  3"] {
+            assert_eq!(Report::parse(bad), None, "{bad}");
+        }
+    }
+
+    /// U5: a guest of a later dayfly may say more of itself.
+    #[test]
+    fn words_that_are_not_known_are_passed_over() {
+        let relay = |line| match Report::parse(line) {
+            Some(Report::Contract { contract: 3, relay }) => relay,
+            other => panic!("{line}: {other:?}"),
+        };
+        assert!(relay("contract 3 bridge relay tap") && !relay("contract 3 relays") && !relay("contract 3 "));
     }
 
     #[test]

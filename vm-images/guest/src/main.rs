@@ -221,7 +221,7 @@ fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line
     match channel::read_lines(reporter, lines) {
         Ok(()) => {
             reporter.report(Report::Ready);
-            reporter.report(Report::Contract(CONTRACT));
+            reporter.report(Report::Contract { contract: CONTRACT, relay: false });
             let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
             Ok((config, Some(inbox)))
         }

@@ -22,6 +22,7 @@ fn config() -> GuestConfig {
             address: "10.0.2.15/24".into(),
             gateway: "10.0.2.2".parse().unwrap(),
             dns: vec!["10.0.2.3".parse().unwrap()],
+            relay: false,
         },
         runner: GuestRunner {
             config_toml: "concurrent = 1\n".into(),
