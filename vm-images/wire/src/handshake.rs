@@ -2,18 +2,22 @@
 //!
 //! Neither side knows when the other begins to listen, or what of an earlier session is still to come. So the host says
 //! hello again and again, both look for each other's words in whatever comes, and nonces tell this session's from
-//! others'. A guest may open its port anew at any time before `start`, which throws away what lay in it: the host's
+//! others'. A guest that begins to listen is heard by its filler, and is said hello to at once; to a silent one, which
+//! boots for seconds or has nobody in it, the host says it ever more seldom. A guest may open its port anew at any time before `start`, which throws away what lay in it: the host's
 //! next hello begins again with the guest's next nonce.
 //!
 //! Bounded in bytes and memory here; in time by whoever calls, for only the caller knows what a guest does meanwhile.
 
-use crate::limits::{FILLER_BYTE, FILLER_BYTES, HELLO_PERIOD, HELLOS_A_FILLER, PROOFS_MAX, SCANNED_BYTES_MAX};
+use crate::limits::{
+    FILLER_BYTE, FILLER_BYTES, FILLER_PERIOD, HELLO_PERIOD, HELLO_PERIOD_MAX, PROOFS_MAX, SCANNED_BYTES_MAX,
+};
 use crate::message::{Message, Scanner};
 use bytes::{Bytes, BytesMut};
 use dayfly_guest_config::{Nonce, Pass, SessionProofs};
 use std::io;
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf, split};
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, sleep_until};
 
 /// Bytes a read. A port gives 4 KiB at a time, its socket what has come together.
 const READ_BYTES: usize = 16 * 1024;
@@ -86,9 +90,7 @@ pub async fn host_handshake<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<Proven<S>, HandshakeError> {
     let door = nonce;
     let mut line = Line::new(pipe);
-    let mut hellos = interval(HELLO_PERIOD);
-    hellos.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut said = 0;
+    let mut hellos = Hellos::new();
     let mut current: Option<(Nonce, SessionProofs)> = None;
     let mut proven = 0;
     let proofs = loop {
@@ -96,19 +98,20 @@ pub async fn host_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         let more = tokio::select! {
             biased;
             more = line.turn() => more?,
-            _ = hellos.tick() => {
+            () = sleep_until(hellos.next) => {
+                let filler = hellos.said();
                 // A full pipe has enough of them in it.
                 if line.unwritten.is_empty() {
-                    if said % HELLOS_A_FILLER == 0 {
+                    if filler {
                         line.filler();
                     }
                     line.say(&Message::Hello { door });
-                    said += 1;
                 }
                 continue;
             }
         };
         let Some(count) = more else { continue };
+        hellos.heard();
         let Line { scanner, read, unwritten, .. } = &mut line;
         let found = scanner.find(&read[..count], |message| match message {
             Message::Answer { door: of, relay } if of == door => {
@@ -185,6 +188,43 @@ pub async fn guest_handshake<S: AsyncRead + AsyncWrite + Unpin>(
         if let Some(found) = found {
             found?;
             return line.finish().await;
+        }
+    }
+}
+
+/// When the host says hello.
+struct Hellos {
+    next: Instant,
+    last: Option<Instant>,
+    period: Duration,
+    filler: Instant,
+}
+
+impl Hellos {
+    /// Now first.
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { next: now, last: None, period: HELLO_PERIOD, filler: now }
+    }
+
+    /// One is said now. Whether the filler goes before it.
+    fn said(&mut self) -> bool {
+        let now = Instant::now();
+        self.last = Some(now);
+        self.next = now + self.period;
+        self.period = (self.period * 2).min(HELLO_PERIOD_MAX);
+        let filler = now >= self.filler;
+        if filler {
+            self.filler = now + FILLER_PERIOD;
+        }
+        filler
+    }
+
+    /// Something has come: whoever wrote it may listen now.
+    fn heard(&mut self) {
+        self.period = HELLO_PERIOD;
+        if let Some(last) = self.last {
+            self.next = self.next.min(last + HELLO_PERIOD);
         }
     }
 }

@@ -19,13 +19,16 @@ pub const FILLER_BYTES: usize = 17 * 1024;
 /// Payload of one frame, either way: HTTP/2's smallest maximum.
 pub(crate) const FRAME_BYTES_MAX: u32 = 16 * 1024;
 
-/// Between two hellos. Nothing else tells a host when its guest has begun to listen, so a session's beginning waits
-/// this long at worst; a hello has 33 bytes.
+/// Between two hellos to a guest that was heard: what a session's beginning waits at worst.
 pub(crate) const HELLO_PERIOD: Duration = Duration::from_millis(25);
 
-/// Each so many hellos the filler comes again, for a guest whose old session read neither the end of the pipe nor the
-/// first filler whole. 1.6 s; a guest that boots for a minute finds 600 KiB of it.
-pub(crate) const HELLOS_A_FILLER: u32 = 64;
+/// Between two hellos to one that is silent; each pause is twice the last. A guest that begins to listen says so by its
+/// filler, unless that went to the host before: then the pauses have just begun again.
+pub(crate) const HELLO_PERIOD_MAX: Duration = Duration::from_secs(1);
+
+/// The filler comes again with the next hello after this time, for a guest whose old session read neither the end of the
+/// pipe nor the first filler whole. A guest that boots for a minute finds 600 KiB of it.
+pub(crate) const FILLER_PERIOD: Duration = Duration::from_millis(1600);
 
 /// Bytes that a handshake reads in search of the other side's words. A port and its socket hold some 5 MB of an
 /// earlier session.

@@ -119,6 +119,31 @@ async fn a_silent_guest_costs_a_host_no_more_than_the_pipe_holds() {
     guest.unwrap();
 }
 
+/// A guest that opens its port late throws away what lay in it, hellos too: its own filler brings the next one. And what
+/// a host says meanwhile to nobody is little.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_comes_late_is_said_hello_to_at_once() {
+    let door = pass(1);
+    let (host, mut port) = duplex(16 * 1024 * 1024);
+    let late = async {
+        let boot = Duration::from_secs(60);
+        tokio::time::sleep(boot).await;
+        let mut thrown_away = 0;
+        let mut buffer = vec![0; 1024 * 1024];
+        while let Ok(count) = timeout(Duration::ZERO, port.read(&mut buffer)).await {
+            thrown_away += count.unwrap();
+        }
+        let since = tokio::time::Instant::now();
+        let proven = guest_handshake(port, &door, nonce(3)).await;
+        (thrown_away, since.elapsed(), proven)
+    };
+    let (host, (thrown_away, took, guest)) = tokio::join!(host_handshake(host, &door, nonce(2)), late);
+    host.unwrap();
+    guest.unwrap();
+    assert!(took <= Duration::from_millis(30), "{took:?}");
+    assert!((FILLER_BYTES * 2..700 * 1024).contains(&thrown_away), "{thrown_away}");
+}
+
 #[tokio::test]
 async fn whoever_floods_a_handshake_is_left() {
     // Bytes that are nothing, bytes that are nearly something, and answers with ever new nonces.
