@@ -6,11 +6,9 @@
 //! door that knows nothing but the greeting waits for its runner's first line. The overlay is there
 //! before the clock starts.
 
+use crate::byhand::Told;
 use crate::watched::FIRST_REQUEST;
-use dayfly::clock::Clock;
-use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
-use dayfly::network::{Lease, Mode};
+use dayfly::network::Lease;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::vm::disks::Disks;
@@ -46,37 +44,12 @@ pub(crate) async fn boot(disks: &Disks, dayflys: &VmSpec, executor: &str, limit:
     disks.create(&spec.overlay, &spec.base, 1).await.map_err(|error| dayfly::telemetry::chain(&error))?;
     let lease = Lease::User { port: PORT };
     let listener = TcpListener::bind(("127.0.0.1", PORT)).await.map_err(|error| format!("listen: {error}"))?;
-    let url = url::Url::parse("https://gitlab.example").map_err(|error| error.to_string())?;
-    let machine = MachineSpec {
-        image: ImageRef { name: "image".into(), digest: String::new() },
-        contract: dayfly_guest_config::CONTRACT,
+    let told = Told {
+        clone_url: url::Url::parse("https://gitlab.example").map_err(|error| error.to_string())?,
+        token: Secret::new("glrt-123456789abcdefghijk"),
         executor: executor.to_owned(),
-        cpus: spec.cpus,
-        memory_mib: spec.memory_mib,
-        disk_gib: 1,
-        run_as_root: false,
-        network: Mode::User,
-        runner: GuestRunnerSpec {
-            name: "runner".into(),
-            token: Secret::new("glrt-123456789abcdefghijk"),
-            clone_url: url,
-            ca_pem: None,
-            direct_download: false,
-            settings: GuestSettings::default(),
-        },
     };
-    let minutes = Duration::from_secs(600);
-    let parts = GuestParts {
-        vm: &spec.id,
-        lease: &lease,
-        spec: &machine,
-        installation_machine_id: &new_machine_id(&rng),
-        wait_timeout: minutes,
-        door_patience: minutes,
-        power_off_after: minutes,
-        log_mib_max: 4,
-    };
-    let config = guest_config(&parts, &Clock::system(), &rng);
+    let config = told.config(&spec, &lease, &rng);
     let pass = Pass::from_text(&config.pass).ok_or("a config without a pass")?;
     let channel = VmSpec::channel_socket(&spec.socket_dir, &spec.id);
     let console = VmSpec::console_socket(&spec.socket_dir, &spec.id);
@@ -131,20 +104,23 @@ async fn first_request(listener: &TcpListener, pass: &Pass, rng: &Rng) -> std::i
 }
 
 async fn greet_and_read(stream: TcpStream, pass: &Pass, rng: &Rng) -> std::io::Result<bool> {
+    let Some(mut stream) = greet(stream, pass, rng).await? else { return Ok(false) };
+    let mut line = String::new();
+    stream.read_line(&mut line).await?;
+    Ok(line.starts_with(FIRST_REQUEST))
+}
+
+/// The greeting of a relay that reaches its door by TCP; `None` for anybody else.
+pub(crate) async fn greet(stream: TcpStream, pass: &Pass, rng: &Rng) -> std::io::Result<Option<BufReader<TcpStream>>> {
     stream.set_nodelay(true)?;
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
     stream.read_line(&mut line).await?;
-    let Ok(greeting) = Greeting::door(pass, rng.bytes(), line.trim_end()) else { return Ok(false) };
+    let Ok(greeting) = Greeting::door(pass, rng.bytes(), line.trim_end()) else { return Ok(None) };
     stream.write_all(format!("{}\r\n", greeting.door_line()).as_bytes()).await?;
     line.clear();
     stream.read_line(&mut line).await?;
-    if greeting.finish(line.trim_end()).is_err() {
-        return Ok(false);
-    }
-    line.clear();
-    stream.read_line(&mut line).await?;
-    Ok(line.starts_with(FIRST_REQUEST))
+    Ok(greeting.finish(line.trim_end()).is_ok().then_some(stream))
 }
 
 /// QEMU's command line for this machine.

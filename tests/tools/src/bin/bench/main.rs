@@ -1,17 +1,21 @@
-//! `bench daemon`, `bench frozen`, `bench proxy`, `bench start` and `bench latency`: what a daemon weighs, what it
-//! weighs while its disk hangs, what it costs to go through it, what a cold start costs, and when GitLab sees what.
+//! `bench daemon`, `bench frozen`, `bench proxy`, `bench start`, `bench latency` and `bench wire`: what a daemon weighs,
+//! what it weighs while its disk hangs, what it costs to go through it, what a cold start costs, when GitLab sees what,
+//! and how much goes over a guest's wire.
 //!
 //! The last lines are figures, `figure NAME NUMBER UNIT`; it fails if something could not be measured.
 
 mod bare;
+mod byhand;
 mod daemon;
 mod figures;
 mod frozen;
 mod guest;
 mod latency;
+mod process;
 mod proxy;
 mod start;
 mod watched;
+mod wire;
 
 use std::process::ExitCode;
 
@@ -19,7 +23,8 @@ const USAGE: &str = "usage: bench daemon [--vms N]
        bench frozen [--seconds N] [--mount DIRECTORY]
        bench proxy [--mib N] [--pairs N]
        bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
-       bench latency [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
+       bench latency [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
+       bench wire [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -69,6 +74,13 @@ async fn main() -> ExitCode {
             let read = options(rest, &["--pairs", "--images", "--image", "--accel"]);
             match read.and_then(|options| start::Wanted::read(&options, ("--pairs", 10))) {
                 Some(wanted) => latency::measure(&wanted).await,
+                None => return usage(),
+            }
+        }
+        ["wire", rest @ ..] => {
+            let read = options(rest, &["--pairs", "--images", "--image", "--accel"]);
+            match read.and_then(|options| start::Wanted::read(&options, ("--pairs", 5))) {
+                Some(wanted) => wire::measure(&wanted).await,
                 None => return usage(),
             }
         }

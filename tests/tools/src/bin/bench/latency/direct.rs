@@ -3,143 +3,19 @@
 //! The domain is made of dayfly's own spec by the same hypervisor, and the guest gets a config like any other. Only
 //! its runner's config.toml names GitLab itself, as the guest reaches it, and GitLab's token: no relay, no door.
 
-use dayfly::clock::Clock;
-use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
-use dayfly::network::{Lease, Mode};
-use dayfly::rng::Rng;
-use dayfly::secret::Secret;
-use dayfly::telemetry::chain;
-use dayfly::vm::{Host, Stream, VmId, VmName, VmSpec};
-use dayfly_guest_config::{GuestConfig, RELAY_URL};
-use dayfly_test_tools::host::DISK_GIB;
-use std::time::Duration;
-use tempfile::TempDir;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::task::JoinSet;
-use tokio::time::sleep;
-use url::Url;
+use crate::byhand::{ByHand, Told};
+use dayfly::network::Lease;
+use dayfly::vm::{Host, VmSpec};
+use dayfly_guest_config::RELAY_URL;
 
-/// Between two tries to open a wire.
-const GLANCE: Duration = Duration::from_millis(20);
-
-/// The guest's own patience, each kind of it: longer than any run.
-const PATIENCE: Duration = Duration::from_secs(1800);
-
-/// What a runner without dayfly is told.
-pub(super) struct Registered {
-    /// GitLab, as the guest reaches it.
-    pub(super) url: Url,
-    pub(super) token: Secret,
-    /// The image's executor.
-    pub(super) executor: String,
-}
-
-/// A machine that runs one job for GitLab itself.
-pub(super) struct Direct {
-    host: Host,
-    spec: VmSpec,
-    // Dropped with this: the guest's wires, and the folder.
-    _wires: JoinSet<()>,
-    _dir: TempDir,
-}
-
-impl Direct {
-    /// Starts a machine like dayfly's.
-    pub(super) async fn start(host: &Host, dayflys: &VmSpec, registered: &Registered) -> Result<Self, String> {
-        // A short path: unix sockets end at 107 bytes.
-        let dir = tempfile::Builder::new().prefix("df-direct-").tempdir_in("/tmp");
-        let dir = dir.map_err(|error| format!("make a directory: {error}"))?;
-        let rng = Rng::system();
-        let id = VmId::random(&rng);
-        let spec = VmSpec {
-            overlay: dir.path().join(format!("df-{id}.qcow2")),
-            id,
-            // Nobody's: the daemon beside it leaves it alone.
-            installation: VmId::random(&rng),
-            bound: None,
-            socket_dir: dir.path().to_owned(),
-            ..dayflys.clone()
-        };
-        host.disks.create(&spec.overlay, &spec.base, DISK_GIB).await.map_err(|error| chain(&error))?;
-        host.hypervisor.start(&spec).await.map_err(|error| chain(&error))?;
-        let mut wires = JoinSet::new();
-        wires.spawn(serve_wires(host.clone(), spec.clone(), config(&spec, registered, &rng)));
-        Ok(Self { host: host.clone(), spec, _wires: wires, _dir: dir })
-    }
-
-    /// Ends it.
-    pub(super) async fn end(self) -> Result<(), String> {
-        let name = VmName::from(self.spec.id.clone());
-        self.host.hypervisor.destroy(&name).await.map_err(|error| chain(&error))
-    }
-}
-
-/// Hands the guest its config and drains what it says, or it would stand still.
-async fn serve_wires(host: Host, spec: VmSpec, config: GuestConfig) {
-    let mut channel = opened(&host, &spec, Wire::Channel).await;
-    let mut console = opened(&host, &spec, Wire::Console).await;
-    // A guest without a config shows in time: its job does not start.
-    let _ = channel.write_all(&config.to_line()).await;
-    tokio::join!(drain(&mut *channel), drain(&mut *console));
-}
-
-#[derive(Clone, Copy)]
-enum Wire {
-    Channel,
-    Console,
-}
-
-async fn opened(host: &Host, spec: &VmSpec, wire: Wire) -> Box<dyn Stream> {
-    loop {
-        let open = match wire {
-            Wire::Channel => host.sockets.channel(&spec.socket_dir, &spec.id).await,
-            Wire::Console => host.sockets.console(&spec.socket_dir, &spec.id).await,
-        };
-        match open {
-            Ok(stream) => return stream,
-            Err(_) => sleep(GLANCE).await,
-        }
-    }
-}
-
-async fn drain(stream: &mut dyn Stream) {
-    let mut buffer = [0; 4096];
-    while let Ok(1..) = stream.read(&mut buffer).await {}
-}
-
-fn config(spec: &VmSpec, registered: &Registered, rng: &Rng) -> GuestConfig {
-    let machine = MachineSpec {
-        image: ImageRef { name: "image".into(), digest: String::new() },
-        contract: dayfly_guest_config::CONTRACT,
-        executor: registered.executor.clone(),
-        cpus: spec.cpus,
-        memory_mib: spec.memory_mib,
-        disk_gib: DISK_GIB,
-        run_as_root: false,
-        network: Mode::User,
-        runner: GuestRunnerSpec {
-            name: "runner".into(),
-            token: registered.token.clone(),
-            clone_url: registered.url.clone(),
-            ca_pem: None,
-            direct_download: false,
-            settings: GuestSettings::default(),
-        },
-    };
-    let parts = GuestParts {
-        vm: &spec.id,
+/// A machine like dayfly's that runs one job for GitLab itself: `told` says where, as the guest reaches it.
+pub(super) async fn start(host: &Host, dayflys: &VmSpec, told: &Told) -> Result<ByHand, String> {
+    ByHand::start(host, dayflys, |spec, rng| {
         // Nobody is there, and nobody asks: the runner never goes to the relay.
-        lease: &Lease::User { port: 1 },
-        spec: &machine,
-        installation_machine_id: &new_machine_id(rng),
-        wait_timeout: PATIENCE,
-        door_patience: PATIENCE,
-        power_off_after: PATIENCE,
-        log_mib_max: 4,
-    };
-    let mut config = guest_config(&parts, &Clock::system(), rng);
-    let gitlab = registered.url.as_str().trim_end_matches('/');
-    config.runner.config_toml = config.runner.config_toml.replace(RELAY_URL, gitlab);
-    config
+        let mut config = told.config(spec, &Lease::User { port: 1 }, rng);
+        let gitlab = told.clone_url.as_str().trim_end_matches('/');
+        config.runner.config_toml = config.runner.config_toml.replace(RELAY_URL, gitlab);
+        config
+    })
+    .await
 }

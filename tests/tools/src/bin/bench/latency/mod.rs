@@ -22,7 +22,9 @@ mod direct;
 mod script;
 mod times;
 
+use crate::byhand::Told;
 use crate::figures::{Spread, figure, say};
+use crate::process::of_machine;
 use crate::start::Wanted;
 use crate::watched::{StopWatch, WatchedDoors, watched};
 use dayfly::clock::Clock;
@@ -37,7 +39,6 @@ use dayfly::vm::Config;
 use dayfly::vm::libvirt::Libvirt;
 use dayfly_exec::standin::{JobState, ProjectId, Standin, serve};
 use dayfly_test_tools::host::{Choice, Host};
-use direct::{Direct, Registered};
 use script::{END, HOST, Pauses, Stamps};
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,7 +97,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     // A project with a runner of its own for each side, so that each job goes where it is meant for.
     let (ours, direct) = (standin.add_project("group/dayfly"), standin.add_project("group/direct"));
     let registered =
-        Registered { url: for_guests, token: runner_of(direct)?, executor: image.manifest.executor.clone() };
+        Told { clone_url: for_guests, token: runner_of(direct)?, executor: image.manifest.executor.clone() };
     let choice = Choice {
         host: watched(&vms, &watch),
         listen: Arc::new(WatchedDoors(watch.clone())),
@@ -125,7 +126,7 @@ struct Bench<'a> {
     standin: Standin,
     ours: ProjectId,
     direct: ProjectId,
-    registered: Registered,
+    registered: Told,
     host: &'a Host,
     watch: StopWatch,
     vms: vm::Host,
@@ -188,7 +189,7 @@ impl Bench<'_> {
             Side::Direct => {
                 let job = self.standin.enqueue(self.direct, spec);
                 let like = self.watch.spec().ok_or("dayfly has started no VM")?;
-                let machine = Direct::start(&self.vms, &like, &self.registered).await?;
+                let machine = direct::start(&self.vms, &like, &self.registered).await?;
                 let came = self.over(job, told()).await;
                 machine.end().await?;
                 (job, came)
@@ -269,30 +270,18 @@ impl Bench<'_> {
 /// Cancels after a while; seconds from then to the end of the machine's process.
 async fn cancel(standin: Standin, job: JobId, vm: String, phase: Duration) -> Result<f64, String> {
     sleep(phase).await;
-    if !runs(&vm)? {
+    if of_machine(&vm)?.is_none() {
         return Err("a silent job's machine has ended by itself".into());
     }
     let canceled = Instant::now();
     standin.cancel(job, false);
-    while runs(&vm)? {
+    while of_machine(&vm)?.is_some() {
         if canceled.elapsed() > LIMIT {
             return Err("a canceled job's machine did not end".into());
         }
         sleep(GLANCE).await;
     }
     Ok(canceled.elapsed().as_secs_f64())
-}
-
-/// Whether a QEMU has this VM's overlay on its command line.
-fn runs(vm: &str) -> Result<bool, String> {
-    let overlay = format!("df-{vm}.qcow2");
-    let processes = std::fs::read_dir("/proc").map_err(|error| format!("look for processes: {error}"))?;
-    Ok(processes.flatten().any(|entry| {
-        // One that has gone meanwhile is none.
-        let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        words.windows(4).any(|word| word == b"qemu")
-            && words.windows(overlay.len()).any(|word| word == overlay.as_bytes())
-    }))
 }
 
 /// One measure on both sides.
@@ -368,10 +357,5 @@ mod tests {
         let later = Compared::of(&pairs, |times| times.later.clone()).unwrap();
         assert_eq!((later.dayfly.median, later.direct.median, later.direct.most), (3.0, 2.0, 8.0));
         assert!(Compared::of(&[], |times| vec![times.first]).is_none());
-    }
-
-    #[test]
-    fn a_machine_that_nobody_runs_is_gone() {
-        assert_eq!(runs("aaaaaaaaaaaaaaaa"), Ok(false));
     }
 }
