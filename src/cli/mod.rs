@@ -88,7 +88,11 @@ enum Command {
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
     /// Tell the running daemon to take no more jobs, and to end after those it has
-    Drain,
+    Drain {
+        /// Return when it has ended
+        #[arg(long)]
+        wait: bool,
+    },
     /// End one job of the running daemon now; GitLab is told why
     Kill {
         /// GitLab's id of the job
@@ -155,7 +159,7 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Status { check: true, .. } => return wait_for(operate::check(&config)),
         Command::Status { json, .. } => wait_for(operate::status(&config, json))?,
         Command::Metrics => wait_for(operate::metrics(&config))?,
-        Command::Drain => wait_for(operate::drain(&config))?,
+        Command::Drain { wait } => wait_for(operate::drain(&config, wait))?,
         Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,
     }
     Ok(ExitCode::SUCCESS)

@@ -2,13 +2,14 @@
 
 use super::print;
 use crate::config::Config;
-use crate::control::{self, Answer, KillOutcome, Request};
+use crate::control::{self, Answer, ControlError, KillOutcome, Request};
 use crate::gitlab::JobId;
 use crate::status::StatusReport;
 use crate::telemetry::printable;
 use anyhow::bail;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Monitoring's codes.
 const EXIT_PROBLEM: u8 = 2;
@@ -62,13 +63,33 @@ pub(super) async fn metrics(config: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Begins a drain; does not wait for its end.
-pub(super) async fn drain(config: &Path) -> anyhow::Result<()> {
+/// Between two looks whether a drain has ended.
+const DRAIN_GLANCE: Duration = Duration::from_secs(1);
+
+/// Begins a drain; `wait`: until the daemon has ended, which takes as long as its longest job, or `limits.drain_timeout`.
+pub(super) async fn drain(config: &Path, wait: bool) -> anyhow::Result<()> {
     match ask(config, &Request::Drain).await? {
         Answer::Draining => print("draining: no more jobs are taken; the daemon ends after its last one\n")?,
         other => return unexpected(&other),
     }
-    Ok(())
+    if !wait {
+        return Ok(());
+    }
+    loop {
+        tokio::time::sleep(DRAIN_GLANCE).await;
+        match ask(config, &Request::Status).await {
+            Ok(Answer::Status { status }) if !status.daemon.draining => {
+                bail!("wait for the drain: another daemon has come, and takes jobs")
+            }
+            Ok(_) => {}
+            Err(error) => match error.downcast_ref::<ControlError>() {
+                Some(ControlError::NotRunning { .. }) => return Ok(print("drained: the daemon has ended\n")?),
+                // It ends while it is asked, or is busy: the next look tells.
+                Some(ControlError::Broken { .. } | ControlError::Silent { .. }) => {}
+                Some(ControlError::Denied { .. }) | None => return Err(error),
+            },
+        }
+    }
 }
 
 /// Tells one job to end; does not wait for its end.

@@ -257,6 +257,19 @@ fn a_hangup_reads_the_configuration_again() {
     assert_eq!(process.ends().0.code(), Some(0), "a drain without jobs ends at once");
 }
 
+/// For automation: a drain that is waited for is over when the daemon is.
+#[test]
+fn a_drain_is_waited_for() {
+    let place = Place::new();
+    let mut process = place.start();
+    let mut drain = Command::new(env!("CARGO_BIN_EXE_dayfly"));
+    drain.arg("--config").arg(place.path("config.toml")).args(["drain", "--wait"]);
+    let drained = drain.output().unwrap();
+    assert_eq!(process.ends().0.code(), Some(0));
+    let said = String::from_utf8_lossy(&drained.stdout).into_owned();
+    assert!(drained.status.success() && said.ends_with("drained: the daemon has ended\n"), "{said}");
+}
+
 /// The answer of the status listener at this socket; empty: nobody listens.
 fn answer(socket: &Path, path: &str) -> String {
     let mut text = String::new();
