@@ -7,7 +7,8 @@ use super::ROOT;
 use std::path::Path;
 
 /// Folders of the packages that the product is built from.
-const PRODUCT: [&str; 3] = ["src", "vm-images/guest/src", "vm-images/guest-config/src"];
+const PRODUCT: [&str; 5] =
+    ["src", "egress/src", "vm-images/guest/src", "vm-images/guest-config/src", "vm-images/wire/src"];
 
 /// Lines of this code, its own tests left out, that a switch for tests decides.
 fn wrong_branches(code: &str) -> Vec<&str> {

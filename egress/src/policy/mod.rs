@@ -22,6 +22,9 @@ use std::net::IpAddr;
 /// Patterns of one list at most.
 pub const PATTERNS_MAX: usize = 500;
 
+/// Bytes of both lists together at most: a policy is handed over in one message.
+pub const PATTERNS_BYTES_MAX: usize = 32 * 1024;
+
 /// What a policy does about a public destination that no list names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -145,6 +148,9 @@ pub enum PolicyError {
     /// Too many.
     #[error("`{0}` has more than {PATTERNS_MAX} patterns: use networks and `*.domain`")]
     TooMany(&'static str),
+    /// Too long together.
+    #[error("`allow` and `deny` are longer than {PATTERNS_BYTES_MAX} bytes together: use networks and `*.domain`")]
+    TooLong,
     /// A rate of nothing.
     #[error("`rate` allows nothing: leave `{0}` out, or say at least {1}")]
     Rate(&'static str, u64),
@@ -163,6 +169,10 @@ impl Policy {
             if list.len() > PATTERNS_MAX {
                 return Err(PolicyError::TooMany(name));
             }
+        }
+        let bytes = self.allow.iter().chain(&self.deny).map(|pattern| pattern.to_string().len()).sum::<usize>();
+        if bytes > PATTERNS_BYTES_MAX {
+            return Err(PolicyError::TooLong);
         }
         for deny in &self.deny {
             if matches!(deny.to, To::Gitlab) || *deny == (Pattern { to: To::Any, port: None }) {
@@ -195,6 +205,17 @@ impl Policy {
     #[must_use]
     pub fn check(&self, address: IpAddr, port: u16, names: &[&str]) -> Verdict {
         let address = canonical(address);
+        self.check_of(address, port, names, self.is_own(address))
+    }
+
+    /// As [`Policy::check`], for an address that is the host's own, whether [`Policy::own`] holds it or not: it may have
+    /// come since.
+    #[must_use]
+    pub fn check_own(&self, address: IpAddr, port: u16, names: &[&str]) -> Verdict {
+        self.check_of(canonical(address), port, names, true)
+    }
+
+    fn check_of(&self, address: IpAddr, port: u16, names: &[&str], own: bool) -> Verdict {
         if self.always_on(Some(port), names, Some(address)) {
             return Verdict::Allowed;
         }
@@ -202,7 +223,7 @@ impl Policy {
         if self.deny.iter().any(|deny| deny.on(port) && names_it(&deny.to)) {
             return Verdict::Refused(Reason::Denied);
         }
-        self.beyond_deny(Some(port), names, address)
+        self.beyond_deny(Some(port), names, address, own)
     }
 
     /// Whether a VM may ask for this name at all. What it does not reach on any port is not asked for, for a question
@@ -235,7 +256,7 @@ impl Policy {
         if self.deny.iter().any(|deny| deny.port.is_none() && names_it(&deny.to)) {
             return Verdict::Refused(Reason::Denied);
         }
-        self.beyond_deny(None, &[name], address)
+        self.beyond_deny(None, &[name], address, self.is_own(address))
     }
 
     /// Whether a connection to what was allowed may go on that asks for this server in its TLS hello.
@@ -257,6 +278,10 @@ impl Policy {
         }
     }
 
+    fn is_own(&self, address: IpAddr) -> bool {
+        self.own.iter().any(|own| canonical(*own) == address)
+    }
+
     /// Whether it is one of those that a job cannot do without: by one of these names, or by its address.
     fn always_on(&self, port: Option<u16>, names: &[&str], address: Option<IpAddr>) -> bool {
         self.always.iter().any(|always| {
@@ -269,11 +294,11 @@ impl Policy {
     }
 
     /// What is not public must be named, whatever the mode; what is, in `enforce`. `port`: `None` is any.
-    fn beyond_deny(&self, port: Option<u16>, names: &[&str], address: IpAddr) -> Verdict {
-        let reason = if self.own.iter().any(|own| canonical(*own) == address) {
-            Some(Reason::Own)
-        } else {
-            special(address).map(Reason::Special)
+    fn beyond_deny(&self, port: Option<u16>, names: &[&str], address: IpAddr, own: bool) -> Verdict {
+        // A loopback address is the host's own on every host, and has a reason that says more.
+        let reason = match special(address) {
+            None | Some(Special::Private) if own => Some(Reason::Own),
+            special => special.map(Reason::Special),
         };
         let may = |to: &To| match (to, reason) {
             (To::Gitlab, _) => false,

@@ -147,6 +147,10 @@ fn what_is_not_public_must_be_named() {
         check(&by, "203.0.113.7", 80, &["db.example"], Verdict::Allowed);
         by.allow.push("203.0.113.7:80".parse().unwrap());
         check(&by, "203.0.113.7", 80, &[], Verdict::Allowed);
+        // One that the host has got since.
+        let own = Verdict::Refused(Reason::Own);
+        assert_eq!(by.check_own("203.0.113.8".parse().unwrap(), 80, &["some.example"]), own);
+        assert_eq!(by.check_own("10.20.0.8".parse().unwrap(), 5432, &[]), own);
     }
 }
 

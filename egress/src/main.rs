@@ -1,0 +1,5 @@
+//! `dayfly-egress`: see the library.
+
+fn main() -> std::process::ExitCode {
+    dayfly_egress::run()
+}
