@@ -77,6 +77,8 @@ pub(super) struct Inputs {
     pub(super) tools: Vec<String>,
     pub(super) kernel_package: String,
     pub(super) modules: Vec<String>,
+    /// Modules that the running guest may load, without what they depend on.
+    pub(super) guest_modules: Vec<String>,
     pub(super) cmdline: String,
     pub(super) disk_gib: u64,
 }
@@ -94,6 +96,7 @@ struct Written {
     without: Vec<String>,
     kernel_package: Option<String>,
     modules: Vec<String>,
+    guest_modules: Vec<String>,
     cmdline: Option<String>,
     disk_gib: Option<u64>,
     overlays: Vec<String>,
@@ -226,7 +229,7 @@ fn put_together(name: &str, chain: &[Link]) -> Result<Recipe, BuildError> {
         let found = chain.iter().rev().find_map(|link| of(&link.written));
         found.ok_or_else(|| BuildError::RecipeKey { name: name.to_owned(), key })
     };
-    let (mut packages, mut tools, mut modules) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut packages, mut tools, mut modules, mut guest_modules) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for Link { name, written, .. } in chain {
         for unwanted in &written.without {
             let before = packages.len() + tools.len();
@@ -236,9 +239,12 @@ fn put_together(name: &str, chain: &[Link]) -> Result<Recipe, BuildError> {
                 return Err(BuildError::RecipeWithout { name: name.clone(), package: unwanted.clone() });
             }
         }
-        for (all, more) in
-            [(&mut packages, &written.packages), (&mut tools, &written.tools), (&mut modules, &written.modules)]
-        {
+        for (all, more) in [
+            (&mut packages, &written.packages),
+            (&mut tools, &written.tools),
+            (&mut modules, &written.modules),
+            (&mut guest_modules, &written.guest_modules),
+        ] {
             for one in more {
                 if !all.contains(one) {
                     all.push(one.clone());
@@ -255,6 +261,7 @@ fn put_together(name: &str, chain: &[Link]) -> Result<Recipe, BuildError> {
         tools,
         kernel_package: last(|written| written.kernel_package.clone(), "kernel_package")?,
         modules,
+        guest_modules,
         cmdline: last(|written| written.cmdline.clone(), "cmdline")?,
         disk_gib: disk_gib.ok_or_else(|| BuildError::RecipeKey { name: name.to_owned(), key: "disk_gib" })?,
     };
@@ -279,6 +286,10 @@ impl Written {
                 path: path(),
                 why: format!("`{name}` is no name of a Debian package"),
             });
+        }
+        if let Some(name) = written.modules.iter().chain(&written.guest_modules).find(|name| !is_module_name(name)) {
+            let why = format!("`{}` is no name of a kernel module", name.escape_debug());
+            return Err(BuildError::RecipeValue { path: path(), why });
         }
         if let Some(suite) = written.suite.as_deref().filter(|suite| !is_suite(suite)) {
             return Err(BuildError::RecipeValue { path: path(), why: format!("`{suite}` is no suite of Debian's") });
@@ -313,6 +324,12 @@ impl Inputs {
 fn is_package_name(name: &str) -> bool {
     let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     name.len() >= 2 && name.starts_with(is_plain) && name.chars().all(|c| is_plain(c) || "+-.".contains(c))
+}
+
+/// As the kernel has them: never an option of modprobe's, nor a path.
+fn is_module_name(name: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric();
+    name.starts_with(is_plain) && name.len() <= 64 && name.chars().all(|c| is_plain(c) || "_-".contains(c))
 }
 
 /// A code name: `bookworm`, `trixie`. Never an option of mmdebstrap's, nor a path.

@@ -161,6 +161,8 @@ pub(super) async fn packages(
         hooks.push(format!("--customize-hook={}", path.display()));
     }
     write("kernel-package", &recipe.inputs.kernel_package, 0o644)?;
+    let modules: String = recipe.inputs.guest_modules.iter().map(|module| format!("{module}\n")).collect();
+    write("guest-modules", &modules, 0o644)?;
     let tar = work.path("root.tar");
 
     let mode = if work.privilege == Privilege::Root { "--mode=root" } else { "--mode=unshare" };

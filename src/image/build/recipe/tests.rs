@@ -34,6 +34,15 @@ fn every_recipe_of_ours_can_be_read_and_is_whole() {
         for module in ["virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "pvpanic-mmio"] {
             assert!(recipe.inputs.modules.iter().any(|listed| listed == module), "{name}: a guest needs {module}");
         }
+        // What `dayfly-guest` loads in a machine without a network card.
+        for module in
+            ["nft_chain_nat", "nft_redir", "nft_nat", "nft_fib_ipv4", "nft_reject_ipv4", "nft_queue", "nfnetlink_queue"]
+        {
+            assert!(
+                recipe.inputs.guest_modules.iter().any(|listed| listed == module),
+                "{name}: a guest needs {module}"
+            );
+        }
     }
     let both = ["debian-12-shell", "debian-13-shell"].map(|name| Recipes(Vec::new()).find(name).unwrap().inputs);
     assert_eq!(Inputs { suite: "bookworm".into(), ..both[1].clone() }, both[0]);
@@ -112,6 +121,8 @@ fn what_is_wrong_with_a_recipe_is_one_sentence_that_names_it() {
         ("suite = \"--help\"", "read DIR/x/recipe.toml: `--help` is no suite of Debian's"),
         ("disk_gib = 0", "read DIR/x/recipe.toml: disk_gib = 0 is not within 1 to 1024"),
         ("cmdline = \"a\\nb\"", "read DIR/x/recipe.toml: cmdline is longer than 1024 bytes, or has control characters"),
+        ("guest_modules = [\"-r\"]", "read DIR/x/recipe.toml: `-r` is no name of a kernel module"),
+        ("modules = [\"../x\"]", "read DIR/x/recipe.toml: `../x` is no name of a kernel module"),
         ("overlays = [\"files\"]", "read DIR/x/recipe.toml: overlay `files` is no directory beside it"),
         ("overlays = [\"../files\"]", "read DIR/x/recipe.toml: overlay `../files` does not lie beside it"),
         ("overlays = [\"/etc\"]", "read DIR/x/recipe.toml: overlay `/etc` does not lie beside it"),
