@@ -75,7 +75,8 @@ pub fn identity(config: &GuestConfig, clock: Option<HostClock>) -> Result<(), Ap
         .map_err(|error| ApplyError::System("set the host name", error.into()))
 }
 
-/// Loopback with the relay's address, then MAC, address and route of the card.
+/// Loopback with the relay's address, then MAC, address and route of the card, or, in a machine without one, address and
+/// route on loopback: what is sent out by it comes to [`crate::egress`].
 ///
 /// # Errors
 /// [`ApplyError`].
@@ -92,6 +93,11 @@ pub fn network(network: &GuestNetwork) -> Result<(), ApplyError> {
     netlink.set_up(lo)?;
     netlink.add_address(lo, "127.0.0.1".parse().expect("a constant"), 8)?;
     netlink.add_address(lo, relay.ip(), 32)?;
+    if network.relay {
+        netlink.add_address(lo, address, prefix)?;
+        netlink.set_default_device(lo, address)?;
+        return Ok(());
+    }
 
     let device = wait_for(DEVICE_DEADLINE, || netlink.index(DEVICE)).ok_or(ApplyError::NoDevice)?;
     if let Some(mac) = mac {

@@ -4,19 +4,16 @@
 //! It runs with nothing else in the world: no shell, no libc, no udev. `/modules` lists the module
 //! files in load order; `root=`, `rootfstype=` and `init=` come from the kernel command line.
 
+use dayfly_guest::modules;
 use dayfly_guest_config::PROOF_WORD;
-use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{chdir, chroot};
-use rustix::system::{RebootCommand, finit_module, reboot};
+use rustix::system::{RebootCommand, reboot};
 use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
-
-/// Modules that are compressed (Debian 13) are unpacked by the kernel: linux/module.h.
-const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 
 /// Virtio disks show up within milliseconds of their driver.
 const DISK_DEADLINE_STEPS: u32 = 1000;
@@ -110,16 +107,7 @@ fn mount_at(source: &str, target: &str, kind: &str) -> Result<(), InitError> {
 }
 
 fn load(module: &str) -> Result<(), InitError> {
-    let flags = if Path::new(module).extension().is_some_and(|extension| extension == "ko") {
-        0
-    } else {
-        MODULE_INIT_COMPRESSED_FILE
-    };
-    let load = || finit_module(openat(CWD, module, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?, c"", flags);
-    match load() {
-        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()), // built in is as good
-        Err(error) => Err(InitError::Module(module.to_owned(), error.into())),
-    }
+    modules::load_file(Path::new(module)).map_err(|error| InitError::Module(module.to_owned(), error.into()))
 }
 
 #[expect(clippy::disallowed_methods, reason = "there is no runtime in an initrd")]

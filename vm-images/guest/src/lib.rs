@@ -8,17 +8,24 @@
 //!                          │        │ proofs, then bytes both ways
 //!                          │        ▼
 //!                          │      the door, on the host
+//!                          ├──► egress (all else that leaves), where there is no network card
 //!                          └──► power off: runner gone, door silent, or anything failed
 //! ```
 //!
-//! Std threads, but for the wire to the door, which has a runtime on a thread of its own. Nothing here protects itself from the job: a job may
+//! Std threads, but for the wire to the door and the egress, which have a runtime on a thread each. Nothing here protects
+//! itself from the job: a job may
 //! be root, and the VM is the wall. `vm-images/README.md` has the contract in words.
 
 pub mod apply;
 pub mod channel;
 pub mod console;
+pub mod egress;
 pub mod host_clock;
 pub mod machine;
+pub mod modules;
+#[cfg(test)]
+mod namespace;
+pub mod netfilter;
 pub mod netlink;
 pub mod relay;
 pub mod runner;

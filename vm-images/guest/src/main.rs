@@ -7,12 +7,13 @@ use base64::engine::general_purpose::STANDARD;
 use dayfly_guest::apply::{self, ApplyError};
 use dayfly_guest::channel::{self, Line, Reporter};
 use dayfly_guest::console::{chain, say};
+use dayfly_guest::egress::{self, EgressError, Places};
 use dayfly_guest::relay::port::Device;
 use dayfly_guest::relay::{Door, Limits, Relay, Target};
 use dayfly_guest::{host_clock, machine, runner, users};
 use dayfly_guest_config::{
-    CONFIG_BYTES_MAX, CONTRACT, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, GuestConfig, PORT_NAME, Pass, RELAY_ADDRESS,
-    Report,
+    CONFIG_BYTES_MAX, CONTRACT, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, EGRESS_PORT_NAME, GuestConfig, PORT_NAME, Pass,
+    RELAY_ADDRESS, Report,
 };
 use std::ffi::OsString;
 use std::io;
@@ -62,6 +63,10 @@ enum GuestError {
     Config(#[from] ConfigError),
     #[error("apply guest config")]
     Apply(#[from] ApplyError),
+    #[error("no virtio-serial port `{EGRESS_PORT_NAME}`, by which a machine without a network card reaches the world")]
+    NoEgress,
+    #[error("do without a network card")]
+    Egress(#[from] EgressError),
     #[error("the door has not answered for {0} s")]
     DoorSilent(u64),
 }
@@ -135,6 +140,10 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let clock = lines.and_then(|lines| host_clock::ask(reporter, &lines));
     apply::identity(&config, clock)?;
     apply::network(&config.network)?;
+    let files = runner::OpenFiles::now();
+    if config.network.relay {
+        carry(&config)?;
+    }
     apply::files(Path::new("/"), &config, &user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
     if let Err(error) = runner::make_room(&user) {
@@ -161,7 +170,7 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
             let _ = watchdog.try_send(Event::DoorSilent);
         }
     })?;
-    start_runner(&config, reporter, events)?;
+    start_runner(&config, files, reporter, events)?;
     in_background("disk", || {
         // A job may do with the small disk; the host sees why if it does not.
         if let Err(error) = machine::grow_root() {
@@ -171,8 +180,22 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     supervise(&config, reporter, &relay, target, &inbox)
 }
 
-fn start_runner(config: &GuestConfig, reporter: &Reporter, events: SyncSender<Event>) -> Result<(), GuestError> {
-    let mut child = runner::start(&config.runner).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
+/// Begins to carry what the machine sends out, before anything of the job runs.
+fn carry(config: &GuestConfig) -> Result<(), GuestError> {
+    let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
+    let port = apply::wait_for(PORT_DEADLINE, || find_port(EGRESS_PORT_NAME)).ok_or(GuestError::NoEgress)?;
+    let rules = egress::prepare()?;
+    Ok(egress::start(rules, Places::default(), Box::new(Device(port)), pass.for_egress())?)
+}
+
+fn start_runner(
+    config: &GuestConfig,
+    files: runner::OpenFiles,
+    reporter: &Reporter,
+    events: SyncSender<Event>,
+) -> Result<(), GuestError> {
+    let mut child =
+        runner::start(&config.runner, files).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
     reporter.report(Report::RunnerStarted);
     in_background("runner", move || {
         let code = child.wait().map_or(-1, runner::exit_code);
@@ -221,7 +244,7 @@ fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line
     match channel::read_lines(reporter, lines) {
         Ok(()) => {
             reporter.report(Report::Ready);
-            reporter.report(Report::Contract { contract: CONTRACT, relay: false });
+            reporter.report(Report::Contract { contract: CONTRACT, relay: egress::is_possible() });
             let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
             Ok((config, Some(inbox)))
         }

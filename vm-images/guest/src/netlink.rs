@@ -27,10 +27,13 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTA_PREFSRC: u16 = 7;
 const IFF_UP: u32 = 1;
 const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_STATIC: u8 = 4;
 const RTN_UNICAST: u8 = 1;
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const RT_SCOPE_LINK: u8 = 253;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
@@ -111,6 +114,14 @@ impl Netlink {
         self.request(format!("set default route by {gateway}"), &Message::default_route(index, gateway))
     }
 
+    /// Sets the default route to a device itself, for packets from this address; an older one of the same kind is replaced.
+    ///
+    /// # Errors
+    /// [`NetlinkError`].
+    pub fn set_default_device(&mut self, index: u32, source: IpAddr) -> Result<(), NetlinkError> {
+        self.request(format!("set default route from {source}"), &Message::default_device(index, source))
+    }
+
     fn request(&mut self, what: String, message: &Message) -> Result<(), NetlinkError> {
         self.sequence += 1;
         let bytes = message.finish(self.sequence);
@@ -179,13 +190,22 @@ impl Message {
             .attribute(IFA_ADDRESS, &address)
     }
 
-    /// `rtmsg`: family, lengths of destination and source (0: default), tos, table, protocol,
-    /// scope (0: universe), type, flags.
     fn default_route(index: u32, gateway: IpAddr) -> Self {
-        let fixed = [family(gateway), 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, 0, RTN_UNICAST, 0, 0, 0, 0];
-        Self::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
+        Self::route(family(gateway), RT_SCOPE_UNIVERSE)
             .attribute(RTA_GATEWAY, &octets(gateway))
             .attribute(RTA_OIF, &index.to_ne_bytes())
+    }
+
+    fn default_device(index: u32, source: IpAddr) -> Self {
+        Self::route(family(source), RT_SCOPE_LINK)
+            .attribute(RTA_PREFSRC, &octets(source))
+            .attribute(RTA_OIF, &index.to_ne_bytes())
+    }
+
+    /// `rtmsg`: family, lengths of destination and source (0: default), tos, table, protocol, scope, type, flags.
+    fn route(family: u8, scope: u8) -> Self {
+        let fixed = [family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST, 0, 0, 0, 0];
+        Self::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
     }
 
     fn attribute(mut self, kind: u16, value: &[u8]) -> Self {
@@ -263,6 +283,7 @@ mod tests {
             netlink.set_mac(NO_DEVICE, [2, 0, 0, 0, 0, 1]),
             netlink.add_address(NO_DEVICE, "192.0.2.1".parse().unwrap(), 32),
             netlink.set_default_route(NO_DEVICE, "192.0.2.1".parse().unwrap()),
+            netlink.set_default_device(NO_DEVICE, "127.0.0.1".parse().unwrap()),
         ];
         for result in results {
             let Err(NetlinkError::Refused(what, errno)) = result else { panic!("{result:?}") };

@@ -16,6 +16,7 @@
 #![expect(clippy::disallowed_types, clippy::disallowed_methods, reason = "accepting begins before any async runtime")]
 
 pub mod port;
+pub(crate) mod session;
 mod tcp;
 mod wire;
 

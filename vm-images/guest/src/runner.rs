@@ -9,7 +9,7 @@ use crate::console;
 use crate::users::{self, User};
 use dayfly_guest_config::{CONFIG_FILE, GuestRunner};
 use rustix::mount::{MountFlags, mount};
-use rustix::process::{Gid, Uid, setsid};
+use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit, setsid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use std::convert::Infallible;
 use std::ffi::OsString;
@@ -45,18 +45,35 @@ pub fn make_room(user: &User) -> io::Result<()> {
     Ok(())
 }
 
+/// By this variable [`run_as`] is told of them.
+const OPEN_FILES: &str = "OPEN_FILES";
+
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// How many files this machine lets a program open that does not ask for more. This program may ask for more; a job's do
+/// that by themselves.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenFiles(Option<u64>);
+
+impl OpenFiles {
+    /// Those of this program, now.
+    #[must_use]
+    pub fn now() -> Self {
+        Self(getrlimit(Resource::Nofile).current)
+    }
+}
 
 /// Starts the runner; its log goes to the console.
 ///
 /// # Errors
 /// The system's.
-pub fn start(runner: &GuestRunner) -> io::Result<Child> {
+pub fn start(runner: &GuestRunner, files: OpenFiles) -> io::Result<Child> {
     let console = || console::open().map_or_else(|_| Stdio::null(), Stdio::from);
     Command::new("/proc/self/exe")
         .args(["run-as", &runner.user, "--"])
         .args(arguments(runner))
         .env_clear()
+        .envs(files.0.map(|files| (OPEN_FILES, files.to_string())))
         .stdin(Stdio::null())
         .stdout(console())
         .stderr(console())
@@ -91,6 +108,10 @@ pub fn run_as(arguments: &[OsString]) -> io::Result<Infallible> {
     // Our unit shields us from the OOM killer; the job must not inherit that.
     std::fs::write("/proc/self/oom_score_adj", "0")?;
     setsid()?;
+    if let Some(files) = std::env::var(OPEN_FILES).ok().and_then(|files| files.parse().ok()) {
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(files), ..limit })?;
+    }
     become_user(&user)?;
     let room = Path::new(ROOM).is_dir().then_some(("TMPDIR", ROOM));
     let error = Command::new(program)

@@ -5,12 +5,11 @@
 //! its session and ends with it, as a connection to a daemon does; one whose stream was not is nobody's yet, and waits
 //! for the next session as long as its patience lasts.
 
-use super::port::{Pipe, Port};
-use super::{BUFFER_BYTES, Shared, Slot};
-use dayfly_guest_config::{Nonce, Pass};
-use dayfly_wire::{HandshakeError, Limits, Opener, Stream, guest_handshake};
-use std::fs::File;
-use std::io::{self, Read as _};
+use super::port::Port;
+use super::{BUFFER_BYTES, Shared, Slot, session};
+use dayfly_guest_config::Pass;
+use dayfly_wire::{Limits, Opener, Stream};
+use std::io;
 use std::net;
 use std::pin::pin;
 use std::sync::Arc;
@@ -21,7 +20,7 @@ use tokio::net::TcpStream;
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 /// Takes connections to the wire. As many wait in it as there are slots.
 #[derive(Clone)]
@@ -56,7 +55,8 @@ async fn run(
     mut connections: mpsc::UnboundedReceiver<(Slot, net::TcpStream)>,
 ) {
     let (current, session) = watch::channel(None);
-    let mut sessions = pin!(sessions(&shared, port, &pass, &current));
+    let (wire, hearing) = (limits(&shared), Arc::clone(&shared));
+    let mut sessions = pin!(session::keep(port, &pass, &shared.limits, &wire, move || hearing.heard(), &current));
     let mut tasks = JoinSet::new();
     loop {
         tokio::select! {
@@ -75,38 +75,6 @@ async fn run(
             }
         }
     }
-}
-
-/// One session after another, for ever.
-async fn sessions(shared: &Arc<Shared>, mut port: Box<dyn Port>, pass: &Pass, current: &watch::Sender<Option<Opener>>) {
-    loop {
-        // Not there yet, or still held by the last session: a pause, as for a door that refuses.
-        let pause = match port.open().await {
-            Ok(pipe) => match timeout(shared.limits.greeting, handshake(pipe, pass)).await {
-                Ok(Ok(proven)) => {
-                    let heard = Arc::clone(shared);
-                    if let Ok((opener, session)) = proven.connect(&limits(shared), move || heard.heard()).await {
-                        shared.heard();
-                        current.send_replace(Some(opener));
-                        session.run().await;
-                        current.send_replace(None);
-                    }
-                    continue;
-                }
-                Ok(Err(HandshakeError::WrongProof)) => shared.limits.retry_unproven,
-                // Somebody is there who does not speak, or has gone.
-                Ok(Err(_)) | Err(_) => continue,
-            },
-            Err(_) => shared.limits.retry,
-        };
-        sleep(pause).await;
-    }
-}
-
-async fn handshake(pipe: Box<dyn Pipe>, pass: &Pass) -> Result<dayfly_wire::Proven<Box<dyn Pipe>>, HandshakeError> {
-    let mut nonce = Nonce::default();
-    File::open("/dev/urandom")?.read_exact(&mut nonce)?;
-    guest_handshake(pipe, pass, nonce).await
 }
 
 fn limits(shared: &Shared) -> Limits {
