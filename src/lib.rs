@@ -9,6 +9,7 @@ pub mod daemon; // who is wired to whom, and how do we stop?
 pub mod poller; // may we ask GitLab for a job now?
 pub mod capacity; // how much of the host is promised?
 pub mod job; // what happens to this one job?
+pub mod rules; // may it run here, and in which class?
 pub mod spool; // what is the trace of a job?
 pub mod uploader; // what has GitLab got of it, what is still owed?
 pub mod machine_spec; // what machine does it get?
