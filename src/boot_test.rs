@@ -195,6 +195,7 @@ impl BootTest<'_> {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            notes: Vec::new(),
         };
         let claim = supply.claim(spec.network, spec.door()).await.map_err(no_door)?;
         own.plan(&claim).await.map_err(|e| BootTestError::Set("write the VM's names down", e))?;

@@ -34,6 +34,20 @@ pub struct MachineSpec {
     pub network: network::Mode,
     /// What the guest's runner is called and told.
     pub runner: GuestRunnerSpec,
+    /// What its author is told of how it was chosen, a line each: what was asked for, and what came of that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// How large a machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Guest memory, MiB.
+    pub memory_mib: u64,
+    /// Virtual disk, GiB.
+    pub disk_gib: u64,
 }
 
 /// One version of a base image.
@@ -164,6 +178,7 @@ impl MachineSpec {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            notes: Vec::new(),
         }
     }
 }

@@ -67,10 +67,9 @@ pub async fn adopt_all(
             }
         };
         let record = newest(record, payload.as_ref());
-        let record = job::resolve_late(parts, &runner, record, payload.as_ref()).await;
         tracing::info!(key = %record.key, state = record.state.word(), "a job of before goes on");
         let reservation = capacity.adopt(&record.key.runner, record.resources).into();
-        adopted.jobs.push(job::adopt(parts, runner, record, payload, reservation));
+        adopted.jobs.push(job::adopt(parts, runner, record, payload, reservation).await);
     }
     adopted
 }

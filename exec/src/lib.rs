@@ -377,14 +377,13 @@ fn config(args: &Args) -> Config {
     let mut config = Config {
         image_directory: std::path::absolute(&image_directory).unwrap_or(image_directory),
         class: vec![Class {
-            name: "exec".into(),
-            image: args.image.clone(),
             cpus: args.cpus,
             memory_mib: args.memory,
             disk_gib: args.disk,
             run_as_root: args.root,
             // Said on the screen and in the job's log.
             allow_standin_runner: true,
+            ..Class::new("exec", args.image.clone())
         }],
         ..Config::default()
     };

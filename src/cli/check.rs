@@ -2,6 +2,8 @@
 
 use super::fit::{Size, TooLarge};
 use crate::config::{Config, Loaded};
+use crate::image::alike::told;
+use crate::image::store::{Image, ImageStore};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -10,9 +12,24 @@ pub(super) fn check(config: &Path) -> anyhow::Result<()> {
     let loaded = Config::load(config)?;
     show(&loaded, &mut io::stdout().lock())?;
     loaded.check_for_running()?;
+    alike(&loaded.config)?;
     // Of this host: a file may be checked elsewhere than where it is for.
     let never = Size::of_host(&loaded.config).map(|size| size.too_large(&loaded.config)).unwrap_or_default();
     conclude(&never, &mut io::stdout().lock())?;
+    Ok(())
+}
+
+/// Whether the images that are here, of each runner's jobs, are such that GitLab can be told of all of them at once. One
+/// that is not here is no fault of the file's: it may be checked elsewhere than where it is for.
+fn alike(config: &Config) -> anyhow::Result<()> {
+    let store = ImageStore::new(&config.image_directory);
+    for runner in &config.runner {
+        let images: Vec<Image> = config.images_of(runner).filter_map(|(_, name)| store.get(&name).ok()).collect();
+        let tested: Vec<Image> = images.into_iter().filter(|image| image.manifest.info.is_some()).collect();
+        if let (false, Err(reason)) = (tested.is_empty(), told(&tested)) {
+            anyhow::bail!("runner `{}`: {reason}", runner.name);
+        }
+    }
     Ok(())
 }
 

@@ -65,14 +65,14 @@ impl Size {
                         "takes {} MiB memory with its QEMU, {} MiB are for jobs ({source})",
                         needs.memory_mib, room.memory_mib
                     ),
-                    "lower the class's `memory_mib`, or give jobs more by `capacity.memory_mib`, if the host has it"
+                    "lower the class's `memory_mib` or `max_memory_mib`, or give jobs more by `capacity.memory_mib`, if the host has it"
                         .into(),
                 );
             }
             if needs.cpus > room.cpus {
                 add(
                     format!("has {} CPUs, {} are for jobs (`capacity.cpus`)", needs.cpus, room.cpus),
-                    "lower the class's `cpus` or raise `capacity.cpus`".into(),
+                    "lower the class's `cpus` or `max_cpus`, or raise `capacity.cpus`".into(),
                 );
             }
             if needs.disk_gib > room.disk_gib {
@@ -82,7 +82,8 @@ impl Size {
                 };
                 add(
                     format!("wants {} GiB disk, {} GiB are for jobs ({source})", needs.disk_gib, room.disk_gib),
-                    "lower the class's `disk_gib` or `capacity.disk_reserve_gib`, or free disk".into(),
+                    "lower the class's `disk_gib` or `max_disk_gib`, or `capacity.disk_reserve_gib`, or free disk"
+                        .into(),
                 );
             }
         }

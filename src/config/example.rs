@@ -7,8 +7,9 @@ pub const EXAMPLE: &str = include_str!("../../config.example.toml");
 #[cfg(test)]
 mod tests {
     use super::EXAMPLE;
-    use crate::config::{Class, Config, Runner, Span};
+    use crate::config::{Class, Config, Runner, Span, UnknownImage};
     use crate::machine_spec::EnvironmentLine;
+    use crate::rules::Rule;
     use serde_json::Value;
     use std::collections::BTreeSet;
 
@@ -40,9 +41,14 @@ mod tests {
         let class = Class {
             name: "n".into(),
             image: "i".into(),
+            images: vec!["j".into()],
+            unknown_image: UnknownImage::Fail,
             cpus: 1,
+            max_cpus: Some(1),
             memory_mib: 1,
+            max_memory_mib: Some(1),
             disk_gib: 1,
+            max_disk_gib: Some(1),
             run_as_root: true,
             allow_standin_runner: true,
         };
@@ -71,6 +77,29 @@ mod tests {
         (class, runner)
     }
 
+    /// A rule with every key set, though it would not be taken.
+    fn rule() -> Rule {
+        let list = || vec!["a".to_owned()];
+        Rule {
+            name: "n".into(),
+            runner: list(),
+            project: list(),
+            group: list(),
+            protected: Some(true),
+            git_ref: list(),
+            user_id: vec![1],
+            image: list(),
+            container: list(),
+            min_cpus: Some(1),
+            min_memory_mib: Some(1),
+            min_disk_gib: Some(1),
+            allow: true,
+            deny: Some("d".into()),
+            class: Some("c".into()),
+            dry_run: true,
+        }
+    }
+
     #[test]
     fn the_example_as_it_stands_is_the_defaults_and_one_class() {
         let mut config = load(EXAMPLE);
@@ -92,6 +121,7 @@ mod tests {
             }
         }
         known.extend(object(class).keys().map(|key| format!("class.{key}")));
+        known.extend(object(rule()).keys().map(|key| format!("rule.{key}")));
         known.extend(object(runner).keys().map(|key| format!("runner.{key}")));
         let mut found: BTreeSet<String> = BTreeSet::new();
         for (key, item) in document.as_table() {

@@ -18,7 +18,8 @@ pub use load::{ConfigError, Loaded, environment};
 pub use origin::{Origin, Origins};
 pub use validate::{Problem, Problems};
 
-use crate::machine_spec::{EnvironmentLine, GuestSettings};
+use crate::machine_spec::{EnvironmentLine, GuestSettings, Size};
+use crate::rules::Rule;
 use crate::{capacity, control, network, telemetry, vm, web};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -53,6 +54,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[[class]]`: machine classes.
     pub class: Vec<Class>,
+    /// `[[rule]]`: which jobs are taken, and in which class; in order.
+    pub rule: Vec<Rule>,
     /// `[[runner]]`: registered runners.
     pub runner: Vec<Runner>,
 }
@@ -72,8 +75,32 @@ impl Default for Config {
             capacity: capacity::Config::default(),
             limits: Limits::default(),
             class: Vec::new(),
+            rule: Vec::new(),
             runner: Vec::new(),
         }
+    }
+}
+
+impl Config {
+    /// The classes that rules may give to jobs of this runner entry, in the order of the rules.
+    #[must_use]
+    pub fn classes_by_rule(&self, runner: &str) -> Vec<Class> {
+        let mut classes: Vec<Class> = Vec::new();
+        // One in its dry run is to be ready for the day on which it counts.
+        for name in self.rule.iter().filter(|rule| rule.is_of(runner)).filter_map(|rule| rule.class.as_ref()) {
+            let class = self.class.iter().find(|class| class.name == *name);
+            classes.extend(class.filter(|class| classes.iter().all(|known| known.name != class.name)).cloned());
+        }
+        classes
+    }
+
+    /// All images that jobs of this runner entry may get, each with a class that has it.
+    pub fn images_of(&self, runner: &Runner) -> impl Iterator<Item = (Class, String)> {
+        let own = self.class.iter().find(|class| class.name == runner.class).cloned();
+        own.into_iter().chain(self.classes_by_rule(&runner.name)).flat_map(|class| {
+            let names: Vec<String> = class.all_images().map(str::to_owned).collect();
+            names.into_iter().map(move |name| (class.clone(), name))
+        })
     }
 }
 
@@ -85,21 +112,90 @@ pub struct Class {
     pub name: String,
     /// Name of the base image.
     pub image: String,
+    /// Further images that its jobs may choose.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub images: Vec<String>,
+    /// What becomes of a job whose `image:` is none of these, where no container can be made of it.
+    #[serde(default)]
+    pub unknown_image: UnknownImage,
     /// Virtual CPUs.
     #[serde(default = "defaults::cpus")]
     pub cpus: u32,
+    /// Virtual CPUs that a job may ask for at most; none: `cpus`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_cpus: Option<u32>,
     /// Guest memory, MiB.
     #[serde(default = "defaults::memory_mib")]
     pub memory_mib: u64,
+    /// Guest memory that a job may ask for at most, MiB; none: `memory_mib`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_memory_mib: Option<u64>,
     /// Virtual disk, GiB.
     #[serde(default = "defaults::disk_gib")]
     pub disk_gib: u64,
+    /// Virtual disk that a job may ask for at most, GiB; none: `disk_gib`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_disk_gib: Option<u64>,
     /// Whether jobs run as root in the guest.
     #[serde(default)]
     pub run_as_root: bool,
     /// Whether an image that holds the stand-in runner is good enough. For trials only.
     #[serde(default)]
     pub allow_standin_runner: bool,
+}
+
+/// What becomes of a job whose `image:` names no image of its class, on machines whose runner makes no containers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UnknownImage {
+    /// It runs, and its log says that the key has no effect.
+    #[default]
+    Warn,
+    /// It fails at once.
+    Fail,
+}
+
+impl Class {
+    /// A class of what each must have, and the defaults.
+    #[must_use]
+    pub fn new(name: impl Into<String>, image: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            image: image.into(),
+            images: Vec::new(),
+            unknown_image: UnknownImage::Warn,
+            cpus: defaults::cpus(),
+            max_cpus: None,
+            memory_mib: defaults::memory_mib(),
+            max_memory_mib: None,
+            disk_gib: defaults::disk_gib(),
+            max_disk_gib: None,
+            run_as_root: false,
+            allow_standin_runner: false,
+        }
+    }
+
+    /// All images that a job of it may get, the one of jobs that choose none first.
+    pub fn all_images(&self) -> impl Iterator<Item = &str> {
+        let further = self.images.iter().filter(|further| **further != self.image);
+        std::iter::once(&self.image).chain(further).map(String::as_str)
+    }
+
+    /// The largest machine that a job of it may get: room for it is reserved before GitLab is asked (decision D23).
+    #[must_use]
+    pub fn ceiling(&self) -> Size {
+        Size {
+            cpus: self.max_cpus.unwrap_or(self.cpus).max(self.cpus),
+            memory_mib: self.max_memory_mib.unwrap_or(self.memory_mib).max(self.memory_mib),
+            disk_gib: self.max_disk_gib.unwrap_or(self.disk_gib).max(self.disk_gib),
+        }
+    }
+
+    /// The machine of a job that asks for nothing.
+    #[must_use]
+    pub fn size(&self) -> Size {
+        Size { cpus: self.cpus, memory_mib: self.memory_mib, disk_gib: self.disk_gib }
+    }
 }
 
 /// `[[runner]]`: one registered runner of one GitLab.

@@ -8,6 +8,7 @@ use crate::image::store::Image;
 use crate::job::Runner;
 use crate::job::journal::Record;
 use crate::metrics::Metrics;
+use crate::rules::Rule;
 use crate::telemetry::chain;
 use crate::vm::proof::{Places, Subject, memory, prove_kvm};
 use crate::vm::{Accel, HostInfo, InstallationId};
@@ -125,10 +126,14 @@ pub(super) async fn runners(
         metrics.job().begin_runner(&entry.name);
         let transport = reach.watch(transport);
         let api = RunnerApi::new(transport.clone(), token, installation.system_id(), backends.rng.clone());
-        runners.insert(
-            entry.name.clone(),
-            Arc::new(Runner { config: entry.clone(), class: class.clone(), transport, reach, api, ca_pem }),
-        );
+        let rules: Arc<[Rule]> = config.rule.iter().filter(|rule| rule.is_of(&entry.name)).cloned().collect();
+        for rule in rules.iter() {
+            let does = if rule.dry_run { "dry_run" } else { rule.action().word() };
+            metrics.job().begin_rule(&rule.name, does);
+        }
+        let (config, class, classes) = (entry.clone(), class.clone(), config.classes_by_rule(&entry.name));
+        let runner = Runner { config, class, rules, classes, transport, reach, api, ca_pem };
+        runners.insert(entry.name.clone(), Arc::new(runner));
     }
     Ok(runners)
 }

@@ -4,6 +4,7 @@ use super::{Backends, Installation, Jobs};
 use crate::capacity::{Bounds, Capacity, Resources};
 use crate::config::{Class, Config};
 use crate::job::{Parts, Runner};
+use crate::machine_spec::Size;
 use crate::poller::{Poller, PollerView};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -102,7 +103,8 @@ pub(crate) fn bounds(config: &Config, memory_mib: u64, disk_gib: u64) -> Bounds 
     }
 }
 
-/// What one VM of this class takes of the host.
+/// What one VM of this class takes of the host at most.
 pub(crate) fn needs(class: &Class, overhead_mib: u64) -> Resources {
-    Resources { cpus: class.cpus, memory_mib: class.memory_mib.saturating_add(overhead_mib), disk_gib: class.disk_gib }
+    let Size { cpus, memory_mib, disk_gib } = class.ceiling();
+    Resources { cpus, memory_mib: memory_mib.saturating_add(overhead_mib), disk_gib }
 }

@@ -31,7 +31,7 @@ pub mod readers {
 }
 
 pub use job_client::{Forward, ForwardRoute, JobClient, JobUpdate, TraceAnswer, UpdateAnswer, Verdict};
-pub use payload::{Containers, Dependency, JobPayload, PayloadError};
+pub use payload::{Asked, Containers, Dependency, JobPayload, PayloadError, Source};
 pub use proxy::ProxyEnvironment;
 pub use reach::{Outage, PATIENCE, Reach};
 pub use real::{RealLimits, RealOpenTransport};

@@ -5,6 +5,10 @@
 //! missing, null or of another type than expected is read as if it were not there, because it is
 //! the guest runner's to judge.
 
+mod asked;
+
+pub use asked::{Asked, Source};
+
 use super::answers::clean;
 use super::calls::{is_request_id, is_token};
 use super::{JobId, json};
@@ -71,6 +75,10 @@ pub struct JobPayload {
     pub masks: Vec<Secret>,
     /// The containers that it asks for, for people only.
     pub containers: Containers,
+    /// What its author asks for of its machine.
+    pub asked: Asked,
+    /// Whose job it is, and of what.
+    pub source: Source,
     /// `X-Request-Id` of the 201, if it was well-formed.
     pub request_id: Option<String>,
     /// When its last byte had been read. From here until the journal has the job, it is in memory only.
@@ -144,6 +152,8 @@ impl JobPayload {
             trace_sections: get(&features, "trace_sections").unwrap_or(false),
             failure_reasons: get(&features, "failure_reasons").unwrap_or_default(),
             containers: containers(&object),
+            asked: asked::asked(&object, &variables),
+            source: asked::source(&object),
             masks: masks(&variables, &token),
             token: Secret::new(token),
             request_id: request_id.filter(|id| is_request_id(id)),

@@ -3,6 +3,7 @@
 //! An image is a directory: `image.toml` ([`manifest`]), a qcow2 disk, and for direct boot kernel and
 //! initrd. [`store`] finds, checks and replaces images; [`build`] makes them.
 
+pub mod alike;
 pub mod build;
 pub mod difference;
 pub mod manifest;

@@ -42,7 +42,8 @@ use url::Url;
 /// | 2 | `installation`, `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
 /// | 3 | `machine_spec` |
 /// | 4 | a lease that may be `wire` |
-pub const RECORD_VERSION: u32 = 4;
+/// | 5 | in `machine_spec`, `notes` |
+pub const RECORD_VERSION: u32 = 5;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
 const RECORD_BYTES_MAX: u64 = 256 * 1024;

@@ -22,11 +22,12 @@ mod oom;
 mod resolve;
 pub mod state;
 mod task;
+mod wishes;
 
 pub use forget::forget;
 pub use jobs::Jobs;
 pub(crate) use jobs::Started;
-pub use resolve::resolve_late;
+pub use resolve::Refusal;
 pub use task::{accept, adopt, begin_anew, give_up, refuse_second, refuse_unread};
 
 use crate::awake::Awake;
@@ -39,6 +40,7 @@ use crate::guest;
 use crate::image::store::Images;
 use crate::metrics::Metrics;
 use crate::rng::Rng;
+use crate::rules::Rule;
 use crate::supply::Supply;
 use journal::{JobKey, Journal};
 use std::sync::Arc;
@@ -93,6 +95,10 @@ pub struct Runner {
     pub config: config::Runner,
     /// Its machine class.
     pub class: config::Class,
+    /// The rules that may fit its jobs, in order.
+    pub rules: Arc<[Rule]>,
+    /// The classes that they may give.
+    pub classes: Vec<config::Class>,
     /// Its GitLab.
     pub transport: Arc<dyn Transport>,
     /// Whether that answers.
@@ -101,6 +107,16 @@ pub struct Runner {
     pub api: RunnerApi,
     /// GitLab's chain, for guests.
     pub ca_pem: Option<String>,
+}
+
+impl Runner {
+    /// All images that its jobs may get, each with a class that has it: those of its own class first, and of that the
+    /// image of jobs that choose none.
+    pub fn images(&self) -> impl Iterator<Item = (&config::Class, &str)> {
+        std::iter::once(&self.class)
+            .chain(&self.classes)
+            .flat_map(|class| class.all_images().map(move |name| (class, name)))
+    }
 }
 
 /// What others may say to a job.

@@ -154,16 +154,21 @@ pub enum Failure {
     GivenTwice,
     /// Its task died of a bug of ours, and the one after it as well.
     BugTwice,
+    /// It asks for a machine that it may not have.
+    Unmet,
+    /// A rule has it so.
+    Denied,
 }
 
 impl Failure {
-    /// GitLab's name for it. Every GitLab takes the first two; `runner_interrupted` is used by the
-    /// job task only where GitLab lists it.
+    /// GitLab's name for it. Every GitLab takes `job_execution_timeout` and `runner_system_failure`; the others are used
+    /// by the job task only where GitLab lists them.
     #[must_use]
     pub fn reason(self) -> &'static str {
         match self {
             Self::Timeout => "job_execution_timeout",
             Self::Killed => "runner_interrupted",
+            Self::Unmet | Self::Denied => "runner_configuration_error",
             _ => "runner_system_failure",
         }
     }
@@ -171,7 +176,10 @@ impl Failure {
     /// Whether it is one of [`Event::Refused`].
     #[must_use]
     pub fn is_refusal(self) -> bool {
-        matches!(self, Self::Unreadable | Self::NotKept | Self::GivenTwice | Self::BugTwice)
+        matches!(
+            self,
+            Self::Unreadable | Self::NotKept | Self::GivenTwice | Self::BugTwice | Self::Unmet | Self::Denied
+        )
     }
 }
 

@@ -42,10 +42,14 @@ struct Begun {
     payload: Option<JobPayload>,
     reservation: Held,
     first: Event,
+    /// Why it is refused, for its author, if that is so.
+    refused: Option<String>,
+    /// The image that could not be used, if one was asked for.
+    image: Option<String>,
 }
 
 async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::Sender<JobView>) {
-    let Begun { parts, runner, record, kept, payload, reservation, mut first } = begun;
+    let Begun { parts, runner, record, kept, payload, reservation, mut first, refused, image } = begun;
     let leave = parts.leave.clone();
     if matches!(record.state, State::Releasing { machine_gone: true, .. } | State::Ended) {
         reservation.release();
@@ -63,12 +67,12 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         reservation.release();
         return;
     };
-    let mut machinery = Machinery::new(parts, runner, record, kept, payload, spool);
+    let mut machinery = Machinery::new(parts, runner, record, kept, payload, spool, image);
     if !matches!(first, Event::Refused(_)) {
         machinery.begin_boot_section().await;
     }
     let given = Given::before(machinery.guest_has_written());
-    let seen = Seen::begin(machinery.parts.files.as_ref()).await;
+    let seen = Seen::begin(machinery.parts.files.as_ref(), refused).await;
     let mut job = Job { m: machinery, reservation, view, given, seen, grace: None, behind: None };
     job.feed(first).await;
     while job.m.record.state != State::Ended {

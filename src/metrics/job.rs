@@ -40,6 +40,7 @@ pub struct JobMetrics {
     /// Seconds from the last byte of GitLab's 201 to the job's record on disk: what a crash may cost.
     pub journal: Histogram,
     ended: Family<Labels, Counter>,
+    rules: Family<Labels, Counter>,
     /// Seconds from GitLab's 201 to each step of the boot.
     boot: Family<[(&'static str, &'static str); 1], Histogram>,
     phases: Family<[(&'static str, &'static str); 1], Histogram>,
@@ -118,6 +119,7 @@ impl JobMetrics {
             runners_unwell: Gauge::default(),
             journal: Histogram::new(JOURNAL_BUCKETS),
             ended: Family::default(),
+            rules: Family::default(),
             boot: Family::new_with_constructor((|| Histogram::new(BOOT_BUCKETS)) as fn() -> Histogram),
             phases: Family::new_with_constructor((|| Histogram::new(PHASE_BUCKETS)) as fn() -> Histogram),
         };
@@ -164,6 +166,11 @@ impl JobMetrics {
             "Jobs by runner and verdict; `over`: GitLab had ended them before",
             metrics.ended.clone(),
         );
+        registry.register(
+            "rule_matches",
+            "Jobs that a rule has decided on, by rule and what it does; `dry_run`: it would have",
+            metrics.rules.clone(),
+        );
         registry.register("boot_seconds", "Seconds from the job's assignment to each boot step", metrics.boot.clone());
         registry.register("job_phase_seconds", "Seconds that each phase of a job took", metrics.phases.clone());
         for phase in Phase::ALL {
@@ -189,10 +196,24 @@ impl JobMetrics {
         }
     }
 
+    /// A rule is in force: what it does is counted from zero.
+    pub fn begin_rule(&self, rule: &str, does: &'static str) {
+        drop(self.rules.get_or_create(&rule_labels(rule, does)));
+    }
+
+    /// A rule fits a job: `allow`, `deny`, `class`, or `dry_run` where nothing comes of it.
+    pub fn rule(&self, rule: &str, does: &'static str) {
+        self.rules.get_or_create_owned(&rule_labels(rule, does)).inc();
+    }
+
     /// A job of this runner entry has ended: `success`, `failed`, or `over` where GitLab had ended it before.
     pub fn ended(&self, runner: &str, verdict: &'static str) {
         self.ended.get_or_create_owned(&ended_labels(runner, verdict)).inc();
     }
+}
+
+fn rule_labels(rule: &str, does: &'static str) -> Labels {
+    vec![("rule", rule.to_owned()), ("action", does.to_owned())]
 }
 
 fn ended_labels(runner: &str, verdict: &'static str) -> Labels {

@@ -14,6 +14,8 @@ use self::trouble::{Cause, Trouble};
 use crate::capacity::{Capacity, NeverFits, Reservation, Resources, Wants};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{GitlabError, JobId, JobPayload, Poll, RunnerInfo, RunnerToken};
+use crate::image::alike;
+use crate::image::store::Image;
 use crate::job::Jobs;
 use crate::job::journal::JobKey;
 use crate::job::{self, Parts, Reassigned, Runner};
@@ -99,7 +101,7 @@ impl Poller {
         loop {
             while again.try_join_next().is_some() {}
             let next = match policy.on(seen, Instant::now(), &self.parts.rng) {
-                Step::LookAtImage => Some(match self.image().await {
+                Step::LookAtImage => Some(match self.images().await {
                     Ok(found) => {
                         info = Some(found);
                         Seen::Image
@@ -205,24 +207,28 @@ impl Poller {
         }
     }
 
-    /// What the image's runner says of itself: without it GitLab would fail jobs (decision D10). Or why the image
-    /// cannot be used.
-    async fn image(&self) -> Result<RunnerInfo, String> {
-        let class = &self.runner.class;
-        let image = self.parts.images.load(&class.image).await.map_err(|error| chain(&error))?;
-        let made = image.stamp.made();
-        self.state.send_if_modified(|view| std::mem::replace(&mut view.image_made, made) != made);
-        if image.manifest.is_standin() && !class.allow_standin_runner {
-            return Err(format!(
-                "image `{}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
-                class.image, class.name
-            ));
+    /// What the runners in its jobs' images say of themselves: without it GitLab would fail jobs (decision D10). Or why
+    /// one of these images cannot be used.
+    async fn images(&self) -> Result<RunnerInfo, String> {
+        let mut images: Vec<Image> = Vec::new();
+        for (class, name) in self.runner.images() {
+            let image = self.parts.images.load(name).await.map_err(|error| chain(&error))?;
+            if images.is_empty() {
+                let made = image.stamp.made();
+                self.state.send_if_modified(|view| std::mem::replace(&mut view.image_made, made) != made);
+            }
+            if image.manifest.is_standin() && !class.allow_standin_runner {
+                return Err(format!(
+                    "image `{name}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
+                    class.name
+                ));
+            }
+            if let Some(reason) = image.manifest.unspoken() {
+                return Err(reason);
+            }
+            images.push(image);
         }
-        if let Some(reason) = image.manifest.unspoken() {
-            return Err(reason);
-        }
-        let untested = || format!("image `{0}` was never boot-tested; run `dayfly image test {0}`", class.image);
-        image.manifest.runner_info().ok_or_else(untested)
+        alike::told(&images)
     }
 
     /// Tells GitLab this runner manager's features before the first poll: it stores them from the

@@ -21,13 +21,12 @@ fn world() -> World {
 /// A class that has nothing in common with the one of [`World::new`].
 fn large() -> Class {
     Class {
-        name: "small".into(),
-        image: "test".into(),
         cpus: 7,
         memory_mib: 4096,
         disk_gib: 40,
         run_as_root: true,
         allow_standin_runner: true,
+        ..Class::new("small", "test")
     }
 }
 

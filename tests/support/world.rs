@@ -124,13 +124,11 @@ impl World {
             image_directory: "/images".into(),
             concurrent: 4,
             class: vec![Class {
-                name: "small".into(),
-                image: "test".into(),
                 cpus: 1,
                 memory_mib: 512,
                 disk_gib: 10,
-                run_as_root: false,
                 allow_standin_runner: true,
+                ..Class::new("small", "test")
             }],
             ..Config::default()
         };

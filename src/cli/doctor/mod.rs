@@ -9,10 +9,11 @@ mod service;
 
 use super::fit::Size;
 use super::scratch;
-use crate::config::{Config, Loaded, Runner};
+use crate::config::{Class, Config, Loaded, Runner};
 use crate::daemon::{self, Backends, Installation};
 use crate::files::plain;
 use crate::gitlab::{RunnerApi, RunnerToken};
+use crate::image::alike;
 use crate::image::manifest::RunnerOrigin;
 use crate::image::store::{Image, ImageStore};
 use crate::rng::Rng;
@@ -215,12 +216,13 @@ fn room(config: &Config) -> Vec<Finding> {
         )));
     }
     let cpus = std::thread::available_parallelism().map_or(u32::MAX, |cpus| cpus.get().try_into().unwrap_or(u32::MAX));
-    findings.extend(config.class.iter().filter(|class| class.cpus > cpus).map(|class| {
+    findings.extend(config.class.iter().filter(|class| class.ceiling().cpus > cpus).map(|class| {
         let what = format!(
-            "class `{}` has {} CPUs, this host {cpus}: its jobs run, and wait for each other's turn",
-            class.name, class.cpus
+            "class `{}` has up to {} CPUs, this host {cpus}: its jobs run, and wait for each other's turn",
+            class.name,
+            class.ceiling().cpus
         );
-        Finding::warn(what, "lower the class's `cpus`")
+        Finding::warn(what, "lower the class's `cpus` or `max_cpus`")
     }));
     findings
 }
@@ -250,26 +252,41 @@ fn images(config: &Config, store: &ImageStore) -> Vec<Finding> {
         })),
     }
     for class in &config.class {
-        match store.get(&class.image) {
-            Err(error) => findings.push(Finding::bad(
-                format!("class `{}`: {}", class.name, chain(&error)),
-                format!("dayfly image build {}", class.image),
-            )),
-            Ok(image) if image.manifest.info.is_none() => {
-                let what = format!("class `{}`: image `{}` has not passed its boot test", class.name, class.image);
-                findings.push(Finding::bad(what, format!("dayfly image test {}", class.image)));
-            }
-            Ok(image) if image.manifest.runner.origin == RunnerOrigin::Standin && !class.allow_standin_runner => {
-                let what = format!("class `{}` takes no jobs: its image holds the stand-in", class.name);
-                findings.push(Finding::bad(
-                    what,
-                    "build the image with the official gitlab-runner, or set `allow_standin_runner = true` for a trial",
-                ));
-            }
-            Ok(_) => {}
+        for name in class.all_images() {
+            findings.extend(class_image(class, name, store));
+        }
+    }
+    for runner in &config.runner {
+        let images: Vec<Image> = config.images_of(runner).filter_map(|(_, name)| store.get(&name).ok()).collect();
+        let tested: Vec<Image> = images.into_iter().filter(|image| image.manifest.info.is_some()).collect();
+        if let (false, Err(reason)) = (tested.is_empty(), alike::told(&tested)) {
+            let remedy = "dayfly image list shows their versions";
+            findings.push(Finding::bad(format!("runner `{}` takes no jobs: {reason}", runner.name), remedy));
         }
     }
     findings
+}
+
+/// What keeps an image of a class from being used, if anything does.
+fn class_image(class: &Class, name: &str, store: &ImageStore) -> Option<Finding> {
+    match store.get(name) {
+        Err(error) => {
+            let what = format!("class `{}`: {}", class.name, chain(&error));
+            Some(Finding::bad(what, format!("dayfly image build {name}")))
+        }
+        Ok(image) if image.manifest.info.is_none() => {
+            let what = format!("class `{}`: image `{name}` has not passed its boot test", class.name);
+            Some(Finding::bad(what, format!("dayfly image test {name}")))
+        }
+        Ok(image) if image.manifest.runner.origin == RunnerOrigin::Standin && !class.allow_standin_runner => {
+            let what = format!("class `{}` takes no jobs: its image `{name}` holds the stand-in", class.name);
+            Some(Finding::bad(
+                what,
+                "build the image with the official gitlab-runner, or set `allow_standin_runner = true` for a trial",
+            ))
+        }
+        Ok(_) => None,
+    }
 }
 
 /// The back end, and a guest that has to say something. `dir`: for the guest's files.

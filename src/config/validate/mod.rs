@@ -3,8 +3,10 @@
 //! [`validate`] looks at the values only, so that it can judge a file before it is written;
 //! [`Loaded::check_for_running`] also looks at the files that they name, as `run` and `check` need.
 
+mod classes;
+
 use super::origin::nearest_name;
-use super::{Class, Config, ConfigError, Loaded, Origin, Origins, Runner};
+use super::{Config, ConfigError, Loaded, Origin, Origins, Runner};
 use crate::control::group_id;
 use crate::files::{plain, private};
 use crate::gitlab::RunnerToken;
@@ -114,13 +116,11 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
     );
     status(config, &mut report);
     limits(config, &mut report);
-    for (i, class) in config.class.iter().enumerate() {
-        one_class(i, class, &mut report);
-    }
+    classes::classes(config, &mut report);
+    classes::rules(config, &mut report);
     for (i, runner) in config.runner.iter().enumerate() {
         one_runner(i, runner, config, &mut report);
     }
-    unique("class", config.class.iter().map(|class| class.name.as_str()), &mut report);
     unique("runner", config.runner.iter().map(|runner| runner.name.as_str()), &mut report);
     shared_tokens(config, &mut report);
     (report.errors, report.warnings)
@@ -246,23 +246,6 @@ fn limits(config: &Config, report: &mut Report<'_>) {
     if interval.subsec_nanos() != 0 || !(1..=3).contains(&interval.as_secs()) {
         report.error("limits.guest_update_interval", format!("is {}", l.guest_update_interval), "use 1s, 2s or 3s");
     }
-}
-
-fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
-    let key = |name: &str| format!("class.{i}.{name}");
-    name_of(&key("name"), &class.name, report);
-    // It names a directory below `image_directory`.
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if class.image.is_empty() || class.image.starts_with('.') || !class.image.chars().all(plain) {
-        report.error(
-            &key("image"),
-            format!("is `{}`", class.image.escape_debug()),
-            "name an image as `dayfly image list` shows it",
-        );
-    }
-    report.not_zero(&key("cpus"), class.cpus == 0);
-    report.not_zero(&key("disk_gib"), class.disk_gib == 0);
-    report.not_zero(&key("memory_mib"), class.memory_mib == 0);
 }
 
 fn one_runner(i: usize, runner: &Runner, config: &Config, report: &mut Report<'_>) {

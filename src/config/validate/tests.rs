@@ -255,3 +255,52 @@ fn a_status_listener_that_guests_reach_is_refused_with_a_way_out() {
     let config = load(GOOD, &[]).unwrap().config;
     assert_eq!(config.status.address(&config.runtime_directory), Address::Unix("/run/dayfly/status.sock".into()));
 }
+
+/// A rule's class whose machines are larger than what the runner's class reserves would be room that nobody has.
+#[test]
+fn a_rules_class_fits_into_what_is_reserved() {
+    let with = |rest: &str| format!("{GOOD}{rest}");
+    let big = "[[class]]\nname = \"big\"\nimage = \"i\"\nmemory_mib = 1024\nmax_memory_mib = 4096\n";
+    let rule = "[[rule]]\nname = \"r\"\nclass = \"big\"\n";
+    refused(
+        &with(&format!("{big}{rule}")),
+        &[
+            "`rule.0.class`",
+            "names `big`, whose machines may have 4096 MiB memory, not 2048",
+            "runner `ci` (class `small`)",
+            "raise `max_memory_mib` of class `small`",
+        ],
+    );
+    let wide = GOOD.replace("[[runner]]", "max_memory_mib = 4096\n[[runner]]");
+    let config = load(&format!("{wide}{big}{rule}"), &[]).unwrap().config;
+    assert_eq!(config.classes_by_rule("ci").iter().map(|class| class.name.as_str()).collect::<Vec<_>>(), ["big"]);
+    // Of a runner that it never fits, nothing is asked.
+    refused(&with(&format!("{big}{rule}runner = [\"cj\"]\n")), &["is no runner: `cj`", "did you mean `ci`?"]);
+}
+
+#[test]
+fn a_class_says_what_may_be_asked_for() {
+    let class = |keys: &str| GOOD.replace("[[runner]]", &format!("{keys}\n[[runner]]"));
+    refused(
+        &class("cpus = 4\nmax_cpus = 2"),
+        &["`class.0.max_cpus`", "is 2, less than what every job gets (`cpus`, 4)"],
+    );
+    refused(&class("images = [\"a\", \"../b\"]"), &["`class.0.images.1`", "is `../b`", "dayfly image list"]);
+    refused(&class("unknown_image = \"ignore\""), &["`class.0.unknown_image`", "warn, fail"]);
+    let class = load(&class("images = [\"b\", \"debian-12-shell\"]\nmax_disk_gib = 30"), &[]).unwrap().config.class;
+    assert_eq!(class[0].all_images().collect::<Vec<_>>(), ["debian-12-shell", "b"]);
+    assert_eq!((class[0].ceiling().cpus, class[0].ceiling().disk_gib), (2, 30));
+}
+
+#[test]
+fn a_rule_that_makes_no_sense_is_named() {
+    let rule = |keys: &str| format!("{GOOD}[[rule]]\nname = \"r\"\n{keys}\n");
+    refused(&rule(""), &["`rule.0`", "says none of `allow`, `deny` and `class`"]);
+    refused(&rule("allow = true\nprojects = [\"a\"]"), &["`rule.0.projects`", "did you mean `project`?"]);
+    refused(&rule("class = \"smal\""), &["`rule.0.class`", "unknown class `smal`", "did you mean `small`?"]);
+    refused(&rule("deny = \"\""), &["`rule.0.deny`", "is empty"]);
+    let twice = format!("{}[[rule]]\nname = \"r\"\nallow = true\n", rule("deny = \"no\""));
+    refused(&twice, &["`rule.1.name`", "as another [[rule]] is"]);
+    let behind = load(&twice.replace("name = \"r\"\nallow", "name = \"s\"\nallow"), &[]).unwrap();
+    assert!(behind.warnings[0].to_string().contains("no rule behind it is ever looked at"), "{:?}", behind.warnings);
+}

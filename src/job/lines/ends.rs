@@ -19,18 +19,18 @@ struct Words {
 }
 
 /// What the author reads when we had to end the job: what happened and whose move it is, then a
-/// line to hand to the operators. `limit`: the deadline that has passed, if one has; `image`: the
-/// base image of the job's machine class.
+/// line to hand to the operators. `limit`: the deadline that has passed, if one has; `about`: the base image of the
+/// job's machine, or what is allowed to a job that is refused.
 #[must_use]
-pub(in crate::job) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duration, image: &str) -> String {
-    let Words { label, what, whose } = words(failure, &people(limit), image);
+pub(in crate::job) fn failure(now: Timestamp, failure: Failure, job: u64, limit: Duration, about: &str) -> String {
+    let Words { label, what, whose } = words(failure, &people(limit), about);
     let seconds = now.strftime("%Y-%m-%dT%H:%M:%SZ");
     let mut text = line(now, &format!("\x1b[31;1mdayfly: {what}. {whose}\x1b[0;m"));
     text.push_str(&line(now, &format!("dayfly: for your operators: job {job}, {label}, {seconds}")));
     text
 }
 
-fn words(failure: Failure, limit: &str, image: &str) -> Words {
+fn words(failure: Failure, limit: &str, about: &str) -> Words {
     let (label, what, whose): (_, String, _) = match failure {
         Failure::NoMachine => ("no machine", "no virtual machine could be started".into(), NOT_YOURS),
         Failure::DiedBooting(_) => {
@@ -88,7 +88,7 @@ fn words(failure: Failure, limit: &str, image: &str) -> Words {
             NOT_YOURS,
         ),
         Failure::NoImage => {
-            ("no image", format!("the image `{image}` of this runner's machines cannot be used"), OPERATORS)
+            ("no image", format!("the image `{about}` of this runner's machines cannot be used"), OPERATORS)
         }
         Failure::Bug => ("bug", "this runner made a mistake of its own, a bug in dayfly".into(), NOT_YOURS),
         Failure::Unreadable => ("unreadable", "what GitLab sent of this job could not be read".into(), NOT_YOURS),
@@ -97,6 +97,16 @@ fn words(failure: Failure, limit: &str, image: &str) -> Words {
             ("given twice", "GitLab gave this job out again while this runner was ending it".into(), NOT_YOURS)
         }
         Failure::BugTwice => ("bug", "this runner made a mistake of its own, twice, a bug in dayfly".into(), NOT_YOURS),
+        Failure::Unmet => (
+            "wish unmet",
+            format!("this runner cannot give the job the machine that it asks for: {about}"),
+            "Change the job's variables, or ask your operators; a retry alone does not help.",
+        ),
+        Failure::Denied => (
+            "denied by a rule",
+            format!("this runner does not take the job: {}", about.trim_end().trim_end_matches('.')),
+            "Ask your operators; a retry alone does not help.",
+        ),
     };
     Words { label, what, whose }
 }
@@ -340,6 +350,8 @@ mod tests {
             Failure::NotKept,
             Failure::GivenTwice,
             Failure::BugTwice,
+            Failure::Unmet,
+            Failure::Denied,
         ];
         for failure in listed {
             match failure {
@@ -364,7 +376,9 @@ mod tests {
                 | Failure::Unreadable
                 | Failure::NotKept
                 | Failure::GivenTwice
-                | Failure::BugTwice => {}
+                | Failure::BugTwice
+                | Failure::Unmet
+                | Failure::Denied => {}
             }
         }
         listed.into_iter().chain(ENDINGS.map(Failure::Died)).collect()
@@ -377,7 +391,8 @@ mod tests {
         let mut rows: Vec<String> = failures()
             .into_iter()
             .map(|failure| {
-                let Words { label, what, whose } = words(failure, "LIMIT", "NAME");
+                let about = if failure == Failure::NoImage { "NAME" } else { "WHY" };
+                let Words { label, what, whose } = words(failure, "LIMIT", about);
                 format!("| {label} | {what}. {whose} | `{}` |", failure.reason())
             })
             .collect();

@@ -39,14 +39,17 @@ pub(super) fn phase(now: Timestamp, what: &str, since_received: Duration) -> Str
 }
 
 /// What the author of a job reads that asks for containers on machines whose runner starts none (the shell executor
-/// ignores both keys); `None`: it asks for none.
+/// ignores both keys); `None`: it asks for none. `images`: what it may name there instead.
 #[must_use]
-pub(super) fn no_containers(asked: &Containers) -> Option<String> {
+pub(super) fn no_containers(asked: &Containers, images: Option<&str>) -> Option<String> {
     let image = asked.image.as_ref().map(|name| format!("`image: {name}`"));
     let services = (!asked.services.is_empty()).then(|| format!("`services: {}`", asked.services.join(", ")));
     let keys = [image, services].into_iter().flatten().collect::<Vec<_>>().join(" and ");
     (!keys.is_empty()).then(|| {
-        format!("  {keys} has no effect here: this runner's jobs run in the virtual machine itself, not in a container")
+        let images = images.map(|images| format!("; its images are {images}")).unwrap_or_default();
+        format!(
+            "{keys} has no effect here: this runner's jobs run in the virtual machine itself, not in a container{images}"
+        )
     })
 }
 

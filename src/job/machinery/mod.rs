@@ -57,6 +57,8 @@ pub(super) struct Machinery {
     pub(super) last_spoke: Moment,
     runner: Arc<Runner>,
     payload: Option<JobPayload>,
+    /// The image that could not be used when the job came.
+    image: Option<String>,
     times: Times,
     phases: Phases,
     trace: Trace,
@@ -78,7 +80,7 @@ pub(super) struct Machinery {
 }
 
 impl Machinery {
-    /// Starts the uploader.
+    /// Starts the uploader. `image`: the one that could not be used when the job came.
     pub(super) fn new(
         parts: Parts,
         runner: Arc<Runner>,
@@ -86,6 +88,7 @@ impl Machinery {
         journalled: Kept,
         payload: Option<JobPayload>,
         spool: Spool,
+        image: Option<String>,
     ) -> Self {
         let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
         let update_interval = parts.limits.guest_update_interval.get();
@@ -110,6 +113,7 @@ impl Machinery {
             journalled,
             runner,
             payload,
+            image,
         }
     }
 
@@ -175,7 +179,13 @@ impl Machinery {
 
     /// Name of the base image of the job's machine.
     pub(super) fn image(&self) -> &str {
-        self.record.machine_spec.as_ref().map_or(&self.runner.class.image, |spec| &spec.image.name)
+        let chosen = self.record.machine_spec.as_ref().map(|spec| &spec.image.name);
+        chosen.or(self.image.as_ref()).unwrap_or(&self.runner.class.image)
+    }
+
+    /// Whether GitLab lists this failure reason, as far as the payload says.
+    pub(super) fn gitlab_knows(&self, reason: &str) -> bool {
+        self.payload.as_ref().is_some_and(|payload| payload.failure_reasons.iter().any(|known| known == reason))
     }
 
     pub(super) fn metrics(&self) -> &Metrics {

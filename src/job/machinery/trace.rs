@@ -101,13 +101,10 @@ impl Machinery {
             "  image {}, {} CPUs, {} MiB memory, {} GiB disk",
             spec.image.name, spec.cpus, spec.memory_mib, spec.disk_gib
         );
-        let containers = match &self.payload {
-            Some(payload) if spec.executor == "shell" => lines::no_containers(&payload.containers),
-            _ => None,
-        };
+        let notes = spec.notes.clone();
         self.own_line(|now| lines::note(now, &text)).await;
-        if let Some(text) = containers {
-            self.own_line(|now| lines::note(now, &text)).await;
+        for text in notes {
+            self.own_line(|now| lines::note(now, &format!("  {text}"))).await;
         }
     }
 

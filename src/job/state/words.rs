@@ -66,6 +66,8 @@ impl Failure {
             Self::NotKept => "the disk does not take it",
             Self::GivenTwice => "it was given out again, and the one before is still being ended",
             Self::BugTwice => "a bug of dayfly, twice",
+            Self::Unmet => "it asks for a machine that it may not have",
+            Self::Denied => "a rule denies it",
         };
         words.to_owned()
     }

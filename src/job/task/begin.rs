@@ -9,7 +9,7 @@ use crate::gitlab::{JobId, JobPayload};
 use crate::job::journal::{JobKey, RECORD_VERSION, Record};
 use crate::job::keeper::Kept;
 use crate::job::machinery::age;
-use crate::job::resolve::{resolve, room};
+use crate::job::resolve::{Refusal, Unresolved, resolve, resolve_late, room};
 use crate::job::state::{Event, Failure, State};
 use crate::job::{INBOX_MAX, JobHandle, JobView, Parts, Runner};
 use crate::secret::Secret;
@@ -27,15 +27,16 @@ pub async fn accept(
     payload: JobPayload,
     mut reservation: Reservation,
 ) -> JobHandle {
-    let machine_spec = match resolve(parts, &runner, &payload).await {
+    let (machine_spec, image) = match resolve(parts, &runner, &payload).await {
         Ok(spec) => {
             reservation.shrink(room(reservation.resources(), &runner.class, &spec));
-            Some(spec)
+            (Some(spec), None)
         }
-        Err(error) => {
-            tracing::error!(image = runner.class.image, error = chain(&error), "the job's image cannot be used");
-            None
+        Err(Unresolved::Image { name, error }) => {
+            tracing::error!(image = name, error = chain(&error), "the job's image cannot be used");
+            (None, Some(name))
         }
+        Err(Unresolved::Refused(refusal)) => return refuse(parts, runner, payload, refusal),
     };
     let record = Record { machine_spec, resources: reservation.resources(), ..of_payload(parts, &runner, &payload) };
     reached(Point::K3);
@@ -54,15 +55,23 @@ pub async fn accept(
         }
     };
     let parts = parts.clone();
-    start(Begun { parts, runner, record, kept, payload: Some(payload), reservation, first })
+    start(Begun { parts, runner, record, kept, payload: Some(payload), reservation, first, refused: None, image })
+}
+
+/// Starts the task of a job that is not run, as its author asks for what it may not have, or a rule denies it.
+fn refuse(parts: &Parts, runner: Arc<Runner>, payload: JobPayload, refusal: Refusal) -> JobHandle {
+    let record = of_payload(parts, &runner, &payload);
+    tracing::info!(key = %record.key, failure = refusal.failure.words(), "the job is refused");
+    let (parts, reservation, first) = (parts.clone(), Held::default(), Event::Refused(refusal.failure));
+    let (payload, refused) = (Some(payload), Some(refusal.why));
+    start(Begun { parts, runner, record, kept: Kept::New, payload, reservation, first, refused, image: None })
 }
 
 /// Starts the task of a job of which no more than id and token is known: it is not run, and GitLab is told.
 #[must_use]
 pub fn refuse_unread(parts: &Parts, runner: Arc<Runner>, id: JobId, token: Secret) -> JobHandle {
     let record = of_token(parts, &runner, id, token);
-    let (parts, reservation, first) = (parts.clone(), Held::default(), Event::Refused(Failure::Unreadable));
-    start(Begun { parts, runner, record, kept: Kept::New, payload: None, reservation, first })
+    start(Begun::ending(parts, runner, record, Kept::New, Held::default(), Event::Refused(Failure::Unreadable)))
 }
 
 /// Starts the task of a job that is not run because the one of the same id is being ended here: it has the record of
@@ -70,36 +79,42 @@ pub fn refuse_unread(parts: &Parts, runner: Arc<Runner>, id: JobId, token: Secre
 #[must_use]
 pub fn refuse_second(parts: &Parts, runner: Arc<Runner>, payload: &JobPayload) -> JobHandle {
     let record = of_payload(parts, &runner, payload);
-    let (parts, reservation, first) = (parts.clone(), Held::default(), Event::Refused(Failure::GivenTwice));
-    start(Begun { parts, runner, record, kept: Kept::Nothing, payload: None, reservation, first })
+    start(Begun::ending(parts, runner, record, Kept::Nothing, Held::default(), Event::Refused(Failure::GivenTwice)))
 }
 
 /// Goes on with a job of a former daemon. `payload` is `None` if it did not survive.
-#[must_use]
-pub fn adopt(
+pub async fn adopt(
     parts: &Parts,
     runner: Arc<Runner>,
     record: Record,
     payload: Option<JobPayload>,
     reservation: Held,
 ) -> JobHandle {
-    let (parts, kept, first) = (parts.clone(), Kept::There, Event::Started);
-    start(Begun { parts, runner, record, kept, payload, reservation, first })
+    let (record, refusal) = resolve_late(parts, &runner, record, payload.as_ref()).await;
+    let first = refusal.as_ref().map_or(Event::Started, |refusal| Event::Refused(refusal.failure));
+    let (parts, kept, refused) = (parts.clone(), Kept::There, refusal.map(|refusal| refusal.why));
+    start(Begun { parts, runner, record, kept, payload, reservation, first, refused, image: None })
 }
 
 /// Goes on with a job whose task has panicked: it fails, unless its verdict was known.
 #[must_use]
 pub fn begin_anew(parts: &Parts, runner: Arc<Runner>, record: Record, reservation: Held) -> JobHandle {
-    let (parts, kept, first) = (parts.clone(), Kept::There, Event::Panicked);
-    start(Begun { parts, runner, record, kept, payload: None, reservation, first })
+    start(Begun::ending(parts, runner, record, Kept::There, reservation, Event::Panicked))
 }
 
 /// Ends a job whose task has panicked twice: with its verdict, if that was known, else it fails. What may have been the
 /// cause of that, its file on disk, is left alone.
 #[must_use]
 pub fn give_up(parts: &Parts, runner: Arc<Runner>, record: Record, reservation: Held) -> JobHandle {
-    let (parts, kept, first) = (parts.clone(), Kept::Suspect, Event::Refused(Failure::BugTwice));
-    start(Begun { parts, runner, record, kept, payload: None, reservation, first })
+    start(Begun::ending(parts, runner, record, Kept::Suspect, reservation, Event::Refused(Failure::BugTwice)))
+}
+
+impl Begun {
+    /// A job that ends by its first event, for which nothing of its payload is needed.
+    fn ending(parts: &Parts, runner: Arc<Runner>, record: Record, kept: Kept, reservation: Held, first: Event) -> Self {
+        let parts = parts.clone();
+        Self { parts, runner, record, kept, payload: None, reservation, first, refused: None, image: None }
+    }
 }
 
 /// The first record of a job, without its machine and what is reserved for that.

@@ -22,12 +22,15 @@ pub(super) struct Seen {
     pub(super) guest_failed: Option<String>,
     /// Why the operator ends the job, in their words.
     pub(super) kill_reason: Option<String>,
+    /// Why the job is refused, for its author.
+    refused: Option<String>,
 }
 
 impl Seen {
-    pub(super) async fn begin(files: &dyn Files) -> Self {
+    /// `refused`: why the job is, if it is.
+    pub(super) async fn begin(files: &dyn Files, refused: Option<String>) -> Self {
         let oom_kills = oom_kills(files).await;
-        Self { oom_kills, paused: None, runner_exited: None, guest_failed: None, kill_reason: None }
+        Self { oom_kills, paused: None, runner_exited: None, guest_failed: None, kill_reason: None, refused }
     }
 }
 
@@ -91,11 +94,16 @@ impl Job {
         self.plan_lines(failure).await;
     }
 
-    /// GitLab's name for the failure; `runner_interrupted` only where GitLab lists it, else the reason that all know.
+    /// GitLab's name for the failure; what not all know only where GitLab lists it.
     fn word_reason(&mut self, failure: Failure) {
-        let interrupted = failure == Failure::Killed && !self.m.record.knows_interrupted;
+        let known = match failure {
+            Failure::Killed => self.m.record.knows_interrupted,
+            // Its payload has come just now, or is still there.
+            Failure::Unmet | Failure::Denied => self.m.gitlab_knows(failure.reason()),
+            _ => true,
+        };
         if let State::Releasing { verdict: Some(verdict), .. } = &mut self.m.record.state {
-            let reason = if interrupted { "runner_system_failure" } else { failure.reason() };
+            let reason = if known { failure.reason() } else { "runner_system_failure" };
             verdict.failure_reason = Some(reason.to_owned());
         }
     }
@@ -109,7 +117,11 @@ impl Job {
             Failure::HostPaused => self.seen.paused.map_or(Duration::ZERO, |since| since.elapsed()),
             _ => self.grace.map_or(Duration::ZERO, |grace| grace.length),
         };
-        let (job, image) = (self.m.record.key.id.0, self.m.image().to_owned());
+        let job = self.m.record.key.id.0;
+        let about = match self.seen.refused.as_deref() {
+            Some(why) => self.m.masked(why).unwrap_or_default(),
+            None => self.m.image().to_owned(),
+        };
         if failure.is_refusal() {
             // Its cause was logged where it was met.
             tracing::info!(failure = failure.words(), "the job is not run here");
@@ -135,7 +147,7 @@ impl Job {
         }
         self.m
             .plan_last_lines(|now| {
-                let mut text = lines::failure(now, failure, job, limit, &image);
+                let mut text = lines::failure(now, failure, job, limit, &about);
                 if matches!(failure, Failure::Died(_) | Failure::Silent | Failure::NotTaken) {
                     text.push_str(&hints.lines(now));
                 }

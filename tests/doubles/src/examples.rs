@@ -58,5 +58,6 @@ pub fn machine_spec() -> MachineSpec {
             direct_download: false,
             settings: GuestSettings::default(),
         },
+        notes: Vec::new(),
     }
 }

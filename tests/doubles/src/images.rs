@@ -7,8 +7,9 @@ use dayfly::image::store::{Image, ImageError, Images};
 use dayfly::machine_spec::ImageRef;
 use dayfly::vm::Boot;
 use dayfly_guest_config::WIRE_CONTRACT;
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The image `test`, boot-tested, with an official runner.
 #[must_use]
@@ -82,6 +83,64 @@ impl OneImage {
 }
 
 impl Images for OneImage {
+    fn load<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Image, ImageError>> {
+        Box::pin(std::future::ready(self.get(name)))
+    }
+
+    fn load_version<'a>(&'a self, wanted: &'a ImageRef) -> BoxFuture<'a, Result<Image, ImageError>> {
+        let image = self.get(&wanted.name).and_then(|image| {
+            if image.digest() == wanted.digest {
+                return Ok(image);
+            }
+            Err(ImageError::Replaced { name: wanted.name.clone(), digest: wanted.digest.clone() })
+        });
+        Box::pin(std::future::ready(image))
+    }
+}
+
+/// A store that holds these images. Clones share it.
+#[derive(Clone, Debug)]
+pub struct TheseImages(Arc<Mutex<Shelf>>);
+
+#[derive(Debug)]
+struct Shelf {
+    images: BTreeMap<String, Image>,
+    /// Once it was looked for so many times more, it is gone.
+    forget: Option<(u32, String)>,
+}
+
+impl TheseImages {
+    /// These images, each by its name.
+    #[must_use]
+    pub fn new(images: Vec<Image>) -> Self {
+        let images = images.into_iter().map(|image| (image.name.clone(), image)).collect();
+        Self(Arc::new(Mutex::new(Shelf { images, forget: None })))
+    }
+
+    /// Puts an image there, or another one in its place.
+    pub fn put(&self, image: Image) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).images.insert(image.name.clone(), image);
+    }
+
+    /// Somebody takes it away, once it was looked for so many times more.
+    pub fn forget_after(&self, looks: u32, name: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).forget = Some((looks, name.to_owned()));
+    }
+
+    fn get(&self, name: &str) -> Result<Image, ImageError> {
+        let mut shelf = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((looks, gone)) = shelf.forget.take() {
+            match looks.checked_sub(u32::from(gone == name)) {
+                Some(left) => shelf.forget = Some((left, gone)),
+                None => drop(shelf.images.remove(&gone)),
+            }
+        }
+        let missing = || ImageError::Missing { name: name.to_owned(), directory: "/images".into() };
+        shelf.images.get(name).cloned().ok_or_else(missing)
+    }
+}
+
+impl Images for TheseImages {
     fn load<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Image, ImageError>> {
         Box::pin(std::future::ready(self.get(name)))
     }

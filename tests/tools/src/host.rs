@@ -134,13 +134,11 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
         image_directory: dir.join("images"),
         concurrent: choice.concurrent,
         class: vec![Class {
-            name: "small".into(),
-            image: choice.images.1.clone(),
             cpus: 1,
             memory_mib: 512,
             disk_gib: DISK_GIB,
-            run_as_root: false,
             allow_standin_runner: true,
+            ..Class::new("small", choice.images.1.clone())
         }],
         runner: vec![Runner {
             allow_insecure_http: true,

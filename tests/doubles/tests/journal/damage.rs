@@ -11,16 +11,17 @@ use dayfly_doubles::files::MemoryFiles;
 use std::path::Path;
 use std::sync::Arc;
 
-const GOLDEN: [(&str, &str); 4] = [
+const GOLDEN: [(&str, &str); 5] = [
     ("1", include_str!("golden/version-1.json")),
     ("2", include_str!("golden/version-2.json")),
     ("3", include_str!("golden/version-3.json")),
     ("4", include_str!("golden/version-4.json")),
+    ("5", include_str!("golden/version-5.json")),
 ];
 
 /// The newest version's record of a running job.
 fn running() -> &'static str {
-    GOLDEN[3].1.lines().nth(2).unwrap()
+    GOLDEN[4].1.lines().nth(2).unwrap()
 }
 
 /// E12: records of this version and the one before are read, whatever state they are in.
@@ -44,6 +45,8 @@ fn records_of_this_version_and_the_one_before_are_read() {
             );
             let spec = record.machine_spec.as_ref();
             assert_eq!(spec.map(|spec| spec.image.name.as_str()), (version >= "3").then_some("debian-12-shell"));
+            let notes = spec.map_or(0, |spec| spec.notes.len());
+            assert_eq!(notes, usize::from(version >= "5"));
             let lease = record.machine.as_ref().map(|machine| machine.lease.clone());
             assert_eq!(lease == Some(Lease::Wire), version >= "4", "{lease:?}");
             words.push(record.state.word());
@@ -61,8 +64,8 @@ fn records_of_this_version_and_the_one_before_are_read() {
 async fn a_record_of_the_next_version_is_left_as_it_is() {
     let next = format!("\"version\":{}", RECORD_VERSION + 1);
     let (object, _) = unseal(running().as_bytes());
-    let object = String::from_utf8(object).unwrap().replace("\"version\":4", &next);
-    let edited = running().replace("\"version\":4", &next);
+    let object = String::from_utf8(object).unwrap().replace("\"version\":5", &next);
+    let edited = running().replace("\"version\":5", &next);
     for bytes in [seal(object.as_bytes()), edited.into_bytes(), format!("{{{next},\"new\":[1]}}").into_bytes()] {
         let files = MemoryFiles::default();
         let journal = Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap();
@@ -86,7 +89,7 @@ async fn a_record_of_the_next_version_is_left_as_it_is() {
 #[tokio::test]
 async fn a_bit_turned_anywhere_is_noticed() {
     let whole = running().as_bytes();
-    let version = running().find("\"version\":4").unwrap() + "\"version\":".len();
+    let version = running().find("\"version\":5").unwrap() + "\"version\":".len();
     let files = MemoryFiles::default();
     let journal = Journal::open(Arc::new(files.clone()), Path::new("/s"), Path::new("/r")).await.unwrap();
     let key = JobKey { runner: "linux \"vm\"/1".into(), id: JobId(42) };

@@ -51,6 +51,7 @@ impl Told {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            notes: Vec::new(),
         };
         let parts = GuestParts {
             vm: &spec.id,

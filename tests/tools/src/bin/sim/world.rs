@@ -225,13 +225,11 @@ fn config(plan: &Plan) -> Config {
         image_directory: "/images".into(),
         concurrent: plan.concurrent,
         class: vec![Class {
-            name: "small".into(),
-            image: "test".into(),
             cpus: 1,
             memory_mib: 512,
             disk_gib: 10,
-            run_as_root: false,
             allow_standin_runner: true,
+            ..Class::new("small", "test")
         }],
         ..Config::default()
     };

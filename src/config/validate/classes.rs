@@ -1,0 +1,127 @@
+//! Classes, and the rules that may give one: is what they say possible, and does it fit together?
+
+use super::{Report, name_of, unique};
+use crate::config::origin::nearest_name;
+use crate::config::{Class, Config};
+use crate::machine_spec::Size;
+use crate::rules::Rule;
+
+/// Images of a class at most: each is looked at before each poll.
+const IMAGES_MAX: usize = 32;
+
+/// Rules at most: each may be looked at for each job, and is a line of the metrics.
+const RULES_MAX: usize = 256;
+
+pub(super) fn classes(config: &Config, report: &mut Report<'_>) {
+    for (i, class) in config.class.iter().enumerate() {
+        one_class(i, class, report);
+    }
+    unique("class", config.class.iter().map(|class| class.name.as_str()), report);
+}
+
+fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
+    let key = |name: &str| format!("class.{i}.{name}");
+    name_of(&key("name"), &class.name, report);
+    // It names a directory below `image_directory`.
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let mut is_image = |key: String, name: &str| {
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+            let what = format!("is `{}`", name.escape_debug());
+            report.error(&key, what, "name an image as `dayfly image list` shows it");
+        }
+    };
+    is_image(key("image"), &class.image);
+    for (n, image) in class.images.iter().enumerate() {
+        is_image(key(&format!("images.{n}")), image);
+    }
+    if class.images.len() > IMAGES_MAX {
+        report.error(&key("images"), format!("has more than {IMAGES_MAX} images"), "make several classes of them");
+    }
+    report.not_zero(&key("cpus"), class.cpus == 0);
+    report.not_zero(&key("disk_gib"), class.disk_gib == 0);
+    report.not_zero(&key("memory_mib"), class.memory_mib == 0);
+    for (most, own, name) in [
+        (class.max_cpus.map(u64::from), class.cpus.into(), "cpus"),
+        (class.max_memory_mib, class.memory_mib, "memory_mib"),
+        (class.max_disk_gib, class.disk_gib, "disk_gib"),
+    ] {
+        if let Some(most) = most.filter(|most| *most < own) {
+            let what = format!("is {most}, less than what every job gets (`{name}`, {own})");
+            report.error(&key(&format!("max_{name}")), what, format!("raise it, or lower `{name}`"));
+        }
+    }
+}
+
+pub(super) fn rules(config: &Config, report: &mut Report<'_>) {
+    for (i, rule) in config.rule.iter().enumerate() {
+        one_rule(i, rule, config, report);
+    }
+    unique("rule", config.rule.iter().map(|rule| rule.name.as_str()), report);
+    if config.rule.len() > RULES_MAX {
+        report.error("rule", format!("has more than {RULES_MAX} rules"), "put patterns together");
+    }
+    // What stands behind a rule that fits every job is never looked at.
+    let last = config.rule.iter().position(fits_all);
+    if let Some(i) = last.filter(|i| i + 1 < config.rule.len()) {
+        let what = "has no condition, so no rule behind it is ever looked at";
+        report.warning(&format!("rule.{i}"), what, "move it to the end, or give it a condition");
+    }
+}
+
+/// Whether it decides on every job that it meets.
+fn fits_all(rule: &Rule) -> bool {
+    let Rule { name, allow, deny, class, dry_run: false, .. } = rule else { return false };
+    let open = Rule { name: name.clone(), allow: *allow, deny: deny.clone(), class: class.clone(), ..Rule::default() };
+    *rule == open
+}
+
+fn one_rule(i: usize, rule: &Rule, config: &Config, report: &mut Report<'_>) {
+    let key = |name: &str| if name.is_empty() { format!("rule.{i}") } else { format!("rule.{i}.{name}") };
+    name_of(&key("name"), &rule.name, report);
+    for (name, what, remedy) in rule.flaws() {
+        report.error(&key(name), what, remedy);
+    }
+    for (n, name) in rule.runner.iter().enumerate() {
+        if !config.runner.iter().any(|runner| runner.name == *name) {
+            let known = config.runner.iter().map(|runner| runner.name.as_str());
+            let remedy = nearest_name(name, known).map_or_else(|| "add it, or take it out".into(), did_you_mean);
+            report.error(&key(&format!("runner.{n}")), format!("is no runner: `{}`", name.escape_debug()), remedy);
+        }
+    }
+    let Some(wanted) = &rule.class else { return };
+    let Some(class) = config.class.iter().find(|class| class.name == *wanted) else {
+        let known = config.class.iter().map(|class| class.name.as_str());
+        let remedy = nearest_name(wanted, known).map_or_else(|| "add a [[class]] of this name".into(), did_you_mean);
+        report.error(&key("class"), format!("names the unknown class `{}`", wanted.escape_debug()), remedy);
+        return;
+    };
+    for runner in config.runner.iter().filter(|runner| rule.is_of(&runner.name)) {
+        let Some(own) = config.class.iter().find(|class| class.name == runner.class) else { continue };
+        if let Some((what, name)) = beyond(class.ceiling(), own.ceiling()) {
+            let what = format!(
+                "names `{wanted}`, whose machines may have {what}: more than is reserved for a job of runner `{}` (class `{}`)",
+                runner.name, own.name
+            );
+            let remedy =
+                format!("raise `max_{name}` of class `{}`, or name other runners in the rule's `runner`", own.name);
+            report.error(&key("class"), what, remedy);
+        }
+    }
+}
+
+fn did_you_mean(meant: &str) -> String {
+    format!("did you mean `{meant}`?")
+}
+
+/// In what a size does not fit into a room, and the key of that.
+fn beyond(size: Size, room: Size) -> Option<(String, &'static str)> {
+    if size.cpus > room.cpus {
+        Some((format!("{} CPUs, not {}", size.cpus, room.cpus), "cpus"))
+    } else if size.memory_mib > room.memory_mib {
+        Some((format!("{} MiB memory, not {}", size.memory_mib, room.memory_mib), "memory_mib"))
+    } else if size.disk_gib > room.disk_gib {
+        Some((format!("{} GiB disk, not {}", size.disk_gib, room.disk_gib), "disk_gib"))
+    } else {
+        None
+    }
+}
