@@ -177,12 +177,14 @@ example_job() {
     trial_job "$trial/hello" "$trial_image" hello
 }
 
-# trial_job DIRECTORY IMAGE JOB: a job of the pipeline file in that directory, which is made a git repository of its own,
-# by `dayfly exec` in a VM of that image of the trial. Its log is the output.
+# trial_job DIRECTORY IMAGE JOB [OPTION...]: a job of the pipeline file in that directory, which is made a git repository
+# of its own, by `dayfly exec` in a VM of that image of the trial, with these options. Its log is the output.
 trial_job() {
     as_trial sh -ec 'cd "$1"; git init -q -b main; git add -A
-        git -c user.name=dayfly -c user.email=dayfly@localhost commit -q -m example' sh "$1" >&2
-    as_trial sh -ec 'cd "$1"; shift; exec "$@"' sh "$1" \
-        "$trial/bin/dayfly" --config "$trial/config.toml" exec --image-directory "$trial/images" --image "$2" \
-        --libvirt "$trial_libvirt" --accel "$accel" "$3"
+        git -c user.name=dayfly -c user.email=dayfly@localhost commit -q --allow-empty -m example' sh "$1" >&2
+    local directory=$1 image=$2 job=$3
+    shift 3
+    as_trial sh -ec 'cd "$1"; shift; exec "$@"' sh "$directory" \
+        "$trial/bin/dayfly" --config "$trial/config.toml" exec --image-directory "$trial/images" --image "$image" \
+        --libvirt "$trial_libvirt" --accel "$accel" "$@" "$job"
 }

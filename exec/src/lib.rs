@@ -42,6 +42,7 @@ use clap::Parser as _;
 use dayfly::config::{Class, Config, Runner, Span};
 use dayfly::daemon::{Backends, DaemonError, socket_directory};
 use dayfly::gitlab::{ProxyEnvironment, RealLimits, RealOpenTransport};
+use dayfly::image::alike;
 use dayfly::image::store::ImageError;
 use dayfly::network::PortRange;
 use dayfly::telemetry::{self, chain};
@@ -93,9 +94,12 @@ struct Args {
     /// Pipeline file
     #[arg(short, long, value_name = "FILE", default_value = ".gitlab-ci.yml")]
     file: PathBuf,
-    /// Image of the VM
+    /// Image of the VM, for jobs that choose none
     #[arg(long, value_name = "NAME", default_value = "debian-12-shell")]
     image: String,
+    /// An image that a job may choose besides, by `image:` or DAYFLY_IMAGE; may be given several times
+    #[arg(long, value_name = "NAME")]
+    allow_image: Vec<String>,
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]
     cpus: u32,
@@ -105,6 +109,15 @@ struct Args {
     /// Disk of the VM, GiB
     #[arg(long, value_name = "GIB", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     disk: u64,
+    /// Virtual CPUs that a job may ask for by DAYFLY_CPUS [default: --cpus]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    max_cpus: Option<u32>,
+    /// Memory that a job may ask for by DAYFLY_MEMORY, MiB [default: --memory]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(128..=16_777_216))]
+    max_memory: Option<u64>,
+    /// Disk that a job may ask for by DAYFLY_DISK, GiB [default: --disk]
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    max_disk: Option<u64>,
     /// Run the job as root in the VM
     #[arg(long)]
     root: bool,
@@ -153,6 +166,8 @@ enum ExecError {
     Image(#[from] ImageError),
     #[error("use image `{0}`: nobody has seen it boot; run `dayfly image test {0}`")]
     Untested(String),
+    #[error("use these images: {0}")]
+    Unlike(String),
     #[error("use KVM: {0}; `--accel tcg` works without hardware virtualisation, slowly and without isolation")]
     NoKvm(String),
     #[error(transparent)]
@@ -271,13 +286,18 @@ async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
     let mut backends = Backends::real(&config)?;
     // The stand-in is on this host: whatever proxy the developer uses is not for it.
     backends.transport = Arc::new(RealOpenTransport::new(RealLimits::default(), ProxyEnvironment::default()));
-    let image = backends.images.load(&args.image).await?;
-    if image.manifest.runner_info().is_none() {
-        return Err(ExecError::Untested(args.image.clone()));
+    let mut images = Vec::new();
+    for name in std::iter::once(&args.image).chain(&args.allow_image) {
+        let image = backends.images.load(name).await?;
+        if image.manifest.runner_info().is_none() {
+            return Err(ExecError::Untested(name.clone()));
+        }
+        if image.manifest.is_standin() {
+            screen.say(&format!("image `{name}` holds dayfly's stand-in runner, not the official gitlab-runner"));
+        }
+        images.push(image);
     }
-    if image.manifest.is_standin() {
-        screen.say(&format!("image `{}` holds dayfly's stand-in runner, not the official gitlab-runner", args.image));
-    }
+    alike::told(&images).map_err(ExecError::Unlike)?;
     let directories = Directories::choose(args.work_directory.clone())?;
     let hypervisor = config.hypervisor.clone();
     let host = |runtime: &Path| hypervisor.host(&socket_directory(runtime));
@@ -377,9 +397,13 @@ fn config(args: &Args) -> Config {
     let mut config = Config {
         image_directory: std::path::absolute(&image_directory).unwrap_or(image_directory),
         class: vec![Class {
+            images: args.allow_image.clone(),
             cpus: args.cpus,
+            max_cpus: Some(args.cpus.max(args.max_cpus.unwrap_or(0))),
             memory_mib: args.memory,
+            max_memory_mib: Some(args.memory.max(args.max_memory.unwrap_or(0))),
             disk_gib: args.disk,
+            max_disk_gib: Some(args.disk.max(args.max_disk.unwrap_or(0))),
             run_as_root: args.root,
             // Said on the screen and in the job's log.
             allow_standin_runner: true,

@@ -21,7 +21,7 @@ mod restarts;
 mod times;
 mod tools;
 
-use dayfly_exec::standin::{JobState, Variable};
+use dayfly_exec::standin::{JobSpec, JobState, Variable};
 use lab::{Lab, Options, run};
 use std::fs;
 use std::time::Duration;
@@ -141,6 +141,32 @@ async fn a_process_that_eats_all_memory_is_killed_and_no_more() {
     );
     let trace = lab.trace(job);
     assert!(trace.contains("Killed") && trace.contains("cleaned up"), "{trace}");
+    lab.assert_clean().await;
+}
+
+/// A job gets the size that it asks for, as its guest sees it; one that asks for too much, or that a rule denies, gets its
+/// line and no machine.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_gets_the_size_that_it_asks_for_and_a_denied_one_none() {
+    let class = "max_cpus = 2\nmax_memory_mib = 768\nmax_disk_gib = 10\n[[rule]]\nname = \"releases\"\nref = [\"release-*\"]\n\
+                 deny = \"releases are built elsewhere\"\n";
+    let mut lab = Lab::start(Options { class, ..Options::default() }).await;
+    let wish = |name: &str, value: &str| Variable::new(name, value);
+    let denied = lab.enqueue(JobSpec { git_ref: "release-1".into(), ..lab.spec(&["echo never"]) });
+    let beyond = lab.enqueue(lab.spec(&["echo never"]).with_variable(wish("DAYFLY_CPUS", "3")));
+    for (job, line) in [
+        (denied, "this runner does not take the job: releases are built elsewhere. Ask your operators"),
+        (beyond, "`DAYFLY_CPUS` asks for 3 CPUs; here jobs may have from 1 CPU to 2 CPUs. Change the job's variables"),
+    ] {
+        let found = lab.until(job, JobState::Failed).await;
+        assert_eq!(found.failure_reason.as_deref(), Some("runner_configuration_error"), "{}", lab.story(job));
+        assert!(lab.trace(job).contains(line), "no {line:?}\n{}", lab.trace(job));
+    }
+    let script = ["nproc | grep -qx 2", "awk '/^MemTotal:/ { exit !($2 > 600000 && $2 <= 786432) }' /proc/meminfo"];
+    let spec = lab.spec(&script).with_variable(wish("DAYFLY_CPUS", "2")).with_variable(wish("DAYFLY_MEMORY", "768M"));
+    let job = lab.enqueue(spec.with_variable(wish("DAYFLY_DISK", "10 GiB")));
+    lab.until(job, JobState::Success).await;
+    assert!(lab.trace(job).contains("asked for: 2 CPUs, 768 MiB memory, 10 GiB disk"), "{}", lab.trace(job));
     lab.assert_clean().await;
 }
 

@@ -65,6 +65,27 @@ async fn a_poll_is_what_the_official_runner_sends() {
     assert_eq!(server.connections(), 1, "polls share a connection");
 }
 
+/// U25: with several images in reach a poll carries the features that all of them have, of the oldest, byte for byte;
+/// where they differ there is nothing to ask with.
+#[tokio::test]
+async fn a_poll_carries_what_all_images_in_reach_share() {
+    let image = |name: &str, info: &str| {
+        let mut image = dayfly_doubles::images::image();
+        name.clone_into(&mut image.name);
+        image.manifest.info = Some(info.to_owned());
+        image
+    };
+    let old = r#"{"name":"gitlab-runner","version":"18.11.0","features":{"b":true, "a":false}}"#;
+    let new = r#"{"name":"gitlab-runner","version":"19.3.0","features":{"a":false,"b":true}}"#;
+    let info = dayfly::image::alike::told(&[image("x", new), image("y", old), image("z", new)]).unwrap();
+    let server = Server::answering(|_| answer(204, "", "")).await;
+    soon(runner(plain(&server.url())).request_job(&info, None)).await.unwrap();
+    assert!(server.requests()[0].text().starts_with(&format!(r#"{{"info":{old},"#)), "{}", server.requests()[0].text());
+    let more = r#"{"name":"gitlab-runner","version":"19.3.0","features":{"a":false,"b":true,"c":true}}"#;
+    let named = dayfly::image::alike::told(&[image("x", new), image("y", more)]).unwrap_err();
+    assert!(named.contains("`x` and `y`") && named.contains("`c`"), "{named}");
+}
+
 #[tokio::test]
 async fn a_gitlab_below_a_path_is_asked_there() {
     let server = Server::answering(|_| answer(204, "", "")).await;
