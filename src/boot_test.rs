@@ -209,6 +209,7 @@ impl BootTest<'_> {
             door_patience: Duration::from_secs(5),
             power_off_after: self.deadline,
             log_mib_max: LOG_MIB_MAX,
+            cache: false,
         };
         let clock = Clock::system();
         let config = guest_config(&parts, &clock, rng);
@@ -227,6 +228,7 @@ impl BootTest<'_> {
             dependencies: Vec::new(),
             spool: spool.writer(),
             client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
+            cache: None,
             direct_download: spec.runner.direct_download,
             events,
             view,

@@ -17,6 +17,23 @@ use std::time::Duration;
 /// many cover a long restart (the official runner's default is 10).
 const FINAL_UPDATE_TRIES: u32 = 20;
 
+/// The store that the runner takes for S3: the door's. It signs its requests with these, which nobody looks at. Without a
+/// location it would ask for one.
+const CACHE: [&str; 12] = [
+    "  [runners.cache]",
+    "    Type = \"s3\"",
+    "    Shared = true",
+    "    [runners.cache.s3]",
+    "      ServerAddress = \"192.0.2.1\"",
+    "      Insecure = true",
+    "      PathStyle = true",
+    "      AuthenticationType = \"access-key\"",
+    "      AccessKey = \"dayfly\"",
+    "      SecretKey = \"dayfly\"",
+    "      BucketName = \"cache\"",
+    "      BucketLocation = \"dayfly\"",
+];
+
 /// What one guest's config is made from.
 #[derive(Debug)]
 pub struct GuestParts<'a> {
@@ -36,6 +53,8 @@ pub struct GuestParts<'a> {
     pub power_off_after: Duration,
     /// MiB of a job's log that are kept here: the guest's runner would cut it at 4 by itself.
     pub log_mib_max: u64,
+    /// Whether its jobs have a cache at its door.
+    pub cache: bool,
 }
 
 /// A new guest config, with a pass of its own.
@@ -111,6 +130,11 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
     if settings.custom_build_dir {
         add("  [runners.custom_build_dir]".into());
         add("    enabled = true".into());
+    }
+    if parts.cache {
+        for line in CACHE {
+            add(line.into());
+        }
     }
     add("  [runners.feature_flags]".into());
     for (flag, on) in &settings.feature_flags {
@@ -196,6 +220,7 @@ mod tests {
             door_patience: Duration::from_secs(60),
             power_off_after: Duration::from_secs(1800),
             log_mib_max: 256,
+            cache: true,
         };
         guest_config(&parts, &Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()), &rng)
     }
@@ -254,6 +279,17 @@ mod tests {
         assert_eq!(runner["custom_build_dir"]["enabled"].as_bool(), Some(true));
         assert_eq!(runner["feature_flags"]["FF_USE_FASTZIP"].as_bool(), Some(true));
         assert_eq!(runner["feature_flags"]["FF_TIMESTAMPS"].as_bool(), Some(true), "pinned");
+    }
+
+    /// The runner finds a store at its relay, and signs for it with what is worth nothing.
+    #[test]
+    fn a_cache_is_at_the_relay() {
+        let runner = runner_of(GuestSettings::default());
+        let s3 = &runner["cache"]["s3"];
+        assert_eq!(s3["ServerAddress"].as_str(), RELAY_URL.strip_prefix("http://"));
+        assert_eq!((s3["BucketName"].as_str(), s3["Insecure"].as_bool()), (Some("cache"), Some(true)));
+        assert_eq!(runner["cache"]["Shared"].as_bool(), Some(true));
+        assert!(s3.get("RoleARN").is_none() && s3.get("UploadRoleARN").is_none());
     }
 
     /// U43: no job can have itself suspended: there is nobody to wake it.

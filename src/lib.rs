@@ -20,6 +20,7 @@ pub mod boot_test; // does an image boot and ask for a job?
 pub mod vm; // how is a machine started, watched, ended?
 pub mod network; // which address and port has this machine?
 pub mod guest; // what may a guest say to us?
+pub mod cache; // what have jobs left for later ones?
 pub mod gitlab; // how do we speak the runner API?
 pub mod recovery; // what exists, what should exist?
 pub mod status; // how are we doing?

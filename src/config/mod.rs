@@ -50,6 +50,8 @@ pub struct Config {
     pub network: network::Config,
     /// Section `[capacity]`.
     pub capacity: capacity::Config,
+    /// Section `[cache]`.
+    pub cache: Cache,
     /// Section `[limits]`.
     pub limits: Limits,
     /// `[[class]]`: machine classes.
@@ -73,6 +75,7 @@ impl Default for Config {
             hypervisor: vm::Config::default(),
             network: network::Config::default(),
             capacity: capacity::Config::default(),
+            cache: Cache::default(),
             limits: Limits::default(),
             class: Vec::new(),
             rule: Vec::new(),
@@ -142,6 +145,26 @@ pub struct Class {
     /// Whether an image that holds the stand-in runner is good enough. For trials only.
     #[serde(default)]
     pub allow_standin_runner: bool,
+}
+
+/// Section `[cache]`: what jobs leave for later ones, see [`crate::cache`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cache {
+    /// Whether guests have a cache at all.
+    pub enabled: bool,
+    /// GiB of all projects together.
+    pub size_gib: u64,
+    /// GiB of one project.
+    pub project_gib: u64,
+    /// After so long without a save an entry is gone.
+    pub max_age: Span,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { enabled: true, size_gib: 20, project_gib: 5, max_age: Span::from_secs(30 * 24 * 3600) }
+    }
 }
 
 /// What becomes of a job whose `image:` names no image of its class, on machines whose runner makes no containers.

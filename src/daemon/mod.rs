@@ -34,6 +34,7 @@ pub use setup::endpoint;
 pub use shutdown::{Mode, Shutdown};
 
 use crate::awake::Awake;
+use crate::cache::Caches;
 use crate::capacity::{Capacity, Held, Resources};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -207,6 +208,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         metrics.clone(),
         stop.clone(),
     );
+    let caches = caches(&config, &backends).await?;
     let parts = Parts {
         files,
         clock: backends.clock.clone(),
@@ -214,6 +216,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         supply,
         journal,
         images: backends.images.clone(),
+        caches,
         limits: Arc::new(config.limits.clone()),
         door_limits: backends.door_limits.clone(),
         metrics,
@@ -297,6 +300,19 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         reloader,
         reloads,
     })
+}
+
+/// The caches that jobs have left, if there are to be any.
+async fn caches(config: &Config, backends: &Backends) -> Result<Option<Caches>, DaemonError> {
+    if !config.cache.enabled {
+        return Ok(None);
+    }
+    let directory = config.state_directory.join("cache");
+    let reserve = config.capacity.disk_reserve_gib.saturating_mul(1 << 30);
+    let (files, clock, rng) = (backends.files.clone(), backends.clock.clone(), backends.rng.clone());
+    let caches = Caches::open(files, directory.clone(), (config.cache.clone(), reserve), clock, rng).await;
+    let unread = |source| DaemonError::Files { what: "look for caches at", path: directory, source };
+    caches.map(Some).map_err(unread)
 }
 
 impl Daemon {

@@ -71,6 +71,7 @@ fn fixed(old: &Config, new: &Config) -> Option<&'static str> {
         ("runtime_directory", old.runtime_directory != new.runtime_directory),
         ("image_directory", old.image_directory != new.image_directory),
         ("hypervisor", old.hypervisor != new.hypervisor),
+        ("cache", old.cache != new.cache),
         ("log", old.log != new.log),
         ("control", old.control != new.control),
     ]

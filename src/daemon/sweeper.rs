@@ -87,6 +87,9 @@ impl Sweeper {
             let room: Option<Held> = orphan.is_vm.then(|| self.capacity.adopt(NOBODY, self.unknown).into());
             reapers.spawn(reap(self.parts.clone(), orphan, room, stop.clone()));
         }
+        if let Some(caches) = &self.parts.caches {
+            caches.sweep().await;
+        }
         for left in abandoned(&*self.parts.files, &self.image_directory, &self.hypervisor).await {
             let room: Held = self.capacity.adopt(NOBODY, self.unknown).into();
             reapers.spawn(take_down(self.parts.clone(), left, self.hypervisor.clone(), room, stop.clone()));

@@ -6,6 +6,7 @@
 
 use super::answer::{self, Answer};
 use super::body::{BodyFault, RequestBody, object};
+use super::cache;
 use super::head::Refusal;
 use super::limits::Bucket;
 use super::outage::Outage;
@@ -14,6 +15,7 @@ use super::sessions::Sessions;
 use super::trace::is_over;
 use super::wire::Notes;
 use super::{Admission, GuestEvent, GuestView, HandOut, Limits};
+use crate::cache::JobCache;
 use crate::clock::Clock;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobClient, JobId, RunnerInfo};
@@ -72,6 +74,9 @@ pub(super) struct Handler {
     rng: Rng,
     pub(super) clock: Clock,
     metrics: Metrics,
+    /// What its job may have of the caches.
+    pub(super) cache: Option<JobCache>,
+    pub(super) cache_transfers: Arc<Semaphore>,
     requests: Bucket,
     pub(super) forwards: Bucket,
     pub(super) trace_rate: Bucket,
@@ -86,11 +91,12 @@ pub(super) struct Handler {
     pub(super) running_answered: AtomicBool,
     other_job: Repeats,
     pub(super) trace_unwritten: Repeats,
+    pub(super) not_saved: Repeats,
     pub(super) not_forwarded: Repeats,
     pub(super) not_redirected: Repeats,
     /// When `Spoke` last went out. Held for a few lines, never across an await.
     spoke: Mutex<Option<Instant>>,
-    /// Writes to the spool: never dropped half-way.
+    /// What is under way on the disk, spool and caches: never dropped half-way.
     pub(super) writes: TaskTracker,
 }
 
@@ -122,6 +128,8 @@ impl Handler {
             rng: admission.rng,
             clock: admission.clock,
             metrics: admission.metrics,
+            cache: admission.cache,
+            cache_transfers: Arc::new(Semaphore::new(cache::TRANSFERS)),
             requests: Bucket::new(limits.requests_per_second.into(), limits.requests_burst.into()),
             forwards: Bucket::new(limits.forwards_per_second.into(), limits.forwards_burst.into()),
             trace_rate: Bucket::new(limits.trace_bytes_per_second, limits.trace_bytes_burst),
@@ -134,6 +142,7 @@ impl Handler {
             running_answered: AtomicBool::new(false),
             other_job: Repeats::new("guest asked for another job"),
             trace_unwritten: Repeats::new("failed to write a guest's trace"),
+            not_saved: Repeats::new("failed to save a guest's cache"),
             not_forwarded: Repeats::new("failed to forward a guest's request"),
             not_redirected: Repeats::new("GitLab's redirect of a guest's artifacts is not passed on"),
             spoke: Mutex::new(None),
@@ -236,7 +245,9 @@ impl Handler {
             }
         };
         self.metrics().requests.inc(route.word());
-        let Ok(query) = Query::parse(parts.uri.query().unwrap_or(""), route.query_keys()) else {
+        // That of the store's is a signature, which nobody looks at.
+        let query = if matches!(route, Route::Cache(_)) { "" } else { parts.uri.query().unwrap_or("") };
+        let Ok(query) = Query::parse(query, route.query_keys()) else {
             return self.refuse(StatusCode::BAD_REQUEST, "query");
         };
         self.metrics().query_keys_dropped.inc_by(query.dropped);
@@ -250,6 +261,10 @@ impl Handler {
                 Err(answer) => answer,
             },
             Route::Job(id, route) => self.job_route(id, route, parts, query, body).await,
+            Route::Cache(route) => {
+                self.spoke();
+                self.cached(route, parts, body).await
+            }
         }
     }
 

@@ -11,6 +11,7 @@
 mod answer; // what does a guest get to read?
 mod artifacts; // the routes that go on to GitLab
 mod body; // how much, how fast?
+mod cache; // the store of `cache:`
 mod chunks; // where does a chunked body end?
 mod door; // who comes in?
 mod greeting; // is it our guest's relay?
@@ -38,6 +39,7 @@ pub mod readers {
     pub use super::wire::{Active, Notes, Times, Wire};
 }
 
+use crate::cache::JobCache;
 use crate::clock::Clock;
 use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};
 use crate::metrics::Metrics;
@@ -135,6 +137,8 @@ pub struct Admission {
     pub spool: SpoolWriter,
     /// Where artifacts go.
     pub client: JobClient,
+    /// What its job may have of the caches; `None`: there are none.
+    pub cache: Option<JobCache>,
     /// Whether `direct_download=true` may reach GitLab (and its 302 the guest).
     pub direct_download: bool,
     /// What the guest does; the job listens. Bounded; the door waits for room.

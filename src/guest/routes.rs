@@ -18,6 +18,19 @@ pub enum Route {
     RunnerAdministration,
     /// A route of one job.
     Job(JobId, JobRoute),
+    /// The store of `cache:`.
+    Cache(CacheRoute),
+}
+
+/// What is asked of the store of `cache:`, which the runner takes for S3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheRoute {
+    /// `GET`, perhaps of a range.
+    Fetch,
+    /// `HEAD`.
+    Look,
+    /// `PUT`.
+    Save,
 }
 
 /// What is asked of a job.
@@ -57,6 +70,9 @@ impl Route {
             Self::Job(_, JobRoute::Upload) => "upload",
             Self::Job(_, JobRoute::Download) => "download",
             Self::Job(_, JobRoute::EnvironmentKey) => "environment_key",
+            Self::Cache(CacheRoute::Fetch) => "cache_fetch",
+            Self::Cache(CacheRoute::Look) => "cache_look",
+            Self::Cache(CacheRoute::Save) => "cache_save",
         }
     }
 
@@ -73,6 +89,11 @@ impl Route {
 
 /// Finds the route of `method` and `path`, which is what stands before the question mark.
 pub fn route(method: &str, path: &str) -> Result<Route, NoRoute> {
+    if path.starts_with("/cache/") {
+        let routes = [("GET", CacheRoute::Fetch), ("HEAD", CacheRoute::Look), ("PUT", CacheRoute::Save)];
+        let found = routes.into_iter().find(|(name, _)| *name == method);
+        return found.map(|(_, route)| Route::Cache(route)).ok_or(NoRoute::Method("GET, HEAD, PUT"));
+    }
     let path = path.strip_prefix("/api/v4/").ok_or(NoRoute::NotFound)?;
     let (allowed, found): (&'static str, &[(&str, Route)]) = match path {
         "jobs/request" => ("POST", &[("POST", Route::AskForJob)]),
@@ -214,6 +235,8 @@ mod tests {
             ("PATCH", "/api/v4/jobs/42", Err(NoRoute::Method("PUT"))),
             ("PUT", "/api/v4/jobs/42/trace", Err(NoRoute::Method("PATCH"))),
             ("PUT", "/api/v4/jobs/42/artifacts", Err(NoRoute::Method("GET, POST"))),
+            ("PUT", "/cache/project/1/k", Ok(Route::Cache(CacheRoute::Save))),
+            ("DELETE", "/cache/project/1/k", Err(NoRoute::Method("GET, HEAD, PUT"))),
         ] {
             assert_eq!(route(method, path), expected, "{method} {path}");
         }

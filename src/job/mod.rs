@@ -31,6 +31,7 @@ pub use resolve::Refusal;
 pub use task::{accept, adopt, begin_anew, give_up, refuse_second, refuse_unread};
 
 use crate::awake::Awake;
+use crate::cache::Caches;
 use crate::capacity::Held;
 use crate::clock::Clock;
 use crate::config;
@@ -74,6 +75,8 @@ pub struct Parts {
     pub journal: Journal,
     /// Base images.
     pub images: Arc<dyn Images>,
+    /// What jobs leave for later ones; `None`: nothing.
+    pub caches: Option<Caches>,
     /// Deadlines.
     pub limits: Arc<config::Limits>,
     /// Limits of doors.

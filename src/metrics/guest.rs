@@ -29,6 +29,12 @@ pub struct GuestMetrics {
     pub query_keys_dropped: Counter,
     /// Trace bytes taken.
     pub trace_bytes: Counter,
+    /// Requests to the store of `cache:` by `result`: `hit`, `miss`, `saved`; what was refused is in `refused`.
+    pub cache: Labelled,
+    /// Bytes of caches that were saved.
+    pub cache_up_bytes: Counter,
+    /// Bytes of caches that were fetched.
+    pub cache_down_bytes: Counter,
     /// Artifact bytes by `direction`: `up`, `down`.
     pub artifact_up_bytes: Counter,
     /// See `artifact_up_bytes`.
@@ -60,6 +66,9 @@ impl GuestMetrics {
             refused: labelled(registry, "requests_refused", "Requests of guests that were refused", "reason"),
             query_keys_dropped: counter(registry, "query_keys_dropped", "Unknown query keys dropped"),
             trace_bytes: counter(registry, "trace_bytes", "Trace bytes taken from guests"),
+            cache: labelled(registry, "cache_requests", "Caches that jobs looked for or saved", "result"),
+            cache_up_bytes: counter(registry, "cache_up_bytes", "Cache bytes from guests"),
+            cache_down_bytes: counter(registry, "cache_down_bytes", "Cache bytes to guests"),
             artifact_up_bytes: counter(registry, "artifact_up_bytes", "Artifact bytes from guests to GitLab"),
             artifact_down_bytes: counter(registry, "artifact_down_bytes", "Artifact bytes from GitLab to guests"),
         }

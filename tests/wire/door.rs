@@ -4,6 +4,7 @@
 //! the doc lines are those of the threat and fault tables.
 
 mod artifacts;
+mod caches;
 mod calls;
 mod client;
 mod greeting;

@@ -43,6 +43,8 @@ pub struct Source {
     pub protected: Option<bool>,
     /// `job_info.user_id`.
     pub user_id: Option<u64>,
+    /// `job_info.project_id`.
+    pub project_id: Option<u64>,
 }
 
 impl Source {
@@ -91,6 +93,7 @@ pub(super) fn source(object: &Object<'_>) -> Source {
         git_ref: get::<String>(&git, "ref").and_then(path),
         protected: get(&git, "protected"),
         user_id: get(&info, "user_id"),
+        project_id: get(&info, "project_id").filter(|id| *id > 0),
     }
 }
 

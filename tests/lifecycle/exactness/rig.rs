@@ -236,6 +236,7 @@ async fn live(life: &Life, world: &World, plan: &Plan) {
         dependencies: Vec::new(),
         spool: spool.writer(),
         client,
+        cache: None,
         direct_download: false,
         events: told,
         view: view_in,

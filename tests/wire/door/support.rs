@@ -3,6 +3,7 @@
 pub(crate) use super::client::{Guest, Reply, patch, poll, put, request};
 use bytes::Bytes;
 use dayfly::BoxFuture;
+use dayfly::cache::JobCache;
 use dayfly::clock::Clock;
 use dayfly::files::Files as _;
 use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
@@ -258,6 +259,7 @@ pub(crate) struct Setup {
     /// In place of a listener.
     pub(crate) wire: Option<DoorSocket>,
     pub(crate) direct_download: bool,
+    pub(crate) cache: Option<JobCache>,
     pub(crate) seed: u64,
     /// Instead of [`FakeGitlab`].
     pub(crate) transport: Option<Arc<dyn Transport>>,
@@ -265,7 +267,15 @@ pub(crate) struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { limits: Limits::default(), tcp: false, wire: None, direct_download: false, seed: 1, transport: None }
+        Self {
+            limits: Limits::default(),
+            tcp: false,
+            wire: None,
+            direct_download: false,
+            cache: None,
+            seed: 1,
+            transport: None,
+        }
     }
 }
 
@@ -317,6 +327,7 @@ impl Setup {
             dependencies: vec![Dependency { id: JobId(DEPENDENCY), token: Secret::new(DEPENDENCY_TOKEN) }],
             spool: spool.writer(),
             client: client.clone(),
+            cache: self.cache,
             direct_download: self.direct_download,
             events,
             view: view_receiver,

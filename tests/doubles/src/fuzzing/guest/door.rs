@@ -203,6 +203,7 @@ impl Door {
             dependencies: vec![Dependency { id: JobId(DEPENDENCY), token: Secret::new(DEPENDENCY_TOKEN) }],
             spool: spool.writer(),
             client: JobClient::new(transport, JobId(JOB), Secret::new(JOB_TOKEN), rng.clone()),
+            cache: None,
             direct_download: false,
             events,
             view: seen,

@@ -2,6 +2,7 @@
 
 use super::requests::{Request, by_hyper};
 use crate::pieces::{Cuts, Peer};
+use dayfly::cache::Key;
 use dayfly::clock::Clock;
 use dayfly::gitlab::JobId;
 use dayfly::guest::readers::{self, JobRoute, NoRoute, Query, Route};
@@ -87,6 +88,14 @@ fn routed(method: &str, target: &str) {
         Ok(Route::Discovery) => assert_eq!((method, path), ("GET", "/api/v4/runners/router/discovery")),
         Ok(Route::RunnerAdministration) => {
             assert!(path.starts_with("/api/v4/runners") && ["POST", "DELETE"].contains(&method));
+        }
+        Ok(Route::Cache(_)) => {
+            assert!(path.starts_with("/cache/") && ["GET", "HEAD", "PUT"].contains(&method));
+            // What of it is a key names the project by digits, and holds no step out of it.
+            if let Some((project, key)) = Key::of_path(path) {
+                assert!(path.starts_with(&format!("/cache/project/{project}/")) && key.file().len() == 64);
+                assert!(path.split('/').all(|part| !["..", "."].contains(&decoded(part).as_str())), "{path:?}");
+            }
         }
         Err(NoRoute::Method(allowed)) => {
             assert!(allowed.split(", ").all(|allowed| allowed != method && readers::route(allowed, path).is_ok()));

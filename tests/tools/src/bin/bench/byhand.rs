@@ -62,6 +62,7 @@ impl Told {
             door_patience: PATIENCE,
             power_off_after: PATIENCE,
             log_mib_max: 4,
+            cache: false,
         };
         guest_config(&parts, &Clock::system(), rng)
     }
