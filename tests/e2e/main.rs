@@ -44,6 +44,30 @@ async fn a_job_clones_uploads_an_artifact_and_succeeds() {
     lab.assert_clean().await;
 }
 
+/// What a job has cached is in the next one's fresh machine: nothing was set up for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_is_there_in_the_next_jobs_machine() {
+    let mut lab = Lab::start(Options::default()).await;
+    let cache = serde_json::json!([{"key": "deps", "paths": ["deps/"], "policy": "pull-push", "when": "on_success"}]);
+    let with_cache = |mut spec: JobSpec| {
+        spec.cache = Some(cache.clone());
+        spec
+    };
+    let make = ["test ! -e deps", "mkdir deps", "head -c 3000000 /dev/urandom >deps/blob", "sha256sum deps/blob"];
+    let first = lab.enqueue(with_cache(lab.spec(&make)));
+    lab.until(first, JobState::Success).await;
+    let second = lab.enqueue(with_cache(lab.spec(&["sha256sum deps/blob"])));
+    lab.until(second, JobState::Success).await;
+    let digest = |trace: &str| {
+        trace.lines().find_map(|line| {
+            line.split("  deps/blob").next()?.rsplit(' ').next().filter(|word| word.len() == 64).map(str::to_owned)
+        })
+    };
+    let (made, found) = (lab.trace(first), lab.trace(second));
+    assert!(digest(&made).is_some() && digest(&made) == digest(&found), "{made}\n{found}");
+    lab.assert_clean().await;
+}
+
 /// U1: the proof is the image's own kernel and initrd, in a real machine; `doctor` says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn doctor_boots_the_images_own_kernel() {

@@ -1,6 +1,7 @@
 //! The command line: the official runner's commands and flags, as far as an image or a job's script uses them.
 
 use crate::artifacts::{self, ArtifactsError, DownloadArguments, UploadArguments};
+use crate::cache;
 use crate::config::ConfigError;
 use crate::single::{self, SingleArguments};
 use std::collections::VecDeque;
@@ -16,7 +17,7 @@ pub(crate) enum CliError {
     NotUtf8(OsString),
     /// No such command or flag.
     #[error(
-        "unknown argument `{0}`; this stand-in knows run-single, artifacts-uploader, artifacts-downloader, --version"
+        "unknown argument `{0}`; this stand-in knows run-single, artifacts-uploader, artifacts-downloader, cache-extractor, cache-archiver, --version"
     )]
     Unknown(String),
     /// A flag stands without its value.
@@ -51,6 +52,11 @@ pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Result<ExitCode,
         Some("run-single") => return single::run(single_arguments(words)?),
         Some("artifacts-uploader") => artifacts::upload(&upload_arguments(words)?)?,
         Some("artifacts-downloader") => artifacts::download(&download_arguments(words)?)?,
+        Some(cache::EXTRACTOR) => cache::extract(&cache_arguments(words)?.0),
+        Some(cache::ARCHIVER) => {
+            let (urls, paths) = cache_arguments(words)?;
+            cache::archive(urls.first().ok_or(CliError::NoValue("--url".into()))?, &paths);
+        }
         other => return Err(CliError::Unknown(other.unwrap_or("").to_owned())),
     }
     Ok(ExitCode::SUCCESS)
@@ -139,6 +145,21 @@ fn download_arguments(words: VecDeque<String>) -> Result<DownloadArguments, CliE
         }
     }
     Ok(arguments)
+}
+
+/// URLs, and what to pack.
+fn cache_arguments(words: VecDeque<String>) -> Result<(Vec<String>, UploadArguments), CliError> {
+    let (mut urls, mut arguments) = (Vec::new(), UploadArguments::default());
+    let mut flags = Flags(words);
+    while let Some((name, inline)) = flags.next() {
+        match name.as_str() {
+            "--url" => urls.push(flags.value(&name, inline)?),
+            "--path" => arguments.paths.push(flags.value(&name, inline)?),
+            "--untracked" => arguments.untracked = true,
+            _ => return Err(CliError::Unknown(name)),
+        }
+    }
+    Ok((urls, arguments))
 }
 
 #[cfg(test)]

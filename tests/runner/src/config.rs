@@ -67,8 +67,30 @@ pub(crate) struct Runner {
     pub(crate) pre_build_script: String,
     /// Script after a step's own.
     pub(crate) post_build_script: String,
+    /// Where caches are kept.
+    pub(crate) cache: Cache,
     /// `FF_…` switches; they win over a job's variables.
     pub(crate) feature_flags: BTreeMap<String, bool>,
+}
+
+/// `[runners.cache]`, as far as it is obeyed: plain HTTP, and a store that is shared.
+#[derive(Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Cache {
+    /// `s3`; empty: there is none.
+    #[serde(rename = "Type")]
+    pub(crate) kind: String,
+    pub(crate) s3: S3,
+}
+
+/// `[runners.cache.s3]`.
+#[derive(Clone, Default, Deserialize)]
+#[serde(default, rename_all = "PascalCase")]
+pub(crate) struct S3 {
+    /// Host, or host and port.
+    pub(crate) server_address: String,
+    /// The first part of each path.
+    pub(crate) bucket_name: String,
 }
 
 impl Runner {

@@ -1,5 +1,6 @@
 //! One job from its first log line to its verdict: the stages, in the official runner's order and words.
 
+use crate::cache;
 use crate::config::Runner;
 use crate::control::{Control, Scope, Stop};
 use crate::lines::Source;
@@ -207,6 +208,10 @@ impl Run<'_> {
             }
             result = result.and(after);
         }
+        let saved = self.save_cache(result.is_ok());
+        if is_over(&saved) {
+            return saved;
+        }
         let uploaded = self.upload(result.is_ok());
         if is_over(&uploaded) {
             return uploaded;
@@ -255,11 +260,7 @@ impl Run<'_> {
             let script = sources::script(job, runner, variables, project_dir, &remote);
             run.stage(&stage, script)
         })?;
-        if !self.prepared.job.cache.is_empty() {
-            self.section("restore_cache", "Restoring cache", |run| {
-                run.warn("dayfly's stand-in runner keeps no caches; the job runs without");
-            });
-        }
+        self.restore_cache()?;
         let stage = self.early("download_artifacts", "Downloading artifacts");
         self.attempts("ARTIFACT_DOWNLOAD_ATTEMPTS", |run| {
             let program = program()?;
@@ -327,6 +328,43 @@ impl Run<'_> {
                 Ok(())
             }
             other => other,
+        }
+    }
+
+    /// What earlier jobs left. A cache that cannot be had fails no job.
+    fn restore_cache(&mut self) -> Result<(), Failure> {
+        let Prepared { job, runner, variables, project_dir, .. } = &self.prepared;
+        if job.cache.is_empty() {
+            return Ok(());
+        }
+        if runner.cache.kind != "s3" {
+            self.section("restore_cache", "Restoring cache", |run| {
+                run.warn("this runner has no store for caches; the job runs without");
+            });
+            return Ok(());
+        }
+        let program = program()?;
+        let transfer = Transfer { program: &program, url: &runner.url, project_dir };
+        match cache::restore(job, variables, &runner.cache, &transfer) {
+            Some(script) => self.stage(&self.early("restore_cache", "Restoring cache"), script),
+            None => Ok(()),
+        }
+    }
+
+    fn save_cache(&mut self, succeeded: bool) -> Result<(), Failure> {
+        let (name, title) = match succeeded {
+            true => ("archive_cache", "Saving cache for successful job"),
+            false => ("archive_cache_on_failure", "Saving cache for failed job"),
+        };
+        let Prepared { job, runner, variables, project_dir, .. } = &self.prepared;
+        if runner.cache.kind != "s3" {
+            return Ok(());
+        }
+        let program = program()?;
+        let transfer = Transfer { program: &program, url: &runner.url, project_dir };
+        match cache::save(job, variables, &runner.cache, &transfer, succeeded) {
+            Some(script) => self.stage(&Stage { name, title, scope: Scope::Rest, deadline: self.deadline }, script),
+            None => Ok(()),
         }
     }
 

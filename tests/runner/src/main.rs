@@ -19,7 +19,7 @@
 //!     cargo build --release -p dayfly-test-runner --target x86_64-unknown-linux-gnu
 //! ```
 //!
-//! Not there, and said in the log where a job asks for it: caches, services, images, secrets, job inputs, native
+//! Not there, and said in the log where a job asks for it: services, images, secrets, job inputs, native
 //! steps, terminals.
 
 #![allow(
@@ -30,6 +30,7 @@
 
 mod api;
 mod artifacts;
+mod cache;
 mod cli;
 mod config;
 mod control;

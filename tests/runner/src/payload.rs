@@ -22,7 +22,7 @@ pub(crate) struct Job {
     #[serde(default, deserialize_with = "or_default")]
     pub(crate) artifacts: Vec<Artifact>,
     #[serde(default, deserialize_with = "or_default")]
-    pub(crate) cache: Vec<serde::de::IgnoredAny>,
+    pub(crate) cache: Vec<CacheEntry>,
     #[serde(default, deserialize_with = "or_default")]
     pub(crate) dependencies: Vec<Dependency>,
     #[serde(default, deserialize_with = "or_default")]
@@ -107,6 +107,24 @@ pub(crate) struct Artifact {
     pub(crate) artifact_format: String,
     #[serde(deserialize_with = "or_default")]
     pub(crate) expire_in: String,
+}
+
+/// What a job leaves for later ones, and takes of earlier ones.
+#[derive(Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct CacheEntry {
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) key: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) untracked: bool,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) policy: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) paths: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) when: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) fallback_keys: Vec<String>,
 }
 
 /// A job whose artifacts this one wants.

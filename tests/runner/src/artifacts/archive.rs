@@ -12,7 +12,7 @@ use std::process::Command;
 ///
 /// # Errors
 /// [`ArtifactsError::Pattern`], and git's failure to list what it does not track.
-pub(super) fn collect(arguments: &UploadArguments) -> Result<Vec<PathBuf>, ArtifactsError> {
+pub(crate) fn collect(arguments: &UploadArguments) -> Result<Vec<PathBuf>, ArtifactsError> {
     let here = std::env::current_dir().map_err(ArtifactsError::Archive)?;
     let mut found = BTreeSet::new();
     for path in &arguments.paths {
@@ -69,7 +69,7 @@ fn add_tree(found: &mut BTreeSet<PathBuf>, here: &Path, entry: &Path) -> io::Res
 ///
 /// # Errors
 /// A file that cannot be read, or `out`'s.
-pub(super) fn write_zip(out: impl Write, files: &[PathBuf]) -> io::Result<()> {
+pub(crate) fn write_zip(out: impl Write, files: &[PathBuf]) -> io::Result<()> {
     let mut zip = zip::ZipWriter::new_stream(out);
     for file in files {
         let metadata = file.symlink_metadata()?;
@@ -122,7 +122,7 @@ pub(super) fn write_raw(mut out: impl Write, files: &[PathBuf]) -> io::Result<()
 ///
 /// # Errors
 /// No zip, or the file system's.
-pub(super) fn unpack(archive: impl Read + Seek) -> io::Result<()> {
+pub(crate) fn unpack(archive: impl Read + Seek) -> io::Result<()> {
     zip::ZipArchive::new(archive)?.extract(".")?;
     Ok(())
 }

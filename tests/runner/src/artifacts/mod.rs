@@ -5,6 +5,7 @@ mod archive;
 mod download;
 mod upload;
 
+pub(crate) use archive::{collect, unpack, write_zip};
 pub(crate) use download::download;
 pub(crate) use upload::upload;
 
