@@ -57,3 +57,30 @@ fn old_logs_of_our_machines_are_removed_and_no_others() {
     let package = unit("build-deb");
     assert!(package.contains("dayfly-logs.service dayfly-logs.timer"), "both are in the package");
 }
+
+/// What a VM's egress is started by: for the daemon alone, one user for each, and free to confine itself, which a filter of
+/// system calls would else hide from it.
+#[test]
+fn the_egress_of_each_vm_is_a_service_of_its_own() {
+    let socket = unit("dayfly-egress.socket");
+    assert_eq!(value(&socket, "Accept"), "yes");
+    assert_eq!((value(&socket, "SocketUser"), value(&socket, "SocketMode")), ("dayfly", "0600"));
+    assert!(value(&socket, "MaxConnections").parse::<u32>().unwrap() >= 512);
+    let service = unit("dayfly-egress@.service");
+    assert_eq!((value(&service, "DynamicUser"), value(&service, "StandardInput")), ("yes", "socket"));
+    assert!(value(&service, "User").contains("%i"), "one for each instance");
+    assert!(!service.contains("\nPartOf="), "it outlives a restart of the daemon");
+    for filtered in [&service, &unit("dayfly.service")] {
+        for call in ["seccomp", "landlock_create_ruleset", "landlock_restrict_self"] {
+            assert!(
+                filtered.lines().any(|line| line.starts_with("SystemCallFilter=") && line.contains(call)),
+                "{call}"
+            );
+        }
+    }
+    let package = unit("build-deb");
+    assert!(
+        package.contains("dayfly-egress.socket dayfly-egress@.service")
+            && package.contains("dayfly-exec dayfly-egress;")
+    );
+}
