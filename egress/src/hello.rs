@@ -7,7 +7,7 @@
 use crate::policy::host_name;
 
 /// Bytes of a hello at most, heads of its records included. Those of browsers have 2 KiB.
-pub(crate) const HELLO_BYTES_MAX: usize = 8 * 1024;
+pub const HELLO_BYTES_MAX: usize = 8 * 1024;
 
 const RECORD_HANDSHAKE: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
@@ -16,7 +16,7 @@ const HOST_NAME: u8 = 0;
 
 /// What the first bytes of a connection are.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Hello {
+pub enum Hello {
     /// Perhaps the beginning of one.
     NotYet,
     /// None: another protocol.
@@ -28,7 +28,8 @@ pub(crate) enum Hello {
 }
 
 /// Reads the first bytes of a connection.
-pub(crate) fn read(bytes: &[u8]) -> Hello {
+#[must_use]
+pub fn read(bytes: &[u8]) -> Hello {
     let begins = [RECORD_HANDSHAKE, 3];
     let have = bytes.len().min(begins.len());
     if bytes[..have] != begins[..have] {

@@ -20,8 +20,8 @@
 
 pub mod audit;
 mod confine;
-mod dns;
-mod hello;
+pub mod dns;
+pub mod hello;
 mod notes;
 pub mod policy;
 mod port;
@@ -34,6 +34,7 @@ mod stream;
 pub use confine::ConfineError;
 pub use run::run;
 pub use start::{HandOverError, START_BYTES_MAX, Start, StartError, VERSION, hand_over};
+pub use stream::target;
 
 /// An error and its causes, in one line.
 fn chain(error: &dyn std::error::Error) -> String {

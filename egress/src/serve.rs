@@ -46,6 +46,8 @@ pub(crate) struct Vm {
     pub(crate) connects: RefCell<Bucket>,
     /// Where a stream reads into, before it is sent.
     pub(crate) scratch: RefCell<Box<[u8]>>,
+    /// Bytes of one stream that may come before some were released.
+    pub(crate) window: usize,
     /// Streams that are being copied.
     pub(crate) open: Cell<usize>,
 }
@@ -60,6 +62,7 @@ impl Vm {
             connections: connections.map(|connections| Arc::new(Semaphore::new(connections as usize))),
             connects: RefCell::new(Bucket::new(CONNECTS_A_SECOND, CONNECTS_AT_ONCE)),
             scratch: RefCell::new(vec![0; CHUNK].into()),
+            window: Limits::egress().host.window as usize,
             open: Cell::new(0),
             policy,
             notes,

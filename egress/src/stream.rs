@@ -14,9 +14,10 @@ use crate::hello::{self, Hello};
 use crate::policy::{Mode, Reason, Verdict};
 use crate::rate::Waiting;
 use crate::serve::Vm;
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::Bytes;
 use dayfly_wire::{Asked, Reading, Writing};
 use rustix::net::sockopt::{set_socket_keepalive, set_socket_linger};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
@@ -36,14 +37,18 @@ const HELLO: Duration = Duration::from_secs(10);
 /// Bytes that are read at once from a far end at most.
 pub(crate) const CHUNK: usize = 16 * 1024;
 
+/// Bytes that are kept for a stream that says little.
+const SMALL: usize = 1024;
+
 /// What a guest is answered: see `dayfly_wire::Stream::accepted`.
 const REFUSED: u16 = 403;
 const UNREACHABLE: u16 = 502;
 const LATE: u16 = 504;
 const NO_TARGET: u16 = 400;
 
-/// Reads `a.b.c.d:port` or `[v6]:port`.
-pub(crate) fn target(authority: &str) -> Option<SocketAddr> {
+/// Reads what a stream is for: `a.b.c.d:port` or `[v6]:port`; `None`: it is for nothing that is reached.
+#[must_use]
+pub fn target(authority: &str) -> Option<SocketAddr> {
     let address: SocketAddr = authority.parse().ok()?;
     let whole = match address {
         SocketAddr::V4(_) => true,
@@ -135,7 +140,7 @@ struct Copy {
     reading: Reading,
     writing: Option<Writing>,
     /// Came from the guest, and not taken by the far side.
-    pending: BytesMut,
+    pending: VecDeque<u8>,
     /// Of them, looked at as a hello; and until when there must be a whole one. `None`: decided.
     hello: Option<HelloWait>,
     guest_ended: bool,
@@ -163,7 +168,7 @@ impl Copy {
             tcp,
             reading,
             writing: Some(writing),
-            pending: BytesMut::new(),
+            pending: VecDeque::new(),
             hello: Some(HelloWait::default()),
             guest_ended: false,
             up_ended: false,
@@ -198,7 +203,7 @@ impl Copy {
             while !self.guest_ended {
                 match self.reading.poll_bytes(cx)? {
                     Poll::Ready(bytes) if bytes.is_empty() => self.guest_ended = true,
-                    Poll::Ready(bytes) => self.pending.extend_from_slice(&bytes),
+                    Poll::Ready(bytes) => self.keep(&bytes),
                     Poll::Pending => break,
                 }
             }
@@ -215,14 +220,15 @@ impl Copy {
                 let _ = rustix::net::shutdown(&self.tcp, rustix::net::Shutdown::Write);
                 continue;
             }
-            let room = std::task::ready!(self.up_wait.poll(cx, self.vm.bytes.as_ref(), self.pending.len()));
+            let (front, _) = self.pending.as_slices();
+            let room = std::task::ready!(self.up_wait.poll(cx, self.vm.bytes.as_ref(), front.len()));
             std::task::ready!(self.tcp.poll_write_ready(cx))?;
-            match self.tcp.try_write(&self.pending[..room]) {
+            match self.tcp.try_write(&front[..room]) {
                 Ok(count) => {
-                    self.pending.advance(count);
+                    self.pending.drain(..count);
                     if self.pending.is_empty() {
                         // Nothing is held for a stream that is at rest.
-                        self.pending = BytesMut::new();
+                        self.pending = VecDeque::new();
                     }
                     self.reading.release(count);
                     self.count(count, |destination, count| destination.up += count);
@@ -231,6 +237,16 @@ impl Copy {
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
+    }
+
+    /// Keeps what came, in a ring that never holds more than the stream's window, and is not larger.
+    fn keep(&mut self, bytes: &[u8]) {
+        let wanted = self.pending.len() + bytes.len();
+        if wanted > self.pending.capacity() {
+            let size = if wanted <= SMALL { SMALL } else { wanted.max(self.vm.window) };
+            self.pending.reserve_exact(size - self.pending.len());
+        }
+        self.pending.extend(bytes);
     }
 
     /// From the far side to the guest.
@@ -262,7 +278,7 @@ impl Copy {
     fn poll_hello(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some(wait) = &mut self.hello else { return Poll::Ready(Ok(())) };
         let enforced = self.vm.policy.mode == Mode::Enforce;
-        let mut seen = hello::read(&self.pending);
+        let mut seen = hello::read(self.pending.make_contiguous());
         if seen == Hello::NotYet {
             if self.pending.is_empty() && !self.guest_ended {
                 return Poll::Pending;

@@ -6,47 +6,62 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Bytes of a question's message at most; real ones have some hundred.
-pub(crate) const QUESTION_BYTES_MAX: usize = 4096;
+pub const QUESTION_BYTES_MAX: usize = 4096;
 
 /// Records of one answer that are read at most.
 const RECORDS_MAX: u16 = 256;
 
 /// Bytes of a message that is written at most.
-pub(crate) const ANSWER_BYTES_MAX: usize = 32 * 1024;
+pub const ANSWER_BYTES_MAX: usize = 32 * 1024;
 
 /// Bytes of a name at most, its lengths included (RFC 1035, 2.3.4).
 const NAME_BYTES_MAX: usize = 255;
 
 const HEADER_BYTES: usize = 12;
 
-pub(crate) const TYPE_A: u16 = 1;
-pub(crate) const TYPE_NS: u16 = 2;
-pub(crate) const TYPE_CNAME: u16 = 5;
-pub(crate) const TYPE_SOA: u16 = 6;
-pub(crate) const TYPE_PTR: u16 = 12;
-pub(crate) const TYPE_MX: u16 = 15;
-pub(crate) const TYPE_AAAA: u16 = 28;
-pub(crate) const TYPE_SRV: u16 = 33;
-pub(crate) const TYPE_DNAME: u16 = 39;
+/// An IPv4 address.
+pub const TYPE_A: u16 = 1;
+/// A name server.
+pub const TYPE_NS: u16 = 2;
+/// An alias.
+pub const TYPE_CNAME: u16 = 5;
+/// The begin of a zone.
+pub const TYPE_SOA: u16 = 6;
+/// A pointer of the reverse tree.
+pub const TYPE_PTR: u16 = 12;
+/// A host for mail.
+pub const TYPE_MX: u16 = 15;
+/// An IPv6 address.
+pub const TYPE_AAAA: u16 = 28;
+/// A host for a service.
+pub const TYPE_SRV: u16 = 33;
+/// An alias of a whole tree.
+pub const TYPE_DNAME: u16 = 39;
 
 const CLASS_IN: u16 = 1;
 
 /// How a question was answered (RFC 1035, 4.1.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Code(pub(crate) u8);
+pub struct Code(pub u8);
 
 impl Code {
-    pub(crate) const NO_ERROR: Self = Self(0);
-    pub(crate) const FORMAT: Self = Self(1);
-    pub(crate) const SERVER_FAILURE: Self = Self(2);
-    pub(crate) const NO_SUCH_NAME: Self = Self(3);
-    pub(crate) const NOT_IMPLEMENTED: Self = Self(4);
-    pub(crate) const REFUSED: Self = Self(5);
+    /// It is answered.
+    pub const NO_ERROR: Self = Self(0);
+    /// The question makes no sense.
+    pub const FORMAT: Self = Self(1);
+    /// No resolver has answered.
+    pub const SERVER_FAILURE: Self = Self(2);
+    /// There is no such name.
+    pub const NO_SUCH_NAME: Self = Self(3);
+    /// No such operation.
+    pub const NOT_IMPLEMENTED: Self = Self(4);
+    /// Not by us.
+    pub const REFUSED: Self = Self(5);
 }
 
 /// A name as it stands in a message, not compressed, in the letters of whoever wrote it.
 #[derive(Clone, Debug)]
-pub(crate) struct Name(Box<[u8]>);
+pub struct Name(Box<[u8]>);
 
 impl PartialEq for Name {
     fn eq(&self, other: &Self) -> bool {
@@ -57,7 +72,8 @@ impl PartialEq for Name {
 
 impl Name {
     /// As text, in lower case, without the dot at its end; `None`: no host has such a name.
-    pub(crate) fn to_host(&self) -> Option<String> {
+    #[must_use]
+    pub fn to_host(&self) -> Option<String> {
         let mut text = String::new();
         let mut rest = &self.0[..];
         while let Some((length, after)) = rest.split_first() {
@@ -91,24 +107,29 @@ impl Name {
 
 /// One question.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Question {
-    pub(crate) name: Name,
-    pub(crate) kind: u16,
-    pub(crate) class: u16,
+pub struct Question {
+    /// Of what.
+    pub name: Name,
+    /// Which records (RFC 1035, 3.2.2).
+    pub kind: u16,
+    /// 1: the Internet.
+    pub class: u16,
 }
 
 /// What a guest asks.
 #[derive(Clone, Debug)]
-pub(crate) struct Query {
-    pub(crate) id: u16,
+pub struct Query {
+    /// By which the answer is known.
+    pub id: u16,
     /// It is said again in the answer.
     recursion: bool,
-    pub(crate) question: Question,
+    /// What it asks.
+    pub question: Question,
 }
 
 /// Why it is no question that could be answered.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum NoQuery {
+pub enum NoQuery {
     /// There is nothing to answer to: too short, or an answer itself.
     Nothing,
     /// It is answered with this code.
@@ -117,34 +138,40 @@ pub(crate) enum NoQuery {
 
 /// One record of an answer.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Record {
-    pub(crate) owner: Name,
-    pub(crate) kind: u16,
+pub struct Record {
+    /// The name that it belongs to.
+    pub owner: Name,
+    /// See [`Question::kind`].
+    pub kind: u16,
     /// Seconds.
-    pub(crate) ttl: u32,
+    pub ttl: u32,
     /// Without compression.
-    pub(crate) data: Box<[u8]>,
+    pub data: Box<[u8]>,
 }
 
 impl Record {
-    pub(crate) fn address(&self) -> Option<Ipv4Addr> {
+    /// Its address, if it is one of IPv4.
+    #[must_use]
+    pub fn address(&self) -> Option<Ipv4Addr> {
         (self.kind == TYPE_A).then(|| <[u8; 4]>::try_from(&*self.data).ok().map(Ipv4Addr::from))?
     }
 
     /// The name that an alias is for.
-    pub(crate) fn alias(&self) -> Option<Name> {
+    #[must_use]
+    pub fn alias(&self) -> Option<Name> {
         (self.kind == TYPE_CNAME).then(|| Name(self.data.clone()))
     }
 }
 
 /// What a resolver answers.
 #[derive(Clone, Debug)]
-pub(crate) struct Answer {
-    pub(crate) code: Code,
+pub struct Answer {
+    /// Whether there is one.
+    pub code: Code,
     /// Not all of it fitted: to be asked again over TCP.
-    pub(crate) truncated: bool,
+    pub truncated: bool,
     /// Of the kind that was asked for, and aliases.
-    pub(crate) records: Vec<Record>,
+    pub records: Vec<Record>,
 }
 
 /// Reads a message from its beginning.
@@ -253,7 +280,7 @@ impl<'a> Reader<'a> {
 ///
 /// # Errors
 /// [`NoQuery`], with what to answer.
-pub(crate) fn read_query(message: &[u8]) -> Result<Query, NoQuery> {
+pub fn read_query(message: &[u8]) -> Result<Query, NoQuery> {
     let mut reader = Reader { message, at: 0 };
     let (Some(id), Some(flags), Some(questions)) = (reader.short(), reader.short(), reader.short()) else {
         return Err(NoQuery::Nothing);
@@ -274,12 +301,15 @@ pub(crate) fn read_query(message: &[u8]) -> Result<Query, NoQuery> {
 }
 
 impl Query {
-    pub(crate) fn is_internet(&self) -> bool {
+    /// Whether it is about the Internet.
+    #[must_use]
+    pub fn is_internet(&self) -> bool {
         self.question.class == CLASS_IN
     }
 
     /// The message that answers it.
-    pub(crate) fn answer(&self, code: Code, records: &[Record]) -> Vec<u8> {
+    #[must_use]
+    pub fn answer(&self, code: Code, records: &[Record]) -> Vec<u8> {
         // An answer, by recursion.
         let flags = 0x8080 | if self.recursion { 0x0100 } else { 0 };
         write(self.id, flags, code, Some(&self.question), records)
@@ -287,12 +317,14 @@ impl Query {
 }
 
 /// The message that asks a resolver.
-pub(crate) fn ask(id: u16, question: &Question) -> Vec<u8> {
+#[must_use]
+pub fn ask(id: u16, question: &Question) -> Vec<u8> {
     write(id, 0x0100, Code::NO_ERROR, Some(question), &[])
 }
 
 /// Reads what a resolver answers to this question; `None`: it is no answer to it.
-pub(crate) fn read_answer(message: &[u8], id: u16, question: &Question) -> Option<Answer> {
+#[must_use]
+pub fn read_answer(message: &[u8], id: u16, question: &Question) -> Option<Answer> {
     let mut reader = Reader { message, at: 0 };
     let (of, flags) = (reader.short()?, reader.short()?);
     let (questions, answers) = (reader.short()?, reader.short()?);
@@ -354,7 +386,8 @@ fn write(id: u16, flags: u16, code: Code, question: Option<&Question>, records: 
 }
 
 /// The address that a name of the reverse tree is for (RFC 1035, 3.5; RFC 3596, 2.5); `None`: it is for none.
-pub(crate) fn reverse(host: &str) -> Option<std::net::IpAddr> {
+#[must_use]
+pub fn reverse(host: &str) -> Option<std::net::IpAddr> {
     if let Some(digits) = host.strip_suffix(".in-addr.arpa") {
         let mut octets: Vec<u8> = digits.split('.').map(str::parse).collect::<Result<_, _>>().ok()?;
         octets.reverse();

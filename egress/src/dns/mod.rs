@@ -4,7 +4,7 @@
 //! A guest has no IPv6 to go out by, so there are no addresses of it in an answer (AAAA and what carries hints of them are
 //! answered empty). What a policy refuses on all ports is not even asked for, for a question carries bytes out, too.
 
-pub(crate) mod message;
+pub mod message;
 pub(crate) mod names;
 pub(crate) mod resolvers;
 #[cfg(test)]
