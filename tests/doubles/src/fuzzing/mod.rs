@@ -9,6 +9,7 @@
 #![expect(clippy::unwrap_used, reason = "a property fails by panicking")]
 
 mod config;
+mod egress;
 mod gitlab;
 mod guest;
 mod guest_config;
@@ -19,6 +20,7 @@ mod pipeline;
 mod wire;
 
 pub use config::config;
+pub use egress::{connect_target, dns_message, egress_policy, tls_hello};
 pub use gitlab::{gitlab_answers, payload};
 pub use guest::{
     artifact_upload, chunked_body, content_range, forwarded_headers, greeting_door, greeting_relay, proxy,
@@ -45,8 +47,11 @@ pub const TARGETS: &[Target] = &[
     Target { name: "artifact_upload", check: artifact_upload },
     Target { name: "chunked_body", check: chunked_body },
     Target { name: "config", check: config },
+    Target { name: "connect_target", check: connect_target },
     Target { name: "content_range", check: content_range },
+    Target { name: "dns_message", check: dns_message },
     Target { name: "domain_xml", check: domain_xml },
+    Target { name: "egress_policy", check: egress_policy },
     Target { name: "forwarded_headers", check: forwarded_headers },
     Target { name: "gitlab_answers", check: gitlab_answers },
     Target { name: "greeting_door", check: greeting_door },
@@ -61,6 +66,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "request_head", check: request_head },
     Target { name: "requests", check: requests },
     Target { name: "route", check: route },
+    Target { name: "tls_hello", check: tls_hello },
     Target { name: "update_body", check: update_body },
     Target { name: "wire_handshake", check: wire_handshake },
     Target { name: "wire_session", check: wire_session },

@@ -104,6 +104,20 @@ fn what_the_corpora_begin_with_is_still_read() {
     dayfly::image::manifest::Manifest::parse(&text("image", "manifest")).unwrap();
     dayfly::image::qcow2::parse(&input("image", "disk")).unwrap();
     dayfly::vm::domain_xml::read_metadata(&text("libvirt_answers", "metadata")).unwrap();
+    let named = dayfly_egress::hello::Hello::Tls(Some("a.example".to_owned()));
+    for name in ["named", "cut", "bytes", "more"] {
+        assert_eq!(dayfly_egress::hello::read(&input("tls_hello", name)), named);
+    }
+    let question = dayfly_egress::dns::message::read_query(&input("dns_message", "question")).unwrap().question;
+    for name in ["answer", "alias"] {
+        let answer = input("dns_message", name);
+        let records = dayfly_egress::dns::message::read_answer(&answer, 7, &question).unwrap().records;
+        assert!(records.iter().any(|record| record.address().is_some()), "{name}");
+    }
+    for line in text("egress_policy", "names").lines() {
+        line.parse::<dayfly_egress::policy::Pattern>().unwrap();
+    }
+    assert!(dayfly_egress::target(&text("connect_target", "v6")).is_some());
     let names = ["job", "test"].map(str::to_owned);
     for name in ["two", "extends"] {
         dayfly_exec::pipeline::plan(Path::new("f"), &text("pipeline", name), &names).unwrap();
@@ -222,9 +236,9 @@ mod near_misses_hold_the_property_of {
     use super::mutate;
 
     properties! {
-        artifact_upload chunked_body config content_range domain_xml forwarded_headers gitlab_answers greeting_door
-        greeting_relay guest_config image journal libvirt_answers payload pipeline proxy request_head requests route
-        update_body wire_handshake wire_session
+        artifact_upload chunked_body config connect_target content_range dns_message domain_xml egress_policy
+        forwarded_headers gitlab_answers greeting_door greeting_relay guest_config image journal libvirt_answers payload
+        pipeline proxy request_head requests route tls_hello update_body wire_handshake wire_session
     }
 
     /// None is left out.
