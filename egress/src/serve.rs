@@ -31,6 +31,9 @@ const DNS_STREAMS_MAX: usize = 4;
 const CONNECTS_A_SECOND: u64 = 500;
 const CONNECTS_AT_ONCE: u64 = 2000;
 
+/// Bytes that are kept of a stream that says little.
+const SMALL: usize = 1024;
+
 /// Bytes that may go at once after a pause, where there is a rate: so much of a second's.
 const BURST: u64 = 4;
 
@@ -46,8 +49,8 @@ pub(crate) struct Vm {
     pub(crate) connects: RefCell<Bucket>,
     /// Where a stream reads into, before it is sent.
     pub(crate) scratch: RefCell<Box<[u8]>>,
-    /// Bytes of one stream that may come before some were released.
-    pub(crate) window: usize,
+    /// Bytes that are kept of a stream: of one that says little, among many, and among few.
+    pub(crate) sizes: [usize; 3],
     /// Streams that are being copied.
     pub(crate) open: Cell<usize>,
 }
@@ -62,7 +65,11 @@ impl Vm {
             connections: connections.map(|connections| Arc::new(Semaphore::new(connections as usize))),
             connects: RefCell::new(Bucket::new(CONNECTS_A_SECOND, CONNECTS_AT_ONCE)),
             scratch: RefCell::new(vec![0; CHUNK].into()),
-            window: Limits::egress().host.window as usize,
+            sizes: {
+                let limits = Limits::egress();
+                let few = limits.few.map_or(limits.host.window, |few| few.window);
+                [SMALL, limits.host.window as usize, few as usize]
+            },
             open: Cell::new(0),
             policy,
             notes,

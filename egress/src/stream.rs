@@ -35,10 +35,7 @@ const CONNECT: Duration = Duration::from_secs(20);
 const HELLO: Duration = Duration::from_secs(10);
 
 /// Bytes that are read at once from a far end at most.
-pub(crate) const CHUNK: usize = 16 * 1024;
-
-/// Bytes that are kept for a stream that says little.
-const SMALL: usize = 1024;
+pub(crate) const CHUNK: usize = 32 * 1024;
 
 /// What a guest is answered: see `dayfly_wire::Stream::accepted`.
 const REFUSED: u16 = 403;
@@ -243,7 +240,7 @@ impl Copy {
     fn keep(&mut self, bytes: &[u8]) {
         let wanted = self.pending.len() + bytes.len();
         if wanted > self.pending.capacity() {
-            let size = if wanted <= SMALL { SMALL } else { wanted.max(self.vm.window) };
+            let size = self.vm.sizes.iter().copied().find(|size| wanted <= *size).unwrap_or(wanted);
             self.pending.reserve_exact(size - self.pending.len());
         }
         self.pending.extend(bytes);

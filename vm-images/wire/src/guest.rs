@@ -53,7 +53,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Proven<S> {
         let mut builder = Builder::new();
         builder
             .initial_window_size(limits.guest.window)
-            .initial_connection_window_size(limits.connection_window(limits.guest))
+            .initial_connection_window_size(limits.guest_window())
             .initial_max_send_streams(limits.opened as usize)
             .max_frame_size(FRAME_BYTES_MAX)
             .max_header_list_size(HEADERS_BYTES_MAX)

@@ -3,14 +3,17 @@
 use crate::limits::{AUTHORITY, FRAME_BYTES_MAX, HEADERS_BYTES_MAX, RESET_STREAMS_MAX, RESETS_KEPT};
 use crate::pipe::{Heard, Pipe};
 use crate::stream::halves;
-use crate::{Limits, Proven, Reading, SessionError, Stream, Writing};
+use crate::{Few, Limits, Proven, Reading, SessionError, Stream, Writing};
 use bytes::Bytes;
 use h2::ext::Protocol;
 use h2::server::{Builder, Connection, SendResponse};
 use h2::{Reason, RecvStream};
 use http::uri::Authority;
 use http::{Method, Request, Response, StatusCode};
+use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{sleep_until, timeout};
@@ -22,6 +25,49 @@ pub struct HostSession<S> {
     heard: Heard,
     silence: Duration,
     over: bool,
+    windows: Windows,
+    /// Came, and were not handed out yet: at most as many as may be open.
+    asked: VecDeque<Asked>,
+}
+
+/// How large the streams' windows are.
+struct Windows {
+    /// Of a stream among many.
+    many: u32,
+    few: Option<Few>,
+    /// The last that the guest was told is that of few.
+    is_few: bool,
+    /// All streams hold it.
+    alive: Arc<()>,
+}
+
+impl Windows {
+    fn new(limits: &Limits) -> Self {
+        Self { many: limits.host.window, few: limits.few, is_few: limits.few.is_some(), alive: Arc::default() }
+    }
+
+    fn first(&self) -> u32 {
+        self.few.map_or(self.many, |few| few.window)
+    }
+
+    /// Makes the windows fit to how many streams there are; `false`: that must wait until the guest has taken note of the
+    /// last change. What is said here goes out before the answer to a stream that is handed out after it, and a guest
+    /// that waits for it sends nothing before.
+    fn fit(&mut self, set: impl FnOnce(u32) -> Result<(), h2::Error>) -> bool {
+        let Some(few) = self.few else { return true };
+        let streams = u32::try_from(Arc::strong_count(&self.alive) - 1).unwrap_or(u32::MAX);
+        // Not to and fro with each stream.
+        let is_few = streams <= if self.is_few { few.streams } else { few.streams / 2 };
+        if is_few == self.is_few {
+            return true;
+        }
+        if set(if is_few { few.window } else { self.many }).is_ok() {
+            self.is_few = is_few;
+            return true;
+        }
+        // To grow is no duty.
+        is_few
+    }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Proven<S> {
@@ -35,10 +81,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Proven<S> {
     pub async fn serve(self, limits: &Limits) -> Result<HostSession<S>, SessionError> {
         let heard = Heard::now();
         let pipe = Pipe::of_host(self.pipe, self.read, &heard);
+        let windows = Windows::new(limits);
         let mut builder = Builder::new();
         builder
-            .initial_window_size(limits.host.window)
-            .initial_connection_window_size(limits.connection_window(limits.host))
+            .initial_window_size(windows.first())
+            .initial_connection_window_size(limits.host_window())
             .max_concurrent_streams(limits.streams)
             .max_frame_size(FRAME_BYTES_MAX)
             .max_header_list_size(HEADERS_BYTES_MAX)
@@ -47,7 +94,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Proven<S> {
             .reset_stream_duration(RESETS_KEPT);
         let begun = timeout(limits.silence, builder.handshake(pipe)).await.map_err(|_| SessionError::Silent)?;
         let connection = begun.map_err(SessionError::Protocol)?;
-        Ok(HostSession { connection, heard, silence: limits.silence, over: false })
+        Ok(HostSession { connection, heard, silence: limits.silence, over: false, windows, asked: VecDeque::new() })
     }
 }
 
@@ -64,32 +111,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HostSession<S> {
         if self.over {
             return None;
         }
-        loop {
-            let accepted = tokio::select! {
-                // The session first: what has come ends the silence.
-                biased;
-                accepted = self.connection.accept() => accepted,
-                () = silence(&self.heard, self.silence) => {
-                    self.over = true;
-                    return Some(Err(SessionError::Silent));
-                }
-            };
-            match accepted {
-                Some(Ok((request, answer))) => {
-                    if let Some(asked) = Asked::new(request, answer) {
-                        return Some(Ok(asked));
-                    }
-                }
-                Some(Err(error)) => {
-                    self.over = true;
-                    return Some(Err(SessionError::Protocol(error)));
-                }
-                None => {
-                    self.over = true;
-                    return None;
-                }
-            }
+        let Self { connection, heard, windows, asked, .. } = self;
+        let next = poll_fn(|cx| poll_request(connection, windows, asked, cx));
+        let next = tokio::select! {
+            // The session first: what has come ends the silence.
+            biased;
+            next = next => next,
+            () = silence(heard, self.silence) => Some(Err(SessionError::Silent)),
+        };
+        if !matches!(next, Some(Ok(_))) {
+            self.over = true;
+            self.asked.clear();
         }
+        next
     }
 
     /// The next stream to the door; others are refused. Else as [`HostSession::request`].
@@ -114,6 +148,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HostSession<S> {
     }
 }
 
+/// Moves all bytes, and takes in what is asked for; of that, the next one that may be answered.
+fn poll_request<S: AsyncRead + AsyncWrite + Unpin>(
+    connection: &mut Connection<Pipe<S>, Bytes>,
+    windows: &mut Windows,
+    asked: &mut VecDeque<Asked>,
+    cx: &mut Context<'_>,
+) -> Poll<Option<Result<Asked, SessionError>>> {
+    loop {
+        match connection.poll_accept(cx) {
+            Poll::Ready(Some(Ok((request, answer)))) => {
+                asked.extend(Asked::new(request, answer, &windows.alive));
+            }
+            Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(SessionError::Protocol(error)))),
+            Poll::Ready(None) => return Poll::Ready(None),
+            Poll::Pending => break,
+        }
+    }
+    if asked.is_empty() || !windows.fit(|window| connection.set_initial_window_size(window)) {
+        // What it waits for comes over the connection, which wakes us.
+        return Poll::Pending;
+    }
+    Poll::Ready(asked.pop_front().map(Ok))
+}
+
 /// Ends when nothing has come for so long.
 async fn silence(heard: &Heard, most: Duration) {
     loop {
@@ -130,17 +188,18 @@ pub struct Asked {
     authority: Authority,
     answer: SendResponse<Bytes>,
     body: RecvStream,
+    alive: Arc<()>,
 }
 
 impl Asked {
     /// `None`: it was no CONNECT, and was refused.
-    fn new(request: Request<RecvStream>, mut answer: SendResponse<Bytes>) -> Option<Self> {
+    fn new(request: Request<RecvStream>, mut answer: SendResponse<Bytes>, alive: &Arc<()>) -> Option<Self> {
         let is_connect = request.method() == Method::CONNECT && request.extensions().get::<Protocol>().is_none();
         let Some(authority) = request.uri().authority().filter(|_| is_connect).cloned() else {
             answer.send_reset(Reason::REFUSED_STREAM);
             return None;
         };
-        Some(Self { authority, answer, body: request.into_body() })
+        Some(Self { authority, answer, body: request.into_body(), alive: Arc::clone(alive) })
     }
 
     /// What the guest wants to reach: `host:port`, but for what it made of that. At most a few kilobytes.
@@ -162,14 +221,14 @@ impl Asked {
     #[must_use]
     pub fn accept(mut self) -> Option<Stream> {
         let send = self.answer.send_response(Response::new(()), false).ok()?;
-        Some(Stream::of_host(send, self.body))
+        Some(Stream::of_host(send, self.body, self.alive))
     }
 
     /// As [`Asked::accept`], for who says himself how much is taken and sent.
     #[must_use]
     pub fn accept_halves(mut self) -> Option<(Reading, Writing)> {
         let send = self.answer.send_response(Response::new(()), false).ok()?;
-        Some(halves(send, self.body))
+        Some(halves(send, self.body, self.alive))
     }
 
     /// Answers with this status, and no bytes follow. One that is no HTTP status is 500.

@@ -76,6 +76,18 @@ pub struct Limits {
     pub host: Held,
     /// What one stream may hold at the guest.
     pub guest: Held,
+    /// What one may while there are few.
+    pub few: Option<Few>,
+}
+
+/// A host that has memory for few streams at speed, or for many.
+#[derive(Clone, Copy, Debug)]
+pub struct Few {
+    /// So many streams are few.
+    pub streams: u32,
+    /// The window that each of them has at the host instead of [`Held::window`]. One stream in a small window moves no
+    /// more than that in the time that a window's update takes to come, which is many times less than the pipe could.
+    pub window: u32,
 }
 
 /// What one stream may hold of the memory of one side, in bytes.
@@ -98,28 +110,40 @@ impl Default for Limits {
             silence: Duration::from_secs(40),
             host: Held { window: 256 * 1024, unsent: 256 * 1024 },
             guest: Held { window: 256 * 1024, unsent: 256 * 1024 },
+            few: None,
         }
     }
 }
 
 impl Limits {
     /// Those of the wire by which a job reaches the world: many streams, of which the host may hold little, for it holds
-    /// them for each VM. A thousand that stand still, full both ways, are some 24 MiB there at the very worst; what they
-    /// hold at the guest is the guest's memory.
+    /// them for each VM. A thousand of which nobody takes what the guest sent are 19 MiB; as much again and more, if
+    /// the guest reads its pipe no longer. What they hold at the guest is the guest's memory.
     #[must_use]
     pub fn egress() -> Self {
         Self {
             streams: 1024,
             opened: 1000,
-            host: Held { window: 16 * 1024, unsent: 8 * 1024 },
+            host: Held { window: 16 * 1024, unsent: 32 * 1024 },
             guest: Held { window: 256 * 1024, unsent: 64 * 1024 },
+            few: Some(Few { streams: 12, window: 256 * 1024 }),
             ..Self::default()
         }
     }
 
-    /// The window of the connection at the side that holds `held`: all streams of a session may be full, and one more
-    /// still gets its bytes.
-    pub(crate) fn connection_window(&self, held: Held) -> u32 {
+    /// The window of the connection at the guest: all streams of a session may be full, and one more still gets its
+    /// bytes.
+    pub(crate) fn guest_window(&self) -> u32 {
+        self.window(self.guest)
+    }
+
+    /// The window of the connection at the host: likewise, with those few that began in a larger one.
+    pub(crate) fn host_window(&self) -> u32 {
+        let few = self.few.map_or(0, |few| few.streams.saturating_mul(few.window));
+        self.window(self.host).saturating_add(few).min(i32::MAX.unsigned_abs())
+    }
+
+    fn window(&self, held: Held) -> u32 {
         (self.streams + 4).saturating_mul(held.window).min(i32::MAX.unsigned_abs())
     }
 }

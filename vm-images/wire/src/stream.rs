@@ -13,6 +13,7 @@ use http::StatusCode;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -42,6 +43,8 @@ pub(crate) struct Halves {
 /// What comes on a stream, for who says himself when there is room for more.
 pub struct Reading {
     receive: Receive,
+    /// A host's: by which its session counts its streams.
+    _alive: Option<Arc<()>>,
 }
 
 /// What is sent on a stream, for who wants to know first how much of it may go. Dropped before [`Writing::end`] it
@@ -61,8 +64,8 @@ enum Receive {
 
 impl Stream {
     /// A host's, answered.
-    pub(crate) fn of_host(send: SendStream<Bytes>, receive: RecvStream) -> Self {
-        let (reading, writing) = halves(send, receive);
+    pub(crate) fn of_host(send: SendStream<Bytes>, receive: RecvStream, alive: Arc<()>) -> Self {
+        let (reading, writing) = halves(send, receive, alive);
         Self { halves: Some(Halves { reading, writing, _permit: None }), came: Bytes::new(), left: None }
     }
 
@@ -74,7 +77,7 @@ impl Stream {
         left: mpsc::UnboundedSender<Left>,
     ) -> Self {
         let halves = Halves {
-            reading: Reading { receive: Receive::Awaited(answer) },
+            reading: Reading { receive: Receive::Awaited(answer), _alive: None },
             writing: Writing { send, ended: false },
             _permit: Some(permit),
         };
@@ -107,8 +110,8 @@ impl Stream {
 }
 
 /// The two ways of a host's stream, answered.
-pub(crate) fn halves(send: SendStream<Bytes>, receive: RecvStream) -> (Reading, Writing) {
-    (Reading { receive: Receive::Open(receive) }, Writing { send, ended: false })
+pub(crate) fn halves(send: SendStream<Bytes>, receive: RecvStream, alive: Arc<()>) -> (Reading, Writing) {
+    (Reading { receive: Receive::Open(receive), _alive: Some(alive) }, Writing { send, ended: false })
 }
 
 impl std::fmt::Debug for Stream {

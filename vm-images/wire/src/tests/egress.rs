@@ -45,9 +45,9 @@ async fn answer(mut asked: Asked) {
         }
         "source" => drop(copy(&mut repeat(b'd'), &mut asked.accept().unwrap()).await),
         "stall" => {
-            let stream = asked.accept();
-            std::future::pending::<()>().await;
-            drop(stream);
+            let Some((reading, mut writing)) = asked.accept_halves() else { return };
+            poll_fn(|cx| writing.poll_reset(cx)).await;
+            drop(reading);
         }
         "cut" => {
             let mut stream = asked.accept().unwrap();
@@ -167,21 +167,87 @@ async fn a_reset_is_no_end() {
     }
 }
 
-/// What was taken and not released fills the window: no more comes than that, and it goes on after the release.
+/// What was taken and not released fills the window: no more comes than that, and it goes on after the release. The
+/// window is that of few streams, or of many.
 #[tokio::test]
 async fn nothing_comes_beyond_the_window_until_it_is_released() {
     let ends = start().await;
-    let mut stream = soon(ends.opener.open_to("raw:1")).await.unwrap();
-    soon(stream.accepted()).await.unwrap();
-    let mut wanted = repeat(b'u').take(1_000_000);
-    let (mut reading, mut writing) = tokio::io::split(stream);
-    let upload = async {
-        // The host throws the rest away without making room.
-        let _ = tokio::time::timeout(Duration::from_secs(2), copy(&mut wanted, &mut writing)).await;
+    let limits = Limits::egress();
+    let few = limits.few.unwrap();
+    let told = async || {
+        let mut stream = soon(ends.opener.open_to("raw:1")).await.unwrap();
+        soon(stream.accepted()).await.unwrap();
+        let (mut reading, mut writing) = tokio::io::split(stream);
+        let upload = async {
+            // The host throws the rest away without making room.
+            let _ = tokio::time::timeout(Duration::from_secs(1), copy(&mut repeat(b'u'), &mut writing)).await;
+        };
+        let told = async { reading.read_u64().await.unwrap() };
+        soon(async { tokio::join!(upload, told) }).await.1
     };
-    let told = async { reading.read_u64().await.unwrap() };
-    let ((), told) = soon(async { tokio::join!(upload, told) }).await;
-    assert_eq!(told, u64::from(Limits::egress().host.window));
+    assert_eq!(told().await, u64::from(few.window));
+    let mut many = Vec::new();
+    for _ in 0..few.streams {
+        many.push(soon(ends.opener.open_to("stall:1")).await.unwrap());
+        soon(many.last_mut().unwrap().accepted()).await.unwrap();
+    }
+    assert_eq!(told().await, u64::from(limits.host.window));
+    // Those that have begun in a large window move on in a small one.
+    let mut echo = soon(ends.opener.open_to("echo:1")).await.unwrap();
+    soon(echo.accepted()).await.unwrap();
+    many.into_iter().for_each(crate::Stream::reset);
+    // Once the host has heard of it.
+    soon(async { while told().await < u64::from(few.window) {} }).await;
+    let (mut reading, mut writing) = tokio::io::split(echo);
+    let up = async { copy(&mut repeat(b'e').take(3_000_000), &mut writing).await.unwrap() };
+    let down = async { copy(&mut (&mut reading).take(3_000_000), &mut sink()).await.unwrap() };
+    assert_eq!(soon(async { tokio::join!(up, down) }).await, (3_000_000, 3_000_000));
+}
+
+/// Streams come and go by the hundred while others move: the windows change under them, and no byte is lost.
+#[tokio::test]
+async fn windows_change_under_running_streams() {
+    let ends = start().await;
+    let mut running = Vec::new();
+    for _ in 0..4 {
+        let opener = ends.opener.clone();
+        running.push(spawn(async move {
+            let mut stream = opener.open_to("echo:1").await.unwrap();
+            stream.accepted().await.unwrap();
+            let (mut reading, mut writing) = tokio::io::split(stream);
+            let up = async {
+                for n in 0..2000u32 {
+                    writing.write_all(&n.to_be_bytes().repeat(2000)).await.unwrap();
+                }
+                writing.shutdown().await.unwrap();
+            };
+            let down = async {
+                let mut came = vec![0; 8000];
+                for n in 0..2000u32 {
+                    reading.read_exact(&mut came).await.unwrap();
+                    assert_eq!(came, n.to_be_bytes().repeat(2000));
+                }
+                assert_eq!(reading.read(&mut came).await.unwrap(), 0);
+            };
+            tokio::join!(up, down);
+        }));
+    }
+    for count in [30, 1, 200, 3, 40, 14, 13, 12].repeat(4) {
+        let mut all = Vec::new();
+        for _ in 0..count {
+            let mut stream = soon(ends.opener.open_to("stall:1")).await.unwrap();
+            soon(stream.accepted()).await.unwrap();
+            let _ = tokio::time::timeout(Duration::from_millis(1), stream.write_all(&[7; 40_000])).await;
+            all.push(stream);
+        }
+        for stream in all {
+            stream.reset();
+        }
+    }
+    for one in running {
+        soon(one).await.unwrap();
+    }
+    assert!(!ends.host.is_finished() && !ends.guest.is_finished());
 }
 
 /// As many streams as a guest opens, all full both ways and standing still, but for one: that one moves.
