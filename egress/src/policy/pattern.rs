@@ -117,10 +117,8 @@ fn split_port(text: &str) -> Result<(&str, Option<u16>), PatternError> {
 }
 
 fn to(host: &str, text: &str) -> Result<To, PatternError> {
-    match host {
-        "gitlab" => return Ok(To::Gitlab),
-        "*" => return Ok(To::Any),
-        _ => {}
+    if host == "*" {
+        return Ok(To::Any);
     }
     if let Some((address, prefix)) = host.split_once('/') {
         return Ok(To::Net(cidr(address, prefix, text)?));
@@ -136,7 +134,11 @@ fn to(host: &str, text: &str) -> Result<To, PatternError> {
     if name.rsplit('.').next().is_some_and(|label| label.bytes().all(|byte| byte.is_ascii_digit())) {
         return Err(PatternError::Address(shown(text)));
     }
-    Ok(if below { To::Below(name) } else { To::Name(name) })
+    Ok(match &*name {
+        "gitlab" if !below => To::Gitlab,
+        _ if below => To::Below(name),
+        _ => To::Name(name),
+    })
 }
 
 /// A host's name in lower case, without the dot at its end; `None`: it is none.

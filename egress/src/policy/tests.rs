@@ -48,6 +48,8 @@ fn a_pattern_that_makes_no_sense_is_one_sentence_with_a_remedy() {
 fn a_pattern_is_read_and_written_the_same() {
     for (text, written) in [
         ("gitlab", "gitlab"),
+        ("GitLab.", "gitlab"),
+        ("*.gitlab", "*.gitlab"),
         ("*", "*"),
         ("*:443", "*:443"),
         ("Example.COM.", "example.com"),
