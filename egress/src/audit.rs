@@ -14,7 +14,7 @@ use crate::policy::{Reason, host_name};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::net::IpAddr;
 
 /// Bytes of the file at most.
@@ -181,6 +181,8 @@ impl Log {
     /// The system's.
     pub fn open(mut file: File) -> io::Result<Self> {
         let mut bytes = Vec::new();
+        // Who opened it may have read it.
+        file.rewind()?;
         (&mut file).take(2 * FILE_BYTES_MAX).read_to_end(&mut bytes)?;
         let mut table = Table::default();
         for destination in read(&bytes) {

@@ -79,7 +79,7 @@ fn may_be_hidden() -> bool {
         return modules.split(',').any(|module| module.trim() == "landlock");
     }
     // 2: a filter is in force. A kernel from before 5.13 has no landlock, whatever a filter says.
-    let filtered = text("/proc/self/status").is_none_or(|status| !status.contains("\nSeccomp:\t0\n"));
+    let filtered = text("/proc/thread-self/status").is_none_or(|status| !status.contains("\nSeccomp:\t0\n"));
     filtered && text("/proc/sys/kernel/osrelease").as_deref().and_then(version).is_none_or(|version| version >= (5, 13))
 }
 
@@ -193,6 +193,22 @@ mod tests {
             } else {
                 println!("this kernel has no landlock");
             }
+        });
+    }
+
+    /// A sandbox around us answers for the kernel, as systemd's does: that is told, and no process begins unconfined.
+    #[test]
+    fn a_filter_that_hides_landlock_is_an_error() {
+        in_a_thread(|| {
+            let calls = [libc::SYS_landlock_create_ruleset, libc::SYS_landlock_restrict_self];
+            let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
+            let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+            let architecture = std::env::consts::ARCH.try_into().unwrap();
+            let hidden = SeccompFilter::new(rules, SeccompAction::Allow, refused, architecture).unwrap();
+            seccompiler::apply_filter(&BpfProgram::try_from(hidden).unwrap()).unwrap();
+            let error = confine().unwrap_err();
+            assert!(matches!(error, ConfineError::Forbidden), "{error}");
+            assert!(error.to_string().contains("SystemCallFilter="));
         });
     }
 

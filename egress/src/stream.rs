@@ -16,7 +16,9 @@ use crate::rate::Waiting;
 use crate::serve::Vm;
 use bytes::Bytes;
 use dayfly_wire::{Asked, Reading, Writing};
-use rustix::net::sockopt::{set_socket_keepalive, set_socket_linger};
+use rustix::net::sockopt::{
+    set_socket_keepalive, set_socket_linger, set_socket_recv_buffer_size, set_socket_send_buffer_size,
+};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
@@ -33,6 +35,11 @@ const CONNECT: Duration = Duration::from_secs(20);
 
 /// For the rest of a hello that has begun.
 const HELLO: Duration = Duration::from_secs(10);
+
+/// What the kernel may hold for a connection each way, of which it takes twice as much (socket(7)), if there are so many
+/// already. It would else hold up to some megabytes for each that stands still, and that memory is the host's; who has
+/// few connections gets its speed over long ways.
+const KERNEL_BYTES: [(usize, usize); 2] = [(128, 32 * 1024), (16, 256 * 1024)];
 
 /// Bytes that are read at once from a far end at most.
 pub(crate) const CHUNK: usize = 32 * 1024;
@@ -120,6 +127,10 @@ async fn connect(vm: &Vm, to: SocketAddr) -> Result<(TcpStream, Permit), Failed>
     // Without them it works as well.
     let _ = tcp.set_nodelay(true);
     let _ = set_socket_keepalive(&tcp, true);
+    if let Some((_, bytes)) = KERNEL_BYTES.iter().find(|(from, _)| vm.open.get() >= *from) {
+        let _ = set_socket_send_buffer_size(&tcp, *bytes);
+        let _ = set_socket_recv_buffer_size(&tcp, *bytes);
+    }
     Ok((tcp, permit))
 }
 

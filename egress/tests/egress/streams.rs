@@ -38,6 +38,33 @@ async fn a_closed_port_is_refused_and_an_open_one_is_not() {
     assert_eq!(destinations.iter().map(|to| to.failed).sum::<u64>(), 1);
 }
 
+/// A far end that never answers is not waited for longer than a job would; who gives up before is not waited for at all.
+#[tokio::test]
+async fn a_silent_far_end_is_late() {
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
+    // Its queue is full, so that nobody else's connection begins.
+    let full = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&full, &std::net::SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    listen(&full, 0).unwrap();
+    let silent = std::net::SocketAddr::try_from(getsockname(&full).unwrap()).unwrap();
+    let mut filling = Vec::new();
+    while let Ok(connected) =
+        tokio::time::timeout(Duration::from_millis(300), tokio::net::TcpStream::connect(silent)).await
+    {
+        filling.push(connected.unwrap());
+        assert!(filling.len() < 10);
+    }
+    let mut egress = Egress::start(LOOPBACK, &[]).await;
+    let guest = egress.guest().await;
+    for _ in 0..100 {
+        drop(guest.opener.open_to(&silent.to_string()).await.unwrap());
+    }
+    let start = Instant::now();
+    assert_eq!(guest.connect(silent).await.unwrap_err().kind(), ErrorKind::TimedOut);
+    let took = start.elapsed();
+    assert!((Duration::from_secs(19)..Duration::from_secs(30)).contains(&took), "{took:?}");
+}
+
 /// How many bytes a far end has read, and how that ended.
 type End = (usize, Option<ErrorKind>);
 
