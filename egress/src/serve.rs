@@ -27,6 +27,10 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Streams of DNS at once; a guest needs one, and another while it begins anew.
 const DNS_STREAMS_MAX: usize = 4;
 
+/// Connections of one VM at once, whatever its policy says: the session's streams are not enough to count, for one that the
+/// guest has ended may have bytes left that its far end does not take.
+const CONNECTIONS_MAX: u32 = 1024;
+
 /// Connections that one VM begins a second, and at once. More than that wait: the host's tables are its neighbours', too.
 const CONNECTS_A_SECOND: u64 = 500;
 const CONNECTS_AT_ONCE: u64 = 2000;
@@ -44,8 +48,8 @@ pub(crate) struct Vm {
     pub(crate) notes: Rc<Notes>,
     /// Bytes both ways, if they have a rate.
     pub(crate) bytes: Option<RefCell<Bucket>>,
-    /// Connections at once, if they have a bound of their own.
-    pub(crate) connections: Option<Arc<Semaphore>>,
+    /// For connections at once.
+    pub(crate) connections: Arc<Semaphore>,
     pub(crate) connects: RefCell<Bucket>,
     /// Where a stream reads into, before it is sent.
     pub(crate) scratch: RefCell<Box<[u8]>>,
@@ -62,7 +66,7 @@ impl Vm {
         Self {
             dns: Rc::new(Dns::new(Rc::clone(&policy), resolvers, Rc::clone(&notes))),
             bytes: bytes_a_second.map(|bytes| RefCell::new(Bucket::new(bytes, (bytes / BURST).max(CHUNK as u64)))),
-            connections: connections.map(|connections| Arc::new(Semaphore::new(connections as usize))),
+            connections: Arc::new(Semaphore::new(connections.unwrap_or(CONNECTIONS_MAX).min(CONNECTIONS_MAX) as usize)),
             connects: RefCell::new(Bucket::new(CONNECTS_A_SECOND, CONNECTS_AT_ONCE)),
             scratch: RefCell::new(vec![0; CHUNK].into()),
             sizes: {

@@ -28,6 +28,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 /// For a place, if there is none, and for the far end to answer.
@@ -102,9 +103,7 @@ enum Failed {
     Late,
 }
 
-type Permit = Option<tokio::sync::OwnedSemaphorePermit>;
-
-async fn connect(vm: &Vm, to: SocketAddr) -> Result<(TcpStream, Permit), Failed> {
+async fn connect(vm: &Vm, to: SocketAddr) -> Result<(TcpStream, OwnedSemaphorePermit), Failed> {
     let names = vm.dns.names_of(to.ip());
     let names: Vec<&str> = names.iter().map(|name| &**name).collect();
     let verdict = if is_own(to) {
@@ -115,10 +114,7 @@ async fn connect(vm: &Vm, to: SocketAddr) -> Result<(TcpStream, Permit), Failed>
     if let Verdict::Refused(reason) = verdict {
         return Err(Failed::Refused(reason));
     }
-    let permit = match &vm.connections {
-        Some(places) => Some(Arc::clone(places).acquire_owned().await.map_err(|_| Failed::Late)?),
-        None => None,
-    };
+    let permit = Arc::clone(&vm.connections).acquire_owned().await.map_err(|_| Failed::Late)?;
     crate::rate::Bucket::take(&vm.connects, 1).await;
     let tcp = TcpStream::connect(to).await.map_err(|error| match error.kind() {
         io::ErrorKind::TimedOut => Failed::Late,
