@@ -54,13 +54,9 @@ const NO_TARGET: u16 = 400;
 /// Reads what a stream is for: `a.b.c.d:port` or `[v6]:port`; `None`: it is for nothing that is reached.
 #[must_use]
 pub fn target(authority: &str) -> Option<SocketAddr> {
-    let address: SocketAddr = authority.parse().ok()?;
-    let whole = match address {
-        SocketAddr::V4(_) => true,
-        // A scope would choose an interface of the host.
-        SocketAddr::V6(v6) => v6.scope_id() == 0,
-    };
-    (whole && address.port() != 0).then(|| SocketAddr::new(crate::policy::canonical(address.ip()), address.port()))
+    // A scope would choose an interface of the host.
+    let address: SocketAddr = authority.parse().ok().filter(|_| !authority.contains('%'))?;
+    (address.port() != 0).then(|| SocketAddr::new(crate::policy::canonical(address.ip()), address.port()))
 }
 
 /// Serves one stream of the guest that is for a far end.
