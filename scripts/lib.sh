@@ -42,6 +42,8 @@ build_packages=(build-essential pkg-config libvirt-dev)
 guest_packages=(qemu-system-x86 qemu-utils mmdebstrap uidmap e2fsprogs cpio git ca-certificates)
 host_packages=("${guest_packages[@]}" libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-clients
     dbus)
+# What tests have in network namespaces of their own.
+network_packages=(iproute2 iptables nftables)
 
 # need_cargo: a Rust that is new enough, by rustup where it can be reached.
 need_cargo() {

@@ -13,6 +13,7 @@ const ROOTS: &[(&str, &str)] = &[
     ("tests/wire/main.rs", "--test wire"),
     ("tests/backend/main.rs", "test_binary backend"),
     ("tests/e2e/main.rs", "test_binary e2e"),
+    ("tests/isolation/main.rs", "test_binary isolation"),
     ("exec/src/lib.rs", "tests --lib --bins"),
     ("exec/src/main.rs", "tests --lib --bins"),
     ("tests/doubles/src/lib.rs", "tests --lib --bins"),
