@@ -345,9 +345,8 @@ mod tests {
 
     #[test]
     fn a_range_is_one_or_none() {
-        let of = |value: &'static str| {
-            range(&HeaderMap::from_iter([(header::RANGE, HeaderValue::from_static(value))]), 100)
-        };
+        let of =
+            |value: &'static str| range(&HeaderMap::from_iter([(header::RANGE, HeaderValue::from_static(value))]), 100);
         assert_eq!(range(&HeaderMap::new(), 100), Ranged::Whole);
         for (value, expected) in [
             ("bytes=0-0", Ranged::Part(0..1)),

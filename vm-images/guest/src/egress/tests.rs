@@ -65,9 +65,9 @@ async fn answer(asked: Asked, learnt: mpsc::UnboundedSender<Learnt>) {
     }
     let port = asked.authority().rsplit_once(':').unwrap().1.parse().unwrap();
     match port {
-        // Takes its time, as far ends do.
-        80 => {
-            sleep(Duration::from_millis(50)).await;
+        // Takes its time, as far ends do; the other one so long that first packets are sent again meanwhile.
+        80 | 83 => {
+            sleep(Duration::from_millis(if port == 80 { 50 } else { 2500 })).await;
             let mut stream = asked.accept().unwrap();
             stream.write_all(b"open\n").await.unwrap();
             let mut came = Vec::new();
@@ -224,6 +224,14 @@ async fn in_a_namespace_all_goes_over_the_port() {
         }
     });
     assert_eq!(broken.await.unwrap(), Err(ErrorKind::ConnectionReset));
+
+    // A far end for which first packets are sent again and again is asked once.
+    assert_eq!(soon(|| talk("1.2.3.4:83")).await, "hello");
+    let mut asked = 0;
+    while let Ok(learnt) = learnt.try_recv() {
+        asked += usize::from(learnt == Learnt::Asked("1.2.3.4:83".into()));
+    }
+    assert_eq!(asked, 1);
 
     // Many at once, half of them to a closed port.
     let all = (0..200).map(|n| {
