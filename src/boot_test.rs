@@ -186,7 +186,7 @@ impl BootTest<'_> {
             memory_mib: MEMORY_MIB,
             disk_gib: DISK_GIB,
             run_as_root: false,
-            network: self.network.mode,
+            network: network::Mode::User,
             runner: GuestRunnerSpec {
                 name: "boot test".into(),
                 token: runner_token,

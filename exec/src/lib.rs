@@ -44,7 +44,7 @@ use dayfly::daemon::{Backends, DaemonError, socket_directory};
 use dayfly::gitlab::{ProxyEnvironment, RealLimits, RealOpenTransport};
 use dayfly::image::alike;
 use dayfly::image::store::ImageError;
-use dayfly::network::PortRange;
+use dayfly::network::{Choice, PortRange};
 use dayfly::telemetry::{self, chain};
 use dayfly::vm::AccelChoice;
 use given::{Given, GivenError};
@@ -407,6 +407,8 @@ fn config(args: &Args) -> Config {
             run_as_root: args.root,
             // Said on the screen and in the job's log.
             allow_standin_runner: true,
+            // The stand-in for GitLab listens on this host's loopback.
+            network: Some(Choice::User),
             ..Class::new("exec", args.image.clone())
         }],
         ..Config::default()

@@ -3,9 +3,19 @@
 use super::fit::{Size, TooLarge};
 use crate::config::{Config, Loaded};
 use crate::image::alike::told;
-use crate::image::store::{Image, ImageStore};
+use crate::image::store::{Image, ImageError, ImageStore};
+use crate::job;
 use std::io::{self, Write};
 use std::path::Path;
+
+/// A class's image is here, and not what the class wants. Exit code 78.
+#[derive(Debug, thiserror::Error)]
+#[error("take jobs of class `{class}`")]
+pub(super) struct UnfitImage {
+    class: String,
+    #[source]
+    source: ImageError,
+}
 
 /// Prints each value with its source, then the warnings; errors say all that is wrong.
 pub(super) fn check(config: &Path) -> anyhow::Result<()> {
@@ -13,6 +23,7 @@ pub(super) fn check(config: &Path) -> anyhow::Result<()> {
     show(&loaded, &mut io::stdout().lock())?;
     loaded.check_for_running()?;
     alike(&loaded.config)?;
+    networks(&loaded.config)?;
     // Of this host: a file may be checked elsewhere than where it is for.
     let never = Size::of_host(&loaded.config).map(|size| size.too_large(&loaded.config)).unwrap_or_default();
     conclude(&never, &mut io::stdout().lock())?;
@@ -28,6 +39,20 @@ fn alike(config: &Config) -> anyhow::Result<()> {
         let tested: Vec<Image> = images.into_iter().filter(|image| image.manifest.info.is_some()).collect();
         if let (false, Err(reason)) = (tested.is_empty(), told(&tested)) {
             anyhow::bail!("runner `{}`: {reason}", runner.name);
+        }
+    }
+    Ok(())
+}
+
+/// Whether the images of a class that wants machines without a network card know such machines. One that is not here is
+/// no mistake of the configuration's.
+fn networks(config: &Config) -> Result<(), UnfitImage> {
+    let store = ImageStore::new(&config.image_directory);
+    for class in &config.class {
+        for image in class.all_images().filter_map(|name| store.get(name).ok()) {
+            if let Err(error) = job::network_of(class, &image) {
+                return Err(UnfitImage { class: class.name.clone(), source: error });
+            }
         }
     }
     Ok(())

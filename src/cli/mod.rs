@@ -186,7 +186,7 @@ fn needs_a_change(cause: &(dyn std::error::Error + 'static)) -> bool {
     let journal = cause
         .downcast_ref::<JournalError>()
         .is_some_and(|error| matches!(error, JournalError::Newer { .. } | JournalError::Foreign { .. }));
-    daemon || journal || cause.is::<ConfigError>()
+    daemon || journal || cause.is::<ConfigError>() || cause.is::<check::UnfitImage>()
 }
 
 /// Prints to stdout. Who has read enough closes the pipe, as `head` does: that is no error of ours.

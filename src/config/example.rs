@@ -9,6 +9,7 @@ mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span, UnknownImage};
     use crate::machine_spec::EnvironmentLine;
+    use crate::network::Choice;
     use crate::rules::Rule;
     use serde_json::Value;
     use std::collections::BTreeSet;
@@ -51,6 +52,7 @@ mod tests {
             max_disk_gib: Some(1),
             run_as_root: true,
             allow_standin_runner: true,
+            network: Some(Choice::Relay),
         };
         let runner = Runner {
             name: "n".into(),

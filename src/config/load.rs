@@ -135,6 +135,10 @@ impl Config {
         if !errors.is_empty() {
             return Err(ConfigError::Invalid(Problems(errors)));
         }
+        // Read for one version more, where a class has no word of its own.
+        for class in &mut config.class {
+            class.network = class.network.or(config.network.mode);
+        }
         Ok(Loaded { config, file: origins.file().map(Path::to_owned), warnings, origins })
     }
 

@@ -145,6 +145,9 @@ pub struct Class {
     /// Whether an image that holds the stand-in runner is good enough. For trials only.
     #[serde(default)]
     pub allow_standin_runner: bool,
+    /// What network its jobs have; none: `relay` where the image can, else `user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<network::Choice>,
 }
 
 /// Section `[cache]`: what jobs leave for later ones, see [`crate::cache`].
@@ -195,6 +198,7 @@ impl Class {
             max_disk_gib: None,
             run_as_root: false,
             allow_standin_runner: false,
+            network: None,
         }
     }
 

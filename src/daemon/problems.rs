@@ -9,7 +9,7 @@ use crate::metrics::Metrics;
 use crate::status::RunnerState;
 use crate::supply::Supply;
 use crate::telemetry::lasting;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// All that needs a person now. `not_served`: why nothing serves the status.
 pub(super) fn problems(
@@ -41,6 +41,10 @@ pub(super) fn problems(
     if let Some((lasts, why)) = supply.silence().filter(|_| !no_hypervisor) {
         problems.push(format!("the hypervisor has not answered for {}: {why}", lasting(lasts)));
     }
+    // Once for all runners of a class.
+    let weaker: BTreeSet<String> =
+        runners.iter().filter_map(|view| view.poller.borrow().weaker_network.clone()).collect();
+    problems.extend(weaker);
     let stuck = metrics.job().machines_stuck.get();
     if stuck > 0 {
         problems.push(format!("{stuck} VMs cannot be taken down, and hold their room until they go; see the log"));

@@ -3,7 +3,7 @@
 //! Written by `image::build`, completed by the boot test (`info`), read by `image::store`. Unknown
 //! keys are errors: a newer format has a newer `format_version`, and is refused by that.
 
-use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST};
+use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST, WIRE_CONTRACT};
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
 use serde::{Deserialize, Serialize};
@@ -168,7 +168,7 @@ impl Manifest {
     /// Whether a machine of it can do without a network card.
     #[must_use]
     pub fn can_relay(&self) -> bool {
-        self.networks.iter().any(|network| network == RELAY)
+        self.contract >= WIRE_CONTRACT && self.networks.iter().any(|network| network == RELAY)
     }
 
     /// Why no job can run in it, if that is so by the contract of its guest program.
@@ -318,7 +318,7 @@ fn optional(table: &mut Table, key: &str, text: Option<&str>) {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A manifest with something in each member.

@@ -82,6 +82,16 @@ pub enum ImageError {
         /// What is wrong: `has 5 bytes instead of 327155712`.
         problem: String,
     },
+    /// It knows no machine without a network card, and its class wants nothing else.
+    #[error(
+        "image `{name}` was built before jobs could do without a network card, which `network = \"relay\"` of class `{class}` means; rebuild it with `dayfly image build {name}`"
+    )]
+    NoRelay {
+        /// The image.
+        name: String,
+        /// The class.
+        class: String,
+    },
     /// The version that is asked for has been replaced, and removed since.
     #[error("the version {} of image `{name}` that this job was accepted for was replaced and is not here any more", .digest.get(..12).unwrap_or_default())]
     Replaced {
@@ -141,6 +151,19 @@ impl Image {
         hex(&Sha256::digest(
             Manifest { info: None, contract: 0, networks: Vec::new(), ..self.manifest.clone() }.to_text(),
         ))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn example(manifest: Manifest) -> Self {
+        Self {
+            name: manifest.name.clone(),
+            dir: "/images/i".into(),
+            disk: "/images/i/disk.qcow2".into(),
+            disk_bytes: 1 << 30,
+            boot: Boot::Disk,
+            manifest,
+            stamp: Stamp::default(),
+        }
     }
 
     /// What proves that guests run: its own kernel, where that can.

@@ -41,8 +41,8 @@ use url::Url;
 /// | 1 | all but what follows |
 /// | 2 | `installation`, `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
 /// | 3 | `machine_spec` |
-/// | 4 | a lease that may be `wire` |
-/// | 5 | in `machine_spec`, `notes` |
+/// | 4 | a lease that may be `wire` or `relay` |
+/// | 5 | in `machine_spec`, `notes`, and a network that may be `relay` |
 pub const RECORD_VERSION: u32 = 5;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.

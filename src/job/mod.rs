@@ -18,6 +18,7 @@ mod jobs;
 pub mod keeper;
 mod lines;
 mod machinery;
+mod networks;
 mod oom;
 mod resolve;
 pub mod state;
@@ -27,6 +28,7 @@ mod wishes;
 pub use forget::forget;
 pub use jobs::Jobs;
 pub(crate) use jobs::Started;
+pub use networks::{network_of, weaker_network};
 pub use resolve::Refusal;
 pub use task::{accept, adopt, begin_anew, give_up, refuse_second, refuse_unread};
 

@@ -5,6 +5,7 @@
 
 use super::journal::Record;
 use super::lines;
+use super::networks::network_of;
 use super::state::{Failure, State};
 use super::wishes::{Wishes, images, quoted};
 use super::{Parts, Runner};
@@ -13,7 +14,7 @@ use crate::config::{Class, UnknownImage};
 use crate::gitlab::JobPayload;
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
-use crate::network;
+use crate::network::Mode;
 use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
@@ -86,7 +87,8 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
         rule.filter(|rule| rule.class.is_some())
             .map(|_| format!("machine class {}, by a rule of this runner", class.name)),
     );
-    Ok(spec(class, &image, size, told(runner, &parts.rng), notes))
+    let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
+    Ok(spec(class, &image, size, network, told(runner, &parts.rng), notes))
 }
 
 /// The rule that decides, logged and counted like those that are tried out.
@@ -186,7 +188,14 @@ pub(super) fn room(reserved: Resources, class: &Class, spec: &MachineSpec) -> Re
     Resources { cpus: spec.cpus, memory_mib: spec.memory_mib.saturating_add(overhead), disk_gib: spec.disk_gib }
 }
 
-fn spec(class: &Class, image: &Image, size: Size, runner: GuestRunnerSpec, notes: Vec<String>) -> MachineSpec {
+fn spec(
+    class: &Class,
+    image: &Image,
+    size: Size,
+    network: Mode,
+    runner: GuestRunnerSpec,
+    notes: Vec<String>,
+) -> MachineSpec {
     MachineSpec {
         image: ImageRef { name: image.name.clone(), digest: image.digest() },
         contract: image.manifest.contract,
@@ -195,7 +204,7 @@ fn spec(class: &Class, image: &Image, size: Size, runner: GuestRunnerSpec, notes
         memory_mib: size.memory_mib,
         disk_gib: size.disk_gib,
         run_as_root: class.run_as_root,
-        network: network::Mode::User,
+        network,
         runner,
         notes,
     }

@@ -1,9 +1,14 @@
 //! What is this VM's lease, and what may it reach?
 //!
-//! Mode `user` (SLIRP) needs no host set-up. The door is behind a wire of the VM's own, which takes nothing of the host's
-//! network (decision D26). A guest of the contract before that has its door at a loopback port from a configured range:
-//! it reaches the host's loopback at 10.0.2.2, as every VM in this mode reaches every loopback port of the host, such
-//! doors included, and the pass alone separates them (decision D14).
+//! | mode | network card | what a job reaches |
+//! | --- | --- | --- |
+//! | `relay` | none | what the VM's own `dayfly-egress` lets through, by name: TCP and DNS (decision D27) |
+//! | `user` | QEMU's SLIRP, without host set-up | what this host reaches, its loopback included |
+//!
+//! In both the door is behind a wire of the VM's own, which takes nothing of the host's network (decision D26). A guest
+//! of the contract before that has its door at a loopback port from a configured range: it reaches the host's loopback at
+//! 10.0.2.2, as every VM in mode `user` reaches every loopback port of the host, such doors included, and the pass alone
+//! separates them (decision D14).
 //!
 //! A lease is plain data in a record. It is nobody else's from [`Network::acquire`], or [`Network::adopt`] after a
 //! restart, to [`Network::release`], which comes when no record on disk names it any more: two records must never name
@@ -24,12 +29,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Section `[network]` of the configuration.
+/// Section `[network]` of the configuration: what is left of it since classes choose their network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// The network mode.
-    pub mode: Mode,
+    /// The network of classes that choose none.
+    pub mode: Option<Choice>,
     /// Loopback ports for the doors of guests of the contract before doors were wires. Outside the ephemeral range
     /// (32768–60999 on Linux), or a port could be taken while the daemon is away.
     pub guest_ports: PortRange,
@@ -37,16 +42,39 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { mode: Mode::User, guest_ports: PortRange { first: 20_000, last: 20_999 } }
+        Self { mode: None, guest_ports: PortRange { first: 20_000, last: 20_999 } }
     }
 }
 
-/// Network mode.
+/// What a class may say of its network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Choice {
+    /// [`Mode::Relay`].
+    Relay,
+    /// [`Mode::User`].
+    User,
+    /// A network of the host's; refused so far.
+    Bridge,
+}
+
+/// What network a machine has. Plain data: it stands in records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// SLIRP: no host set-up, no isolation from the host's loopback and network.
     User,
+    /// No network card: TCP and DNS go over a port of the VM's to a process outside, which decides by name.
+    Relay,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::User => "user",
+            Self::Relay => "relay",
+        })
+    }
 }
 
 /// An inclusive range of ports, written `20000-20999`.
@@ -109,6 +137,9 @@ pub enum Lease {
     /// Mode `user`, the door behind a wire: nothing.
     #[serde(rename = "wire")]
     Wire,
+    /// Mode `relay`, whose door is always behind a wire: nothing.
+    #[serde(rename = "relay")]
+    Relay,
     /// Mode `user`, the door at a port.
     #[serde(untagged)]
     User {
@@ -121,6 +152,7 @@ impl fmt::Display for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Wire => write!(f, "wire"),
+            Self::Relay => write!(f, "relay"),
             Self::User { port } => write!(f, "port {port}"),
         }
     }
@@ -131,23 +163,32 @@ impl Lease {
     #[must_use]
     pub fn guest_door(&self) -> String {
         match self {
-            Self::Wire => DOOR_WIRE.to_owned(),
+            Self::Wire | Self::Relay => DOOR_WIRE.to_owned(),
             Self::User { port } => format!("10.0.2.2:{port}"),
         }
     }
 
-    /// What the VM's network card is attached to.
+    /// What the VM's network is attached to.
     #[must_use]
     pub fn attachment(&self) -> Attachment {
         match self {
+            Self::Relay => Attachment::Egress,
             Self::Wire | Self::User { .. } => Attachment::User,
         }
     }
 
-    /// The guest's addresses: SLIRP's fixed ones.
+    /// The guest's addresses: SLIRP's fixed ones; or those on `lo` that all guests without a card have, from networks
+    /// that are nobody's (RFC 5737, RFC 2544).
     #[must_use]
     pub fn guest_network(&self) -> GuestNetwork {
         match self {
+            Self::Relay => GuestNetwork {
+                mac: None,
+                address: "198.18.0.2/32".into(),
+                gateway: Ipv4Addr::new(192, 0, 2, 1).into(),
+                dns: vec![Ipv4Addr::new(192, 0, 2, 1).into()],
+                relay: true,
+            },
             Self::Wire | Self::User { .. } => GuestNetwork {
                 mac: None,
                 address: "10.0.2.15/24".into(),
@@ -237,6 +278,7 @@ impl Network {
     /// [`LeaseError`].
     pub async fn acquire(&self, mode: Mode, door: DoorKind) -> Result<Lease, LeaseError> {
         match (mode, door) {
+            (Mode::Relay, _) => Ok(Lease::Relay),
             (Mode::User, DoorKind::Wire) => Ok(Lease::Wire),
             (Mode::User, DoorKind::Port) => loop {
                 let port = self.ports().take()?;
@@ -261,7 +303,7 @@ impl Network {
     /// A lease that a record of before names is taken, by that one.
     pub fn adopt(&self, lease: &Lease) {
         match lease {
-            Lease::Wire => {}
+            Lease::Wire | Lease::Relay => {}
             Lease::User { port } => {
                 self.ports().taken.entry(*port).or_default();
             }
@@ -274,7 +316,7 @@ impl Network {
     /// The host's; `AddrInUse` while the process before is still closing a port. A wire is there when its VM is.
     pub async fn listen(&self, lease: &Lease, wire: DoorSocket) -> io::Result<Entrance> {
         match lease {
-            Lease::Wire => Ok(Entrance::Wire(wire)),
+            Lease::Wire | Lease::Relay => Ok(Entrance::Wire(wire)),
             Lease::User { port } => {
                 let bound = self.ports().taken.get_mut(port).and_then(Option::take);
                 match bound {
@@ -288,10 +330,10 @@ impl Network {
     /// Gives a lease back. On disk nothing names it any more.
     ///
     /// # Errors
-    /// None in mode `user`; to be tried again.
+    /// None so far; to be tried again.
     pub async fn release(&self, lease: &Lease) -> Result<(), LeaseError> {
         match lease {
-            Lease::Wire => Ok(()),
+            Lease::Wire | Lease::Relay => Ok(()),
             Lease::User { port } => {
                 self.ports().taken.remove(port);
                 Ok(())
@@ -304,6 +346,7 @@ impl Network {
 mod tests {
     use super::*;
     use crate::BoxFuture;
+    use std::net::IpAddr;
 
     /// A host on which some ports are others'.
     #[derive(Default)]
@@ -342,7 +385,7 @@ mod tests {
     async fn port(network: &Network) -> Option<u16> {
         match network.acquire(Mode::User, DoorKind::Port).await.ok()? {
             Lease::User { port } => Some(port),
-            Lease::Wire => panic!("a port was asked for"),
+            Lease::Wire | Lease::Relay => panic!("a port was asked for"),
         }
     }
 
@@ -405,6 +448,22 @@ mod tests {
         assert!(network.ports().taken.is_empty());
     }
 
+    /// Neither a port nor a card, and addresses that are the same in every guest.
+    #[tokio::test]
+    async fn a_machine_that_relays_takes_nothing_of_the_host_and_has_no_card() {
+        let (network, host) = network("2000-2000");
+        host.broken.store(true, std::sync::atomic::Ordering::Relaxed);
+        let lease = network.acquire(Mode::Relay, DoorKind::Wire).await.unwrap();
+        assert_eq!((lease.guest_door().as_str(), lease.attachment()), ("wire", Attachment::Egress));
+        assert!(matches!(network.listen(&lease, socket()).await.unwrap(), Entrance::Wire(_)));
+        let guest = lease.guest_network();
+        let dns: IpAddr = "192.0.2.1".parse().unwrap();
+        assert_eq!((guest.relay, guest.address.as_str(), guest.gateway), (true, "198.18.0.2/32", dns));
+        assert_eq!(guest.dns, [dns]);
+        network.adopt(&lease);
+        network.release(&lease).await.unwrap();
+    }
+
     /// What records hold, since version 1 and since version 4.
     #[test]
     fn a_lease_is_written_as_it_always_was() {
@@ -413,6 +472,8 @@ mod tests {
         assert_eq!(serde_json::from_str::<Lease>(r#"{"port":20000}"#).unwrap(), lease);
         assert_eq!(serde_json::to_string(&Lease::Wire).unwrap(), r#""wire""#);
         assert_eq!(serde_json::from_str::<Lease>(r#""wire""#).unwrap(), Lease::Wire);
+        assert_eq!(serde_json::to_string(&Lease::Relay).unwrap(), r#""relay""#);
+        assert_eq!(serde_json::from_str::<Lease>(r#""relay""#).unwrap(), Lease::Relay);
         for other in [r#"{"port":20000,"tap":"df0"}"#, r#"{"tap":"df0"}"#, "{}", "20000", r#""port""#, "null"] {
             assert!(serde_json::from_str::<Lease>(other).is_err(), "{other}");
         }

@@ -79,13 +79,21 @@ pub struct PollerView {
     pub since: Instant,
     /// When the image of its class was made, where that is known.
     pub image_made: Option<SystemTime>,
+    /// Why its jobs' network is weaker than it could be, for operators.
+    pub weaker_network: Option<String>,
 }
 
 impl PollerView {
     /// One that begins.
     #[must_use]
     pub fn begin() -> Self {
-        Self { state: RunnerState::Polling, blocked: None, since: Instant::now(), image_made: None }
+        Self {
+            state: RunnerState::Polling,
+            blocked: None,
+            since: Instant::now(),
+            image_made: None,
+            weaker_network: None,
+        }
     }
 }
 
@@ -211,6 +219,7 @@ impl Poller {
     /// one of these images cannot be used.
     async fn images(&self) -> Result<RunnerInfo, String> {
         let mut images: Vec<Image> = Vec::new();
+        let mut weaker = None;
         for (class, name) in self.runner.images() {
             let image = self.parts.images.load(name).await.map_err(|error| chain(&error))?;
             if images.is_empty() {
@@ -226,8 +235,20 @@ impl Poller {
             if let Some(reason) = image.manifest.unspoken() {
                 return Err(reason);
             }
+            job::network_of(class, &image).map_err(|error| chain(&error))?;
+            weaker = weaker.or_else(|| job::weaker_network(class, &image));
             images.push(image);
         }
+        self.state.send_if_modified(|view| {
+            if view.weaker_network == weaker {
+                return false;
+            }
+            if let Some(why) = &weaker {
+                tracing::warn!(runner = self.runner.config.name, "{why}");
+            }
+            view.weaker_network = weaker;
+            true
+        });
         alike::told(&images)
     }
 

@@ -21,6 +21,9 @@ pub const CHANNEL_NAME: &str = "org.dayfly.guest.0";
 /// Name of the one that carries what its guest says to its door.
 pub const DOOR_NAME: &str = "org.dayfly.door.0";
 
+/// Name of the one that carries what its guest sends out, where it has no network card.
+pub const EGRESS_NAME: &str = "org.dayfly.egress.0";
+
 /// TCG's translation cache. QEMU's own default grows without bound; 256 MiB cost no visible speed
 /// and are what decision D3 reserves.
 pub(super) const TB_CACHE_MIB: &str = "256";
@@ -46,7 +49,7 @@ pub struct BadSpec {
 pub struct Ownership {
     /// User that QEMU runs as.
     pub qemu_uid: u32,
-    /// Group that may connect to the sockets of channel, door and console: the daemon's own.
+    /// Group that may connect to the sockets of channel, door, console and egress: the daemon's own.
     pub socket_gid: u32,
 }
 
@@ -113,7 +116,14 @@ struct Texts {
     door: String,
     console: String,
     direct: Option<[String; 3]>,
-    bridge: Option<[String; 2]>,
+    network: Network,
+}
+
+/// The network, its texts checked.
+enum Network {
+    Egress { socket: String },
+    User,
+    Bridge { network: String, tap: String },
 }
 
 impl Texts {
@@ -132,9 +142,14 @@ impl Texts {
                 ]),
                 Boot::Disk => None,
             },
-            bridge: match &spec.attachment {
-                Attachment::Bridge { network, tap } => Some([carried("network", network)?, carried("tap", tap)?]),
-                Attachment::User => None,
+            network: match &spec.attachment {
+                Attachment::Egress => Network::Egress {
+                    socket: absolute("egress socket", &VmSpec::egress_socket(&spec.socket_dir, &spec.id))?,
+                },
+                Attachment::User => Network::User,
+                Attachment::Bridge { network, tap } => {
+                    Network::Bridge { network: carried("network", network)?, tap: carried("tap", tap)? }
+                }
             },
         })
     }
@@ -235,19 +250,7 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
     w.create_element("disk")
         .with_attributes([("type", "file"), ("device", "disk")])
         .write_inner_content(|w| disk(w, texts, ownership))?;
-    let kind = if texts.bridge.is_some() { "network" } else { "user" };
-    w.create_element("interface").with_attribute(("type", kind)).write_inner_content(|w| {
-        if let Some([network, _]) = &texts.bridge {
-            empty(w, "source", &[("network", network)])?;
-        }
-        empty(w, "mac", &[("address", &spec.id.mac())])?;
-        if let Some([_, tap]) = &texts.bridge {
-            empty(w, "target", &[("dev", tap)])?;
-        }
-        empty(w, "model", &[("type", "virtio")])?;
-        // Isolated bridge ports: guests do not see each other's frames.
-        if texts.bridge.is_some() { empty(w, "port", &[("isolated", "yes")]) } else { Ok(()) }
-    })?;
+    interface(w, &spec.id, &texts.network)?;
     for (element, target) in [("serial", [("port", "0")].as_slice()), ("console", &[("type", "serial"), ("port", "0")])]
     {
         w.create_element(element).with_attribute(("type", "unix")).write_inner_content(|w| {
@@ -255,7 +258,11 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
             empty(w, "target", target)
         })?;
     }
-    for (path, name) in [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)] {
+    let egress = match &texts.network {
+        Network::Egress { socket } => Some((socket, EGRESS_NAME)),
+        Network::User | Network::Bridge { .. } => None,
+    };
+    for (path, name) in [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)].into_iter().chain(egress) {
         w.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|w| {
             socket(w, path, ownership)?;
             empty(w, "target", &[("type", "virtio"), ("name", name)])
@@ -268,6 +275,28 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
     // Tells a panic from a restart. The guest's driver for it is `pvpanic-mmio`, which the initrd loads.
     empty(w, "panic", &[("model", "isa")])?;
     empty(w, "memballoon", &[("model", "none")])
+}
+
+/// Its network card, if it has one: libvirt adds none by itself.
+fn interface(w: &mut Xml, id: &VmId, network: &Network) -> io::Result<()> {
+    let (kind, bridge) = match network {
+        Network::Egress { .. } => return Ok(()),
+        Network::User => ("user", None),
+        Network::Bridge { network, tap } => ("network", Some((network, tap))),
+    };
+    w.create_element("interface").with_attribute(("type", kind)).write_inner_content(|w| {
+        if let Some((network, _)) = bridge {
+            empty(w, "source", &[("network", network)])?;
+        }
+        empty(w, "mac", &[("address", &id.mac())])?;
+        if let Some((_, tap)) = bridge {
+            empty(w, "target", &[("dev", tap)])?;
+        }
+        empty(w, "model", &[("type", "virtio")])?;
+        // Isolated bridge ports: guests do not see each other's frames.
+        if bridge.is_some() { empty(w, "port", &[("isolated", "yes")]) } else { Ok(()) }
+    })?;
+    Ok(())
 }
 
 fn disk(w: &mut Xml, texts: &Texts, ownership: Option<Ownership>) -> io::Result<()> {

@@ -174,9 +174,11 @@ pub enum Boot {
     Disk,
 }
 
-/// What the machine's network card is attached to.
+/// What the machine's network is attached to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Attachment {
+    /// No card: a port of the VM's own, behind which a `dayfly-egress` connects (decision D27).
+    Egress,
     /// SLIRP: no host set-up, and no isolation from the host's loopback.
     User,
     /// A libvirt network, with this tap name.
@@ -209,9 +211,9 @@ pub struct VmSpec {
     pub overlay: PathBuf,
     /// The overlay's base image (qcow2): named, so that no header has to be believed.
     pub base: PathBuf,
-    /// Its network card.
+    /// Its network.
     pub attachment: Attachment,
-    /// Directory for the unix sockets of channel, door and console.
+    /// Directory for the unix sockets of channel, door, console and egress.
     pub socket_dir: PathBuf,
 }
 
@@ -228,6 +230,12 @@ impl VmSpec {
         socket_dir.join(format!("df-{id}.door"))
     }
 
+    /// Socket of the port that carries what its guest sends out, where it has no network card.
+    #[must_use]
+    pub fn egress_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
+        socket_dir.join(format!("df-{id}.egress"))
+    }
+
     /// Socket of the serial console.
     #[must_use]
     pub fn console_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
@@ -236,8 +244,14 @@ impl VmSpec {
 
     /// All of them. What its hypervisor binds, and what goes with it.
     #[must_use]
-    pub fn sockets(&self) -> [PathBuf; 3] {
-        [Self::channel_socket, Self::door_socket, Self::console_socket].map(|of| of(&self.socket_dir, &self.id))
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        let mut all = [Self::channel_socket, Self::door_socket, Self::console_socket]
+            .map(|of| of(&self.socket_dir, &self.id))
+            .to_vec();
+        if self.attachment == Attachment::Egress {
+            all.push(Self::egress_socket(&self.socket_dir, &self.id));
+        }
+        all
     }
 }
 

@@ -153,7 +153,8 @@ impl Lab {
             options.image
         )
         .unwrap();
-        writeln!(text, "allow_standin_runner = true\n{}", options.class).unwrap();
+        // GitLab is on this host's loopback, at 10.0.2.2 for a guest.
+        writeln!(text, "allow_standin_runner = true\nnetwork = \"user\"\n{}", options.class).unwrap();
         writeln!(
             text,
             "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\""

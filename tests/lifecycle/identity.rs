@@ -123,6 +123,8 @@ async fn two_hundred_jobs_leave_their_base_image_as_it_was() {
 async fn twenty_machines_are_twenty_identities() {
     let mut world = World::new(1);
     world.config.concurrent = 20;
+    // With a network card each, which has an address of its own.
+    world.config.class[0].network = Some(dayfly::network::Choice::User);
     let seen: Arc<Mutex<Vec<[String; 8]>>> = Arc::default();
     let sees = seen.clone();
     world.set_guest(move |mut guest: Guest| {

@@ -35,6 +35,7 @@ mod machine_spec;
 mod machines;
 mod metrics;
 mod moods;
+mod networks;
 mod night;
 mod panics;
 mod proof;

@@ -16,6 +16,8 @@ use crate::gitlab::{RunnerApi, RunnerToken};
 use crate::image::alike;
 use crate::image::manifest::RunnerOrigin;
 use crate::image::store::{Image, ImageStore};
+use crate::job;
+use crate::network::Mode;
 use crate::rng::Rng;
 use crate::telemetry::{chain, printable};
 use crate::vm::AccelChoice;
@@ -128,7 +130,7 @@ pub(super) async fn doctor(config: &Path, args: Args) -> anyhow::Result<ExitCode
     Ok(ExitCode::FAILURE)
 }
 
-/// The configuration's own warnings, and the weakness that every `user` network has.
+/// The configuration's own warnings.
 fn configuration(loaded: &Loaded) -> Vec<Finding> {
     let mut findings: Vec<Finding> =
         loaded.warnings.iter().map(|warning| Finding::warn(format!("configuration: {warning}"), "")).collect();
@@ -138,13 +140,25 @@ fn configuration(loaded: &Loaded) -> Vec<Finding> {
         (_, Err(error)) => Finding::bad(chain(&error), "dayfly check"),
         (Some(file), Ok(())) => Finding::ok(format!("configuration {} is good", file.display())),
     });
-    match loaded.config.network.mode {
-        crate::network::Mode::User => findings.push(Finding::warn(
-            "network mode `user`: a job reaches every loopback port of this host and whatever this host reaches",
-            "run nothing on loopback that trusts everyone who connects, and no jobs of people whom you would not let on this network",
-        )),
-    }
     findings
+}
+
+/// What a class's jobs reach of this host and its network.
+fn network(class: &Class, image: &Image) -> Finding {
+    let name = &class.name;
+    match job::network_of(class, image) {
+        Err(error) => Finding::bad(format!("class `{name}`: {}", chain(&error)), format!("dayfly image build {}", image.name)),
+        Ok(Mode::Relay) => {
+            Finding::ok(format!("class `{name}`: network `relay`: its machines have no network card, and reach no port of this host"))
+        }
+        Ok(Mode::User) => Finding::warn(
+            format!("class `{name}`: network `user`: a job reaches every loopback port of this host and whatever this host reaches"),
+            match class.network {
+                None => format!("dayfly image build {}, for the network `relay`", image.name),
+                Some(_) => "leave `network` away, or run nothing on loopback that trusts everyone who connects, and no jobs of people whom you would not let on this network".into(),
+            },
+        ),
+    }
 }
 
 /// Whether a runner's GitLab answers and knows the token. `None`: this host has never run as a runner
@@ -285,7 +299,7 @@ fn class_image(class: &Class, name: &str, store: &ImageStore) -> Option<Finding>
                 "build the image with the official gitlab-runner, or set `allow_standin_runner = true` for a trial",
             ))
         }
-        Ok(_) => None,
+        Ok(image) => Some(network(class, &image)),
     }
 }
 
@@ -343,6 +357,7 @@ pub async fn machines(config: &Config, host: &vm::Host, dir: &Path, rng: &Rng) -
 mod tests {
     use super::*;
     use crate::config::EXAMPLE;
+    use crate::network::Choice;
 
     fn example() -> Config {
         Config::assemble(Some(("/etc/dayfly/config.toml".into(), EXAMPLE.into())), []).unwrap().config
@@ -359,14 +374,22 @@ mod tests {
     }
 
     #[test]
-    fn the_weakness_of_the_network_mode_is_said() {
-        let loaded = Config::assemble(None, []).unwrap();
-        let findings = configuration(&loaded);
-        assert!(
-            findings.iter().any(|f| f.level == Level::Warn && f.what.contains("every loopback port")),
-            "{findings:?}"
-        );
+    fn the_weakness_of_the_network_user_is_said() {
+        let findings = configuration(&Config::assemble(None, []).unwrap());
         assert!(findings.iter().any(|f| f.what.contains("no configuration file") && f.remedy == "dayfly register"));
+        let of = |choice: Option<Choice>, relays: bool| {
+            let mut manifest = crate::image::manifest::tests::example();
+            if !relays {
+                manifest.networks.clear();
+            }
+            network(&Class { network: choice, ..Class::new("c", "i") }, &Image::example(manifest))
+        };
+        assert!(of(None, true).what.contains("reach no port of this host"));
+        let weak = of(None, false);
+        assert!(weak.level == Level::Warn && weak.what.contains("every loopback port"), "{weak}");
+        assert!(weak.remedy.starts_with("dayfly image build debian-12-shell"), "{weak}");
+        assert_eq!(of(Some(Choice::User), true).level, Level::Warn);
+        assert_eq!(of(Some(Choice::Relay), false).level, Level::Bad);
     }
 
     /// U22: `doctor` is red for a class that is larger than its host.

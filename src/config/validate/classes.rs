@@ -1,9 +1,10 @@
 //! Classes, and the rules that may give one: is what they say possible, and does it fit together?
 
-use super::{Report, name_of, unique};
+use super::{BRIDGE, BRIDGE_REMEDY, Report, name_of, unique};
 use crate::config::origin::nearest_name;
 use crate::config::{Class, Config};
 use crate::machine_spec::Size;
+use crate::network::Choice;
 use crate::rules::Rule;
 
 /// Images of a class at most: each is looked at before each poll.
@@ -49,6 +50,9 @@ fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
             let what = format!("is {most}, less than what every job gets (`{name}`, {own})");
             report.error(&key(&format!("max_{name}")), what, format!("raise it, or lower `{name}`"));
         }
+    }
+    if class.network == Some(Choice::Bridge) {
+        report.error(&key("network"), BRIDGE, BRIDGE_REMEDY);
     }
 }
 

@@ -11,7 +11,7 @@ use crate::control::group_id;
 use crate::files::{plain, private};
 use crate::gitlab::RunnerToken;
 use crate::machine_spec::PINNED_FLAGS;
-use crate::network::Mode;
+use crate::network::Choice;
 use crate::telemetry::chain;
 use crate::vm::{AccelChoice, Backend};
 use crate::web::Address;
@@ -189,7 +189,29 @@ fn network(config: &Config, local_port_range: &str, report: &mut Report<'_>) {
         );
         report.warning("network.guest_ports", what, "choose a range outside, or change net.ipv4.ip_local_port_range");
     }
+    if report.origins.of("network.guest_ports") != Origin::Default {
+        report.warning(
+            "network.guest_ports",
+            "is read for this version only: machines have no ports of this host any more, but those of images built before that",
+            "build the images again, and leave it away",
+        );
+    }
+    match config.network.mode {
+        Some(Choice::Bridge) => report.error("network.mode", BRIDGE, BRIDGE_REMEDY),
+        Some(mode @ (Choice::User | Choice::Relay)) => report.warning(
+            "network.mode",
+            "is read for this version only, for classes without a `network` of their own",
+            format!(
+                "set `network = \"{}\"` in each [[class]] instead",
+                if mode == Choice::User { "user" } else { "relay" }
+            ),
+        ),
+        None => {}
+    }
 }
+
+const BRIDGE: &str = "is `bridge`, which this version does not offer yet";
+const BRIDGE_REMEDY: &str = "use \"relay\" or \"user\"";
 
 /// No guest may reach the status listener.
 fn status(config: &Config, report: &mut Report<'_>) {
@@ -202,8 +224,8 @@ fn status(config: &Config, report: &mut Report<'_>) {
         ),
         Some(Address::Tcp(address)) if guests_reach_loopback(config) => report.error(
             key,
-            format!("is `{address}`, on the host's loopback, which every job's machine reaches by `network.mode = \"user\"`"),
-            "use the path of a unix socket; a Prometheus reads it through a proxy, or `dayfly metrics` and node_exporter's textfile collector",
+            format!("is `{address}`, on the host's loopback, which a job's machine reaches in the network `user`"),
+            "use the path of a unix socket (a Prometheus reads it through a proxy, or `dayfly metrics` and node_exporter's textfile collector), or set `network = \"relay\"` in every [[class]]",
         ),
         Some(Address::Unix(path)) if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX => {
             let what = format!("is longer than {SOCKET_PATH_BYTES_MAX} bytes, too long for a socket");
@@ -213,11 +235,10 @@ fn status(config: &Config, report: &mut Report<'_>) {
     }
 }
 
-/// Whether what listens on the host's loopback is open to guests of any class.
+/// Whether what listens on the host's loopback may be open to guests of a class: one that says nothing has the network
+/// `user` as long as its image knows no other.
 fn guests_reach_loopback(config: &Config) -> bool {
-    match config.network.mode {
-        Mode::User => true,
-    }
+    config.class.iter().any(|class| class.network.or(config.network.mode) != Some(Choice::Relay))
 }
 
 fn limits(config: &Config, report: &mut Report<'_>) {

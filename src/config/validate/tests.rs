@@ -152,6 +152,34 @@ fn ports_that_the_kernel_gives_away_are_warned_about() {
     assert_eq!(judge(&config), 0);
 }
 
+/// Classes choose their network; what did that before is read for one version, and says what takes its place.
+#[test]
+fn what_a_class_has_taken_the_place_of_is_read_with_a_warning() {
+    let told = |text: &str| {
+        let loaded = load(text, &[]).unwrap();
+        let said = loaded.warnings.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        (loaded.config.class[0].network, said)
+    };
+    assert_eq!(told(GOOD), (None, String::new()));
+    let (network, said) = told(&format!("{GOOD}[network]\nmode = \"user\"\nguest_ports = \"20000-20009\"\n"));
+    assert_eq!(network, Some(Choice::User));
+    for part in ["`network.mode`", "set `network = \"user\"` in each [[class]]", "`network.guest_ports`", "line 13"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let own = GOOD.replace("[[runner]]", "network = \"relay\"\n[[runner]]");
+    assert_eq!(told(&format!("{own}[network]\nmode = \"user\"\n")).0, Some(Choice::Relay), "a class has its own word");
+    for text in [
+        GOOD.replace("[[runner]]", "network = \"bridge\"\n[[runner]]"),
+        format!("{GOOD}[network]\nmode = \"bridge\"\n"),
+    ] {
+        refused(&text, &["`bridge`, which this version does not offer yet; use \"relay\" or \"user\""]);
+    }
+    refused(
+        &GOOD.replace("[[runner]]", "network = \"tap\"\n[[runner]]"),
+        &["`class.0.network`", "relay, user, bridge"],
+    );
+}
+
 #[test]
 fn risky_but_allowed_settings_are_warnings() {
     let text = GOOD.replace("https:", "http:").replace("[[runner]]", "[[runner]]\nallow_insecure_http = true");
@@ -238,8 +266,11 @@ fn a_status_listener_that_guests_reach_is_refused_with_a_way_out() {
     for loopback in ["127.0.0.1:9480", "[::1]:9480"] {
         refused(
             &with(loopback),
-            &["`status.listen`", "line 12", "every job's machine reaches", "unix socket", "dayfly metrics"],
+            &["`status.listen`", "line 12", "a job's machine reaches", "unix socket", "dayfly metrics"],
         );
+        // Machines without a network card reach no loopback.
+        let relay = GOOD.replace("[[runner]]", "network = \"relay\"\n[[runner]]");
+        load(&format!("{relay}[status]\nlisten = \"{loopback}\"\n"), &[]).unwrap();
     }
     refused(&with("0.0.0.0:9480"), &["`status.listen`", "in the clear", "unix socket"]);
     refused(&with("localhost:9480"), &["`status.listen`", "`localhost:9480`"]);

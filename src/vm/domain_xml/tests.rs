@@ -111,6 +111,14 @@ fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
     insta::assert_snapshot!(write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990 })).unwrap());
 }
 
+#[test]
+fn a_machine_without_a_network_card_has_a_third_port() {
+    let spec = VmSpec { attachment: Attachment::Egress, ..spec() };
+    let xml = write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990 })).unwrap();
+    assert!(!xml.contains("<interface"), "{xml}");
+    insta::assert_snapshot!(xml);
+}
+
 /// T15: no device that was not proven.
 #[test]
 fn t15_only_the_devices_of_the_allow_list_appear() {
@@ -180,14 +188,22 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
     let mut seen = BTreeSet::new();
     for accel in [Accel::Kvm, Accel::Tcg] {
         for boot in [spec().boot, Boot::Disk] {
-            for attachment in [Attachment::User, Attachment::Bridge { network: "n".into(), tap: "t".into() }] {
+            let bridge = || Attachment::Bridge { network: "n".into(), tap: "t".into() };
+            for attachment in [Attachment::Egress, Attachment::User, bridge()] {
                 for ownership in [None, Some(Ownership { qemu_uid: 1, socket_gid: 2 })] {
                     let spec = VmSpec { accel, boot: boot.clone(), attachment: attachment.clone(), ..spec() };
                     let tree = parse(&write(&spec, ownership).unwrap());
                     assert!(tree.0.iter().all(|e| ALLOWED.contains(&e.0.as_str())), "{tree:?}");
                     assert_eq!(tree.attribute("domain/devices/controller", "model"), "none");
-                    let user = tree.attribute("domain/devices/interface", "type") == "user";
-                    assert_eq!(user, spec.attachment == Attachment::User);
+                    let cards = tree.0.iter().filter(|e| e.0 == "domain/devices/interface").count();
+                    let ports = tree.0.iter().filter(|e| e.0 == "domain/devices/channel").count();
+                    if spec.attachment == Attachment::Egress {
+                        assert_eq!((cards, ports), (0, 3));
+                    } else {
+                        assert_eq!((cards, ports), (1, 2));
+                        let user = tree.attribute("domain/devices/interface", "type") == "user";
+                        assert_eq!(user, spec.attachment == Attachment::User);
+                    }
                     assert_eq!(tree.attribute("domain", "type") == "kvm", accel == Accel::Kvm);
                     seen.extend(tree.0.into_iter().map(|e| e.0));
                 }
@@ -316,4 +332,6 @@ fn no_machine_shares_a_network_segment_with_another() {
     let bridge = write(&VmSpec { attachment: bridge, ..spec() }, None).unwrap();
     assert!(bridge.contains("<port isolated=\"yes\"/>"), "{bridge}");
     assert_eq!(bridge.matches("<interface ").count(), 1);
+    let relay = write(&VmSpec { attachment: Attachment::Egress, ..spec() }, None).unwrap();
+    assert!(!relay.contains("<interface"), "it has no card at all: {relay}");
 }

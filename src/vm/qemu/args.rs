@@ -1,7 +1,7 @@
 //! QEMU's command line for a [`VmSpec`]: the machine that libvirt makes of [`domain_xml`](crate::vm::domain_xml), device
 //! by device, and no others. Pure text, no I/O. Everybody on the host can read it: it holds no secret.
 
-use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, TB_CACHE_MIB, uuid};
+use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, TB_CACHE_MIB, uuid};
 use crate::vm::{Accel, Attachment, Boot, VmName, VmSpec};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -17,7 +17,7 @@ pub(super) const SHUTDOWN_TRACE: &str = "qemu_system_shutdown_request";
 pub(super) enum BadSpec {
     #[error("{what} `{text}` is not absolute, or no UTF-8")]
     Path { what: &'static str, text: String },
-    #[error("back end `qemu` has no libvirt network to attach to; use network.mode = \"user\"")]
+    #[error("back end `qemu` has no libvirt network to attach to; use network = \"relay\"")]
     Bridge,
 }
 
@@ -77,11 +77,14 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     // A failing host disk pauses the guest, which we see, instead of failing its job (V11).
     add("-device", virtio("blk", ",drive=disk,bootindex=1,write-cache=on,werror=stop,rerror=stop"));
     match &spec.attachment {
-        Attachment::User => add("-netdev", "user,id=net".into()),
+        Attachment::Egress => add("-nic", "none".into()),
+        Attachment::User => {
+            add("-netdev", "user,id=net".into());
+            // No boot from the network, so no ROM for it.
+            add("-device", virtio("net", &format!(",netdev=net,mac={},romfile=", spec.id.mac())));
+        }
         Attachment::Bridge { .. } => return Err(BadSpec::Bridge),
     }
-    // No boot from the network, so no ROM for it.
-    add("-device", virtio("net", &format!(",netdev=net,mac={},romfile=", spec.id.mac())));
     add("-chardev", socket("console", absolute("console", &VmSpec::console_socket(&spec.socket_dir, &spec.id))?));
     add("-device", "isa-serial,chardev=console,index=0".into());
     add("-device", virtio("serial", ""));
@@ -89,6 +92,10 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     add("-device", format!("virtserialport,chardev=channel,name={CHANNEL_NAME}"));
     add("-chardev", socket("door", absolute("door's port", &VmSpec::door_socket(&spec.socket_dir, &spec.id))?));
     add("-device", format!("virtserialport,chardev=door,name={DOOR_NAME}"));
+    if spec.attachment == Attachment::Egress {
+        add("-chardev", socket("egress", absolute("egress port", &VmSpec::egress_socket(&spec.socket_dir, &spec.id))?));
+        add("-device", format!("virtserialport,chardev=egress,name={EGRESS_NAME}"));
+    }
     add("-object", "rng-random,id=rng,filename=/dev/urandom".into());
     add("-device", virtio("rng", ",rng=rng"));
     add("-device", PANIC_PORT.into());
@@ -141,6 +148,13 @@ mod tests {
     #[test]
     fn a_direct_boot_under_tcg() {
         insta::assert_snapshot!(lines(&spec()));
+    }
+
+    #[test]
+    fn a_machine_without_a_network_card_has_a_third_port() {
+        let text = lines(&VmSpec { attachment: Attachment::Egress, ..spec() });
+        assert!(text.contains("-nic\nnone") && !text.contains("netdev") && !text.contains("virtio-net"), "{text}");
+        insta::assert_snapshot!(text);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! | `df-<id>.vm` | whose machine it is, and what became of it; its lock is the machine: [`record`] | ours |
 //! | `df-<id>.qmp` | QEMU's monitor: [`qmp`], listened to by one task: [`watch`] | QEMU's |
 //! | `df-<id>.log` | what QEMU complains of, its first 16 KiB: [`log`] | ours |
-//! | `df-<id>.guest`, `.door`, `.con` | channel, door and console, as with any back end | QEMU's |
+//! | `df-<id>.guest`, `.door`, `.con`, `.egress` | channel, door, console and egress, as with any back end | QEMU's |
 //!
 //! A start that is cut at any point leaves a record without a lock, which the next look removes, or a QEMU that holds
 //! one, which `list` shows. A number of a process is never kept, so none is ever mistaken.

@@ -29,7 +29,7 @@ pub fn image() -> Image {
             cmdline: None,
             contract: dayfly_guest_config::CONTRACT,
             executor: "shell".into(),
-            networks: Vec::new(),
+            networks: vec!["relay".into()],
             info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),
@@ -51,6 +51,7 @@ pub fn image() -> Image {
 pub fn image_of_before() -> Image {
     let mut image = image();
     image.manifest.contract = WIRE_CONTRACT - 1;
+    image.manifest.networks.clear();
     image
 }
 

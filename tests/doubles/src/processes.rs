@@ -135,7 +135,8 @@ fn spawn(directory: &Path, path: &Path, spec: &VmSpec) -> io::Result<()> {
     file.write_all(&serde_json::to_vec(&owner)?)?;
     file.write_all(b"\n")?;
     let log = File::options().append(true).create(true).mode(0o600).open(directory.join("guest.log"))?;
-    let [channel, door, console] = spec.sockets();
+    let [channel, door, console] =
+        [VmSpec::channel_socket, VmSpec::door_socket, VmSpec::console_socket].map(|of| of(&spec.socket_dir, &spec.id));
     // The lock tells its end, so nobody need wait for it.
     // A program of before the door was a wire knows two sockets, and passes over what is beside them.
     let beside = [("DAYFLY_DOOR", door.into_os_string())];

@@ -8,7 +8,7 @@ use dayfly::gitlab::OpenTransport;
 use dayfly::guest::Limits;
 use dayfly::image::store::Images;
 use dayfly::job::Jobs;
-use dayfly::network::{Listen, PortRange};
+use dayfly::network::{self, Listen, PortRange};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::vm;
@@ -138,6 +138,8 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
             memory_mib: 512,
             disk_gib: DISK_GIB,
             allow_standin_runner: true,
+            // GitLab is on this host's loopback.
+            network: Some(network::Choice::User),
             ..Class::new("small", choice.images.1.clone())
         }],
         runner: vec![Runner {

@@ -29,10 +29,10 @@ fn spec(texts: &[&str]) -> VmSpec {
         },
         overlay: path(1),
         base: path(2),
-        attachment: if texts.len().is_multiple_of(3) {
-            Attachment::Bridge { network: text(6).to_owned(), tap: text(7).to_owned() }
-        } else {
-            Attachment::User
+        attachment: match texts.len() % 3 {
+            0 => Attachment::Bridge { network: text(6).to_owned(), tap: text(7).to_owned() },
+            1 => Attachment::Egress,
+            _ => Attachment::User,
         },
         socket_dir: path(8),
     }

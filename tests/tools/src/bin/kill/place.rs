@@ -166,7 +166,8 @@ fn image(dir: &Path) -> io::Result<()> {
         return Err(io::Error::other(format!("qemu-img ended with {made}")));
     }
     let file = ImageFile { file: "disk.qcow2".into(), bytes: fs::metadata(&disk)?.len(), sha256: String::new() };
-    let manifest = Manifest { disk: file, ..images::image().manifest };
+    // The daemon of the last version knows no key `networks`.
+    let manifest = Manifest { disk: file, networks: Vec::new(), ..images::image().manifest };
     fs::write(dir.join(MANIFEST_FILE), manifest.to_text())
 }
 

@@ -103,7 +103,7 @@ impl Ledger {
                         .and_then(|job| Some(self.jobs.get(&job)?.record.as_ref()?.machine.as_ref()?.lease.clone()))
                         .and_then(|lease| match lease {
                             Lease::User { port } => Some(port),
-                            Lease::Wire => None,
+                            Lease::Wire | Lease::Relay => None,
                         });
                     let vm = self.vms.entry((*subject).to_owned()).or_default();
                     vm.job = job;
