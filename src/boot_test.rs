@@ -14,12 +14,12 @@ use crate::image::manifest::Learnt;
 use crate::image::store::Image;
 use crate::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use crate::metrics::Metrics;
-use crate::network::{self, Listen, Network};
+use crate::network::{self, EgressProcesses, Listen, Network};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::Spool;
 use crate::supply::unassigned::{Abandoned, Owner, Workspace, abandoned};
-use crate::supply::{Machine, MachineEvent, Supply};
+use crate::supply::{Binding, Machine, MachineEvent, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::{self, ProofError};
 use crate::vm::{self, Accel, AccelChoice, Host, Pause, VmError, VmId};
@@ -133,7 +133,7 @@ impl BootTest<'_> {
             self.host.clone(),
             Clock::system(),
             rng.clone(),
-            Network::new(&self.network, self.listen.clone()),
+            Network::new(&self.network, self.listen.clone(), Arc::new(EgressProcesses::new(None))),
             own.setup(*accel.as_ref().unwrap_or(&Accel::Kvm)),
             Metrics::new(),
             stop.clone(),
@@ -187,6 +187,7 @@ impl BootTest<'_> {
             disk_gib: DISK_GIB,
             run_as_root: false,
             network: network::Mode::User,
+            egress: None,
             runner: GuestRunnerSpec {
                 name: "boot test".into(),
                 token: runner_token,
@@ -238,7 +239,7 @@ impl BootTest<'_> {
             metrics: Metrics::new(),
         });
         let mut machine = supply.start(claim, &spec, image.clone(), ("boot test".into(), 0));
-        machine.bind(config.to_line());
+        machine.bind(Binding { config: config.to_line(), egress: None });
         let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut asked, since, progress)).await;
         let console = machine.console_tail();
         let released = tokio::time::timeout(RELEASE_DEADLINE, machine.release()).await;

@@ -6,6 +6,7 @@
 
 use crate::network;
 use crate::secret::{self, Secret};
+use dayfly_egress::policy::Policy;
 use dayfly_guest_config::WIRE_CONTRACT;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -32,6 +33,9 @@ pub struct MachineSpec {
     pub run_as_root: bool,
     /// What the guest's network is.
     pub network: network::Mode,
+    /// What its job may reach, where it has no network card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Policy>,
     /// What the guest's runner is called and told.
     pub runner: GuestRunnerSpec,
     /// What its author is told of how it was chosen, a line each: what was asked for, and what came of that.
@@ -170,6 +174,7 @@ impl MachineSpec {
             disk_gib: 10,
             run_as_root: false,
             network: network::Mode::User,
+            egress: None,
             runner: GuestRunnerSpec {
                 name: "linux \"vm\"/1".into(),
                 token: Secret::new("glrt-123456789abcdef"),

@@ -6,9 +6,11 @@
 //! a machine does, is started by `outliving`. No secret goes
 //! into arguments: others can read them; give it by [`Program::stdin`]. Knows nothing of jobs or VMs.
 
+mod find;
 mod outliving;
 mod replace;
 
+pub(crate) use find::{find, find_program};
 pub(crate) use outliving::bounded_log;
 pub use outliving::start_outliving;
 pub(crate) use replace::replace_by;

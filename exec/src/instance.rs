@@ -30,8 +30,8 @@ use tokio::time::Instant;
 const WAIT: Duration = Duration::from_secs(120);
 /// Pause between two tries.
 const WAIT_STEP: Duration = Duration::from_millis(100);
-/// `df-<id>.guest` in `vm/` below it must fit into 107 bytes.
-const RUNTIME_BYTES_MAX: usize = 78;
+/// `df-<id>.egress` in `vm/` below it must fit into 107 bytes.
+const RUNTIME_BYTES_MAX: usize = 77;
 /// Bytes of `place.json` at most.
 const PLACE_BYTES_MAX: u64 = 16 * 1024;
 

@@ -58,10 +58,7 @@ pub(super) fn become_it(args: Args) -> anyhow::Error {
 
 /// The program beside ours, else the first in `path`.
 fn find(beside: &Path, path: Option<&OsStr>) -> Option<PathBuf> {
-    let directories = path.map(|path| std::env::split_paths(path).collect::<Vec<_>>()).unwrap_or_default();
-    // A relative entry would mean whatever directory somebody happens to be in.
-    let mut places = std::iter::once(beside.to_owned()).chain(directories).filter(|directory| directory.is_absolute());
-    places.find_map(|directory| Some(directory.join(PROGRAM)).filter(|program| program.is_file()))
+    process::find(PROGRAM, beside, path)
 }
 
 #[cfg(test)]

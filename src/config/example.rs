@@ -9,7 +9,7 @@ mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span, UnknownImage};
     use crate::machine_spec::EnvironmentLine;
-    use crate::network::Choice;
+    use crate::network::{Choice, EgressConfig};
     use crate::rules::Rule;
     use serde_json::Value;
     use std::collections::BTreeSet;
@@ -53,6 +53,7 @@ mod tests {
             run_as_root: true,
             allow_standin_runner: true,
             network: Some(Choice::Relay),
+            egress: EgressConfig::default(),
         };
         let runner = Runner {
             name: "n".into(),

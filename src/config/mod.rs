@@ -148,6 +148,9 @@ pub struct Class {
     /// What network its jobs have; none: `relay` where the image can, else `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<network::Choice>,
+    /// What they may reach without a network card.
+    #[serde(default)]
+    pub egress: network::EgressConfig,
 }
 
 /// Section `[cache]`: what jobs leave for later ones, see [`crate::cache`].
@@ -199,6 +202,7 @@ impl Class {
             run_as_root: false,
             allow_standin_runner: false,
             network: None,
+            egress: network::EgressConfig::default(),
         }
     }
 

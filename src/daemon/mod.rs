@@ -46,7 +46,7 @@ use crate::image::store::Images;
 use crate::job::journal::{JobKey, Journal, Record};
 use crate::job::{self, Jobs, Parts, Runner, Started};
 use crate::metrics::Metrics;
-use crate::network::{Listen, Network};
+use crate::network::{Egress, Listen, Network};
 use crate::recovery;
 use crate::repeats::Repeats;
 use crate::rng::Rng;
@@ -92,6 +92,8 @@ pub struct Backends {
     pub host: Host,
     /// Where doors are opened.
     pub listen: Arc<dyn Listen>,
+    /// Who carries what machines without a network card send out.
+    pub egress: Arc<dyn Egress>,
     /// GitLab.
     pub transport: Arc<dyn OpenTransport>,
     /// Files.
@@ -197,7 +199,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let stop = CancellationToken::new();
     let leave = CancellationToken::new();
     let setup = Setup { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
-    let network = Network::new(&config.network, backends.listen.clone());
+    let network = Network::new(&config.network, backends.listen.clone(), backends.egress.clone());
     let metrics = Metrics::new();
     let (supply, lister) = Supply::new(
         backends.host.clone(),

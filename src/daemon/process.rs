@@ -9,7 +9,7 @@ use crate::files::{RealFiles, plain};
 use crate::gitlab::RealOpenTransport;
 use crate::guest;
 use crate::image::store::ImageStore;
-use crate::network::Tcp;
+use crate::network::{EgressProcesses, SERVICE_SOCKET, Tcp};
 use crate::rng::Rng;
 use crate::telemetry::chain;
 use std::fs::File;
@@ -98,6 +98,7 @@ impl Backends {
         Ok(Self {
             host: config.hypervisor.host(&socket_directory(&config.runtime_directory)),
             listen: Arc::new(Tcp),
+            egress: Arc::new(EgressProcesses::new(config.hypervisor.is_system().then(|| Path::new(SERVICE_SOCKET)))),
             transport: Arc::new(RealOpenTransport::default()),
             files: Arc::new(RealFiles),
             clock: Clock::system(),

@@ -26,6 +26,10 @@ use tokio::time::Instant;
 const DEPTH_MAX: usize = 64;
 /// Names for people are cut here: GitLab's own limit for a job's name.
 const NAME_CHARS_MAX: usize = 255;
+/// So many addresses of registries are read; GitLab names two.
+const REGISTRIES_MAX: usize = 16;
+/// Bytes of such an address at most.
+const HOST_BYTES_MAX: usize = 300;
 /// So many services are named to people.
 const SERVICES_MAX: usize = 8;
 
@@ -79,6 +83,9 @@ pub struct JobPayload {
     pub asked: Asked,
     /// Whose job it is, and of what.
     pub source: Source,
+    /// Where the credentials are for that GitLab itself gives it: its registry, its dependency proxy. As it was sent, and
+    /// of another member than variables, which an author can set.
+    pub registries: Vec<String>,
     /// `X-Request-Id` of the 201, if it was well-formed.
     pub request_id: Option<String>,
     /// When its last byte had been read. From here until the journal has the job, it is in memory only.
@@ -154,6 +161,7 @@ impl JobPayload {
             containers: containers(&object),
             asked: asked::asked(&object, &variables),
             source: asked::source(&object),
+            registries: registries(&object),
             masks: masks(&variables, &token),
             token: Secret::new(token),
             request_id: request_id.filter(|id| is_request_id(id)),
@@ -263,6 +271,13 @@ fn containers(object: &Object<'_>) -> Containers {
     }
 }
 
+/// Addresses in `credentials`, the first sixteen: GitLab sends `registry.example:5050`, or a URL.
+fn registries(object: &Object<'_>) -> Vec<String> {
+    let list: Vec<&RawValue> = get(object, "credentials").unwrap_or_default();
+    let url = |raw: &RawValue| get::<String>(&serde_json::from_str::<Object<'_>>(raw.get()).ok()?, "url");
+    list.into_iter().filter_map(url).filter(|url| url.len() <= HOST_BYTES_MAX).take(REGISTRIES_MAX).collect()
+}
+
 /// Whether the job's trace may show secrets: the last value of either variable counts, and is
 /// read as Go's `strconv.ParseBool` reads it.
 fn debug_trace(variables: &[Object<'_>]) -> bool {
@@ -302,6 +317,8 @@ mod tests {
             "variables": [{"key": "CI_DEBUG_TRACE", "value": "false"}, {"key": "X", "value": null}, {"key": "CI_DEBUG_TRACE", "value": "T"}],
             "dependencies": [{"id": 3, "token": "dep", "name": "a"}, {"id": "4", "token": "x"}, {"id": 5}, 6, null],
             "features": {"trace_sections": true, "failure_reasons": ["script_failure"]},
+            "credentials": [{"type": "registry", "url": "registry.example:5050", "username": "u", "password": "p"},
+                {"type": "registry"}, {"url": 7}, "x", {"url": "x".repeat(1000)}],
         });
         let payload = JobPayload::parse(Bytes::from(raw.to_string()), Some("01ABC".into())).unwrap();
         assert_eq!(payload.id, JobId(i64::MAX as u64));
@@ -312,6 +329,7 @@ mod tests {
         assert!(payload.debug_trace && payload.trace_sections);
         assert_eq!(payload.failure_reasons, ["script_failure"]);
         assert_eq!(payload.request_id.as_deref(), Some("01ABC"));
+        assert_eq!(payload.registries, ["registry.example:5050"]);
         assert_eq!(payload.raw(), raw.to_string().as_bytes());
     }
 

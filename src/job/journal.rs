@@ -22,6 +22,7 @@ use crate::secret::{self, Secret};
 use crate::supply::Claim;
 use crate::vm::InstallationId;
 use bytes::Bytes;
+use dayfly_egress::audit::Destination;
 use format::{parse, seal};
 use jiff::Timestamp;
 pub use load::{Loaded, SetAside};
@@ -42,7 +43,7 @@ use url::Url;
 /// | 2 | `installation`, `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
 /// | 3 | `machine_spec` |
 /// | 4 | a lease that may be `wire` or `relay` |
-/// | 5 | in `machine_spec`, `notes`, and a network that may be `relay` |
+/// | 5 | in `machine_spec`, `notes`, `egress`, and a network that may be `relay`; `reached` |
 pub const RECORD_VERSION: u32 = 5;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.
@@ -137,6 +138,9 @@ pub struct Record {
     /// spool after that, so that it stands there exactly once, whatever crash comes between.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_lines: Option<LastLines>,
+    /// What it has reached outside of its machine, once its verdict is known: the first hundred.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reached: Vec<Destination>,
     /// Where it stands.
     pub state: State,
 }

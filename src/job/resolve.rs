@@ -10,15 +10,16 @@ use super::state::{Failure, State};
 use super::wishes::{Wishes, images, quoted};
 use super::{Parts, Runner};
 use crate::capacity::Resources;
-use crate::config::{Class, UnknownImage};
+use crate::config::{self, Class, UnknownImage};
 use crate::gitlab::JobPayload;
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
-use crate::network::Mode;
+use crate::network::{self, Mode};
 use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
 use crate::telemetry::chain;
+use dayfly_egress::policy::{HostPort, Policy};
 
 /// The executor whose jobs run in the machine itself: `image:` means nothing to it.
 const SHELL: &str = "shell";
@@ -88,7 +89,9 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
             .map(|_| format!("machine class {}, by a rule of this runner", class.name)),
     );
     let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
-    Ok(spec(class, &image, size, network, told(runner, &parts.rng), notes))
+    let needed = || needed(&runner.config, &payload.registries);
+    let egress = (network == Mode::Relay).then(|| class.egress.policy(needed()));
+    Ok(spec(class, &image, size, (network, egress), told(runner, &parts.rng), notes))
 }
 
 /// The rule that decides, logged and counted like those that are tried out.
@@ -192,7 +195,7 @@ fn spec(
     class: &Class,
     image: &Image,
     size: Size,
-    network: Mode,
+    (network, egress): (Mode, Option<Policy>),
     runner: GuestRunnerSpec,
     notes: Vec<String>,
 ) -> MachineSpec {
@@ -205,9 +208,15 @@ fn spec(
         disk_gib: size.disk_gib,
         run_as_root: class.run_as_root,
         network,
+        egress,
         runner,
         notes,
     }
+}
+
+/// What no job of a runner entry can do without.
+fn needed(entry: &config::Runner, registries: &[String]) -> Vec<HostPort> {
+    network::always([&entry.url].into_iter().chain(&entry.clone_url), registries)
 }
 
 fn told(runner: &Runner, rng: &Rng) -> GuestRunnerSpec {

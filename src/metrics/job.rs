@@ -25,6 +25,8 @@ pub struct JobMetrics {
     pub trace_ahead: Counter,
     /// Machines that were lost before they were ready, and replaced.
     pub machines_replaced: Counter,
+    /// Processes that carried the egress of a machine, ended before it, and were replaced.
+    pub egress_restarted: Counter,
     /// VMs whose destruction has failed and is tried again.
     pub machines_stuck: Gauge,
     /// Jobs whose log, state or verdict GitLab has not taken at the last try.
@@ -111,6 +113,7 @@ impl JobMetrics {
             panicked: Counter::default(),
             trace_ahead: Counter::default(),
             machines_replaced: Counter::default(),
+            egress_restarted: Counter::default(),
             machines_stuck: Gauge::default(),
             waiting_for_gitlab: Gauge::default(),
             backlog_bytes: Gauge::default(),
@@ -130,6 +133,11 @@ impl JobMetrics {
             ("jobs_assigned_again", "Jobs that GitLab assigned although they were under way", &metrics.assigned_again),
             ("jobs_panicked", "Jobs whose task panicked", &metrics.panicked),
             ("trace_ahead", "Answers in which GitLab held more of a trace than there was", &metrics.trace_ahead),
+            (
+                "egress_restarted",
+                "Processes that carried a machine's egress, ended before it, and were replaced",
+                &metrics.egress_restarted,
+            ),
             ("machines_replaced", "Machines replaced before they were ready", &metrics.machines_replaced),
             ("runner_tokens_renewed", "Runner tokens that were made anew before they ended", &metrics.tokens_renewed),
             (

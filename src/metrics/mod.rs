@@ -9,11 +9,13 @@
 //! node_exporter's textfile collector and `promtool check metrics` read.
 
 mod classic;
+mod egress;
 mod gitlab;
 mod guest;
 mod job;
 mod snapshot;
 
+pub use egress::EgressMetrics;
 pub use gitlab::GitlabMetrics;
 pub use guest::GuestMetrics;
 pub use job::{JobMetrics, Phase};
@@ -38,6 +40,7 @@ struct Registered {
     guest: GuestMetrics,
     job: JobMetrics,
     gitlab: GitlabMetrics,
+    egress: EgressMetrics,
 }
 
 /// Which text.
@@ -68,7 +71,8 @@ impl Metrics {
         let guest = GuestMetrics::register(&mut registry);
         let job = JobMetrics::register(&mut registry);
         let gitlab = GitlabMetrics::register(&mut registry);
-        Self(Arc::new(Registered { registry, guest, job, gitlab }))
+        let egress = EgressMetrics::register(&mut registry);
+        Self(Arc::new(Registered { registry, guest, job, gitlab, egress }))
     }
 
     /// What the doors count.
@@ -87,6 +91,12 @@ impl Metrics {
     #[must_use]
     pub fn gitlab(&self) -> &GitlabMetrics {
         &self.0.gitlab
+    }
+
+    /// What is counted of what jobs reach.
+    #[must_use]
+    pub fn egress(&self) -> &EgressMetrics {
+        &self.0.egress
     }
 
     /// All of them, and how the daemon stands now.

@@ -1,24 +1,25 @@
 //! One VM, from its overlay to its end: one task, which alone calls the hypervisor for it.
 //!
 //! ```text
-//! start: overlay ─► VM ─► wires, config once bound ─► watch ──(take_down)──► destroy ─► sockets, overlay
-//!            └───────┴─ failed: reported; the owner decides, then takes it down
+//! start: overlay ─► VM, egress ─► wires, config once bound ─► watch ──(take_down)──► destroy ─► egress, sockets, overlay
+//!            └────────┴─ failed: reported; the owner decides, then takes it down
 //! ```
 //!
 //! Every step may run twice, so a VM found running after a restart of the daemon enters at
 //! "wires". On `leave` (hand-over) the task ends and the VM lives on.
 
+mod down;
+
 use super::wires::Wires;
 use super::{Claim, Supply};
 use crate::failpoint::{Point, reached};
 use crate::image::stamp::Stamp;
-use crate::network::Lease;
+use crate::network::{Lease, Terms};
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
-use crate::vm::{Ending, Pause, VmError, VmId, VmName, VmSpec, VmState};
+use crate::vm::{Attachment, Ending, Pause, VmError, VmId, VmName, VmSpec, VmState};
 use dayfly_guest_config::Report;
-use prometheus_client::metrics::gauge::Gauge;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, watch};
@@ -57,6 +58,15 @@ enum Desired {
     Left,
 }
 
+/// Who a machine's guest is.
+#[derive(Clone, Debug)]
+pub struct Binding {
+    /// Its guest config, as a line.
+    pub config: Vec<u8>,
+    /// What is told to who carries its egress; `None`: it has a network card.
+    pub egress: Option<Terms>,
+}
+
 /// A VM that does not exist yet.
 pub(super) struct NewVm {
     pub(super) spec: VmSpec,
@@ -74,7 +84,7 @@ pub struct Machine {
     events: mpsc::Receiver<MachineEvent>,
     gone: bool,
     desired: watch::Sender<Desired>,
-    config: watch::Sender<Option<Vec<u8>>>,
+    binding: watch::Sender<Option<Binding>>,
     console: Arc<Mutex<Ring>>,
     greeted: Arc<AtomicBool>,
     task: JoinHandle<()>,
@@ -102,13 +112,13 @@ impl Machine {
     ) -> Self {
         let (events_out, events) = mpsc::channel(EVENTS_MAX);
         let (desired, desired_in) = watch::channel(Desired::Running);
-        let (config, config_in) = watch::channel(None);
+        let (binding, binding_in) = watch::channel(None);
         let turn = supply.begin(&id);
         let wires = Wires {
             supply: supply.clone(),
             id: id.clone(),
             events: events_out,
-            config: config_in,
+            binding: binding_in,
             greeted: Arc::default(),
             console: Arc::default(),
         };
@@ -132,7 +142,7 @@ impl Machine {
             };
             run(driver).await;
         });
-        Self { supply, id, lease, events, gone: false, desired, config, console, greeted, task }
+        Self { supply, id, lease, events, gone: false, desired, binding, console, greeted, task }
     }
 
     /// The VM's id.
@@ -148,11 +158,11 @@ impl Machine {
         event
     }
 
-    /// Tells the guest who it is, by its guest config as a line: once, whatever is said later.
-    pub fn bind(&self, config: Vec<u8>) {
-        self.config.send_if_modified(|bound| {
+    /// Tells the guest who it is: once, whatever is said later.
+    pub fn bind(&self, binding: Binding) {
+        self.binding.send_if_modified(|bound| {
             let first = bound.is_none();
-            bound.get_or_insert(config);
+            bound.get_or_insert(binding);
             first
         });
     }
@@ -294,10 +304,22 @@ impl Driver {
             }
             // It runs, and we have not heard of it.
             reached(Point::K8);
+            if new.spec.attachment == Attachment::Egress {
+                // Its guest needs seconds before it wants one.
+                self.begin_egress().await?;
+            }
         }
         self.tell(MachineEvent::Started).await;
         reached(Point::K9);
         Ok(None)
+    }
+
+    /// Begins what carries its egress, once it is bound.
+    async fn begin_egress(&self) -> Result<(), VmError> {
+        match self.wires.terms().await {
+            Some(terms) => self.supply.begin_egress(&self.id, &terms).await,
+            None => Ok(()),
+        }
     }
 
     async fn remove_sockets(&self) -> Result<(), VmError> {
@@ -346,6 +368,7 @@ impl Driver {
         let (ended_out, mut ended) = mpsc::channel(1);
         wires.spawn(self.wires.clone().serve_console());
         wires.spawn(self.wires.clone().serve_channel(ended_out));
+        wires.spawn(self.wires.clone().keep_egress());
         let started = Instant::now();
         let mut listing = self.supply.0.listing.clone();
         let mut told = VmState::Running;
@@ -389,76 +412,5 @@ impl Driver {
             })
             .await;
         }
-    }
-
-    /// Takes down all there may be, in the order in which nothing can be left over. For ever: a
-    /// stuck VM keeps its reservation, and nobody else's.
-    async fn take_down(&mut self) {
-        let host = self.supply.host().clone();
-        let overlay = self.supply.overlay(&self.id);
-        let mut backoff = Backoff::hypervisor();
-        let mut desired = self.desired.clone();
-        let mut stuck = None;
-        loop {
-            let attempt = async {
-                // What is not listed is gone, or is not ours to destroy.
-                if self.is_ours().await? {
-                    host.hypervisor.destroy(&self.name).await?;
-                }
-                reached(Point::K16);
-                self.remove_sockets().await?;
-                // Last: with its record lost, a machine that is half taken down is known by its overlay.
-                host.disks.remove(&overlay).await?;
-                reached(Point::K17);
-                Ok::<_, VmError>(())
-            };
-            let result = tokio::select! {
-                biased;
-                // A call that hangs must not hold a hand-over up: what is dropped here may take effect
-                // or not, and the next daemon looks. A dropped handle disables the first branch.
-                Ok(_) = desired.wait_for(|desired| *desired == Desired::Left) => return,
-                result = attempt => result,
-            };
-            match result {
-                Ok(()) => break,
-                Err(error) => {
-                    let error = chain(&error);
-                    if stuck.is_none() {
-                        tracing::warn!(vm = %self.id, error, "could not take a VM down; trying again");
-                    } else {
-                        tracing::debug!(vm = %self.id, error, "could not take a VM down; trying again");
-                    }
-                    stuck.get_or_insert_with(|| Stuck::count(&self.supply));
-                    let pause = backoff.next(&self.supply.0.rng);
-                    tokio::select! {
-                        biased;
-                        // Both cancel safe. A dropped handle disables the first branch: go on trying.
-                        Ok(_) = desired.wait_for(|desired| *desired == Desired::Left) => return,
-                        () = tokio::time::sleep(pause) => {}
-                    }
-                }
-            }
-        }
-        if stuck.is_some() {
-            tracing::info!(vm = %self.id, "the VM is taken down after all");
-        }
-        self.tell(MachineEvent::Gone).await;
-    }
-}
-
-/// A VM that could not be taken down, counted as long as that is so.
-struct Stuck(Gauge);
-
-impl Stuck {
-    fn count(supply: &Supply) -> Self {
-        let gauge = supply.0.metrics.job().machines_stuck.clone();
-        gauge.inc();
-        Self(gauge)
-    }
-}
-
-impl Drop for Stuck {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }

@@ -15,13 +15,14 @@
 //! Each VM has a task of its own ([`machine`]), which alone calls the hypervisor for it, so a call that hangs holds up
 //! that one and nobody else. What exists is asked of the hypervisor in one list for all VMs.
 
+mod egress;
 mod losses;
 mod machine;
 mod silence;
 pub mod unassigned;
 mod wires;
 
-pub use machine::{Machine, MachineEvent};
+pub use machine::{Binding, Machine, MachineEvent};
 
 use crate::clock::Clock;
 use crate::image::store::Image;

@@ -1,7 +1,7 @@
 //! The two wires of a VM, its channel and its console: opened again and again for as long as it is watched.
 
 use super::Supply;
-use super::machine::MachineEvent;
+use super::machine::{Binding, MachineEvent};
 use crate::vm::console::Ring;
 use crate::vm::{Stream, VmId};
 use dayfly_guest_config::{ClockQuestion, REPORT_LINE_MAX, Report};
@@ -24,8 +24,8 @@ pub(super) struct Wires {
     pub(super) supply: Supply,
     pub(super) id: VmId,
     pub(super) events: mpsc::Sender<MachineEvent>,
-    /// The guest config, as a line, once the guest is bound.
-    pub(super) config: watch::Receiver<Option<Vec<u8>>>,
+    /// Who the guest is, once it is bound.
+    pub(super) binding: watch::Receiver<Option<Binding>>,
     /// The guest has shown its pass: it has its config.
     pub(super) greeted: Arc<AtomicBool>,
     pub(super) console: Arc<Mutex<Ring>>,
@@ -42,13 +42,13 @@ impl Wires {
                 // One at a time: a guest that asks and does not read waits for itself.
                 let (questions_out, mut questions) = mpsc::channel::<ClockQuestion>(1);
                 let write = async {
-                    let mut config = self.config.clone();
+                    let mut binding = self.binding.clone();
                     let mut written = false;
                     loop {
                         tokio::select! {
                             biased;
                             // Both are cancel safe.
-                            Some(line) = bound(&mut config), if !written => {
+                            Some(line) = bound(&mut binding), if !written => {
                                 written = true;
                                 if !self.greeted.load(Ordering::Relaxed) {
                                     // An error shows at the reading half too.
@@ -94,8 +94,8 @@ impl Wires {
 }
 
 /// The guest config, once there is one; `None`: nobody will bind the guest any more.
-async fn bound(config: &mut watch::Receiver<Option<Vec<u8>>>) -> Option<Vec<u8>> {
-    config.wait_for(Option::is_some).await.ok()?.clone()
+async fn bound(binding: &mut watch::Receiver<Option<Binding>>) -> Option<Vec<u8>> {
+    binding.wait_for(Option::is_some).await.ok()?.as_ref().map(|bound| bound.config.clone())
 }
 
 /// Reads report lines until the stream ends. Long or too many lines are dropped: the guest is hostile.

@@ -75,6 +75,12 @@ impl Config {
         }
     }
 
+    /// Whether its machines are the system's, and not the daemon's user's own.
+    #[must_use]
+    pub fn is_system(&self) -> bool {
+        self.backend == Backend::Libvirt && self.uri.starts_with("qemu:///system")
+    }
+
     /// What tells this hypervisor from others: its VMs are there and nowhere else.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -19,6 +19,7 @@ mod cancels;
 mod clocks;
 mod crashes;
 mod determinism;
+mod egress;
 mod endings;
 mod ends;
 mod exactness;

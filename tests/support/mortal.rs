@@ -10,9 +10,10 @@ use dayfly::BoxFuture;
 use dayfly::files::{Entry, Files};
 use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
-use dayfly::network::{DoorListener, Listen};
+use dayfly::network::{DoorListener, Egress, EgressError, EgressOf, Listen, Terms};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
+use dayfly_egress::audit::Destination;
 use std::future::{pending, poll_fn};
 use std::io;
 use std::net::SocketAddr;
@@ -179,6 +180,10 @@ impl Life {
 
     pub fn listen(&self, listen: Arc<dyn Listen>) -> Arc<dyn Listen> {
         Arc::new(MortalListen { life: self.clone(), listen })
+    }
+
+    pub fn egress(&self, egress: Arc<dyn Egress>) -> Arc<dyn Egress> {
+        Arc::new(MortalEgress { life: self.clone(), egress })
     }
 
     pub fn transport(&self, opener: Arc<dyn OpenTransport>) -> Arc<dyn OpenTransport> {
@@ -407,6 +412,36 @@ impl Listen for MortalListen {
             self.life.hold(Held::Door(Arc::downgrade(&slot)));
             Ok(Box::new(MortalDoor { life: self.life.clone(), slot }) as Box<dyn DoorListener>)
         }))
+    }
+}
+
+struct MortalEgress {
+    life: Life,
+    egress: Arc<dyn Egress>,
+}
+
+// Counted with the hypervisor's calls, too, but for the wait, which has no effect.
+impl Egress for MortalEgress {
+    fn ensure<'a>(&'a self, of: &'a EgressOf, terms: &'a Terms) -> BoxFuture<'a, Result<(), EgressError>> {
+        Box::pin(self.life.call(Seam::Hypervisor, async move { self.egress.ensure(of, terms).await }))
+    }
+
+    fn gone<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            tokio::select! {
+                biased;
+                () = self.life.over() => pending().await,
+                () = self.egress.gone(of) => {}
+            }
+        })
+    }
+
+    fn audit<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, io::Result<Vec<Destination>>> {
+        Box::pin(self.life.call(Seam::Hypervisor, async move { self.egress.audit(of).await }))
+    }
+
+    fn end<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(self.life.call(Seam::Hypervisor, async move { self.egress.end(of).await }))
     }
 }
 

@@ -228,6 +228,7 @@ impl World {
         Backends {
             host: life.host(Arc::new(hypervisor), paths),
             listen: life.listen(Arc::new(self.hypervisor.clone())),
+            egress: life.egress(Arc::new(self.hypervisor.clone())),
             transport: life.transport(transport),
             files: life.files(Arc::new(self.files.clone())),
             clock: self.clock.clone(),

@@ -17,7 +17,8 @@ use crate::image::alike;
 use crate::image::manifest::RunnerOrigin;
 use crate::image::store::{Image, ImageStore};
 use crate::job;
-use crate::network::Mode;
+use crate::network::{Choice, EGRESS_PROGRAM, Mode};
+use crate::process;
 use crate::rng::Rng;
 use crate::telemetry::{chain, printable};
 use crate::vm::AccelChoice;
@@ -202,10 +203,24 @@ fn files(config: &Config, host: &Host) -> Vec<Finding> {
     if config.hypervisor.backend == Backend::Libvirt {
         findings.extend(host.confinement(&config.hypervisor.uri));
     }
+    findings.extend(egress(config, process::find_program(EGRESS_PROGRAM).is_some()));
     findings.push(host.runtime_directory(&config.runtime_directory));
     findings.extend(host.shared_hardware());
     findings.extend(room(config));
     findings
+}
+
+/// Whether there is a program that carries the egress of machines without a network card; `None`: no class has such.
+fn egress(config: &Config, found: bool) -> Option<Finding> {
+    config.class.iter().any(|class| class.network != Some(Choice::User)).then(|| {
+        if found {
+            return Finding::ok(format!("`{EGRESS_PROGRAM}` is here, for machines without a network card"));
+        }
+        Finding::bad(
+            format!("`{EGRESS_PROGRAM}` is not here: no machine without a network card can be made"),
+            "install it beside dayfly, from the package or build that has this dayfly, or set `network = \"user\"`",
+        )
+    })
 }
 
 /// Whether each class can run at all.
@@ -357,7 +372,6 @@ pub async fn machines(config: &Config, host: &vm::Host, dir: &Path, rng: &Rng) -
 mod tests {
     use super::*;
     use crate::config::EXAMPLE;
-    use crate::network::Choice;
 
     fn example() -> Config {
         Config::assemble(Some(("/etc/dayfly/config.toml".into(), EXAMPLE.into())), []).unwrap().config
@@ -390,6 +404,15 @@ mod tests {
         assert!(weak.remedy.starts_with("dayfly image build debian-12-shell"), "{weak}");
         assert_eq!(of(Some(Choice::User), true).level, Level::Warn);
         assert_eq!(of(Some(Choice::Relay), false).level, Level::Bad);
+    }
+
+    #[test]
+    fn a_host_without_the_egress_program_is_red_for_who_needs_it() {
+        let mut config = example();
+        assert_eq!(egress(&config, true).map(|finding| finding.level), Some(Level::Ok));
+        assert_eq!(egress(&config, false).map(|finding| finding.level), Some(Level::Bad));
+        config.class[0].network = Some(Choice::User);
+        assert_eq!(egress(&config, false), None);
     }
 
     /// U22: `doctor` is red for a class that is larger than its host.

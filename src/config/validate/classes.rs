@@ -2,9 +2,9 @@
 
 use super::{BRIDGE, BRIDGE_REMEDY, Report, name_of, unique};
 use crate::config::origin::nearest_name;
-use crate::config::{Class, Config};
+use crate::config::{Class, Config, Runner};
 use crate::machine_spec::Size;
-use crate::network::Choice;
+use crate::network::{Choice, EgressConfig, always};
 use crate::rules::Rule;
 
 /// Images of a class at most: each is looked at before each poll.
@@ -16,6 +16,7 @@ const RULES_MAX: usize = 256;
 pub(super) fn classes(config: &Config, report: &mut Report<'_>) {
     for (i, class) in config.class.iter().enumerate() {
         one_class(i, class, report);
+        egress(i, class, config, report);
     }
     unique("class", config.class.iter().map(|class| class.name.as_str()), report);
 }
@@ -53,6 +54,25 @@ fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
     }
     if class.network == Some(Choice::Bridge) {
         report.error(&key("network"), BRIDGE, BRIDGE_REMEDY);
+    }
+}
+
+/// Whether the policy of a class makes sense, and leaves the GitLabs of its jobs to be reached.
+fn egress(i: usize, class: &Class, config: &Config, report: &mut Report<'_>) {
+    let has_it = |runner: &&Runner| {
+        runner.class == class.name || config.classes_by_rule(&runner.name).iter().any(|by| by.name == class.name)
+    };
+    let urls =
+        config.runner.iter().filter(has_it).flat_map(|runner| [&runner.url].into_iter().chain(&runner.clone_url));
+    let key = format!("class.{i}.egress");
+    if let Err(error) = class.egress.validate(always(urls, &[])) {
+        let text = error.to_string();
+        let (what, remedy) = text.rsplit_once(": ").unwrap_or((&text, "config.example.toml shows its form"));
+        report.error(&key, format!("makes no sense: {what}"), remedy);
+    }
+    if class.network == Some(Choice::User) && class.egress != EgressConfig::default() {
+        let what = "has no effect in the network `user`, where a job reaches what this host reaches";
+        report.error(&key, what, "leave it away, or set `network = \"relay\"`");
     }
 }
 

@@ -21,9 +21,9 @@ use std::path::Path;
 use std::time::Duration;
 use url::Url;
 
-/// Bytes of `runtime_directory` at most: a unix socket path has 107, `/vm/df-<16 characters>.guest`
-/// takes 29.
-const RUNTIME_DIRECTORY_BYTES_MAX: usize = 78;
+/// Bytes of `runtime_directory` at most: a unix socket path has 107, `/vm/df-<16 characters>.egress`
+/// takes 30.
+const RUNTIME_DIRECTORY_BYTES_MAX: usize = 77;
 
 /// Bytes of an entry's scripts and variables at most: a guest config has 256 KiB, of which a CA bundle may take half.
 const GUEST_SETTINGS_BYTES_MAX: usize = 64 * 1024;

@@ -6,8 +6,10 @@
 //! (decision D20). Lines name no host, no path and no secret: the CI user reads them.
 
 mod ends;
+mod reached;
 
 pub(super) use ends::{Hints, console, failure, kernel_words, masked, runner_words};
+pub(super) use reached::reached;
 
 use crate::gitlab::Containers;
 use jiff::Timestamp;

@@ -11,9 +11,9 @@ use crate::job::lines;
 use crate::job::state::Event;
 use crate::machine_spec::MachineSpec;
 use crate::metrics::Phase;
-use crate::network::{Entrance, LeaseError};
+use crate::network::{Entrance, LeaseError, Terms};
 use crate::secret::Secret;
-use crate::supply::Claim;
+use crate::supply::{Binding, Claim};
 use crate::telemetry::chain;
 use dayfly_guest_config::{GuestConfig, Pass};
 use std::io;
@@ -82,9 +82,16 @@ impl Machinery {
             Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job),
             None => self.parts.supply.resume(claim),
         };
-        machine.bind(config.to_line());
+        machine.bind(Binding { egress: self.terms(&config), config: config.to_line() });
         self.machine = Some(machine);
         Ok(())
+    }
+
+    /// What is told to who carries the machine's egress, by the record; `None`: it has a network card.
+    fn terms(&self, config: &GuestConfig) -> Option<Terms> {
+        let policy =
+            self.record.machine_spec.as_ref().filter(|_| config.network.relay)?.egress.clone().unwrap_or_default();
+        Some(Terms { pass: Pass::from_text(&config.pass)?, policy })
     }
 
     fn open_door(&mut self, machine: &Claim, config: &GuestConfig, entrance: Entrance) -> Result<(), Event> {

@@ -2,6 +2,7 @@
 
 mod machine;
 mod phases;
+mod reached;
 mod repeated;
 mod times;
 mod trace;
@@ -24,6 +25,7 @@ use crate::spool::Spool;
 use crate::supply::{Claim, Machine, MachineEvent};
 use crate::telemetry::chain;
 use crate::uploader::UploaderEvent;
+use dayfly_egress::audit::Destination;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +75,8 @@ pub(super) struct Machinery {
     machine_task_lost: Option<Instant>,
     /// The machine is being released for another one.
     another: bool,
+    /// All that the job has reached, until it is counted.
+    reached: Vec<Destination>,
     /// The record was not taken by the disk at the last try.
     unkept: bool,
     /// Lines of the log that the guest may bring about.
@@ -106,6 +110,7 @@ impl Machinery {
             gone: Vec::new(),
             machine_task_lost: None,
             another: false,
+            reached: Vec::new(),
             unkept: false,
             repeated: Repeated::default(),
             parts,
@@ -221,11 +226,18 @@ impl Machinery {
     /// written, which is logged here.
     pub(super) async fn commit(&mut self, verdict: bool) -> bool {
         let sealed = if verdict { self.seal_trace().await } else { Ok(()) };
+        if verdict && sealed.is_ok() {
+            self.plan_reached().await;
+        }
         let kept = match sealed {
             Ok(()) => self.keep().await,
             Err(error) => Err(error),
         };
         let Err(error) = kept else { return true };
+        if verdict {
+            // It goes on, and may reach more.
+            (self.record.last_lines, self.record.reached) = (None, Vec::new());
+        }
         let repeats = if verdict { &mut self.repeated.verdict_unkept } else { &mut self.repeated.hand_out_unkept };
         repeats.log(|line| tracing::error!(error = chain(&error), "{line}"));
         false

@@ -153,6 +153,7 @@ fn of_token(parts: &Parts, runner: &Runner, id: JobId, token: Secret) -> Record 
         guest_base: None,
         newer_token: None,
         last_lines: None,
+        reached: Vec::new(),
         state: State::Accepted,
     }
 }

@@ -194,6 +194,7 @@ impl Job {
             if self.m.outbox(verdict.clone()) {
                 self.m.metrics().job().ended(&self.m.record.key.runner, word);
                 self.m.begin_phase(Phase::Flush);
+                self.m.count_reached();
             }
         }
     }

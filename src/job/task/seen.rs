@@ -140,6 +140,8 @@ impl Job {
             runner: words(lines::runner_words).filter(|_| failure == Failure::NotTaken),
         };
         let reason = self.seen.kill_reason.take();
+        self.m.look_at_reached().await;
+        let reached = self.m.reached_section(self.m.parts.clock.now());
         let tail = console.filter(|_| lost && (booting || !self.m.guest_has_written()));
         if let Some(tail) = &tail {
             let what = if booting { "the machine that never asked for its job" } else { "a machine that wrote no log" };
@@ -147,7 +149,8 @@ impl Job {
         }
         self.m
             .plan_last_lines(|now| {
-                let mut text = lines::failure(now, failure, job, limit, &about);
+                let mut text = reached;
+                text.push_str(&lines::failure(now, failure, job, limit, &about));
                 if matches!(failure, Failure::Died(_) | Failure::Silent | Failure::NotTaken) {
                     text.push_str(&hints.lines(now));
                 }

@@ -34,6 +34,7 @@ pub fn record(id: u64) -> Record {
         guest_base: None,
         newer_token: None,
         last_lines: None,
+        reached: Vec::new(),
         state: State::Accepted,
     }
 }
@@ -50,6 +51,7 @@ pub fn machine_spec() -> MachineSpec {
         disk_gib: 10,
         run_as_root: false,
         network: Mode::User,
+        egress: None,
         runner: GuestRunnerSpec {
             name: "linux \"vm\"/1".into(),
             token: Secret::new("glrt-123456789abcdef"),

@@ -96,6 +96,7 @@ impl Host {
         let backends = Backends {
             host: choice.host,
             listen: choice.listen,
+            egress: Arc::new(network::EgressProcesses::new(None)),
             transport: choice.transport,
             files: choice.files,
             clock: Clock::system(),

@@ -107,7 +107,12 @@ impl FakeHypervisor {
     }
 
     /// Runs a call on sockets, which is quick.
-    fn wire<T>(&self, op: Op, subject: &str, act: impl FnOnce(&mut World) -> io::Result<T>) -> io::Result<T> {
+    pub(super) fn wire<T>(
+        &self,
+        op: Op,
+        subject: &str,
+        act: impl FnOnce(&mut World) -> io::Result<T>,
+    ) -> io::Result<T> {
         let (number, fault) = self.begin(op, subject);
         let result = match fault {
             None => act(&mut self.world()),

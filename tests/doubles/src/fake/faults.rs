@@ -23,11 +23,14 @@ pub enum Op {
     OpenConsole,
     RemoveSockets,
     Listen,
+    BeginEgress,
+    ReadAudit,
+    EndEgress,
 }
 
 impl Op {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 16] = [
         Self::Probe,
         Self::CreateOverlay,
         Self::RemoveOverlay,
@@ -41,6 +44,9 @@ impl Op {
         Self::OpenConsole,
         Self::RemoveSockets,
         Self::Listen,
+        Self::BeginEgress,
+        Self::ReadAudit,
+        Self::EndEgress,
     ];
 
     /// What a connection to this socket is, and of which VM.
@@ -87,6 +93,9 @@ impl Op {
             Self::OpenConsole => "open console of VM",
             Self::RemoveSockets => "remove sockets of VM",
             Self::Listen => "listen at",
+            Self::BeginEgress => "begin the egress of VM",
+            Self::ReadAudit => "read the audit of VM",
+            Self::EndEgress => "end the egress of VM",
         }
     }
 }

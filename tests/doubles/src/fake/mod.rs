@@ -8,6 +8,7 @@
 //! time, and all its maps are ordered, so a simulation repeats.
 
 mod calls;
+mod egress;
 mod faults;
 mod guest;
 mod wire;
@@ -17,6 +18,7 @@ pub use guest::{Doors, GuestMachine, GuestScript, Power};
 pub use wire::GuestEnd;
 
 use dayfly::vm::{Ending, HostInfo, Pause, Stream, VmId, VmName, VmSpec, VmState};
+use egress::Carrier;
 use faults::Faults;
 use guest::Control;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -108,6 +110,8 @@ pub struct Counts {
     pub sockets: usize,
     /// Doors listened at.
     pub listeners: usize,
+    /// Processes that carry egress.
+    pub carriers: usize,
 }
 
 impl Counts {
@@ -147,6 +151,7 @@ struct World {
     overlays: BTreeMap<PathBuf, Overlay>,
     sockets: BTreeSet<(PathBuf, VmId)>,
     doors: BTreeMap<SocketAddr, mpsc::Sender<DuplexStream>>,
+    carriers: BTreeMap<VmName, Carrier>,
     history: VecDeque<Entry>,
     forgotten: usize,
 }
@@ -223,6 +228,7 @@ impl FakeHypervisor {
             overlays: BTreeMap::new(),
             sockets: BTreeSet::new(),
             doors: BTreeMap::new(),
+            carriers: BTreeMap::new(),
             history: VecDeque::new(),
             forgotten: 0,
         })))
@@ -380,6 +386,9 @@ impl FakeHypervisor {
         machine.channel.close();
         machine.door.close();
         machine.console.close();
+        if let Some(carrier) = world.carriers.get_mut(name) {
+            carrier.hang_up();
+        }
         world.note(None, &name.to_string(), how);
         true
     }
@@ -396,6 +405,7 @@ impl FakeHypervisor {
             overlays: world.overlays.len(),
             sockets: world.sockets.len(),
             listeners: world.doors.len(),
+            carriers: world.carriers.values().filter(|carrier| carrier.is_alive()).count(),
         }
     }
 

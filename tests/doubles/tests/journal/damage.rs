@@ -6,7 +6,7 @@ use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::format::{Unreadable, parse, seal, unseal};
 use dayfly::job::journal::{JobKey, Journal, JournalError, Loaded, RECORD_VERSION};
-use dayfly::network::Lease;
+use dayfly::network::{Lease, Mode};
 use dayfly_doubles::files::MemoryFiles;
 use std::path::Path;
 use std::sync::Arc;
@@ -57,6 +57,21 @@ fn records_of_this_version_and_the_one_before_are_read() {
         assert_eq!(words, ["accepted", "booting", "running", "releasing"], "version {version}");
     }
     assert_eq!(GOLDEN.len(), RECORD_VERSION as usize, "each version has its file");
+}
+
+/// E12: what a machine without a network card adds to a record is read, and written again the same.
+#[test]
+fn a_record_of_a_machine_without_a_network_card_is_read() {
+    let line = include_str!("golden/version-5-relay.json").trim_end();
+    let record = parse(line.as_bytes()).unwrap_or_else(|_| panic!("it is read"));
+    assert_eq!(record.machine.as_ref().unwrap().lease, Lease::Relay);
+    let spec = record.machine_spec.as_ref().unwrap();
+    let policy = spec.egress.as_ref().unwrap();
+    assert_eq!((spec.network, policy.allow.len(), policy.always.len()), (Mode::Relay, 2, 1));
+    assert_eq!((record.reached.len(), record.reached[1].refused), (2, 1));
+    let again = seal(&serde_json::to_vec(&record).unwrap());
+    let read = |bytes: &[u8]| -> serde_json::Value { serde_json::from_slice(&unseal(bytes).0).unwrap() };
+    assert_eq!(read(&again), read(line.as_bytes()));
 }
 
 /// E12: a record of the next version stops the daemon with its path, and nothing is touched: sealed, edited, or bare.

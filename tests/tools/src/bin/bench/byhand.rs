@@ -43,6 +43,7 @@ impl Told {
             disk_gib: DISK_GIB,
             run_as_root: false,
             network: Mode::User,
+            egress: None,
             runner: GuestRunnerSpec {
                 name: "runner".into(),
                 token: self.token.clone(),

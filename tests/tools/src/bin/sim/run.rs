@@ -217,8 +217,9 @@ impl World {
         let overlays: Vec<String> = self.fake.overlays().keys().map(|path| path.display().to_string()).collect();
         let counts = self.fake.counts();
         let left: Vec<&String> = vms.iter().chain(&overlays).filter(|name| !foreign.contains(*name)).collect();
-        if !left.is_empty() || counts.listeners > 0 {
-            self.story.violate(13, format!("left behind: {left:?}, {} listeners", counts.listeners));
+        if !left.is_empty() || counts.listeners > 0 || counts.carriers > 0 {
+            let (doors, carriers) = (counts.listeners, counts.carriers);
+            self.story.violate(13, format!("left behind: {left:?}, {doors} listeners, {carriers} carriers of egress"));
         }
         let theirs = vms.iter().filter(|name| foreign.contains(*name)).count();
         if counts.sockets > theirs {

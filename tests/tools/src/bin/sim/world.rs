@@ -151,6 +151,7 @@ impl World {
         Backends {
             host: life.host(hypervisor, paths),
             listen: life.listen(listen),
+            egress: life.egress(Arc::new(self.fake.clone())),
             transport: life
                 .transport(self.planted.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() }))),
             files: life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() }))),

@@ -1,0 +1,41 @@
+//! What a job has reached outside of its machine: read once, when its verdict is known; for its log, the record, metrics.
+
+use super::Machinery;
+use crate::job::lines;
+use jiff::Timestamp;
+
+/// Destinations that the record keeps; a job that has more has them in its audit only.
+const KEPT_MAX: usize = 100;
+
+impl Machinery {
+    /// Reads what the job has reached, if its machine has no network card and that can be told within half a second. Once.
+    pub(in crate::job) async fn look_at_reached(&mut self) {
+        let Some(machine) = self.record.machine.clone().filter(|_| self.record.reached.is_empty()) else { return };
+        let Some(mut reached) = self.parts.supply.audit(&machine.id, &machine.lease).await else { return };
+        self.reached.clone_from(&reached);
+        // What is refused, and what much went to, is what somebody will ask for.
+        reached.sort_by_key(|to| std::cmp::Reverse((to.refused > 0, to.up.saturating_add(to.down))));
+        reached.truncate(KEPT_MAX);
+        self.record.reached = reached;
+    }
+
+    /// The section of it, without what the log masks; empty: there is nothing to tell, or what to mask is not known any
+    /// more.
+    pub(in crate::job) fn reached_section(&self, now: Timestamp) -> String {
+        self.masked(&lines::reached(now, self.record.trace_sections, &self.record.reached)).unwrap_or_default()
+    }
+
+    /// Counts it, once.
+    pub(in crate::job) fn count_reached(&mut self) {
+        self.parts.metrics.egress().count(&self.record.class, &std::mem::take(&mut self.reached));
+    }
+
+    /// Lets the trace of a guest that has told its verdict end with that section.
+    pub(super) async fn plan_reached(&mut self) {
+        self.look_at_reached().await;
+        let section = self.reached_section(self.parts.clock.now());
+        if !section.is_empty() {
+            self.plan_last_lines(|_| section).await;
+        }
+    }
+}

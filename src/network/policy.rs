@@ -1,0 +1,80 @@
+//! What may a class's jobs reach, where they have no network card? Its section of the configuration, and what of a job goes
+//! into it besides. The decisions themselves are `dayfly_egress::policy`'s.
+
+use dayfly_egress::policy::{HostPort, Mode, Pattern, Policy, PolicyError, Rate};
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+/// Hosts that a job's payload names at most: GitLab names two.
+const NAMED_MAX: usize = 16;
+
+/// `[class.egress]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EgressConfig {
+    /// About public destinations that no list names.
+    pub mode: Mode,
+    /// What may be reached.
+    pub allow: Vec<Pattern>,
+    /// What may not.
+    pub deny: Vec<Pattern>,
+    /// How much; none: as fast as it goes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+}
+
+impl EgressConfig {
+    /// The policy of a job that cannot do without `always`.
+    #[must_use]
+    pub fn policy(&self, always: Vec<HostPort>) -> Policy {
+        let Self { mode, allow, deny, rate } = self.clone();
+        Policy { mode, allow, deny, always, own: Vec::new(), rate }
+    }
+
+    /// Whether it makes sense, for jobs that cannot do without `always`.
+    ///
+    /// # Errors
+    /// [`PolicyError`].
+    pub fn validate(&self, always: Vec<HostPort>) -> Result<(), PolicyError> {
+        self.policy(always).validate()
+    }
+}
+
+/// What a job cannot do without: GitLab as the daemon and as guests know it, and the hosts that GitLab's own credentials
+/// are for (its registry, its dependency proxy). Never from a variable: an author can set those.
+#[must_use]
+pub fn always<'a>(urls: impl IntoIterator<Item = &'a Url>, registries: &[String]) -> Vec<HostPort> {
+    let of_url = |url: &Url| format!("{}:{}", url.host_str()?, url.port_or_known_default()?).parse().ok();
+    let of_registry = |text: &String| {
+        let text = text.split_once("://").map_or(text.as_str(), |(_, rest)| rest);
+        let host = text.split('/').next().unwrap_or_default();
+        // Without a port: a registry speaks TLS.
+        host.parse().ok().or_else(|| format!("{host}:443").parse().ok())
+    };
+    let mut all: Vec<HostPort> = Vec::new();
+    let registries = registries.iter().take(NAMED_MAX).filter_map(of_registry);
+    for host in urls.into_iter().filter_map(of_url).chain(registries) {
+        if !all.contains(&host) {
+            all.push(host);
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_job_cannot_do_without_is_gitlab_and_what_its_credentials_are_for() {
+        let urls = ["https://gitlab.example/sub", "http://[fd00::1]:8080/", "https://GitLab.example:443"];
+        let urls: Vec<Url> = urls.iter().map(|url| url.parse().unwrap()).collect();
+        let registries =
+            ["registry.example:5050", "https://gitlab.example/x", "proxy.example", "", "a b", "registry.example:5050"];
+        let registries: Vec<String> = registries.iter().map(|text| (*text).to_owned()).collect();
+        let shown: Vec<String> = always(&urls, &registries).iter().map(ToString::to_string).collect();
+        assert_eq!(shown, ["gitlab.example:443", "[fd00::1]:8080", "registry.example:5050", "proxy.example:443"]);
+        let many: Vec<String> = (0..1000).map(|n| format!("r{n}.example")).collect();
+        assert_eq!(always(&urls, &many).len(), 2 + NAMED_MAX);
+    }
+}
