@@ -186,6 +186,7 @@ impl BootTest<'_> {
             memory_mib: MEMORY_MIB,
             disk_gib: DISK_GIB,
             run_as_root: false,
+            nested: false,
             network: network::Mode::User,
             egress: None,
             runner: GuestRunnerSpec {

@@ -31,6 +31,9 @@ pub struct MachineSpec {
     pub disk_gib: u64,
     /// Whether the job runs as root in the guest.
     pub run_as_root: bool,
+    /// Whether its guest may run VMs of its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub nested: bool,
     /// What the guest's network is.
     pub network: network::Mode,
     /// What its job may reach, where it has no network card.
@@ -173,6 +176,7 @@ impl MachineSpec {
             memory_mib: 512,
             disk_gib: 10,
             run_as_root: false,
+            nested: false,
             network: network::Mode::User,
             egress: None,
             runner: GuestRunnerSpec {

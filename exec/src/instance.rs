@@ -325,6 +325,7 @@ mod tests {
                 overlay: "/o.qcow2".into(),
                 base: "/b.qcow2".into(),
                 attachment: Attachment::User,
+                nested: false,
                 socket_dir: "/s".into(),
             };
             self.hypervisor.host().disks.create(&spec.overlay, &spec.base, 1).await.unwrap();

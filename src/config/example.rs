@@ -52,6 +52,7 @@ mod tests {
             max_disk_gib: Some(1),
             run_as_root: true,
             allow_standin_runner: true,
+            nested: true,
             network: Some(Choice::Relay),
             egress: EgressConfig::default(),
         };

@@ -145,6 +145,9 @@ pub struct Class {
     /// Whether an image that holds the stand-in runner is good enough. For trials only.
     #[serde(default)]
     pub allow_standin_runner: bool,
+    /// Whether guests may run VMs of their own, where the host's KVM lets them.
+    #[serde(default)]
+    pub nested: bool,
     /// What network its jobs have; none: `relay` where the image can, else `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<network::Choice>,
@@ -201,6 +204,7 @@ impl Class {
             max_disk_gib: None,
             run_as_root: false,
             allow_standin_runner: false,
+            nested: false,
             network: None,
             egress: network::EgressConfig::default(),
         }

@@ -207,6 +207,7 @@ fn spec(
         memory_mib: size.memory_mib,
         disk_gib: size.disk_gib,
         run_as_root: class.run_as_root,
+        nested: class.nested,
         network,
         egress,
         runner,

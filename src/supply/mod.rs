@@ -196,6 +196,7 @@ impl Supply {
                 overlay: self.overlay(&claim.id),
                 base: image.disk,
                 attachment: claim.lease.attachment(),
+                nested: spec.nested,
                 socket_dir: setup.socket_dir.clone(),
             },
             disk_gib: spec.disk_gib,

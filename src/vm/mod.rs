@@ -213,6 +213,8 @@ pub struct VmSpec {
     pub base: PathBuf,
     /// Its network.
     pub attachment: Attachment,
+    /// Whether its guest may run VMs of its own, where the host's KVM lets it.
+    pub nested: bool,
     /// Directory for the unix sockets of channel, door, console and egress.
     pub socket_dir: PathBuf,
 }

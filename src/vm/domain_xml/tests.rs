@@ -21,6 +21,7 @@ fn spec() -> VmSpec {
         overlay: directory.join("overlays/df-abcdefghijklmnop.qcow2"),
         base: directory.join("images/d/disk.qcow2"),
         attachment: Attachment::User,
+        nested: false,
         socket_dir: "/run/dayfly".into(),
     }
 }
@@ -141,6 +142,7 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
         "domain/features/tcg",
         "domain/features/tcg/tb-cache",
         "domain/cpu",
+        "domain/cpu/feature",
         "domain/clock",
         "domain/on_poweroff",
         "domain/on_reboot",
@@ -309,6 +311,18 @@ fn capabilities_tell_qemus_user_and_kvm() {
         <guest><arch name='x86_64'><domain type='qemu'/></arch></guest></capabilities>";
     assert_eq!(read_qemu_uid(session), None);
     assert!(!offers_kvm(session));
+}
+
+/// U39: a guest sees neither vmx nor svm, with either back end, unless its class says so.
+#[test]
+fn nested_virtualisation_is_off_unless_somebody_asks_for_it() {
+    let of = |nested| write(&VmSpec { accel: Accel::Kvm, nested, ..spec() }, None).unwrap();
+    for feature in ["vmx", "svm"] {
+        assert!(of(false).contains(&format!("<feature policy=\"disable\" name=\"{feature}\"/>")), "{}", of(false));
+    }
+    assert!(of(true).contains("<cpu mode=\"host-passthrough\"/>"), "{}", of(true));
+    // QEMU's translator has neither.
+    assert!(!write(&spec(), None).unwrap().contains("<cpu"));
 }
 
 /// V15: the machine's hardware clock is the host's, in UTC, however its guest's own clock may go.

@@ -1,7 +1,7 @@
 //! QEMU's command line for a [`VmSpec`]: the machine that libvirt makes of [`domain_xml`](crate::vm::domain_xml), device
 //! by device, and no others. Pure text, no I/O. Everybody on the host can read it: it holds no secret.
 
-use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, TB_CACHE_MIB, uuid};
+use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, NESTING, TB_CACHE_MIB, uuid};
 use crate::vm::{Accel, Attachment, Boot, VmName, VmSpec};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -46,7 +46,9 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     match spec.accel {
         Accel::Kvm => {
             add("-accel", "kvm".into());
-            add("-cpu", "host".into());
+            // Less what runs VMs in VMs (field.md U39).
+            let less: String = NESTING.iter().filter(|_| !spec.nested).map(|name| format!(",-{name}")).collect();
+            add("-cpu", format!("host{less}"));
         }
         Accel::Tcg => add("-accel", format!("tcg,tb-size={TB_CACHE_MIB}")),
     }
@@ -137,6 +139,7 @@ mod tests {
             overlay: "/var/lib/dayfly/overlays/df-abcdefghijklmnop.qcow2".into(),
             base: "/var/lib/dayfly/images/d/disk.qcow2".into(),
             attachment: Attachment::User,
+            nested: false,
             socket_dir: "/run/dayfly".into(),
         }
     }
@@ -160,7 +163,9 @@ mod tests {
     #[test]
     fn a_disk_boot_under_kvm_names_no_kernel() {
         let text = lines(&VmSpec { accel: Accel::Kvm, boot: Boot::Disk, ..spec() });
-        assert!(text.contains("-accel\nkvm\n\n-cpu\nhost") && !text.contains("-kernel"), "{text}");
+        assert!(text.contains("-accel\nkvm\n\n-cpu\nhost,-vmx,-svm\n") && !text.contains("-kernel"), "{text}");
+        let text = lines(&VmSpec { accel: Accel::Kvm, nested: true, ..spec() });
+        assert!(text.contains("-cpu\nhost\n"), "{text}");
     }
 
     /// T16: no path is read as an option.

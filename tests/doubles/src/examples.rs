@@ -50,6 +50,7 @@ pub fn machine_spec() -> MachineSpec {
         memory_mib: 512,
         disk_gib: 10,
         run_as_root: false,
+        nested: false,
         network: Mode::User,
         egress: None,
         runner: GuestRunnerSpec {

@@ -42,6 +42,7 @@ impl Told {
             memory_mib: spec.memory_mib,
             disk_gib: DISK_GIB,
             run_as_root: false,
+            nested: false,
             network: Mode::User,
             egress: None,
             runner: GuestRunnerSpec {

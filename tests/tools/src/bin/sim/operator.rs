@@ -239,6 +239,7 @@ impl World {
             overlay: overlay.clone(),
             base: "/images/test/disk.qcow2".into(),
             attachment: Attachment::User,
+            nested: false,
             socket_dir: "/run/vm".into(),
         };
         let made = self.fake.make_overlay(&overlay, &spec.base, 1).await.is_ok();

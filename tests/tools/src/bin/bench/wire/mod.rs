@@ -72,6 +72,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         overlay: PathBuf::new(),
         base: image.disk.clone(),
         attachment: Attachment::User,
+        nested: false,
         socket_dir: PathBuf::new(),
     };
     let mut machines = Vec::new();
