@@ -44,6 +44,9 @@ pub const GITLAB: &str = "https://gitlab.example/";
 /// The other one, see [`World::second_gitlab`].
 pub const SECOND_GITLAB: &str = "https://second.example/";
 
+/// What the dead may say: nothing of theirs gets an answer, but their clock goes on here, and the time for one may go by.
+const OF_THE_DEAD: [&str; 1] = ["its log goes without"];
+
 /// A daemon and all that is around it. The fakes outlive the daemon, as the world outlives a crash.
 pub struct World {
     pub standin: Standin,
@@ -245,6 +248,9 @@ impl World {
 
     /// Starts a daemon that dies at this call; perhaps before it has wholly started.
     pub async fn live(&mut self, end: Option<End>) -> Result<(), DaemonError> {
+        if end.is_some() {
+            self.expect_trouble(&OF_THE_DEAD);
+        }
         let spy = self.spy.clone();
         let life = Life::new(end, self.look.clone())
             .spied_on(Arc::new(move |place: &str, bytes: &[u8]| spy.look(place, bytes)));
@@ -274,6 +280,7 @@ impl World {
 
     /// Kills the daemon where it stands.
     pub fn kill(&mut self) {
+        self.expect_trouble(&OF_THE_DEAD);
         self.daemon.take().expect("a daemon runs").life.kill();
     }
 
