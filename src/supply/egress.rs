@@ -17,6 +17,9 @@ use tokio::time::{Instant, timeout};
 /// One that has lived so long is begun again as if it were the first: what its VM can bring about comes more often.
 const STEADY: Duration = Duration::from_secs(60);
 
+/// Before one that has died for the first time is begun again. Mostly its machine has ended with it.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+
 /// Tries to begin the one of a new machine.
 const TRIES: u32 = 3;
 
@@ -89,7 +92,7 @@ impl Wires {
         let of = self.supply.egress_of(&self.id);
         let egress = self.supply.0.network.egress();
         let metrics = self.supply.0.metrics.job();
-        let mut backoff = Backoff::hypervisor();
+        let (mut backoff, mut calm) = (Backoff::hypervisor(), true);
         // Whether one has died here, and whether the trouble since has been told.
         let (mut died, mut told) = (false, false);
         loop {
@@ -104,7 +107,7 @@ impl Wires {
                     egress.gone(&of).await;
                     died = true;
                     if began.elapsed() >= STEADY {
-                        backoff = Backoff::hypervisor();
+                        (backoff, calm) = (Backoff::hypervisor(), true);
                     }
                 }
                 // It has ended with its machine, of which others tell.
@@ -117,7 +120,8 @@ impl Wires {
                     }
                 }
             }
-            tokio::time::sleep(backoff.next(&self.supply.0.rng)).await;
+            let pause = if std::mem::take(&mut calm) { FIRST_PAUSE } else { backoff.next(&self.supply.0.rng) };
+            tokio::time::sleep(pause).await;
         }
     }
 }
