@@ -5,5 +5,6 @@
 mod begin;
 mod limits;
 mod names;
+mod public;
 mod streams;
 mod support;
