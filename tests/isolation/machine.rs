@@ -59,6 +59,7 @@ impl Machine {
         let image = PathBuf::from(required("DAYFLY_ISOLATION_IMAGE"));
         let qemu = qemu(dir.path(), &image);
         let standin = Standin::new(Clock::system(), Rng::system());
+        standin.configure(|settings| settings.trace_update_interval = Some(Duration::from_secs(1)));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let served = serve(standin.clone(), listener, None).unwrap();
         let project = standin.add_project("group/isolation");

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 /// A far end that greets and echoes.
 pub(crate) const OPEN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 10), 8080);
 /// A port of its at which nobody is.
-pub(crate) const CLOSED: u16 = 8081;
+const CLOSED: u16 = 8081;
 /// Sends ten million bytes, takes ten million and counts them, and cuts after three.
 const SOURCE: u16 = 8082;
 const SINK: u16 = 8083;
