@@ -75,6 +75,12 @@ pub fn identity(config: &GuestConfig, clock: Option<HostClock>) -> Result<(), Ap
         .map_err(|error| ApplyError::System("set the host name", error.into()))
 }
 
+/// Whether there is a network card.
+#[must_use]
+pub fn has_card() -> bool {
+    Netlink::open().is_ok_and(|netlink| netlink.index(DEVICE).is_some())
+}
+
 /// Loopback with the relay's address, then MAC, address and route of the card, or, in a machine without one, address and
 /// route on loopback: what is sent out by it comes to [`crate::egress`].
 ///

@@ -8,6 +8,7 @@ use dayfly_guest::apply::{self, ApplyError};
 use dayfly_guest::channel::{self, Line, Reporter};
 use dayfly_guest::console::{chain, say};
 use dayfly_guest::egress::{self, EgressError, Places};
+use dayfly_guest::netfilter::rules::Rules;
 use dayfly_guest::relay::port::Device;
 use dayfly_guest::relay::{Door, Limits, Relay, Target};
 use dayfly_guest::{host_clock, machine, runner, users};
@@ -133,6 +134,10 @@ fn find_port(name: &str) -> Option<PathBuf> {
 }
 
 fn run(reporter: &Reporter) -> Result<(), GuestError> {
+    let files = runner::OpenFiles::now();
+    // A machine that is frozen before it is told anything has this behind it.
+    let early = !apply::has_card() && egress::is_possible();
+    let rules = if early { Some(egress::prepare()?) } else { None };
     let (config, lines) = read_config(reporter)?;
     let target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
     let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
@@ -140,9 +145,11 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let clock = lines.and_then(|lines| host_clock::ask(reporter, &lines));
     apply::identity(&config, clock)?;
     apply::network(&config.network)?;
-    let files = runner::OpenFiles::now();
     if config.network.relay {
-        carry(&config)?;
+        let rules = rules.map_or_else(egress::prepare, Ok)?;
+        carry(&config, rules)?;
+    } else {
+        drop(rules);
     }
     apply::files(Path::new("/"), &config, &user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
@@ -181,10 +188,9 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
 }
 
 /// Begins to carry what the machine sends out, before anything of the job runs.
-fn carry(config: &GuestConfig) -> Result<(), GuestError> {
+fn carry(config: &GuestConfig, rules: Rules) -> Result<(), GuestError> {
     let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
     let port = apply::wait_for(PORT_DEADLINE, || find_port(EGRESS_PORT_NAME)).ok_or(GuestError::NoEgress)?;
-    let rules = egress::prepare()?;
     Ok(egress::start(rules, Places::default(), Box::new(Device(port)), pass.for_egress())?)
 }
 
