@@ -23,6 +23,7 @@ pub mod guest; // what may a guest say to us?
 pub mod cache; // what have jobs left for later ones?
 pub mod gitlab; // how do we speak the runner API?
 pub mod recovery; // what exists, what should exist?
+pub mod history; // which jobs have ended here, and how?
 pub mod status; // how are we doing?
 pub mod control; // what may the operator tell a running daemon?
 pub mod web; // what does the status listener answer?

@@ -9,6 +9,7 @@ pub mod doctor;
 mod exec;
 mod fit;
 pub(crate) mod image;
+mod jobs;
 mod migrate;
 mod operate;
 mod prompt;
@@ -85,6 +86,15 @@ enum Command {
         #[arg(long, conflicts_with = "json")]
         check: bool,
     },
+    /// Show the jobs of the running daemon, or those that have ended
+    Jobs(jobs::Jobs),
+    /// Look at one job
+    Job {
+        #[command(subcommand)]
+        command: jobs::Job,
+    },
+    /// Show what a job's machine prints on its console, or had printed last
+    Console(jobs::Console),
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
     /// Tell the running daemon to take no more jobs, and to end after those it has
@@ -158,6 +168,9 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Exec(args) => return Err(exec::become_it(args)),
         Command::Status { check: true, .. } => return wait_for(operate::check(&config)),
         Command::Status { json, .. } => wait_for(operate::status(&config, json))?,
+        Command::Jobs(args) => wait_for(jobs::jobs(&config, &args))?,
+        Command::Job { command } => wait_for(jobs::job(&config, command))?,
+        Command::Console(args) => wait_for(jobs::console(&config, args))?,
         Command::Metrics => wait_for(operate::metrics(&config))?,
         Command::Drain { wait } => wait_for(operate::drain(&config, wait))?,
         Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,

@@ -114,13 +114,13 @@ pub(super) async fn kill(
     Ok(())
 }
 
-async fn ask(config: &Path, request: &Request) -> anyhow::Result<Answer> {
+pub(super) async fn ask(config: &Path, request: &Request) -> anyhow::Result<Answer> {
     // The daemon may have been started with an environment of its own; its socket's place is all we need.
     let loaded = Config::load_or_default(config)?;
     Ok(control::call(&control::socket(&loaded.config.runtime_directory), request).await?)
 }
 
-fn unexpected(answer: &Answer) -> anyhow::Result<()> {
+pub(super) fn unexpected(answer: &Answer) -> anyhow::Result<()> {
     match answer {
         Answer::Error { message } => bail!("make the daemon understand: {message}; is it of the same version?"),
         other => bail!("make sense of the daemon's answer {other:?}; is it of the same version?"),

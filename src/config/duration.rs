@@ -1,4 +1,4 @@
-//! Durations in the configuration: `"90s"`, `"5m"`, `"1h 30m"`.
+//! Durations in the configuration: `"90s"`, `"5m"`, `"1h 30m"`, `"7d"`.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -16,7 +16,7 @@ const LONGEST: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 #[derive(Debug, thiserror::Error)]
 pub enum BadSpan {
     /// Another text.
-    #[error("`{0}` is no duration like \"90s\", \"5m\" or \"1h 30m\"")]
+    #[error("`{0}` is no duration like \"90s\", \"5m\", \"1h 30m\" or \"7d\"")]
     Text(String),
     /// Longer than ten years.
     #[error("`{0}` is longer than ten years")]
@@ -43,11 +43,20 @@ impl Span {
     }
 }
 
+/// Whole days, of 24 hours each: `7d`.
+fn days(text: &str) -> Option<Duration> {
+    let days: u64 = text.trim().strip_suffix('d')?.trim_end().parse().ok()?;
+    Some(Duration::from_secs(days.checked_mul(24 * 3600)?))
+}
+
 impl TryFrom<String> for Span {
     type Error = BadSpan;
     fn try_from(text: String) -> Result<Self, BadSpan> {
-        let parsed: Result<jiff::SignedDuration, _> = text.parse();
-        match parsed.ok().and_then(|d| Duration::try_from(d).ok()) {
+        let parsed = match days(&text) {
+            Some(days) => Some(days),
+            None => text.parse::<jiff::SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok()),
+        };
+        match parsed {
             Some(duration) if duration > LONGEST => Err(BadSpan::TooLong(text)),
             Some(duration) => Ok(Self(duration)),
             None => Err(BadSpan::Text(text)),

@@ -6,6 +6,7 @@
 
 mod duration;
 mod example;
+mod history;
 mod limits;
 mod load;
 mod origin;
@@ -13,6 +14,7 @@ mod validate;
 
 pub use duration::Span;
 pub use example::EXAMPLE;
+pub use history::History;
 pub use limits::Limits;
 pub use load::{ConfigError, Loaded, environment};
 pub use origin::{Origin, Origins};
@@ -54,6 +56,8 @@ pub struct Config {
     pub cache: Cache,
     /// Section `[limits]`.
     pub limits: Limits,
+    /// Section `[history]`.
+    pub history: History,
     /// `[[class]]`: machine classes.
     pub class: Vec<Class>,
     /// `[[rule]]`: which jobs are taken, and in which class; in order.
@@ -77,6 +81,7 @@ impl Default for Config {
             capacity: capacity::Config::default(),
             cache: Cache::default(),
             limits: Limits::default(),
+            history: History::default(),
             class: Vec::new(),
             rule: Vec::new(),
             runner: Vec::new(),

@@ -1,4 +1,4 @@
-//! What may the operator tell a running daemon? Status, metrics, drain and kill, over a unix socket.
+//! What may the operator tell a running daemon? Status, metrics, jobs, drain and kill, over a unix socket.
 //!
 //! The socket is `control.sock` in the runtime directory, mode 0600: only the daemon's own user
 //! and root reach it, and the group of operators that is configured; no guest and no network ever (threats.md T35). One request a connection, one
@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! {"command":"status"}   {"command":"metrics"}   {"command":"drain"}   {"command":"kill","job":42,"runner":"ci"}
+//! {"command":"jobs","ended_max":100}   {"command":"job","job":42}   {"command":"console","job":42,"from":0}
 //! ```
 //!
 //! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
@@ -20,7 +21,7 @@ pub use group::{Config, OPEN_TO_GROUP, group_id};
 pub use server::{ControlHandler, ControlSocket, ServeError, bind, serve};
 
 use crate::gitlab::JobId;
-use crate::status::StatusReport;
+use crate::status::{ConsoleFound, JobFound, JobList, StatusReport};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -51,6 +52,31 @@ pub enum Request {
     Status,
     /// What have you counted?
     Metrics,
+    /// Which jobs are under way, and how did those of before end?
+    Jobs {
+        /// So many ended ones at most, newest first; none: only those under way.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ended_max: Option<u32>,
+    },
+    /// What is known of this job?
+    Job {
+        /// The job.
+        job: JobId,
+        /// Its runner entry; needed only if several have, or had, a job of this id.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        runner: Option<String>,
+    },
+    /// What does its machine's console say?
+    Console {
+        /// The job.
+        job: JobId,
+        /// As above.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        runner: Option<String>,
+        /// From where so many bytes were printed; none: its end.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<u64>,
+    },
     /// Take no more jobs, finish those you have, then end.
     Drain,
     /// End this job now, with an honest verdict.
@@ -79,6 +105,24 @@ pub enum Answer {
     Metrics {
         /// All of them, in the Prometheus text format.
         text: String,
+    },
+    /// To `jobs`.
+    Jobs {
+        /// The jobs.
+        #[serde(flatten)]
+        jobs: Box<JobList>,
+    },
+    /// To `job`.
+    Job {
+        /// What is known.
+        #[serde(flatten)]
+        found: JobFound,
+    },
+    /// To `console`.
+    Console {
+        /// What it says.
+        #[serde(flatten)]
+        found: ConsoleFound,
     },
     /// To `drain`: it has begun, or had begun before.
     Draining,

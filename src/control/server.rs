@@ -6,7 +6,7 @@ use super::{
 };
 use crate::gitlab::JobId;
 use crate::metrics::Form;
-use crate::status::Reports;
+use crate::status::{JobList, Reports};
 use crate::telemetry::{chain, printable};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -133,7 +133,7 @@ async fn exchange(stream: UnixStream, handler: &dyn ControlHandler) -> io::Resul
     let mut line = String::new();
     BufReader::new(read.take(REQUEST_BYTES_MAX)).read_line(&mut line).await?;
     let answer = match serde_json::from_str(&line) {
-        Ok(request) => obey(request, handler),
+        Ok(request) => obey(request, handler).await,
         Err(error) => Answer::Error { message: format!("not a request: {error}") },
     };
     let mut answer = serde_json::to_vec(&answer)?;
@@ -145,10 +145,18 @@ async fn exchange(stream: UnixStream, handler: &dyn ControlHandler) -> io::Resul
     write.shutdown().await
 }
 
-fn obey(request: Request, handler: &dyn ControlHandler) -> Answer {
+async fn obey(request: Request, handler: &dyn ControlHandler) -> Answer {
     match request {
         Request::Status => Answer::Status { status: Box::new(handler.status()) },
         Request::Metrics => Answer::Metrics { text: handler.metrics(Form::Classic) },
+        Request::Jobs { ended_max } => {
+            let ended = ended_max.map(|max| handler.ended(usize::try_from(max).unwrap_or(usize::MAX)));
+            Answer::Jobs { jobs: Box::new(JobList { running: handler.status().jobs, ended }) }
+        }
+        Request::Job { job, runner } => Answer::Job { found: handler.job(job, runner.as_deref()).await },
+        Request::Console { job, runner, from } => {
+            Answer::Console { found: handler.console(job, runner.as_deref(), from).await }
+        }
         Request::Drain => {
             tracing::info!("the operator asks for a drain");
             handler.drain();

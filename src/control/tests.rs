@@ -1,6 +1,8 @@
 //! Server and client against each other, over a real socket.
 
 use super::*;
+use crate::BoxFuture;
+use crate::history::End;
 use crate::metrics::Form;
 use crate::status::{DaemonStatus, Reports};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
@@ -29,6 +31,17 @@ impl Reports for Fake {
     fn metrics(&self, form: Form) -> String {
         assert_eq!(form, Form::Classic);
         "dayfly_up 1\n".into()
+    }
+    fn ended(&self, jobs_max: usize) -> Vec<End> {
+        assert_eq!(jobs_max, 5);
+        Vec::new()
+    }
+    fn job<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
+        Box::pin(async { JobFound::Ambiguous { runners: vec!["a".into(), "b".into()] } })
+    }
+    fn console<'a>(&'a self, _id: JobId, runner: Option<&'a str>, from: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
+        let text = format!("{runner:?} from {from:?}\n");
+        Box::pin(async { ConsoleFound::Ended { text: Some(text), rows: 1 } })
     }
 }
 
@@ -77,6 +90,26 @@ async fn status_metrics_drain_and_kill_reach_the_handler() {
             Answer::Kill { outcome: KillOutcome::Told { runner: "b".into() } }
         );
         assert_eq!(*fake.killed.lock().unwrap(), [(JobId(42), Some("b".into()), Some("a\\nb\\u{1b}[2J".into()))]);
+    })
+    .await;
+}
+
+/// Jobs under way and ended, one of them, and a console: what `dayfly jobs`, `job show` and `console` ask.
+#[tokio::test]
+async fn jobs_and_consoles_reach_the_handler() {
+    beside_server(EXCHANGE_DEADLINE, |path, _| async move {
+        let jobs = call(&path, &Request::Jobs { ended_max: None }).await.unwrap();
+        assert_eq!(jobs, Answer::Jobs { jobs: Box::default() });
+        let jobs = call(&path, &Request::Jobs { ended_max: Some(5) }).await.unwrap();
+        assert_eq!(jobs, Answer::Jobs { jobs: Box::new(JobList { ended: Some(vec![]), ..JobList::default() }) });
+        let job = call(&path, &Request::Job { job: JobId(42), runner: None }).await.unwrap();
+        assert_eq!(job, Answer::Job { found: JobFound::Ambiguous { runners: vec!["a".into(), "b".into()] } });
+        let console = Request::Console { job: JobId(42), runner: Some("a".into()), from: Some(7) };
+        let text = Some("Some(\"a\") from Some(7)\n".to_owned());
+        assert_eq!(
+            call(&path, &console).await.unwrap(),
+            Answer::Console { found: ConsoleFound::Ended { text, rows: 1 } }
+        );
     })
     .await;
 }

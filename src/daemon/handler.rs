@@ -3,13 +3,19 @@
 use super::problems::problems;
 use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
+use crate::BoxFuture;
 use crate::capacity::Capacity;
 use crate::clock::Clock;
 use crate::control::{ControlHandler, KillOutcome};
 use crate::gitlab::JobId;
-use crate::job::Parts;
+use crate::history::{End, History};
+use crate::job::journal::JobKey;
+use crate::job::{JobView, Parts};
 use crate::metrics::{Form, ImageTime, Metrics, RunnerGauges, Snapshot, Usage};
-use crate::status::{CapacityStatus, DaemonStatus, JobStatusReport, Reports, RunnerState, RunnerStatus, StatusReport};
+use crate::status::{
+    CapacityStatus, ConsoleFound, DaemonStatus, JobDetail, JobFound, JobStatusReport, Reports, RunnerState,
+    RunnerStatus, StatusReport,
+};
 use crate::supply::Supply;
 use crate::vm::{VmId, VmName};
 use jiff::Timestamp;
@@ -27,6 +33,7 @@ pub(super) struct Handler {
     jobs: Jobs,
     capacity: Capacity,
     supply: Supply,
+    history: History,
     /// Exchanged at a reload; held for a few lines.
     runners: Mutex<Vec<View>>,
     /// Why nothing serves the status; held for a few lines.
@@ -43,6 +50,7 @@ impl Handler {
             jobs,
             capacity,
             supply: parts.supply.clone(),
+            history: parts.history.clone(),
             runners: Mutex::new(runners),
             not_served: Mutex::default(),
             shutdown,
@@ -170,16 +178,7 @@ impl Reports for Handler {
         let views = self.runners().clone();
         let by_runner = self.jobs_by_runner();
         let runners = views.iter().map(|view| self.runner(view, &by_runner)).collect();
-        let jobs = self.jobs.views().into_iter().map(|view| JobStatusReport {
-            runner: view.key.runner.clone(),
-            id: view.key.id,
-            project: view.project.clone(),
-            name: view.name.clone(),
-            state: view.state.to_owned(),
-            phase: view.phase.clone(),
-            vm: view.vm.as_deref().map(vm_name),
-            age_s: (view.age_before + view.since.elapsed()).as_secs(),
-        });
+        let jobs = self.jobs.views().into_iter().map(|view| report(&view));
         StatusReport {
             daemon: DaemonStatus {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -197,6 +196,78 @@ impl Reports for Handler {
     fn metrics(&self, form: Form) -> String {
         self.metrics.text(&self.snapshot(), form)
     }
+
+    fn ended(&self, jobs_max: usize) -> Vec<End> {
+        self.history.newest(jobs_max)
+    }
+
+    fn job<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
+        Box::pin(async move {
+            let runner = match self.runner_of(id, runner) {
+                Ok(Some(runner)) => runner,
+                Ok(None) => return JobFound::Unknown,
+                Err(runners) => return JobFound::Ambiguous { runners },
+            };
+            let key = JobKey { runner, id };
+            match self.jobs.look(&key) {
+                Some((view, _)) => JobFound::Running { job: Box::new(detail(view)) },
+                None => match self.history.find(id, &key.runner).await {
+                    Some(end) => JobFound::Ended { end: Box::new(end) },
+                    None => JobFound::Unknown,
+                },
+            }
+        })
+    }
+
+    fn console<'a>(&'a self, id: JobId, runner: Option<&'a str>, from: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
+        Box::pin(async move {
+            let runner = match self.runner_of(id, runner) {
+                Ok(Some(runner)) => runner,
+                Ok(None) => return ConsoleFound::Unknown,
+                Err(runners) => return ConsoleFound::Ambiguous { runners },
+            };
+            let key = JobKey { runner, id };
+            match self.jobs.look(&key) {
+                Some((_, console)) => {
+                    console.rows_from(from).map_or(ConsoleFound::Dark, |rows| ConsoleFound::Running { rows })
+                }
+                None => match self.history.find(id, &key.runner).await {
+                    Some(end) => ConsoleFound::Ended { text: end.console, rows: end.console_rows },
+                    None => ConsoleFound::Unknown,
+                },
+            }
+        })
+    }
+}
+
+impl Handler {
+    /// The runner entry that has, or had, a job of this id, or is named; several: which.
+    fn runner_of(&self, id: JobId, named: Option<&str>) -> Result<Option<String>, Vec<String>> {
+        let mut runners = self.jobs.runners(id);
+        runners.extend(self.history.runners(id));
+        if let Some(named) = named {
+            return Ok(runners.take(named));
+        }
+        if runners.len() > 1 { Err(runners.into_iter().collect()) } else { Ok(runners.pop_first()) }
+    }
+}
+
+fn report(view: &JobView) -> JobStatusReport {
+    JobStatusReport {
+        runner: view.key.runner.clone(),
+        id: view.key.id,
+        project: view.project.clone(),
+        name: view.name.clone(),
+        state: view.state.to_owned(),
+        phase: view.phase.clone(),
+        vm: view.vm.as_deref().map(vm_name),
+        age_s: (view.age_before + view.since.elapsed()).as_secs(),
+    }
+}
+
+fn detail(view: JobView) -> JobDetail {
+    let (job, gitlab) = (report(&view), view.gitlab.word().to_owned());
+    JobDetail { job, class: view.class, machine: view.machine, steps: view.steps, gitlab }
 }
 
 impl ControlHandler for Handler {

@@ -72,10 +72,12 @@ impl Listener {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::BoxFuture;
     use crate::control::KillOutcome;
     use crate::gitlab::JobId;
+    use crate::history::End;
     use crate::metrics::Form;
-    use crate::status::{Reports, StatusReport};
+    use crate::status::{ConsoleFound, JobFound, Reports, StatusReport};
     use std::path::PathBuf;
     use std::sync::Mutex;
 
@@ -88,6 +90,15 @@ mod tests {
         }
         fn metrics(&self, _form: Form) -> String {
             String::new()
+        }
+        fn ended(&self, _jobs_max: usize) -> Vec<End> {
+            Vec::new()
+        }
+        fn job<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
+            Box::pin(async { JobFound::Unknown })
+        }
+        fn console<'a>(&'a self, _: JobId, _: Option<&'a str>, _: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
+            Box::pin(async { ConsoleFound::Unknown })
         }
     }
 

@@ -42,6 +42,7 @@ use crate::control::ControlHandler;
 use crate::files::Files;
 use crate::gitlab::OpenTransport;
 use crate::guest;
+use crate::history::History;
 use crate::image::store::Images;
 use crate::job::journal::{JobKey, Journal, Record};
 use crate::job::{self, Jobs, Parts, Runner, Started};
@@ -211,7 +212,10 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         stop.clone(),
     );
     let caches = caches(&config, &backends).await?;
+    let history =
+        History::open(files.clone(), backends.clock.clone(), &config.state_directory, config.history.bounds());
     let parts = Parts {
+        history: history.await,
         files,
         clock: backends.clock.clone(),
         rng: backends.rng.clone(),

@@ -93,6 +93,7 @@ impl Daemon {
         wiring.disk_is_found.store(config.capacity.disk_gib.is_none(), Ordering::Relaxed);
         self.wiring.capacity.set_bounds(bounds);
         self.parts.supply.set_ports(config.network.guest_ports);
+        self.parts.history.set_bounds(config.history.bounds());
         self.parts.limits = Arc::new(config.limits.clone());
         self.wiring.config = config;
         // A poll that is under way comes to its end, and what it brings is run.

@@ -4,7 +4,7 @@
 //! kills). One mutex around the list, held for a few lines.
 
 use super::journal::JobKey;
-use super::{JobCommand, JobHandle, JobView, Reassigned};
+use super::{JobCommand, JobHandle, JobView, Looks, Reassigned};
 use crate::capacity::Held;
 use crate::control::KillOutcome;
 use crate::gitlab::{JobId, JobPayload};
@@ -32,6 +32,7 @@ pub(crate) struct Started {
 struct Entry {
     inbox: mpsc::Sender<JobCommand>,
     view: watch::Receiver<JobView>,
+    console: Looks,
 }
 
 impl Jobs {
@@ -52,7 +53,8 @@ impl Jobs {
     pub fn add(&self, handle: JobHandle) {
         let count = {
             let mut entries = self.lock();
-            entries.insert(handle.key.clone(), Entry { inbox: handle.inbox, view: handle.view });
+            entries
+                .insert(handle.key.clone(), Entry { inbox: handle.inbox, view: handle.view, console: handle.console });
             entries.len()
         };
         self.count.send_replace(count);
@@ -93,6 +95,18 @@ impl Jobs {
     #[must_use]
     pub fn views(&self) -> Vec<JobView> {
         self.lock().values().map(|entry| entry.view.borrow().clone()).collect()
+    }
+
+    /// The view of this job, and its machine's console.
+    #[must_use]
+    pub fn look(&self, key: &JobKey) -> Option<(JobView, Looks)> {
+        self.lock().get(key).map(|entry| (entry.view.borrow().clone(), entry.console.clone()))
+    }
+
+    /// Runner entries of which a job of this id is under way.
+    #[must_use]
+    pub fn runners(&self, id: JobId) -> BTreeSet<String> {
+        self.lock().keys().filter(|key| key.id == id).map(|key| key.runner.clone()).collect()
     }
 
     /// VMs of theirs.

@@ -4,6 +4,7 @@
 //!     <state>/jobs/<key>/trace          the spool
 //!     <runtime>/jobs/<key>/payload      the payload, with all its secrets: tmpfs, gone at a reboot
 //!     <runtime>/jobs/<key>/guest        the guest config, with the pass: likewise
+//!     <runtime>/jobs/<key>/past         what a hand-over takes along for the job's end
 //!
 //! Record first, act second: a record names a VM before anything of it is made. A record that
 //! cannot be read is set aside, named in the log, and costs nobody else anything; one of a newer
@@ -51,6 +52,9 @@ const RECORD_BYTES_MAX: u64 = 256 * 1024;
 
 /// Bytes of a payload at most, as in `gitlab`.
 const PAYLOAD_BYTES_MAX: u64 = 32 * 1024 * 1024;
+
+/// Bytes of what a hand-over takes along of a job: a console's end, escaped, and some steps.
+const PAST_BYTES_MAX: u64 = 128 * 1024;
 
 /// Runner entry and job id: two GitLabs may both have a job 42.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -319,6 +323,23 @@ impl Journal {
     pub async fn guest(&self, key: &JobKey) -> io::Result<Vec<u8>> {
         let path = child(&self.runtime, &key.directory()).join("guest");
         self.read(&path, dayfly_guest_config::CONFIG_BYTES_MAX as u64).await
+    }
+
+    /// Keeps what a hand-over takes along of a job for its end; nothing follows from it.
+    ///
+    /// # Errors
+    /// The file layer's.
+    pub async fn put_past(&self, key: &JobKey, past: Vec<u8>) -> io::Result<()> {
+        self.files.replace(&child(&self.runtime, &key.directory()).join("past"), past).await
+    }
+
+    /// What [`Journal::put_past`] kept last.
+    ///
+    /// # Errors
+    /// The file layer's; `NotFound` after a kill or a reboot.
+    pub async fn past(&self, key: &JobKey) -> io::Result<Vec<u8>> {
+        let path = child(&self.runtime, &key.directory()).join("past");
+        self.files.read(&path, PAST_BYTES_MAX).await
     }
 
     /// Reads what a job stands or falls with: one error of the disk must not cost it.

@@ -20,6 +20,7 @@ mod lines;
 mod machinery;
 mod networks;
 mod oom;
+mod past;
 mod resolve;
 pub mod state;
 mod task;
@@ -29,6 +30,7 @@ pub use forget::forget;
 pub use jobs::Jobs;
 pub(crate) use jobs::Started;
 pub use networks::{network_of, weaker_network};
+pub use past::Looks;
 pub use resolve::Refusal;
 pub use task::{accept, adopt, begin_anew, give_up, refuse_second, refuse_unread};
 
@@ -38,8 +40,9 @@ use crate::capacity::Held;
 use crate::clock::Clock;
 use crate::config;
 use crate::files::Files;
-use crate::gitlab::{JobPayload, Reach, RunnerApi, Transport};
+use crate::gitlab::{JobPayload, JobStatus, Reach, RunnerApi, Transport};
 use crate::guest;
+use crate::history::{History, MachineWas, Step};
 use crate::image::store::Images;
 use crate::metrics::Metrics;
 use crate::rng::Rng;
@@ -75,6 +78,8 @@ pub struct Parts {
     pub supply: Supply,
     /// Records.
     pub journal: Journal,
+    /// What is kept of jobs that have ended.
+    pub history: History,
     /// Base images.
     pub images: Arc<dyn Images>,
     /// What jobs leave for later ones; `None`: nothing.
@@ -169,6 +174,14 @@ pub struct JobView {
     pub since: Instant,
     /// How long after GitLab's 201 that was: more than nothing after a restart.
     pub age_before: Duration,
+    /// Its machine class.
+    pub class: String,
+    /// Its machine, if one was resolved.
+    pub machine: Option<MachineWas>,
+    /// What it has come to, oldest first.
+    pub steps: Vec<Step>,
+    /// GitLab's last word on it.
+    pub gitlab: JobStatus,
 }
 
 /// A job that is under way.
@@ -179,6 +192,8 @@ pub struct JobHandle {
     pub inbox: mpsc::Sender<JobCommand>,
     /// Its view.
     pub view: watch::Receiver<JobView>,
+    /// The console of its machine.
+    pub console: Looks,
     /// Its task, to be joined by `daemon`.
     pub task: JoinHandle<()>,
     /// Its reservation, which its task gives back.

@@ -20,6 +20,7 @@ use self::seen::Seen;
 use super::journal::Record;
 use super::keeper::Kept;
 use super::machinery::{Machinery, Next};
+use super::past::{Looks, Past, end_of, machine_was};
 use super::state::{Event, Failure, State};
 use super::{JobCommand, JobView, Parts, Runner};
 use super::{Reassigned, forget};
@@ -29,6 +30,7 @@ use crate::metrics::Phase;
 use crate::retry::Backoff;
 use crate::spool::Spool;
 use crate::telemetry::chain;
+use crate::vm::VmName;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -48,7 +50,7 @@ struct Begun {
     image: Option<String>,
 }
 
-async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::Sender<JobView>) {
+async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::Sender<JobView>, looks: Looks) {
     let Begun { parts, runner, record, kept, payload, reservation, mut first, refused, image } = begun;
     let leave = parts.leave.clone();
     if matches!(record.state, State::Releasing { machine_gone: true, .. } | State::Ended) {
@@ -60,6 +62,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
     }
     if record.state == State::Ended {
         // A crash came between its end and the last of its files.
+        parts.history.keep(end_of(&record, parts.clock.now()), &record.key.directory()).await;
         forget(&parts, &record.key).await;
         return;
     }
@@ -67,7 +70,8 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
         reservation.release();
         return;
     };
-    let mut machinery = Machinery::new(parts, runner, record, kept, payload, spool, image);
+    let brought = (image, past(&parts, &record).await, looks);
+    let mut machinery = Machinery::new(parts, runner, record, kept, payload, spool, brought);
     if !matches!(first, Event::Refused(_)) {
         machinery.begin_boot_section().await;
     }
@@ -115,21 +119,37 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             Happened::Next(Next::Panicked) => job.feed(Event::Panicked).await,
             Happened::Next(Next::Gitlab(status)) => {
                 job.m.tell_guest(status);
+                job.seen.gitlab = status;
                 job.feed(Event::Gitlab(status)).await;
                 if status == JobStatus::Over && !job.given.spoke {
                     // A guest that never began has nothing to end: it would spend its grace asking.
                     job.feed(Event::GuestIdle).await;
                 }
             }
-            Happened::Next(Next::Waits(what)) => job.say_phase(&what),
+            Happened::Next(Next::Waits(what)) => {
+                job.say_phase(&what);
+                job.seen.waits = what;
+            }
             Happened::Next(Next::Delivered) => {
                 job.m.end_phase(Phase::Flush);
+                job.m.note("nothing waits for GitLab any more");
                 job.feed(Event::Delivered).await;
             }
         }
     }
     job.m.leave().await;
     job.reservation.release();
+}
+
+/// What a hand-over took along of it; after a kill only what its record says.
+async fn past(parts: &Parts, record: &Record) -> Past {
+    let vm = record.machine.as_ref().map(|machine| VmName::from(machine.id.clone()).to_string());
+    let taken = match &record.state {
+        State::Accepted => None,
+        _ => parts.journal.past(&record.key).await.ok(),
+    };
+    let past: Past = taken.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+    Past { vm: vm.or(past.vm), ..past }
 }
 
 /// Tries to open the spool of a job that could still be refused; with their pauses 3 s.
@@ -209,7 +229,11 @@ impl Job {
             if matches!((&before, &state), (State::Running { .. }, State::Releasing { .. })) {
                 self.m.end_phase(Phase::Run);
             }
+            let releases = matches!(state, State::Releasing { .. }) && !matches!(before, State::Releasing { .. });
             self.m.record.state = state;
+            if releases {
+                self.m.note(&event.words());
+            }
             let mut step = Step { before, event, asking: asking.take() };
             for command in commands {
                 match self.carry_out(command, &mut step).await {
@@ -256,6 +280,11 @@ impl Job {
         self.view.send_if_modified(|view| {
             view.state = self.m.record.state.word();
             view.vm = self.m.record.machine.as_ref().map(|m| m.id.to_string());
+            view.machine = machine_was(&self.m.record);
+            view.gitlab = self.seen.gitlab;
+            if view.steps.len() != self.m.past.steps.len() {
+                view.steps.clone_from(&self.m.past.steps);
+            }
             true
         });
     }

@@ -5,19 +5,31 @@
 //! carries it; `dayfly status` prints it, as text or as JSON. Names and projects come from GitLab:
 //! the text escapes control characters, so that none can drive the operator's terminal.
 
+mod jobs;
+
+pub use jobs::{ConsoleFound, JobDetail, JobFound, JobList, why};
+
+use crate::BoxFuture;
 use crate::gitlab::JobId;
+use crate::history::End;
 use crate::metrics::Form;
 use crate::telemetry::lasting;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
-/// Who can say how the daemon stands: what anybody who may look is served from. Never blocks.
+/// Who can say how the daemon stands: what anybody who may look is served from. Never blocks a thread.
 pub trait Reports: Send + Sync + 'static {
     /// The report of this moment.
     fn status(&self) -> StatusReport;
     /// The metrics of this moment.
     fn metrics(&self, form: Form) -> String;
+    /// The jobs that have ended here, newest first, without their consoles.
+    fn ended(&self, jobs_max: usize) -> Vec<End>;
+    /// One job, under way or ended, of this runner entry or whichever has one. May wait for a disk.
+    fn job<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, JobFound>;
+    /// Its console, of a job under way from where so many bytes were printed, or its end. Likewise.
+    fn console<'a>(&'a self, id: JobId, runner: Option<&'a str>, from: Option<u64>) -> BoxFuture<'a, ConsoleFound>;
 }
 
 /// A daemon, as it stands at one moment. New members may come; none goes away within a version.
@@ -176,19 +188,7 @@ impl fmt::Display for StatusReport {
         if self.jobs.is_empty() {
             return writeln!(f, "no jobs");
         }
-        let jobs = self.jobs.iter().map(|j| {
-            let what = format!("{}: {}", j.project, j.name);
-            [
-                j.id.to_string(),
-                j.runner.clone(),
-                age(j.age_s),
-                j.state.clone(),
-                j.phase.clone(),
-                j.vm.clone().unwrap_or_else(|| "-".into()),
-                what,
-            ]
-        });
-        table(f, ["JOB", "RUNNER", "AGE", "STATE", "PHASE", "VM", "WHAT"], jobs)
+        jobs::jobs_table(f, &self.jobs)
     }
 }
 

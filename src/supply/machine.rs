@@ -175,7 +175,13 @@ impl Machine {
     /// The last bytes of its console, escaped.
     #[must_use]
     pub fn console_tail(&self) -> String {
-        self.console.lock().unwrap_or_else(PoisonError::into_inner).tail(TAIL_BYTES_MAX)
+        self.console().look(|ring| ring.tail(TAIL_BYTES_MAX))
+    }
+
+    /// Its console, for whoever looks at it; readable when the machine is gone, too.
+    #[must_use]
+    pub fn console(&self) -> Screen {
+        Screen(self.console.clone())
     }
 
     /// Has VM, sockets and overlay taken down, for ever trying; [`MachineEvent::Gone`] tells the end. For an owner whose
@@ -208,6 +214,17 @@ impl Machine {
         drop(self.events);
         // Ends after the call to the hypervisor that is under way, each of which has a deadline.
         let _ = self.task.await;
+    }
+}
+
+/// What a machine's console has printed last. Clones look at the same.
+#[derive(Clone, Debug)]
+pub struct Screen(Arc<Mutex<Ring>>);
+
+impl Screen {
+    /// Looks at it, for a moment.
+    pub fn look<T>(&self, look: impl FnOnce(&Ring) -> T) -> T {
+        look(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

@@ -22,7 +22,7 @@ mod silence;
 pub mod unassigned;
 mod wires;
 
-pub use machine::{Binding, Machine, MachineEvent};
+pub use machine::{Binding, Machine, MachineEvent, Screen};
 
 use crate::clock::Clock;
 use crate::image::store::Image;

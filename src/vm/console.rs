@@ -6,6 +6,7 @@
 //! is nothing shared here.
 
 use super::Stream;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::io;
@@ -19,27 +20,80 @@ pub const TAIL_BYTES_MAX: usize = 4 * 1024;
 
 /// The last bytes that a console printed.
 #[derive(Clone, Debug, Default)]
-pub struct Ring(VecDeque<u8>);
+pub struct Ring {
+    held: VecDeque<u8>,
+    /// Bytes in all.
+    printed: u64,
+    /// Ends of rows in all.
+    rows: u64,
+}
+
+/// Whole rows of a console, as they are shown.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rows {
+    /// Escaped as [`Ring::tail`] does.
+    pub text: String,
+    /// Bytes that the console has printed up to their end: where to go on.
+    pub next: u64,
+    /// Rows that it has ended up to there.
+    pub rows: u64,
+    /// Bytes before them that were asked for and are not held any more.
+    pub lost: u64,
+}
 
 impl Ring {
     /// Appends; the oldest bytes make room.
     pub fn push(&mut self, bytes: &[u8]) {
+        self.printed = self.printed.saturating_add(bytes.len() as u64);
+        self.rows = self.rows.saturating_add(ends(bytes));
         let bytes = &bytes[bytes.len().saturating_sub(RING_BYTES_MAX)..];
-        let over = (self.0.len() + bytes.len()).saturating_sub(RING_BYTES_MAX);
-        self.0.drain(..over);
-        self.0.extend(bytes);
+        let over = (self.held.len() + bytes.len()).saturating_sub(RING_BYTES_MAX);
+        self.held.drain(..over);
+        self.held.extend(bytes);
     }
 
     /// Bytes held.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.held.len()
     }
 
     /// Whether the console has said nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.held.is_empty()
+    }
+
+    /// Rows that it has ended in all.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Whole rows from where `from` bytes were printed, at most `bytes_max` bytes of them before they are escaped; a row
+    /// that is longer comes in pieces, and the last one if `to_the_end`. A `from` beyond what was printed is of another
+    /// machine: it begins anew.
+    #[must_use]
+    pub fn rows_from(&self, from: u64, bytes_max: usize, to_the_end: bool) -> Rows {
+        let first = self.printed - self.held.len() as u64;
+        let from = if from > self.printed { 0 } else { from };
+        let begin = from.max(first);
+        let skipped = usize::try_from(begin - first).unwrap_or(usize::MAX);
+        let bytes: Vec<u8> = self.held.iter().skip(skipped).take(bytes_max).copied().collect();
+        let is_last = skipped.saturating_add(bytes.len()) >= self.held.len();
+        let whole = match bytes.iter().rposition(|byte| *byte == b'\n') {
+            _ if is_last && to_the_end => bytes.len(),
+            Some(at) => at + 1,
+            None if is_last => 0,
+            None => bytes.len(),
+        };
+        let after = self.held.iter().skip(skipped.saturating_add(whole)).filter(|byte| **byte == b'\n').count();
+        Rows {
+            text: escaped(&bytes[..whole]),
+            next: begin.saturating_add(whole as u64),
+            rows: self.rows.saturating_sub(after as u64),
+            lost: begin - from,
+        }
     }
 
     /// What was printed last, at most `bytes_max` bytes (and 4 KiB) of it, from a line's start
@@ -48,20 +102,32 @@ impl Ring {
     #[must_use]
     pub fn tail(&self, bytes_max: usize) -> String {
         let bytes_max = bytes_max.min(TAIL_BYTES_MAX);
-        let skipped = self.0.len().saturating_sub(bytes_max);
-        let bytes: Vec<u8> = self.0.iter().skip(skipped).copied().collect();
+        let skipped = self.held.len().saturating_sub(bytes_max);
+        let bytes: Vec<u8> = self.held.iter().skip(skipped).copied().collect();
         let text = escaped(&bytes);
-        let cut = text.len().saturating_sub(bytes_max);
-        if skipped == 0 && cut == 0 {
-            return text;
-        }
-        let cut = (cut..=text.len()).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
-        let text = &text[cut..];
-        // Half a line at the top would read as a whole one; a tail that is one long line stays.
-        match text.split_once('\n') {
-            Some((_, rest)) if !rest.is_empty() => rest.to_owned(),
-            _ => text.to_owned(),
-        }
+        if skipped == 0 { last_rows(&text, bytes_max).to_owned() } else { from_a_row(&text, bytes_max).to_owned() }
+    }
+}
+
+fn ends(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|byte| **byte == b'\n').count() as u64
+}
+
+/// The end of a text of rows, at most `bytes_max` bytes of it, from a row's start where there is one.
+#[must_use]
+pub fn last_rows(text: &str, bytes_max: usize) -> &str {
+    if text.len() <= bytes_max { text } else { from_a_row(text, bytes_max) }
+}
+
+/// The same of a text that begins in the middle of a row.
+fn from_a_row(text: &str, bytes_max: usize) -> &str {
+    let cut = text.len().saturating_sub(bytes_max);
+    let cut = (cut..=text.len()).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
+    let text = &text[cut..];
+    // Half a row at the top would read as a whole one; a tail that is one long row stays.
+    match text.split_once('\n') {
+        Some((_, rest)) if !rest.is_empty() => rest,
+        _ => text,
     }
 }
 
@@ -174,6 +240,27 @@ mod tests {
         assert_eq!(ring(&[b'x'; 5000]).tail(usize::MAX).len(), TAIL_BYTES_MAX);
     }
 
+    /// Who follows a console gets each row once, also where it printed more than is held.
+    #[test]
+    fn rows_are_read_piece_by_piece() {
+        let mut ring = ring(b"one\ntwo\nthr");
+        let piece = ring.rows_from(0, 100, false);
+        assert_eq!((piece.text.as_str(), piece.next, piece.rows, piece.lost), ("one\ntwo\n", 8, 2, 0));
+        ring.push(b"ee\n\x1b[31mfour");
+        let piece = ring.rows_from(piece.next, 100, false);
+        assert_eq!((piece.text.as_str(), piece.next, piece.rows), ("three\n", 14, 3));
+        assert_eq!(ring.rows_from(piece.next, 100, false).text, "");
+        assert_eq!(ring.rows_from(piece.next, 100, true).text, "four");
+        assert_eq!(ring.rows_from(0, 6, false).text, "one\n", "whole rows, as far as they go");
+        assert_eq!(ring.rows_from(0, 2, false).text, "on", "a long row in pieces");
+        assert_eq!(ring.rows_from(4000, 6, false).text, "one\n", "another machine's");
+        ring.push(&[b'x'; RING_BYTES_MAX]);
+        ring.push(b"\nend\n");
+        let piece = ring.rows_from(14, 2 * RING_BYTES_MAX, false);
+        assert!(piece.text.ends_with("x\nend\n") && piece.lost > 0 && piece.rows == ring.rows(), "{}", piece.lost);
+        assert_eq!(piece.next, 14 + 9 + RING_BYTES_MAX as u64 + 5);
+    }
+
     /// T22: a gibibyte, and a ring that stays as it is.
     #[tokio::test]
     async fn t22_a_gibibyte_of_console_is_drained_into_a_bounded_ring() {
@@ -188,7 +275,7 @@ mod tests {
         let ((), drained) = tokio::join!(flood, console.drain());
         drained.unwrap();
         assert_eq!(console.ring().len(), RING_BYTES_MAX);
-        assert!(console.ring().0.capacity() <= 2 * RING_BYTES_MAX);
+        assert!(console.ring().held.capacity() <= 2 * RING_BYTES_MAX);
         assert_eq!(console.ring().tail(4096), "last words");
     }
 

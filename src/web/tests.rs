@@ -1,8 +1,11 @@
 //! The listener over real sockets.
 
 use super::*;
+use crate::BoxFuture;
+use crate::gitlab::JobId;
+use crate::history::End;
 use crate::metrics::{Form, Metrics, Snapshot};
-use crate::status::{RunnerState, RunnerStatus, StatusReport};
+use crate::status::{ConsoleFound, JobFound, RunnerState, RunnerStatus, StatusReport};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Mutex;
@@ -34,6 +37,15 @@ impl Reports for Fake {
     }
     fn metrics(&self, form: Form) -> String {
         Metrics::new().text(&Snapshot::default(), form)
+    }
+    fn ended(&self, _jobs_max: usize) -> Vec<End> {
+        Vec::new()
+    }
+    fn job<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
+        Box::pin(async { JobFound::Unknown })
+    }
+    fn console<'a>(&'a self, _: JobId, _: Option<&'a str>, _: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
+        Box::pin(async { ConsoleFound::Unknown })
     }
 }
 

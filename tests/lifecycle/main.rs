@@ -20,6 +20,7 @@ mod clocks;
 mod crashes;
 mod determinism;
 mod egress;
+mod ended;
 mod endings;
 mod ends;
 mod exactness;

@@ -13,11 +13,12 @@ use dayfly::daemon::{self, Backends, DaemonError, ReloadError, Reloader, Shutdow
 use dayfly::gitlab::transport::OpenError;
 use dayfly::gitlab::{Endpoint, JobId, OpenTransport, Transport};
 use dayfly::guest::Limits;
+use dayfly::history::End as JobEnd;
 use dayfly::image::store::Images;
 use dayfly::job::Jobs;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
-use dayfly::status::StatusReport;
+use dayfly::status::{ConsoleFound, JobFound, StatusReport};
 use dayfly::vm::paths::Paths;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine, Timing};
 use dayfly_doubles::files::MemoryFiles;

@@ -31,6 +31,9 @@ const GUEST_SETTINGS_BYTES_MAX: usize = 64 * 1024;
 /// Bytes of a socket's path at most, less the end of the text.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
+/// Ended jobs at most: the list of them is in memory, a KiB each.
+const HISTORY_JOBS_MAX: u32 = 10_000;
+
 /// Something wrong with one key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -262,6 +265,11 @@ fn limits(config: &Config, report: &mut Report<'_>) {
     }
     report.not_zero("limits.drain_timeout", l.drain_timeout.is_some_and(|span| span.get().is_zero()));
     report.not_zero("limits.spool_mib", l.spool_mib == 0);
+    report.not_zero("history.keep", config.history.keep.get().is_zero());
+    report.not_zero("history.mib", config.history.mib == 0);
+    if config.history.jobs > HISTORY_JOBS_MAX {
+        report.error("history.jobs", format!("is {}", config.history.jobs), format!("use up to {HISTORY_JOBS_MAX}"));
+    }
     // The runner in the guest counts in whole seconds; above 3 its cancel latency grows.
     let interval = l.guest_update_interval.get();
     if interval.subsec_nanos() != 0 || !(1..=3).contains(&interval.as_secs()) {

@@ -15,6 +15,7 @@ use crate::network::{Entrance, LeaseError, Terms};
 use crate::secret::Secret;
 use crate::supply::{Binding, Claim};
 use crate::telemetry::chain;
+use crate::vm::VmName;
 use dayfly_guest_config::{GuestConfig, Pass};
 use std::io;
 use std::time::Duration;
@@ -83,6 +84,9 @@ impl Machinery {
             None => self.parts.supply.resume(claim),
         };
         machine.bind(Binding { egress: self.terms(&config), config: config.to_line() });
+        if let Some(payload) = &self.payload {
+            self.looks.at(machine.console(), payload.masks.clone());
+        }
         self.machine = Some(machine);
         Ok(())
     }
@@ -240,6 +244,7 @@ impl Machinery {
 
     async fn begin_machine(&mut self, machine: &Claim, spec: &MachineSpec) -> Result<(GuestConfig, Entrance), Event> {
         self.record.machine = Some(machine.clone());
+        self.past.vm = Some(VmName::from(machine.id.clone()).to_string());
         if !self.put().await {
             return Err(Event::HostDiskFailed);
         }
@@ -330,6 +335,7 @@ impl Machinery {
 
     /// The machine is gone: its door closes. `true`: another is wanted.
     pub(in crate::job) async fn machine_released(&mut self) -> bool {
+        self.past.console = self.console_kept().filter(|_| !self.another);
         self.machine = None;
         self.end_phase(Phase::CleanUp);
         self.close_door().await;

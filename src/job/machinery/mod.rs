@@ -1,6 +1,7 @@
 //! The moving parts of one job: spool, uploader, machine, door, record. `task` decides, this acts.
 
 mod machine;
+mod past;
 mod phases;
 mod reached;
 mod repeated;
@@ -14,6 +15,7 @@ pub(super) use self::times::age;
 use self::trace::Trace;
 use super::journal::Record;
 use super::keeper::Kept;
+use super::past::{Looks, Past};
 use super::state::State;
 use super::{Parts, Runner, forget};
 use crate::awake::Moment;
@@ -81,6 +83,10 @@ pub(super) struct Machinery {
     unkept: bool,
     /// Lines of the log that the guest may bring about.
     pub(super) repeated: Repeated,
+    /// What is noted for the job's end.
+    pub(super) past: Past,
+    /// Where others look at the machine's console.
+    looks: Looks,
 }
 
 impl Machinery {
@@ -92,7 +98,7 @@ impl Machinery {
         journalled: Kept,
         payload: Option<JobPayload>,
         spool: Spool,
-        image: Option<String>,
+        (image, past, looks): (Option<String>, Past, Looks),
     ) -> Self {
         let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
         let update_interval = parts.limits.guest_update_interval.get();
@@ -113,6 +119,8 @@ impl Machinery {
             reached: Vec::new(),
             unkept: false,
             repeated: Repeated::default(),
+            past,
+            looks,
             parts,
             record,
             journalled,
@@ -252,6 +260,7 @@ impl Machinery {
 
     /// Lets go of everything for the next daemon.
     pub(super) async fn leave(&mut self) {
+        self.take_past_along().await;
         if let Some(machine) = self.machine.take() {
             machine.leave().await;
         }

@@ -5,10 +5,11 @@ use super::commands::HAS_ITS_JOB;
 use super::{Begun, run};
 use crate::capacity::{Held, Reservation, Resources};
 use crate::failpoint::{Point, reached};
-use crate::gitlab::{JobId, JobPayload};
+use crate::gitlab::{JobId, JobPayload, JobStatus};
 use crate::job::journal::{JobKey, RECORD_VERSION, Record};
 use crate::job::keeper::Kept;
 use crate::job::machinery::age;
+use crate::job::past::{Looks, machine_was};
 use crate::job::resolve::{Refusal, Unresolved, resolve, resolve_late, room};
 use crate::job::state::{Event, Failure, State};
 use crate::job::{INBOX_MAX, JobHandle, JobView, Parts, Runner};
@@ -174,12 +175,17 @@ fn start(begun: Begun) -> JobHandle {
         vm: record.machine.as_ref().map(|m| m.id.to_string()),
         since: Instant::now(),
         age_before: age(&begun.parts, record),
+        class: record.class.clone(),
+        machine: machine_was(record),
+        steps: Vec::new(),
+        gitlab: JobStatus::Running,
     });
+    let console = Looks::default();
     // Not known of a job that could not be read.
     let project = Some(record.project.as_str()).filter(|project| !project.is_empty());
     let span = tracing::info_span!("job", runner = %key.runner, job = %key.id, project);
-    let run = run(begun, inbox_in, view_out).instrument(span);
+    let run = run(begun, inbox_in, view_out, console.clone()).instrument(span);
     #[expect(clippy::disallowed_methods, reason = "joined by daemon through the handle")]
     let task = tokio::spawn(run);
-    JobHandle { key, inbox, view, task, reservation }
+    JobHandle { key, inbox, view, console, task, reservation }
 }

@@ -70,6 +70,9 @@ impl Job {
             Command::Explain(failure) => self.explain(failure, step).await,
             Command::Write => {
                 self.say(step);
+                if let (State::Releasing { verdict, .. }, State::Ended) = (&step.before, &self.m.record.state) {
+                    self.m.keep_end(verdict.as_ref(), self.seen.gitlab, &self.seen.waits).await;
+                }
                 self.write_down().await;
                 if self.behind.is_some() {
                     tracing::warn!("the job's new state is not on disk; it goes on");
@@ -88,6 +91,7 @@ impl Job {
             Command::ReplaceMachine => {
                 let note = "dayfly: the machine was lost before it was ready; taking another.";
                 self.m.own_line(|now| lines::note(now, note)).await;
+                self.m.note("the machine was lost before it was ready");
                 self.m.metrics().job().machines_replaced.inc();
                 if !self.m.release_for_another() {
                     return self.m.take_machine(false).await.into();
@@ -99,6 +103,9 @@ impl Job {
                 }
             }
             Command::BeginGuest => {
+                if self.m.record.guest_base.is_none() {
+                    self.m.note("its guest has the job");
+                }
                 self.m.begin_guest().await;
                 self.say_phase(HAS_ITS_JOB);
             }

@@ -71,6 +71,7 @@ impl Job {
             }
             MachineEvent::Gone => {
                 let another = self.m.machine_released().await;
+                self.m.note("the machine is gone");
                 if another && matches!(self.m.record.state, State::Booting { .. }) {
                     if let Err(event) = self.m.take_machine(false).await {
                         self.feed(event).await;
@@ -113,6 +114,7 @@ impl Job {
     async fn phase(&mut self, what: &'static str) {
         if self.m.record.guest_base.is_none() && matches!(self.m.record.state, State::Booting { .. }) {
             self.say_phase(what);
+            self.m.note(what);
             let since = self.m.elapsed();
             self.m.metrics().job().boot_step(what, since);
             tracing::info!(

@@ -3,6 +3,7 @@
 use super::Job;
 use super::commands::Step;
 use crate::files::Files;
+use crate::gitlab::JobStatus;
 use crate::job::lines;
 use crate::job::oom::oom_kills;
 use crate::job::state::{Event, Failure, State};
@@ -24,13 +25,26 @@ pub(super) struct Seen {
     pub(super) kill_reason: Option<String>,
     /// Why the job is refused, for its author.
     refused: Option<String>,
+    /// GitLab's last word on the job.
+    pub(super) gitlab: JobStatus,
+    /// What GitLab does not take, and why; empty: nothing.
+    pub(super) waits: String,
 }
 
 impl Seen {
     /// `refused`: why the job is, if it is.
     pub(super) async fn begin(files: &dyn Files, refused: Option<String>) -> Self {
         let oom_kills = oom_kills(files).await;
-        Self { oom_kills, paused: None, runner_exited: None, guest_failed: None, kill_reason: None, refused }
+        Self {
+            oom_kills,
+            paused: None,
+            runner_exited: None,
+            guest_failed: None,
+            kill_reason: None,
+            refused,
+            gitlab: JobStatus::Running,
+            waits: String::new(),
+        }
     }
 }
 
@@ -86,6 +100,7 @@ impl Job {
     /// the guest.
     pub(super) async fn explain(&mut self, failure: Failure, step: &Step) {
         let failure = self.measured(failure).await;
+        self.m.past.why = Some(failure.words());
         let unseen = matches!(step.event, Event::MachineStopped(Ending::Unseen));
         if failure == Failure::HostMemory && unseen && matches!(step.before, State::Running { .. }) {
             self.m.parts.supply.machine_was_stopped("the host's kernel ended processes for want of memory");

@@ -88,6 +88,23 @@ impl World {
         self.daemon.as_ref().expect("a daemon runs").handler.kill(job, None, Some(reason.to_owned()))
     }
 
+    /// What `dayfly jobs --ended` would show.
+    pub fn ended_jobs(&self) -> Vec<JobEnd> {
+        self.daemon.as_ref().expect("a daemon runs").handler.ended(1000)
+    }
+
+    /// What `dayfly job show` would.
+    pub async fn job_shown(&self, job: JobId) -> JobFound {
+        let handler = self.daemon.as_ref().expect("a daemon runs").handler.clone();
+        handler.job(job, None).await
+    }
+
+    /// What `dayfly console` would.
+    pub async fn console(&self, job: JobId, from: Option<u64>) -> ConsoleFound {
+        let handler = self.daemon.as_ref().expect("a daemon runs").handler.clone();
+        handler.console(job, None, from).await
+    }
+
     /// What `dayfly metrics` would show.
     pub fn metrics(&self) -> String {
         self.daemon.as_ref().expect("a daemon runs").handler.metrics(dayfly::metrics::Form::Classic)
@@ -166,8 +183,10 @@ impl World {
         assert_eq!(promised, (0, 0, 0, 0), "capacity is not all back");
         let counts = self.hypervisor.counts();
         assert!(counts.is_clean(), "left behind: {counts:?}\n{}", self.histories());
-        let left: Vec<_> =
-            self.files.paths_below(Path::new("/")).into_iter().filter(|p| !p.ends_with("installation.json")).collect();
+        // What is kept of ended jobs is bounded by age, number and bytes.
+        let ended = self.config.state_directory.join("ended");
+        let kept = |path: &Path| path.ends_with("installation.json") || path.starts_with(&ended);
+        let left: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|path| !kept(path)).collect();
         assert!(left.is_empty(), "files are left: {left:?}\n{}", self.histories());
         for standin in self.gitlabs.0.values() {
             // Copied out: a failing check reads the stand-in's history.

@@ -230,7 +230,11 @@ impl World {
         if !gone.is_empty() && self.story.inner().hits.of(crate::kinds::Kind::Foreign) > 0 {
             self.story.violate(15, format!("what was not ours is gone: {gone:?}"));
         }
-        let usual = |path: &Path| path.ends_with("installation.json") || path.starts_with("/state/set-aside");
+        let usual = |path: &Path| {
+            path.ends_with("installation.json")
+                || path.starts_with("/state/set-aside")
+                || path.starts_with("/state/ended")
+        };
         let files: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|path| !usual(path)).collect();
         if !files.is_empty() {
             self.story.violate(13, format!("files are left behind: {files:?}"));
