@@ -13,8 +13,8 @@ use crate::job::journal::JobKey;
 use crate::job::{JobView, Parts};
 use crate::metrics::{Form, ImageTime, Metrics, RunnerGauges, Snapshot, Usage};
 use crate::status::{
-    CapacityStatus, ConsoleFound, DaemonStatus, JobDetail, JobFound, JobStatusReport, Reports, RunnerState,
-    RunnerStatus, StatusReport,
+    CapacityStatus, ConsoleFound, DaemonStatus, ImageStatus, JobDetail, JobFound, JobStatusReport, Reports,
+    RunnerState, RunnerStatus, StatusReport,
 };
 use crate::supply::Supply;
 use crate::vm::{VmId, VmName};
@@ -123,6 +123,13 @@ impl Handler {
         matches!(*self.shutdown.mode().borrow(), Mode::Drain | Mode::End)
     }
 
+    /// Age of the images that are in use.
+    fn images(&self, runners: &[View]) -> BTreeMap<String, Duration> {
+        let now = SystemTime::from(self.clock.now());
+        let age = |view: &View| now.duration_since(view.poller.borrow().image_made?).ok();
+        runners.iter().filter_map(|view| Some((view.runner.class.image.clone(), age(view)?))).collect()
+    }
+
     fn snapshot(&self) -> Snapshot {
         let capacity = self.capacity();
         let runners = self.runners().clone();
@@ -130,17 +137,7 @@ impl Handler {
             promised: u64::saturating_mul(promised, unit),
             bound: bound.map(|bound| bound.saturating_mul(unit)),
         };
-        let mut images = BTreeMap::new();
-        for view in &runners {
-            let age = view
-                .poller
-                .borrow()
-                .image_made
-                .and_then(|made| SystemTime::from(self.clock.now()).duration_since(made).ok());
-            if let Some(age) = age {
-                images.insert(view.runner.class.image.clone(), age);
-            }
-        }
+        let images = self.images(&runners);
         Snapshot {
             version: env!("CARGO_PKG_VERSION"),
             started_s: self.since.as_duration().as_secs_f64(),
@@ -189,6 +186,11 @@ impl Reports for Handler {
             },
             capacity: self.capacity(),
             jobs: jobs.collect(),
+            images: self
+                .images(&views)
+                .into_iter()
+                .map(|(name, age)| ImageStatus { name, age_s: age.as_secs() })
+                .collect(),
             runners,
         }
     }

@@ -125,11 +125,12 @@ pub async fn main(loaded: Loaded, connect: Connect) -> anyhow::Result<()> {
     let signals = listen(&shutdown)?;
     let hangups = signal(SignalKind::hangup())?;
     let socket = control::bind(&control::socket(&config.runtime_directory), config.control.group.as_deref())?;
-    let status = config.status.address(&config.runtime_directory);
+    let (status, runtime_directory) = (config.status.clone(), config.runtime_directory.clone());
     let backends = connect(&config)?;
+    let transport = backends.transport.clone();
     let daemon = start(config, backends, shutdown.clone()).await?;
     let handler = daemon.handler();
-    let mut listener = Listener::open(handler.clone(), &status).await;
+    let mut listener = Listener::open(handler.clone(), transport, (&status, &runtime_directory)).await;
     let stop = CancellationToken::new();
     let serve_stop = stop.clone();
     let mut served = std::pin::pin!(control::serve(socket, handler, serve_stop));
@@ -193,7 +194,7 @@ async fn reload_on(mut hangups: Signal, reloader: Reloader, file: Option<PathBuf
                     tracing::warn!("configuration: {warning}");
                 }
                 let config = loaded.config;
-                let next = match listener.prepare(&config.status.address(&config.runtime_directory)).await {
+                let next = match listener.prepare(&config.status, &config.runtime_directory).await {
                     Ok(next) => next,
                     Err(error) => {
                         tracing::error!(error = chain(&error), "reload the configuration; that of before stays");

@@ -37,7 +37,7 @@ pub use reach::{Outage, PATIENCE, Reach};
 pub use real::{RealLimits, RealOpenTransport};
 pub use runner_api::{FreshToken, Poll, RunnerApi, RunnerInfo, Verified};
 pub use runner_token::{RunnerToken, TokenFileError};
-pub use tls::expired_cas;
+pub use tls::{expired_cas, server as server_tls};
 pub use token_file::Replacement;
 pub use transport::{Body, Call, Connection, Endpoint, OpenTransport, Transport, TransportError};
 

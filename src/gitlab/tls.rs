@@ -124,6 +124,20 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, OpenError> 
     if certs.is_empty() { Err(file_error(path, what_else(&bytes))) } else { Ok(certs) }
 }
 
+/// What a server of our own shows: certificate and key, PEM files.
+///
+/// # Errors
+/// [`OpenError::File`], [`OpenError::Tls`]. Blocking.
+pub fn server(cert: &Path, key: &Path) -> Result<rustls::ServerConfig, OpenError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| OpenError::Tls(error.into()))?
+        .with_no_client_auth()
+        .with_single_cert(certificates(cert)?, private_key(key)?);
+    config.map_err(|error| OpenError::Tls(error.into()))
+}
+
 /// What a file is that should hold certificates and does not.
 fn what_else(bytes: &[u8]) -> &'static str {
     let text = String::from_utf8_lossy(bytes);

@@ -43,6 +43,18 @@ pub struct StatusReport {
     pub runners: Vec<RunnerStatus>,
     /// The jobs, oldest first.
     pub jobs: Vec<JobStatusReport>,
+    /// The images of the runners' classes.
+    #[serde(default)]
+    pub images: Vec<ImageStatus>,
+}
+
+/// A base image that a class uses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageStatus {
+    /// Its name.
+    pub name: String,
+    /// Seconds since its files are what they are.
+    pub age_s: u64,
 }
 
 /// The process.
@@ -294,6 +306,7 @@ mod tests {
                 vm: Some("df-abcdefghijklmnop".into()),
                 age_s: 7_500,
             }],
+            images: vec![ImageStatus { name: "debian".into(), age_s: 90_000 }],
         }
     }
 

@@ -1,17 +1,29 @@
-//! Where the status listener listens: section `[status]`.
+//! Where the status listener listens, and by what it knows who may look: section `[status]`.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use url::Url;
 
 /// Section `[status]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where metrics and health are served; none: `status.sock` in the runtime directory.
+    /// Where metrics, health and page are served; none: `status.sock` in the runtime directory.
     pub listen: Option<Address>,
+    /// File with the token of who may see consoles, and anything at all from afar; mode 0600.
+    pub token_file: Option<PathBuf>,
+    /// Certificate of an address that is not the host's own, PEM.
+    pub tls_cert_file: Option<PathBuf>,
+    /// Its key, PEM, mode 0600.
+    pub tls_key_file: Option<PathBuf>,
+    /// Status listeners of the fleet's other daemons, which the page names.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fleet: Vec<Url>,
+    /// CA certificates of those, PEM; none: the system's.
+    pub fleet_ca_file: Option<PathBuf>,
 }
 
 /// Where it listens.
@@ -38,6 +50,17 @@ impl Config {
     #[must_use]
     pub fn address(&self, runtime_directory: &Path) -> Address {
         self.listen.clone().unwrap_or_else(|| Address::Unix(runtime_directory.join("status.sock")))
+    }
+}
+
+impl Address {
+    /// Whether only this host reaches it.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Off | Self::Unix(_) => true,
+            Self::Tcp(address) => address.ip().is_loopback(),
+        }
     }
 }
 

@@ -1,20 +1,28 @@
-//! What does the status listener answer? Metrics and health over HTTP, read-only, on a unix socket or the host's loopback.
+//! What does the status listener answer? A page, metrics and health over HTTP, read-only.
 //!
 //! ```text
-//! /metrics   all metrics: OpenMetrics for who asks for that, else the Prometheus text format
-//! /healthz   200: this process turns
-//! /readyz    200: jobs can be taken; 503: none can, with what needs a person
+//! /              the status page, for people; /jobs/ID?runner=NAME one job
+//! /status.json   the same as JSON; /jobs.json the jobs under way and ended
+//! /metrics       all metrics: OpenMetrics for who asks for that, else the Prometheus text format
+//! /healthz       200: this process turns
+//! /readyz        200: jobs can be taken; 503: none can, with what needs a person
 //! ```
 //!
-//! No guest may reach it: by default it is a socket in the runtime directory, mode 0600, and `config` refuses a port on
-//! loopback where guests reach that. Whoever connects is bounded all the same: one request a connection, and limits on
-//! connections, heads and time. `daemon` opens it, and changes it with the configuration; that it cannot be opened costs
-//! no job.
+//! Who sees what is in [`access`](self::access). No guest may reach it without a token: by default it is a socket in the
+//! runtime directory, mode 0600; `config` refuses a port on loopback where guests reach that, and any other address
+//! without TLS and a token. Whoever connects is bounded all the same: one request a connection, and limits on connections,
+//! heads and time. `daemon` opens it, and changes it with the configuration; that it cannot be opened costs no job.
 
+mod access;
 mod address;
 mod answer;
+mod fleet;
+mod page;
+mod settings;
 
+pub use access::token as page_token;
 pub use address::{Address, BadAddress, Config};
+pub use settings::{Settings, SettingsError};
 
 use crate::socket;
 use crate::status::Reports;
@@ -30,12 +38,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-/// Connections at once; a Prometheus, a check and somebody who looks need three. Others wait in the kernel's queue.
+/// Connections at once; a Prometheus, a check and some who look, each by a short connection now and then. Others wait in
+/// the kernel's queue.
 const CONNECTIONS_MAX: usize = 16;
 
 /// From accepting a connection to the last byte of its answer: the scrape timeout of Prometheus.
@@ -111,6 +120,9 @@ trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
+/// Which settings are in force: the newest.
+pub type InForce = watch::Receiver<Arc<Settings>>;
+
 async fn accept(socket: &Socket) -> io::Result<Box<dyn Stream>> {
     Ok(match socket {
         Socket::Unix(listener, _) => Box::new(listener.accept().await?.0),
@@ -122,15 +134,22 @@ async fn accept(socket: &Socket) -> io::Result<Box<dyn Stream>> {
 ///
 /// # Cancel safety
 /// Dropping it closes all, and leaves the file of a socket, which the next one replaces.
-pub async fn serve(listening: Listening, reports: Arc<dyn Reports>, stop: CancellationToken) {
-    serve_within(EXCHANGE_DEADLINE, listening, reports, stop).await;
+pub async fn serve(listening: Listening, reports: Arc<dyn Reports>, settings: InForce, stop: CancellationToken) {
+    serve_within(EXCHANGE_DEADLINE, listening, reports, settings, stop).await;
 }
 
 /// [`serve`] with a deadline that tests choose.
-async fn serve_within(deadline: Duration, listening: Listening, reports: Arc<dyn Reports>, stop: CancellationToken) {
+async fn serve_within(
+    deadline: Duration,
+    listening: Listening,
+    reports: Arc<dyn Reports>,
+    settings: InForce,
+    stop: CancellationToken,
+) {
     let Listening { socket, address } = listening;
     let seats = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut tasks = JoinSet::new();
+    tasks.spawn(keep_fleet(settings.clone()));
     let mut refused = false;
     loop {
         let seat = seats.clone();
@@ -159,10 +178,10 @@ async fn serve_within(deadline: Duration, listening: Listening, reports: Arc<dyn
             }
         };
         refused = false;
-        let reports = reports.clone();
+        let (reports, settings) = (reports.clone(), settings.borrow().clone());
         tasks.spawn(async move {
             let (_seat, stream) = stream;
-            if timeout(deadline, exchange(stream, &*reports)).await.is_err() {
+            if timeout(deadline, welcome(stream, &*reports, &settings)).await.is_err() {
                 tracing::debug!("a connection of the status listener took too long");
             }
         });
@@ -175,12 +194,37 @@ async fn serve_within(deadline: Duration, listening: Listening, reports: Arc<dyn
     }
 }
 
+/// Asks the fleet's other daemons as the newest settings say. For ever.
+async fn keep_fleet(mut settings: InForce) {
+    loop {
+        let now = settings.borrow_and_update().clone();
+        tokio::select! {
+            biased;
+            // Both are cancel safe.
+            changed = settings.changed() => if changed.is_err() {
+                // The listener is about to close.
+                return std::future::pending().await;
+            },
+            () = now.fleet.keep_up() => {}
+        }
+    }
+}
+
+/// TLS first, where that is spoken.
+async fn welcome(stream: Box<dyn Stream>, reports: &dyn Reports, settings: &Settings) {
+    let Some(tls) = &settings.tls else { return exchange(stream, reports, settings).await };
+    match tls.accept(stream).await {
+        Ok(stream) => exchange(Box::new(stream), reports, settings).await,
+        Err(error) => tracing::debug!(error = chain(&error), "a connection of the status listener spoke no TLS"),
+    }
+}
+
 /// One request, one answer.
-async fn exchange(stream: Box<dyn Stream>, reports: &dyn Reports) {
-    let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
+async fn exchange(stream: Box<dyn Stream + '_>, reports: &dyn Reports, settings: &Settings) {
+    let service = service_fn(|request: http::Request<hyper::body::Incoming>| async move {
         // Its body is not read: nothing here takes one.
-        let answer = answer(request.method(), request.uri().path(), request.headers(), reports);
-        async move { Ok::<_, Infallible>(answer) }
+        let answer = answer(request.method(), request.uri(), request.headers(), reports, settings);
+        Ok::<_, Infallible>(answer.await)
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -1,9 +1,12 @@
 //! The listener over real sockets.
 
+mod page;
+
 use super::*;
 use crate::BoxFuture;
 use crate::gitlab::JobId;
-use crate::history::End;
+use crate::gitlab::{OpenTransport, RealOpenTransport};
+use crate::history::{AtGitlab, End, Outcome, Step};
 use crate::metrics::{Form, Metrics, Snapshot};
 use crate::status::{ConsoleFound, JobFound, RunnerState, RunnerStatus, StatusReport};
 use std::os::unix::fs::PermissionsExt as _;
@@ -38,14 +41,44 @@ impl Reports for Fake {
     fn metrics(&self, form: Form) -> String {
         Metrics::new().text(&Snapshot::default(), form)
     }
-    fn ended(&self, _jobs_max: usize) -> Vec<End> {
-        Vec::new()
+    fn ended(&self, jobs_max: usize) -> Vec<End> {
+        assert!(jobs_max <= 1000);
+        vec![End { console: None, ..end() }]
     }
-    fn job<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
-        Box::pin(async { JobFound::Unknown })
+    fn job<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
+        let known = id == end().id && runner.is_none_or(|runner| runner == end().runner);
+        Box::pin(async move { if known { JobFound::Ended { end: Box::new(end()) } } else { JobFound::Unknown } })
     }
-    fn console<'a>(&'a self, _: JobId, _: Option<&'a str>, _: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
-        Box::pin(async { ConsoleFound::Unknown })
+    fn console<'a>(&'a self, id: JobId, _: Option<&'a str>, _: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
+        let known = id == end().id;
+        Box::pin(async move {
+            if known { ConsoleFound::Ended { text: end().console, rows: 2 } } else { ConsoleFound::Unknown }
+        })
+    }
+}
+
+/// A job that has ended, with texts in it that somebody would like a browser to obey.
+fn end() -> End {
+    End {
+        version: 1,
+        runner: "ci & co".into(),
+        id: JobId(42),
+        gitlab: "https://gitlab.example/".into(),
+        project: "group/<script>alert(1)</script>".into(),
+        name: "te\"st' onload=x".into(),
+        class: "small".into(),
+        received: "2026-01-02T03:04:05Z".parse().unwrap(),
+        ended: "2026-01-02T03:05:05Z".parse().unwrap(),
+        verdict: Outcome::Failed,
+        failure_reason: Some("script_failure".into()),
+        exit_code: Some(3),
+        why: None,
+        at_gitlab: AtGitlab::All,
+        log_bytes: 2000,
+        machine: None,
+        steps: vec![Step { what: "disk ready".into(), at_ms: 120 }],
+        console_rows: 2,
+        console: Some("first row\n<img src=x>\n".into()),
     }
 }
 
@@ -56,10 +89,24 @@ async fn beside<F: Future<Output = ()>>(
     fake: Arc<Fake>,
     test: impl FnOnce(Option<u16>) -> F,
 ) {
+    beside_with(&Config::default(), address, deadline, fake, test).await;
+}
+
+/// The same, by a section of the configuration.
+async fn beside_with<F: Future<Output = ()>>(
+    config: &Config,
+    address: Address,
+    deadline: Duration,
+    fake: Arc<Fake>,
+    test: impl FnOnce(Option<u16>) -> F,
+) {
+    let transport: Arc<dyn OpenTransport> = Arc::new(RealOpenTransport::default());
+    let settings = Settings::read(config, &address, &transport).await.unwrap();
+    let (_in_force, settings) = watch::channel(Arc::new(settings));
     let listening = listen(&address).await.unwrap().unwrap();
     let port = matches!(address, Address::Tcp(_)).then(|| listening.port());
     let stop = CancellationToken::new();
-    let served = serve_within(deadline, listening, fake, stop.clone());
+    let served = serve_within(deadline, listening, fake, settings, stop.clone());
     let tested = async {
         test(port).await;
         stop.cancel();
@@ -76,7 +123,7 @@ async fn ask(path: &Path, request: &str) -> String {
 }
 
 fn get(path: &str) -> String {
-    format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")
+    format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")
 }
 
 /// T35: what is read, in either form; nothing here takes a command.

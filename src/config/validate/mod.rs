@@ -4,6 +4,7 @@
 //! [`Loaded::check_for_running`] also looks at the files that they name, as `run` and `check` need.
 
 mod classes;
+mod status;
 
 use super::origin::nearest_name;
 use super::{Config, ConfigError, Loaded, Origin, Origins, Runner};
@@ -14,7 +15,6 @@ use crate::machine_spec::PINNED_FLAGS;
 use crate::network::Choice;
 use crate::telemetry::chain;
 use crate::vm::{AccelChoice, Backend};
-use crate::web::Address;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
@@ -27,9 +27,6 @@ const RUNTIME_DIRECTORY_BYTES_MAX: usize = 77;
 
 /// Bytes of an entry's scripts and variables at most: a guest config has 256 KiB, of which a CA bundle may take half.
 const GUEST_SETTINGS_BYTES_MAX: usize = 64 * 1024;
-
-/// Bytes of a socket's path at most, less the end of the text.
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// Ended jobs at most: the list of them is in memory, a KiB each.
 const HISTORY_JOBS_MAX: u32 = 10_000;
@@ -117,7 +114,7 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
         &std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default(),
         &mut report,
     );
-    status(config, &mut report);
+    status::judge(config, &mut report);
     limits(config, &mut report);
     classes::classes(config, &mut report);
     classes::rules(config, &mut report);
@@ -215,34 +212,6 @@ fn network(config: &Config, local_port_range: &str, report: &mut Report<'_>) {
 
 const BRIDGE: &str = "is `bridge`, which this version does not offer yet";
 const BRIDGE_REMEDY: &str = "use \"relay\" or \"user\"";
-
-/// No guest may reach the status listener.
-fn status(config: &Config, report: &mut Report<'_>) {
-    let key = "status.listen";
-    match &config.status.listen {
-        Some(Address::Tcp(address)) if !address.ip().is_loopback() => report.error(
-            key,
-            format!("is `{address}`: others could read what runs here, in the clear"),
-            "use a unix socket or an address of the host's loopback, and a proxy with TLS before it",
-        ),
-        Some(Address::Tcp(address)) if guests_reach_loopback(config) => report.error(
-            key,
-            format!("is `{address}`, on the host's loopback, which a job's machine reaches in the network `user`"),
-            "use the path of a unix socket (a Prometheus reads it through a proxy, or `dayfly metrics` and node_exporter's textfile collector), or set `network = \"relay\"` in every [[class]]",
-        ),
-        Some(Address::Unix(path)) if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX => {
-            let what = format!("is longer than {SOCKET_PATH_BYTES_MAX} bytes, too long for a socket");
-            report.error(key, what, "choose a shorter path");
-        }
-        _ => {}
-    }
-}
-
-/// Whether what listens on the host's loopback may be open to guests of a class: one that says nothing has the network
-/// `user` as long as its image knows no other.
-fn guests_reach_loopback(config: &Config) -> bool {
-    config.class.iter().any(|class| class.network.or(config.network.mode) != Some(Choice::Relay))
-}
 
 fn limits(config: &Config, report: &mut Report<'_>) {
     let l = &config.limits;

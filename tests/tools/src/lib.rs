@@ -2,4 +2,5 @@
 
 pub mod directories;
 pub mod host;
+pub mod image;
 pub mod killing;

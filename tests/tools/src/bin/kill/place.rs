@@ -3,9 +3,9 @@
 use crate::CELLS;
 use crate::leftovers::Places;
 use crate::work::Source;
-use dayfly::image::manifest::{ImageFile, MANIFEST_FILE, Manifest};
-use dayfly_doubles::images;
+use dayfly::image::manifest::MANIFEST_FILE;
 use dayfly_exec::standin::{Artifact, ArtifactContent, JobSpec, JobState, ProjectId, Standin};
+use dayfly_test_tools::image::empty_image;
 use dayfly_test_tools::killing::artifact;
 use std::fmt::Write as _;
 use std::fs;
@@ -27,9 +27,6 @@ const MEMORY: &str = "/dev/shm";
 
 /// Bytes of the artifact that every job may fetch.
 const SOURCE_BYTES: usize = 700_000;
-
-/// A disk of no content: nothing boots from it. (QEMU's `docs/interop/qcow2.txt`.)
-const DISK_BYTES: &str = "1M";
 
 /// What all state directories share.
 #[derive(Clone, Debug)]
@@ -95,7 +92,7 @@ impl Paths {
         let made = || -> io::Result<PathBuf> {
             fs::create_dir_all(&places.machines)?;
             boot_with(&places, &self.guest)?;
-            image(&dir.join(IMAGE))?;
+            empty_image(&dir.join(IMAGE))?;
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(dir.join("token"))?;
             file.write_all(token.as_bytes())?;
             let config = dir.join("config.toml");
@@ -150,25 +147,6 @@ pub(crate) fn build_again(config: &Path, contract: Option<u32>) -> io::Result<()
     let new = path.with_extension("new");
     fs::write(&new, lines.join("\n") + "\n")?;
     fs::rename(new, path)
-}
-
-/// A boot-tested image of an empty disk.
-fn image(dir: &Path) -> io::Result<()> {
-    fs::create_dir_all(dir)?;
-    let disk = dir.join("disk.qcow2");
-    #[expect(clippy::disallowed_methods, reason = "a tool's set-up; it ends within milliseconds")]
-    let made = std::process::Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2"])
-        .arg(&disk)
-        .arg(DISK_BYTES)
-        .status()?;
-    if !made.success() {
-        return Err(io::Error::other(format!("qemu-img ended with {made}")));
-    }
-    let file = ImageFile { file: "disk.qcow2".into(), bytes: fs::metadata(&disk)?.len(), sha256: String::new() };
-    // The daemon of the last version knows no key `networks`.
-    let manifest = Manifest { disk: file, networks: Vec::new(), ..images::image().manifest };
-    fs::write(dir.join(MANIFEST_FILE), manifest.to_text())
 }
 
 /// A job that has ended long ago, whose artifact others may fetch.
