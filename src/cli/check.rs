@@ -18,14 +18,19 @@ pub(super) struct UnfitImage {
 }
 
 /// Prints each value with its source, then the warnings; errors say all that is wrong.
-pub(super) fn check(config: &Path) -> anyhow::Result<()> {
+pub(super) fn check(config: &Path, json: bool) -> anyhow::Result<()> {
     let loaded = Config::load(config)?;
-    show(&loaded, &mut io::stdout().lock())?;
+    if !json {
+        show(&loaded, &mut io::stdout().lock())?;
+    }
     loaded.check_for_running()?;
     alike(&loaded.config)?;
     networks(&loaded.config)?;
     // Of this host: a file may be checked elsewhere than where it is for.
     let never = Size::of_host(&loaded.config).map(|size| size.too_large(&loaded.config)).unwrap_or_default();
+    if json {
+        return Ok(super::print(&format!("{}\n", serde_json::to_string_pretty(&facts(&loaded, &never))?))?);
+    }
     conclude(&never, &mut io::stdout().lock())?;
     Ok(())
 }
@@ -56,6 +61,18 @@ fn networks(config: &Config) -> Result<(), UnfitImage> {
         }
     }
     Ok(())
+}
+
+/// What is shown, for programs.
+fn facts(loaded: &Loaded, never: &[TooLarge]) -> serde_json::Value {
+    let values = loaded.resolved().into_iter().map(|(key, value, origin)| {
+        // What stands for no value is no JSON, and stays a text.
+        let value = serde_json::from_str::<serde_json::Value>(&value).unwrap_or_else(|_| value.into());
+        serde_json::json!({ "key": key, "value": value, "source": origin.to_string() })
+    });
+    let never = never.iter().map(|found| format!("{}: it can never run on this host; {}", found.what, found.remedy));
+    let warnings: Vec<String> = loaded.warnings.iter().map(ToString::to_string).chain(never).collect();
+    serde_json::json!({ "values": values.collect::<Vec<_>>(), "warnings": warnings })
 }
 
 fn conclude(never: &[TooLarge], out: &mut impl Write) -> io::Result<()> {
@@ -111,6 +128,11 @@ mod tests {
         let file = dir.path().join("config.toml");
         let loaded =
             Config::assemble(Some((file.clone(), text.into())), [("DAYFLY_CONCURRENT".into(), "4".into())]).unwrap();
+        let facts = facts(&loaded, &[]);
+        let values = facts["values"].as_array().unwrap();
+        assert!(values.iter().any(|value| value["key"] == "concurrent" && value["value"] == 4), "{facts}");
+        assert!(values.iter().any(|value| value["key"] == "limits.keepalive" && value["value"] == "10s"), "{facts}");
+        assert!(facts["warnings"][0].as_str().unwrap().contains("http"), "{facts}");
         let mut out = Vec::new();
         show(&loaded, &mut out).unwrap();
         let out = String::from_utf8(out).unwrap();

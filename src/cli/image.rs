@@ -7,7 +7,7 @@ use super::Interrupted;
 use crate::boot_test::{BootTest, Booted, DEADLINE};
 use crate::config::Config;
 use crate::image::build::Recipes;
-use crate::image::store::{Image, ImageStore, Images as _};
+use crate::image::store::{Image, ImageError, ImageStore, Images as _};
 use crate::network::Tcp;
 use crate::telemetry::printable;
 use crate::vm::AccelChoice;
@@ -49,7 +49,11 @@ enum Command {
         name: String,
     },
     /// Show all images, and whose runner is in each
-    List,
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Show one image, or one version of it: what is in it, of what it was made, which versions there are
     Inspect {
         /// Name of the image, or NAME@VERSION
@@ -102,7 +106,11 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
             store.learn(&image, booted.learnt())?;
             say(&format!("image `{name}` boots: {}", describe(&store.load(&name).await?)));
         }
-        Command::List => {
+        Command::List { json: true } => {
+            let images: Vec<_> = store.list()?.into_iter().map(|(name, image)| facts(&name, image.as_ref())).collect();
+            super::print(&format!("{}\n", serde_json::to_string_pretty(&images)?))?;
+        }
+        Command::List { json: false } => {
             let images = store.list()?;
             if images.is_empty() {
                 say(&format!(
@@ -131,6 +139,21 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What is known of an image, for programs.
+fn facts(name: &str, image: Result<&Image, &ImageError>) -> serde_json::Value {
+    match image {
+        Ok(image) => serde_json::json!({
+            "name": name,
+            "runner": image.manifest.runner.version,
+            "runner_origin": image.manifest.runner.origin.to_string(),
+            "executor": image.manifest.executor,
+            "boot_tested": image.manifest.info.is_some(),
+            "takes_no_job": image.manifest.unspoken(),
+        }),
+        Err(error) => serde_json::json!({ "name": name, "unusable": crate::telemetry::chain(error) }),
+    }
 }
 
 /// A boot test goes to its end, within minutes, even when it is interrupted: nobody else would take

@@ -22,7 +22,7 @@ use crate::config::ConfigError;
 use crate::daemon::{Connect, DaemonError};
 use crate::job::journal::JournalError;
 use crate::telemetry::printable;
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
@@ -61,7 +61,13 @@ enum Command {
         json: bool,
     },
     /// Ask GitLab whether it knows the runners' tokens; all of them unless --name says which
-    Verify(runners::Which),
+    Verify {
+        #[command(flatten)]
+        which: runners::Which,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Remove a runner's entry and token here, and this host from it at GitLab
     Unregister(runners::Unregister),
     /// Have GitLab make a runner's token anew, and keep that in place of the old one
@@ -69,7 +75,16 @@ enum Command {
     /// Take over the runners of gitlab-runner's config.toml, and say of each line what became of it
     Migrate(migrate::Args),
     /// Check the configuration and show its values with their sources
-    Check,
+    Check {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look at the configuration's form
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// Look at this host: libvirt, virtualisation, network, images, settings
     Doctor(doctor::Args),
     /// Build, test, list and remove base images
@@ -97,6 +112,11 @@ enum Command {
     Console(jobs::Console),
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
+    /// Print the completions of a shell: `dayfly completion bash > /etc/bash_completion.d/dayfly`
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
     /// Tell the running daemon to take no more jobs, and to end after those it has
     Drain {
         /// Return when it has ended
@@ -114,6 +134,12 @@ enum Command {
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum ConfigCommand {
+    /// Print the configuration's JSON schema, for editors
+    Schema,
 }
 
 /// The command line asks for something that cannot be meant.
@@ -158,11 +184,19 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Run => run::run(&config, connect)?,
         Command::Register(args) => wait_for(register::with_gitlab(&config, *args))?,
         Command::List { json } => runners::list(&config, json)?,
-        Command::Verify(which) => return wait_for(runners::verify(&config, &which)),
+        Command::Verify { which, json } => return wait_for(runners::verify(&config, &which, json)),
         Command::Unregister(args) => wait_for(runners::unregister(&config, &args))?,
         Command::ResetToken(which) => wait_for(runners::reset_token(&config, &which))?,
         Command::Migrate(args) => migrate::migrate(&config, &args)?,
-        Command::Check => check::check(&config)?,
+        Command::Check { json } => check::check(&config, json)?,
+        Command::Config { command: ConfigCommand::Schema } => {
+            print(&format!("{}\n", serde_json::to_string_pretty(&crate::config::schema())?))?
+        }
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "dayfly", &mut script);
+            print(&String::from_utf8_lossy(&script))?;
+        }
         Command::Doctor(args) => return wait_for(doctor::doctor(&config, args)),
         Command::Image(args) => wait_for(image::image(&config, *args))?,
         Command::Exec(args) => return Err(exec::become_it(args)),
@@ -223,7 +257,6 @@ fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
 mod tests {
     use super::*;
     use crate::daemon::Backends;
-    use clap::CommandFactory as _;
     use std::path::Path;
 
     fn exit_of(args: &[&str]) -> ExitCode {
@@ -233,6 +266,20 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    /// Each command that the completions name is one, in each shell that there is.
+    #[test]
+    fn completions_are_made_for_each_shell() {
+        for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+            assert_eq!(exit_of(&["completion", shell]), ExitCode::SUCCESS, "{shell}");
+        }
+        let mut script = Vec::new();
+        clap_complete::generate(clap_complete::Shell::Bash, &mut Cli::command(), "dayfly", &mut script);
+        let script = String::from_utf8(script).unwrap();
+        assert!(["reset-token", "--ended", "--config"].iter().all(|word| script.contains(word)), "{script}");
+        assert_eq!(exit_of(&["config", "schema"]), ExitCode::SUCCESS);
+        assert_eq!(exit_of(&["completion", "tcsh"]), ExitCode::from(64));
     }
 
     #[test]

@@ -85,18 +85,26 @@ fn listed(runner: &Runner) -> Listed<'_> {
 }
 
 /// Asks each runner's GitLab whether it knows the token. Exit code 1 if one does not.
-pub(super) async fn verify(config: &Path, which: &Which) -> anyhow::Result<ExitCode> {
+pub(super) async fn verify(config: &Path, which: &Which, json: bool) -> anyhow::Result<ExitCode> {
     let config = Config::load(config)?.config;
     let mut code = ExitCode::SUCCESS;
+    let mut found = Vec::new();
     for runner in which.of(&config, true)? {
-        let line = match verify_one(&config, runner).await {
-            Ok(line) => line,
+        let (known, line) = match verify_one(&config, runner).await {
+            Ok(line) => (true, line),
             Err(error) => {
                 code = ExitCode::FAILURE;
-                format!("{error:#}")
+                (false, format!("{error:#}"))
             }
         };
-        writeln!(io::stdout(), "{}: {}", printable(&runner.name), printable(&line))?;
+        if json {
+            found.push(serde_json::json!({ "name": runner.name, "url": runner.url, "known": known, "what": line }));
+        } else {
+            writeln!(io::stdout(), "{}: {}", printable(&runner.name), printable(&line))?;
+        }
+    }
+    if json {
+        super::print(&format!("{}\n", serde_json::to_string_pretty(&found)?))?;
     }
     Ok(code)
 }

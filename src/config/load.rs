@@ -1,5 +1,6 @@
 //! Puts defaults, file and environment together, in this order, and has the result judged.
 
+use super::foreign;
 use super::origin::{ENV_PREFIX, Origins, line_of, nearest_name};
 use super::validate::{Problem, Problems, validate};
 use super::{Config, Origin};
@@ -151,7 +152,10 @@ impl Config {
         if let Some(Address::Unix(path)) = &mut self.status.listen {
             *path = dir.join(&path);
         }
-        for path in own.into_iter().chain(runners) {
+        let status = &mut self.status;
+        let status =
+            [&mut status.token_file, &mut status.tls_cert_file, &mut status.tls_key_file, &mut status.fleet_ca_file];
+        for path in own.into_iter().chain(runners).chain(status.into_iter().flatten()) {
             // An empty path stays one, for validation to name it.
             if path.as_os_str().is_empty() {
                 continue;
@@ -228,9 +232,11 @@ fn explain(error: &figment::Error, origins: &Origins) -> Problem {
     };
     match &error.kind {
         Kind::UnknownField(name, known) => {
-            let remedy = match nearest_name(name, known.iter().copied()) {
-                Some(meant) => format!("did you mean `{meant}`?"),
-                None => format!("known here: {}", known.join(", ")),
+            let remedy = match (foreign::remedy(name), nearest_name(name, known.iter().copied())) {
+                // Of another's configuration, and no slip.
+                (Some(remedy), _) => remedy.to_owned(),
+                (None, Some(meant)) => format!("did you mean `{meant}`?"),
+                (None, None) => format!("known here: {}", known.join(", ")),
             };
             Problem::at(origins, &child(name), "does not exist", remedy)
         }

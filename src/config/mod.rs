@@ -6,10 +6,12 @@
 
 mod duration;
 mod example;
+mod foreign;
 mod history;
 mod limits;
 mod load;
 mod origin;
+mod schema;
 mod validate;
 
 pub use duration::Span;
@@ -18,6 +20,7 @@ pub use history::History;
 pub use limits::Limits;
 pub use load::{ConfigError, Loaded, environment};
 pub use origin::{Origin, Origins};
+pub use schema::schema;
 pub use validate::{Problem, Problems};
 
 use crate::machine_spec::{EnvironmentLine, GuestSettings, Size};

@@ -39,7 +39,8 @@ const GITLAB_PATIENCE: Duration = Duration::from_secs(15);
 const INSTALLATION_BYTES_MAX: u64 = 16 * 1024;
 
 /// How much a finding matters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Level {
     /// As it should be.
     Ok,
@@ -50,7 +51,7 @@ pub enum Level {
 }
 
 /// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Finding {
     /// How much it matters.
     pub level: Level,
@@ -92,6 +93,9 @@ pub(super) struct Args {
     /// Also run a whole job in a machine of each class; takes as long as that
     #[arg(long)]
     boot: bool,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Looks at everything and prints it; exit code 1 if no job would run.
@@ -119,10 +123,14 @@ pub(super) async fn doctor(config: &Path, args: Args) -> anyhow::Result<ExitCode
     if args.boot {
         findings.extend(boot::jobs(&loaded.config, dir.path()).await);
     }
+    let bad = findings.iter().filter(|finding| finding.level == Level::Bad).count();
+    if args.json {
+        super::print(&format!("{}\n", serde_json::to_string_pretty(&findings)?))?;
+        return Ok(if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
     for finding in &findings {
         writeln!(io::stdout(), "{finding}")?;
     }
-    let bad = findings.iter().filter(|finding| finding.level == Level::Bad).count();
     if bad == 0 {
         writeln!(io::stdout(), "this host can run jobs")?;
         return Ok(ExitCode::SUCCESS);

@@ -1,6 +1,7 @@
 //! Each mistake that a configuration can hold, and the sentence that it gets.
 
 use super::*;
+use crate::web::Address;
 use std::os::unix::fs::PermissionsExt as _;
 
 /// A file that is right, to be spoilt.
@@ -43,6 +44,11 @@ fn an_unknown_key_names_line_and_what_was_meant() {
     refused("[log]\n\nlevle = \"info\"\n", &["`log.levle`", "line 3", "did you mean `level`?"]);
     refused(&GOOD.replace("token_file", "token"), &["`runner.0.token`", "line 9"]);
     refused(&format!("{GOOD}check_interval = 3\n"), &["`runner.0.check_interval`", "line 11", "poll_interval"]);
+    // gitlab-runner's own names, wherever they stand.
+    refused("log_level = \"debug\"\n", &["`log_level`", "line 1", "`level` of `[log]`"]);
+    refused("shutdown_timeout = 60\n", &["`drain_timeout` of `[limits]`"]);
+    refused(&format!("{GOOD}executor = \"docker\"\n"), &["`runner.0.executor`", "leave it away", "`class`"]);
+    refused(&format!("{GOOD}tls-ca-file = \"x\"\n"), &["`tls_ca_file`"]);
 }
 
 #[test]
@@ -272,7 +278,17 @@ fn a_status_listener_that_guests_reach_is_refused_with_a_way_out() {
         let relay = GOOD.replace("[[runner]]", "network = \"relay\"\n[[runner]]");
         load(&format!("{relay}[status]\nlisten = \"{loopback}\"\n"), &[]).unwrap();
     }
-    refused(&with("0.0.0.0:9480"), &["`status.listen`", "in the clear", "unix socket"]);
+    refused(&with("0.0.0.0:9480"), &["`status.listen`", "in the clear", "`status.tls_key_file`", "unix socket"]);
+    let afar = format!("{}token_file = \"t\"\ntls_cert_file = \"c\"\n", with("0.0.0.0:9480"));
+    refused(&afar, &["`status.listen`", "set `status.tls_key_file` too"]);
+    let fleet = "fleet = [\"https://ci-2.example:9480\"]\n";
+    let config = load(&format!("{afar}tls_key_file = \"k\"\n{fleet}"), &[]).unwrap().config;
+    assert_eq!(config.status.token_file.as_deref(), Some(std::path::Path::new("/etc/dayfly/t")));
+    refused(&format!("{}{fleet}", with("off")), &["`status.fleet`", "`status.token_file`"]);
+    refused(
+        &format!("{}token_file = \"t\"\nfleet = [\"http://ci-2.example\"]\n", with("off")),
+        &["`status.fleet.0`", "a token goes there"],
+    );
     refused(&with("localhost:9480"), &["`status.listen`", "`localhost:9480`"]);
     refused(&with(&format!("/{}", "x".repeat(110))), &["`status.listen`", "shorter path"]);
     for (listen, address) in [
