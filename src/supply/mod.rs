@@ -32,7 +32,7 @@ use crate::metrics::Metrics;
 use crate::network::{DoorKind, Entrance, Lease, LeaseError, Mode, Network, PortRange};
 use crate::rng::Rng;
 use crate::vm::sockets::DoorSocket;
-use crate::vm::{Accel, Host, Hypervisor, InstallationId, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use crate::vm::{Accel, Host, Hypervisor, InstallationId, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -254,6 +254,12 @@ impl Supply {
     #[must_use]
     pub fn host(&self) -> &Host {
         &self.0.host
+    }
+
+    /// What a VM that runs has used so far, as far as is known within `deadline`.
+    pub async fn usage(&self, id: &VmId, deadline: Duration) -> Usage {
+        let name = VmName::from(id.clone());
+        tokio::time::timeout(deadline, self.hypervisor().usage(&name)).await.unwrap_or_default()
     }
 
     /// A machine was lost before its guest showed the pass; why, in words for operators.

@@ -27,6 +27,9 @@ pub const EGRESS_NAME: &str = "org.dayfly.egress.0";
 /// Features of a CPU by which it runs VMs: Intel's and AMD's.
 pub(super) const NESTING: [&str; 2] = ["vmx", "svm"];
 
+/// What the guest calls its disk, and libvirt too.
+pub(super) const DISK: &str = "vda";
+
 /// TCG's translation cache. QEMU's own default grows without bound; 256 MiB cost no visible speed
 /// and are what decision D3 reserves.
 pub(super) const TB_CACHE_MIB: &str = "256";
@@ -338,7 +341,7 @@ fn disk(w: &mut Xml, texts: &Texts, ownership: Option<Ownership>) -> io::Result<
         })?;
         empty(w, "backingStore", &[])
     })?;
-    empty(w, "target", &[("dev", "vda"), ("bus", "virtio")])
+    empty(w, "target", &[("dev", DISK), ("bus", "virtio")])
 }
 
 fn socket(w: &mut Xml, path: &str, ownership: Option<Ownership>) -> io::Result<()> {

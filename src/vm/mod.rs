@@ -16,9 +16,11 @@ pub mod proof;
 pub mod qemu;
 pub mod sockets;
 mod state;
+mod usage;
 
 pub use config::{AccelChoice, Backend, Config};
 pub use state::{Ending, Pause, VmState};
+pub use usage::Usage;
 
 use crate::BoxFuture;
 use crate::rng::Rng;
@@ -361,6 +363,10 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// an operator's eyes. At most 300 bytes. Deadline 10 s.
     fn last_words<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Option<String>> {
         Box::pin(std::future::ready(None))
+    }
+    /// What a VM that runs has used so far, as far as is known. Deadline 10 s; whoever asks may drop it before.
+    fn usage<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Usage> {
+        Box::pin(std::future::ready(Usage::default()))
     }
     /// Ends a VM at once, and removes what is left of one that has ended; one that is gone counts as ended. Deadline 30 s.
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>>;

@@ -50,5 +50,6 @@ mod tokens;
 mod trace_waits;
 mod twice;
 mod unassigned;
+mod used;
 mod wire;
 mod wishes;

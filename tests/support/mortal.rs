@@ -12,7 +12,9 @@ use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
 use dayfly::network::{DoorListener, Egress, EgressError, EgressOf, Listen, Terms};
 use dayfly::vm::paths::Paths;
-use dayfly::vm::{Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
+use dayfly::vm::{
+    Host, HostInfo, Hypervisor, InstallationId, Stream, Usage, VmError, VmName, VmSpec, VmState, VmSummary,
+};
 use dayfly_egress::audit::Destination;
 use std::future::{pending, poll_fn};
 use std::io;
@@ -342,6 +344,10 @@ impl Hypervisor for MortalHypervisor {
 
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
         self.call(async move { self.hypervisor.state(name).await })
+    }
+
+    fn usage<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Usage> {
+        self.call(async move { self.hypervisor.usage(name).await })
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {

@@ -6,9 +6,11 @@
 //! (decision D20). Lines name no host, no path and no secret: the CI user reads them.
 
 mod ends;
+mod machine;
 mod reached;
 
 pub(super) use ends::{Hints, console, failure, kernel_words, masked, runner_words};
+pub(super) use machine::Section;
 pub(super) use reached::reached;
 
 use crate::gitlab::Containers;

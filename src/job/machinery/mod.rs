@@ -235,7 +235,7 @@ impl Machinery {
     pub(super) async fn commit(&mut self, verdict: bool) -> bool {
         let sealed = if verdict { self.seal_trace().await } else { Ok(()) };
         if verdict && sealed.is_ok() {
-            self.plan_reached().await;
+            self.plan_sections().await;
         }
         let kept = match sealed {
             Ok(()) => self.keep().await,

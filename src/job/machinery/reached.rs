@@ -29,13 +29,4 @@ impl Machinery {
     pub(in crate::job) fn count_reached(&mut self) {
         self.parts.metrics.egress().count(&self.record.class, &std::mem::take(&mut self.reached));
     }
-
-    /// Lets the trace of a guest that has told its verdict end with that section.
-    pub(super) async fn plan_reached(&mut self) {
-        self.look_at_reached().await;
-        let section = self.reached_section(self.parts.clock.now());
-        if !section.is_empty() {
-            self.plan_last_lines(|_| section).await;
-        }
-    }
 }

@@ -21,6 +21,9 @@ use tokio::time::Instant;
 /// So much of the boot is not the author's: the guest gets the job's whole timeout (decision D8).
 const BOOT_FREE: Duration = Duration::from_secs(60);
 
+/// How long the guest's verdict may wait for what its machine has used.
+const USAGE_PATIENCE: Duration = Duration::from_millis(500);
+
 /// Events that may wait for the job from its uploader; a full queue makes it wait.
 const EVENTS_MAX: usize = 64;
 
@@ -126,6 +129,24 @@ impl Machinery {
         }
         lines.push_str(&text(now));
         self.record.last_lines = Some(LastLines { offset, text: lines });
+    }
+
+    /// Says in the record that the trace of a guest that has told its verdict ends with what its machine has used and
+    /// reached, as far as that is known in time. The guest waits for its answer meanwhile, so the machine is there.
+    pub(super) async fn plan_sections(&mut self) {
+        let Some(id) = self.record.machine.as_ref().map(|claim| claim.id.clone()) else { return };
+        let supply = self.parts.supply.clone();
+        // Both at once: half a second in all.
+        let (usage, ()) = tokio::join!(supply.usage(&id, USAGE_PATIENCE), self.look_at_reached());
+        let (now, sections) = (self.parts.clock.now(), self.record.trace_sections);
+        // What the log masks is not known any more after a restart of the host.
+        let masks = self.payload.as_ref().map(|payload| payload.masks.as_slice());
+        let mut text = masks.map_or_else(String::new, |masks| lines::Section::of(&usage).text(now, sections, masks));
+        text.push_str(&self.reached_section(now));
+        // Else there would be a record of no lines.
+        if !text.is_empty() {
+            self.plan_last_lines(|_| text).await;
+        }
     }
 
     /// The lines that the record names, if they are not in the spool yet, and that to disk.

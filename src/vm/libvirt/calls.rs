@@ -5,9 +5,10 @@
 //! ever touched: the names of others, even if they look like ours, change nothing.
 
 use crate::vm::domain_xml::{self, METADATA_NAMESPACE, Metadata, Ownership};
-use crate::vm::{Ending, HostInfo, InstallationId, Pause, VmName, VmSpec, VmState, VmSummary};
+use crate::vm::{Ending, HostInfo, InstallationId, Pause, Usage, VmName, VmSpec, VmState, VmSummary};
 use rustix::process::getegid;
 use std::error::Error;
+use std::time::Duration;
 use virt::connect::Connect;
 use virt::domain::{Domain, DomainCrashedReason, DomainPausedReason, DomainState, DomainStateReason};
 use virt::enumutil::Enum;
@@ -120,6 +121,18 @@ impl Link {
             Some(domain) => state(&domain),
             None => Ok(VmState::Gone),
         }
+    }
+
+    /// What libvirt knows of a domain's use; what it does not tell of one kind is left out.
+    pub(super) fn usage(&mut self, name: &VmName) -> Result<Usage, CallError> {
+        let Some(domain) = self.lookup(name)? else { return Ok(Usage::default()) };
+        let cpu = unless_gone(domain.info())?.map(|info| Duration::from_nanos(info.cpu_time));
+        let resident = domain.memory_stats(0).ok().and_then(|stats| {
+            let rss = stats.into_iter().find(|stat| stat.tag == sys::VIR_DOMAIN_MEMORY_STAT_RSS)?;
+            rss.val.checked_mul(1024)
+        });
+        let written = domain.block_stats(domain_xml::DISK).ok().and_then(|stats| u64::try_from(stats.wr_bytes).ok());
+        Ok(Usage { memory_bytes: resident, cpu, disk_written_bytes: written, ..Usage::default() })
     }
 
     pub(super) fn destroy(&mut self, name: &VmName) -> Result<(), CallError> {

@@ -24,7 +24,7 @@ mod workers;
 
 use super::paths::RealPaths;
 use super::sockets::{Sockets, check_path};
-use super::{Config, Host, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary};
+use super::{Config, Host, HostInfo, Hypervisor, InstallationId, Usage, VmError, VmName, VmSpec, VmState, VmSummary};
 use crate::BoxFuture;
 use endings::Endings;
 use std::ffi::OsString;
@@ -140,6 +140,14 @@ impl Hypervisor for Libvirt {
         Box::pin(async move {
             let read = tokio::task::spawn_blocking(move || log::head(&path));
             timeout(LOOK_DEADLINE, read).await.ok()?.ok()?
+        })
+    }
+
+    fn usage<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Usage> {
+        let wanted = name.clone();
+        Box::pin(async move {
+            let look = move |link: &mut calls::Link| link.usage(&wanted);
+            self.workers.call("look at the use of VM", name.to_string(), LOOK_DEADLINE, look).await.unwrap_or_default()
         })
     }
 

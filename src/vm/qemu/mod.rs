@@ -22,7 +22,7 @@ mod watch;
 
 use super::sockets::check_path;
 use super::{
-    Ending, HostInfo, Hypervisor, InstallationId, VmError, VmName, VmSpec, VmState, VmSummary, own_memory_mib,
+    Ending, HostInfo, Hypervisor, InstallationId, Usage, VmError, VmName, VmSpec, VmState, VmSummary, own_memory_mib,
 };
 use crate::BoxFuture;
 use crate::process::{Program, bounded_log, start_outliving};
@@ -182,6 +182,14 @@ impl Qemu {
             return Ok(None);
         }
         Ok(answer.await.ok())
+    }
+
+    /// Bytes that were written to its disks.
+    async fn written(&self, name: &VmName) -> Option<u64> {
+        let questions = self.listening(name, Watch::questions).await.ok()?;
+        let (reply, answer) = oneshot::channel();
+        questions.send(Question::Disks(reply)).await.ok()?;
+        written(&answer.await.ok()?)
     }
 
     async fn state_of(&self, name: &VmName) -> Result<VmState, VmError> {
@@ -361,6 +369,13 @@ impl Qemu {
     }
 }
 
+/// The sum of what went to all disks, by an answer to `query-blockstats`.
+fn written(disks: &serde_json::Value) -> Option<u64> {
+    let of = |disk: &serde_json::Value| disk.get("stats")?.get("wr_bytes")?.as_u64();
+    let disks: Vec<u64> = disks.as_array()?.iter().filter_map(of).collect();
+    (!disks.is_empty()).then(|| disks.iter().fold(0, |sum, bytes| u64::saturating_add(sum, *bytes)))
+}
+
 /// Whether something of a machine in this state is kept until it is destroyed.
 fn stays(state: VmState) -> bool {
     match state {
@@ -409,6 +424,16 @@ impl Hypervisor for Qemu {
                 self.records(WHAT, name, move |_| Ok(log.read())).await
             });
             log::head(&read.await.ok()?.ok()?)
+        })
+    }
+
+    fn usage<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Usage> {
+        Box::pin(async move {
+            let wanted = name.clone();
+            let process = self.records("look at the use of VM", name, move |records| records.usage(&wanted));
+            let disks = timeout(LOOK_DEADLINE, self.written(name));
+            let (process, disks) = tokio::join!(process, disks);
+            Usage { disk_written_bytes: disks.ok().flatten(), ..process.unwrap_or_default() }
         })
     }
 

@@ -15,7 +15,7 @@
 //! look takes the lock for a moment.
 
 use crate::files::plain;
-use crate::vm::{Ending, InstallationId, VmId, VmName};
+use crate::vm::{Ending, InstallationId, Usage, VmId, VmName};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
@@ -161,6 +161,20 @@ impl Records {
             }
         }
         Ok(())
+    }
+
+    /// What the kernel knows of the use of a machine's process.
+    pub(super) fn usage(&self, name: &VmName) -> io::Result<Usage> {
+        let record = fs::metadata(self.path(name, "vm"))?;
+        for entry in fs::read_dir("/proc")? {
+            let entry = entry?;
+            let pid = entry.file_name().to_str().and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
+            if pid.is_some_and(|pid| is_input_of(Path::new("/proc"), pid, &record)) {
+                let read = |what: &str| fs::read_to_string(entry.path().join(what));
+                return Ok(Usage::of_process(&read("status")?, &read("stat")?));
+            }
+        }
+        Ok(Usage::default())
     }
 
     /// Sends a signal to the processes of a machine.

@@ -41,6 +41,8 @@ pub(super) enum Question {
     State(oneshot::Sender<VmState>),
     /// That it go. Answered before it has gone.
     Quit(oneshot::Sender<()>),
+    /// What went through its disks.
+    Disks(oneshot::Sender<Value>),
 }
 
 /// A machine that is listened to. Dropping it ends that.
@@ -137,6 +139,7 @@ impl Listener {
                 let command = match question {
                     Question::State(_) => "query-status",
                     Question::Quit(_) => "quit",
+                    Question::Disks(_) => "query-blockstats",
                 };
                 return self.send(qmp, command, Due::Theirs(question)).await;
             }
@@ -171,6 +174,10 @@ impl Listener {
                 (Some(Due::Ours), Ok(status)) => self.take(qmp, &status).await.map(drop),
                 (Some(Due::Theirs(Question::Quit(reply))), Ok(_)) => {
                     let _ = reply.send(());
+                    Ok(())
+                }
+                (Some(Due::Theirs(Question::Disks(reply))), Ok(disks)) => {
+                    let _ = reply.send(disks);
                     Ok(())
                 }
                 (Some(Due::Nobodys), _) => Ok(()),

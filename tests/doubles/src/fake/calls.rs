@@ -8,7 +8,7 @@ use dayfly::BoxFuture;
 use dayfly::network::{DoorListener, Listen};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{
-    Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary,
+    Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, Usage, VmError, VmName, VmSpec, VmState, VmSummary,
 };
 use std::io;
 use std::net::SocketAddr;
@@ -233,6 +233,14 @@ impl Hypervisor for FakeHypervisor {
             let ended = || world.endings.get(name).map_or(VmState::Gone, |ending| VmState::Ended(*ending));
             world.vms.get(name).map_or_else(ended, |machine| machine.state)
         }))
+    }
+
+    fn usage<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Usage> {
+        let (takes, usage) = self.world().usage;
+        Box::pin(async move {
+            tokio::time::sleep(takes).await;
+            usage
+        })
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {

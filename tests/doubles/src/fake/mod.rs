@@ -17,7 +17,7 @@ pub use faults::{Fault, Op};
 pub use guest::{Doors, GuestMachine, GuestScript, Power};
 pub use wire::GuestEnd;
 
-use dayfly::vm::{Ending, HostInfo, Pause, Stream, VmId, VmName, VmSpec, VmState};
+use dayfly::vm::{Ending, HostInfo, Pause, Stream, Usage, VmId, VmName, VmSpec, VmState};
 use egress::Carrier;
 use faults::Faults;
 use guest::Control;
@@ -139,6 +139,8 @@ struct World {
     witness: Option<Witness>,
     birth: Instant,
     timing: Timing,
+    /// What each VM has used, and how long it takes to tell.
+    usage: (Duration, Usage),
     host: HostInfo,
     reachable: bool,
     script: Arc<dyn GuestScript>,
@@ -217,6 +219,7 @@ impl FakeHypervisor {
             witness: None,
             birth: Instant::now(),
             timing: Timing::default(),
+            usage: (Duration::ZERO, Usage::default()),
             host: HostInfo { version: "fake 1".into(), cpus: 64, memory_mib: 256 * 1024, kvm_offered: true },
             reachable: true,
             script: Arc::new(|_machine: GuestMachine| std::future::pending()),
@@ -241,6 +244,11 @@ impl FakeHypervisor {
     /// How long things take from now on.
     pub fn set_timing(&self, timing: Timing) {
         self.world().timing = timing;
+    }
+
+    /// What each VM has used, from now on, and how long it takes to tell.
+    pub fn set_usage(&self, takes: Duration, usage: Usage) {
+        self.world().usage = (takes, usage);
     }
 
     /// What [`Hypervisor::probe`](dayfly::vm::Hypervisor::probe) answers.
