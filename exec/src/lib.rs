@@ -147,6 +147,11 @@ struct Args {
     verbose: u8,
 }
 
+/// The command line's own definition, for pages about it.
+pub fn command() -> clap::Command {
+    <Args as clap::CommandFactory>::command()
+}
+
 fn parse_timeout(text: &str) -> Result<Duration, String> {
     pipeline::parse_timeout(text).ok_or_else(|| "write it like `1h 30m`, at most a month".into())
 }

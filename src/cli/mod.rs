@@ -152,6 +152,11 @@ struct Usage(String);
 #[error("interrupted")]
 struct Interrupted;
 
+/// The command line's own definition, for pages about it.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}
+
 /// Runs the command line and returns its exit code; a daemon's seams are what `connect` makes.
 pub fn main(args: impl Iterator<Item = OsString>, connect: Connect) -> ExitCode {
     let (notes, args) = register::foreign::take(args.collect());
