@@ -12,7 +12,7 @@ use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
 use crate::guest_config::{GuestParts, guest_config, guest_token, new_machine_id};
 use crate::image::manifest::Learnt;
 use crate::image::store::Image;
-use crate::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use crate::machine_spec::{DockerSettings, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use crate::metrics::Metrics;
 use crate::network::{self, EgressProcesses, Listen, Network};
 use crate::rng::Rng;
@@ -181,7 +181,7 @@ impl BootTest<'_> {
         let spec = MachineSpec {
             image: ImageRef { name: image.name.clone(), digest: image.digest() },
             contract: image.manifest.contract,
-            executor: image.manifest.executor.clone(),
+            executor: image.manifest.executor_of(&DockerSettings::default()),
             cpus: CPUS,
             memory_mib: MEMORY_MIB,
             disk_gib: DISK_GIB,

@@ -4,7 +4,7 @@
 //! config.toml (decision D9). Its form on the wire is the crate `dayfly-guest-config`'s.
 
 use crate::clock::Clock;
-use crate::machine_spec::{EnvironmentLine, MachineSpec, PINNED_FLAGS};
+use crate::machine_spec::{DockerSettings, EnvironmentLine, Executor, MachineSpec, PINNED_FLAGS};
 use crate::network::Lease;
 use crate::rng::Rng;
 use crate::secret::Secret;
@@ -33,6 +33,14 @@ const CACHE: [&str; 12] = [
     "      BucketName = \"cache\"",
     "      BucketLocation = \"dayfly\"",
 ];
+/// Where the Docker executor has a job's sources: the runner's own default, and in the machine the same.
+const BUILDS_VOLUME: &str = "/builds:/builds";
+
+/// Docker's socket, where its clients look for it.
+const SOCKET_VOLUME: &str = "/var/run/docker.sock:/var/run/docker.sock";
+
+/// Seconds until the runner says that a service does not answer, and goes on: the runner's own default, as is that it goes on.
+const SERVICE_WAIT_S: u32 = 30;
 
 /// What one guest's config is made from.
 #[derive(Debug)]
@@ -100,14 +108,16 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
     add(format!("  name = {}", quoted(&runner.name)));
     add(format!("  url = {}", quoted(RELAY_URL)));
     add(format!("  token = {}", quoted(runner.token.expose())));
-    add(format!("  executor = {}", quoted(&parts.spec.executor)));
+    add(format!("  executor = {}", quoted(parts.spec.executor.name())));
     add("  limit = 1".into());
     add(format!("  clone_url = {}", quoted(runner.clone_url.as_str().trim_end_matches('/'))));
     if runner.ca_pem.is_some() {
         add(format!("  tls-ca-file = {}", quoted(CA_FILE)));
     }
-    add(format!("  builds_dir = {}", quoted(&format!("{home}/builds"))));
-    add(format!("  cache_dir = {}", quoted(&format!("{home}/cache"))));
+    if parts.spec.executor == Executor::Shell {
+        add(format!("  builds_dir = {}", quoted(&format!("{home}/builds"))));
+        add(format!("  cache_dir = {}", quoted(&format!("{home}/cache"))));
+    }
     add(format!("  job_status_final_update_retry_limit = {FINAL_UPDATE_TRIES}"));
     let log_mib = settings.output_limit_mib.map_or(parts.log_mib_max, |mib| mib.min(parts.log_mib_max));
     // An `int` of Go's; in KiB, whatever its documentation calls them.
@@ -126,6 +136,9 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
         if let Some(script) = script {
             add(format!("  {key} = {}", quoted(script)));
         }
+    }
+    if let Executor::Docker(containers) = &parts.spec.executor {
+        docker(containers).into_iter().for_each(&mut add);
     }
     if settings.custom_build_dir {
         add("  [runners.custom_build_dir]".into());
@@ -147,6 +160,29 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
         add(format!("    {flag} = {on}"));
     }
     text
+}
+
+/// The section of the Docker executor. The VM goes with its job: a volume for the sources and a cache would cost a container
+/// each and keep nothing, and a container image that is there was put there for this. For the same reason a job may ask for
+/// any policy.
+fn docker(containers: &DockerSettings) -> Vec<String> {
+    let quoted = |text: &str| toml_edit::Value::from(text).to_string();
+    let mut lines = vec!["  [runners.docker]".to_owned()];
+    for (key, image) in [("image", &containers.image), ("helper_image", &containers.helper_image)] {
+        lines.extend(image.as_deref().map(|image| format!("    {key} = {}", quoted(image))));
+    }
+    lines.push(r#"    pull_policy = ["if-not-present"]"#.into());
+    lines.push(r#"    allowed_pull_policies = ["always", "if-not-present", "never"]"#.into());
+    lines.push(format!("    wait_for_services_timeout = {SERVICE_WAIT_S}"));
+    lines.push("    disable_cache = true".into());
+    let mut volumes = vec![BUILDS_VOLUME];
+    volumes.extend(containers.socket.then_some(SOCKET_VOLUME));
+    lines.push(format!(
+        "    volumes = [{}]",
+        volumes.iter().map(|volume| quoted(volume)).collect::<Vec<_>>().join(", ")
+    ));
+    lines.push(format!("    privileged = {}", containers.privileged));
+    lines
 }
 
 /// The variables as they are wanted; with a proxy among them, the way to GitLab stays out of it: in a guest that is the
@@ -290,6 +326,61 @@ mod tests {
         assert_eq!((s3["BucketName"].as_str(), s3["Insecure"].as_bool()), (Some("cache"), Some(true)));
         assert_eq!(runner["cache"]["Shared"].as_bool(), Some(true));
         assert!(s3.get("RoleARN").is_none() && s3.get("UploadRoleARN").is_none());
+    }
+
+    fn toml_of(executor: Executor) -> toml_edit::Table {
+        let rng = Rng::seeded(1);
+        let spec = MachineSpec { executor, ..MachineSpec::example() };
+        let parts = GuestParts {
+            vm: &VmId::random(&rng),
+            lease: &Lease::User { port: 20_000 },
+            spec: &spec,
+            installation_machine_id: "0123456789abcdef0123456789abcdef",
+            wait_timeout: Duration::from_secs(360),
+            door_patience: Duration::from_secs(60),
+            power_off_after: Duration::from_secs(1800),
+            log_mib_max: 256,
+        };
+        let parsed: toml_edit::DocumentMut = config_toml(&parts, "gitlab-runner").parse().unwrap();
+        parsed["runners"].as_array_of_tables().unwrap().get(0).unwrap().clone()
+    }
+
+    #[test]
+    fn each_executor_has_its_own_part_of_the_file() {
+        let shell = toml_of(Executor::Shell);
+        assert_eq!(
+            (shell["executor"].as_str(), shell["builds_dir"].as_str()),
+            (Some("shell"), Some("/home/gitlab-runner/builds"))
+        );
+        assert!(!shell.contains_key("docker"));
+
+        let plain = toml_of(Executor::Docker(DockerSettings::default()));
+        assert_eq!(plain["executor"].as_str(), Some("docker"));
+        assert!(
+            !plain.contains_key("builds_dir") && !plain.contains_key("cache_dir"),
+            "the runner's own, in the container"
+        );
+        let docker = plain["docker"].as_table().unwrap();
+        assert!(!docker.contains_key("image") && !docker.contains_key("helper_image"));
+        assert_eq!(docker["volumes"].as_array().unwrap().len(), 1);
+        assert_eq!((docker["disable_cache"].as_bool(), docker["privileged"].as_bool()), (Some(true), Some(false)));
+
+        let containers = DockerSettings {
+            image: Some("registry.example/a\"b".into()),
+            helper_image: Some("dayfly/helper:19.3.0".into()),
+            socket: true,
+            privileged: true,
+        };
+        let all = toml_of(Executor::Docker(containers));
+        let docker = all["docker"].as_table().unwrap();
+        assert_eq!(docker["image"].as_str(), Some("registry.example/a\"b"));
+        assert_eq!(docker["helper_image"].as_str(), Some("dayfly/helper:19.3.0"));
+        assert_eq!(docker["volumes"][1].as_str(), Some("/var/run/docker.sock:/var/run/docker.sock"));
+        assert_eq!(
+            (docker["privileged"].as_bool(), docker["pull_policy"][0].as_str()),
+            (Some(true), Some("if-not-present"))
+        );
+        assert_eq!(all["feature_flags"]["FF_TIMESTAMPS"].as_bool(), Some(true), "what comes after it");
     }
 
     /// U43: no job can have itself suspended: there is nobody to wake it.

@@ -21,8 +21,8 @@ pub struct MachineSpec {
     pub image: ImageRef,
     /// The guest contract that the image's guest program speaks.
     pub contract: u32,
-    /// Executor that the guest runner's config.toml names, from the image: `shell`.
-    pub executor: String,
+    /// How the guest's runner runs the job.
+    pub executor: Executor,
     /// Virtual CPUs.
     pub cpus: u32,
     /// Guest memory, MiB.
@@ -55,6 +55,43 @@ pub struct Size {
     pub memory_mib: u64,
     /// Virtual disk, GiB.
     pub disk_gib: u64,
+}
+
+/// How a guest's runner runs a job: what its config.toml says of that (`guest_config`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Executor {
+    /// In the machine itself.
+    Shell,
+    /// In containers of a Docker in the machine, `image:` and `services:` of the job.
+    Docker(DockerSettings),
+}
+
+/// What the class and the image say about a job's containers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DockerSettings {
+    /// The container image of a job that names none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// The runner's helper image, inside the VM's image; none: the runner fetches its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub helper_image: Option<String>,
+    /// Whether a job's containers see the socket of the machine's Docker, so that a job can build and run containers.
+    pub socket: bool,
+    /// Whether a job's containers may do what the machine's root may.
+    pub privileged: bool,
+}
+
+impl Executor {
+    /// Its name in the runner's config.toml, and in ours.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Shell => "shell",
+            Self::Docker(_) => "docker",
+        }
+    }
 }
 
 /// One version of a base image.
@@ -171,7 +208,7 @@ impl MachineSpec {
         Self {
             image: ImageRef { name: "test".into(), digest: "ab".repeat(32) },
             contract: dayfly_guest_config::CONTRACT,
-            executor: "shell".into(),
+            executor: Executor::Shell,
             cpus: 1,
             memory_mib: 512,
             disk_gib: 10,
@@ -189,5 +226,26 @@ impl MachineSpec {
             },
             notes: Vec::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A record of before there was another executor names it as a text.
+    #[test]
+    fn an_executor_is_read_from_records_of_before() {
+        let read = |text: &str| serde_json::from_str::<Executor>(text).map_err(|error| error.to_string());
+        assert_eq!(read("\"shell\""), Ok(Executor::Shell));
+        let docker = Executor::Docker(DockerSettings {
+            image: Some("debian:12".into()),
+            socket: true,
+            ..DockerSettings::default()
+        });
+        let text = serde_json::to_string(&docker).unwrap();
+        assert_eq!(text, r#"{"docker":{"image":"debian:12","socket":true,"privileged":false}}"#);
+        assert_eq!(read(&text), Ok(docker));
+        assert!(read("\"custom\"").unwrap_err().contains("expected `shell` or `docker`"));
     }
 }

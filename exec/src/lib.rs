@@ -121,6 +121,9 @@ struct Args {
     /// Run the job as root in the VM
     #[arg(long)]
     root: bool,
+    /// Let the job's containers see the socket of the VM's Docker (images with the docker executor)
+    #[arg(long)]
+    docker_socket: bool,
     /// Virtualisation: auto (KVM, proven by a boot), kvm, or tcg (slow, and it isolates nothing)
     #[arg(long, value_name = "HOW", default_value = "auto")]
     accel: AccelChoice,
@@ -414,6 +417,7 @@ fn config(args: &Args) -> Config {
             allow_standin_runner: true,
             // The stand-in for GitLab listens on this host's loopback.
             network: Some(Choice::User),
+            docker_socket: args.docker_socket,
             ..Class::new("exec", args.image.clone())
         }],
         ..Config::default()

@@ -23,7 +23,7 @@ pub use origin::{Origin, Origins};
 pub use schema::schema;
 pub use validate::{Problem, Problems};
 
-use crate::machine_spec::{EnvironmentLine, GuestSettings, Size};
+use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size};
 use crate::rules::Rule;
 use crate::{capacity, control, network, telemetry, vm, web};
 use serde::{Deserialize, Serialize};
@@ -150,6 +150,15 @@ pub struct Class {
     /// Whether jobs run as root in the guest.
     #[serde(default)]
     pub run_as_root: bool,
+    /// The container image of a job that names none, where the image's executor is docker; none: the image's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container_image: Option<String>,
+    /// Whether a job's containers see the socket of the guest's Docker.
+    #[serde(default)]
+    pub docker_socket: bool,
+    /// Whether a job's containers may do what the guest's root may.
+    #[serde(default)]
+    pub privileged_containers: bool,
     /// Whether an image that holds the stand-in runner is good enough. For trials only.
     #[serde(default)]
     pub allow_standin_runner: bool,
@@ -211,6 +220,9 @@ impl Class {
             disk_gib: defaults::disk_gib(),
             max_disk_gib: None,
             run_as_root: false,
+            container_image: None,
+            docker_socket: false,
+            privileged_containers: false,
             allow_standin_runner: false,
             nested: false,
             network: None,
@@ -238,6 +250,17 @@ impl Class {
     #[must_use]
     pub fn size(&self) -> Size {
         Size { cpus: self.cpus, memory_mib: self.memory_mib, disk_gib: self.disk_gib }
+    }
+
+    /// What it says of jobs' containers.
+    #[must_use]
+    pub fn docker(&self) -> DockerSettings {
+        DockerSettings {
+            image: self.container_image.clone(),
+            helper_image: None,
+            socket: self.docker_socket,
+            privileged: self.privileged_containers,
+        }
     }
 }
 

@@ -12,7 +12,7 @@ pub fn differences_of(one: &Manifest, other: &Manifest) -> Vec<String> {
         ("suite", one.build.suite.clone(), other.build.suite.clone()),
         ("kernel", one.build.kernel.clone(), other.build.kernel.clone()),
         ("cmdline", one.cmdline.clone().unwrap_or_default(), other.cmdline.clone().unwrap_or_default()),
-        ("executor", one.executor.clone(), other.executor.clone()),
+        ("executor", one.executor.to_string(), other.executor.to_string()),
         ("runner", runner(one), runner(other)),
         ("contract", one.contract.to_string(), other.contract.to_string()),
     ] {

@@ -3,6 +3,7 @@
 //! Written by `image::build`, completed by the boot test (`info`), read by `image::store`. Unknown
 //! keys are errors: a newer format has a newer `format_version`, and is refused by that.
 
+use crate::machine_spec::{DockerSettings, Executor};
 use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST, WIRE_CONTRACT};
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
@@ -38,8 +39,8 @@ pub struct Manifest {
     /// The guest contract that its guest program speaks; images of before contracts were counted speak the first.
     #[serde(default = "first_contract")]
     pub contract: u32,
-    /// Executor that the runner's config.toml names: `shell`.
-    pub executor: String,
+    /// How its runner runs jobs.
+    pub executor: ExecutorKind,
     /// The networks that it can be given besides one with a card: `relay`. Learnt by the boot test.
     #[serde(default)]
     pub networks: Vec<String>,
@@ -57,6 +58,9 @@ pub struct Manifest {
     /// Initial RAM disk; boot kind `direct` only.
     #[serde(default)]
     pub initrd: Option<ImageFile>,
+    /// What its Docker has inside, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub docker: Option<DockerInside>,
     /// What it was built from.
     #[serde(default)]
     pub build: BuildInputs,
@@ -74,6 +78,39 @@ pub enum BootKind {
     Direct,
     /// The disk has a boot loader.
     Disk,
+}
+
+/// How the runner of an image runs jobs. What a class says of it goes into `machine_spec::Executor`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExecutorKind {
+    /// In the machine itself.
+    Shell,
+    /// In containers.
+    Docker,
+}
+
+impl fmt::Display for ExecutorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Shell => "shell",
+            Self::Docker => "docker",
+        })
+    }
+}
+
+/// What an image with Docker was given at its build.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DockerInside {
+    /// The runner's helper image, by its name in there; none: the runner fetches its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub helper_image: Option<String>,
+    /// The container image of a job that names none, where the class names none either.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container_image: Option<String>,
+    /// Names of all container images that are in it.
+    pub images: Vec<String>,
 }
 
 /// The runner inside an image.
@@ -156,6 +193,22 @@ impl Manifest {
     #[must_use]
     pub fn runner_info(&self) -> Option<crate::gitlab::RunnerInfo> {
         serde_json::from_str(self.info.as_deref()?).ok()
+    }
+
+    /// How a job in it runs, where its class says this of containers.
+    #[must_use]
+    pub fn executor_of(&self, class: &DockerSettings) -> Executor {
+        match self.executor {
+            ExecutorKind::Shell => Executor::Shell,
+            ExecutorKind::Docker => {
+                let inside = self.docker.clone().unwrap_or_default();
+                Executor::Docker(DockerSettings {
+                    image: class.image.clone().or(inside.container_image),
+                    helper_image: class.helper_image.clone().or(inside.helper_image),
+                    ..class.clone()
+                })
+            }
+        }
     }
 
     /// Takes in what a boot test has learnt.
@@ -272,7 +325,7 @@ impl Manifest {
         });
         optional(&mut document, "cmdline", self.cmdline.as_deref());
         document["contract"] = value(i64::from(self.contract));
-        document["executor"] = value(&self.executor);
+        document["executor"] = value(self.executor.to_string());
         if !self.networks.is_empty() {
             document["networks"] = value(self.networks.iter().collect::<toml_edit::Array>());
         }
@@ -296,6 +349,17 @@ impl Manifest {
                 table["sha256"] = value(&file.sha256);
                 document[name] = Item::Table(table);
             }
+        }
+
+        if let Some(inside) = &self.docker {
+            let mut table = Table::new();
+            for (key, text) in [("helper_image", &inside.helper_image), ("container_image", &inside.container_image)] {
+                if let Some(text) = text {
+                    table[key] = value(text);
+                }
+            }
+            table["images"] = value(inside.images.iter().collect::<toml_edit::Array>());
+            document["docker"] = Item::Table(table);
         }
 
         let mut build = Table::new();
@@ -331,7 +395,7 @@ pub(crate) mod tests {
             boot: BootKind::Direct,
             cmdline: Some("root=/dev/vda \"quoted\"".into()),
             contract: dayfly_guest_config::CONTRACT,
-            executor: "shell".into(),
+            executor: ExecutorKind::Shell,
             networks: vec![RELAY.into()],
             info: Some(r#"{"name":"gitlab-runner","features":{"trace_reset":true}}"#.into()),
             runner: ImageRunner {
@@ -343,6 +407,7 @@ pub(crate) mod tests {
             disk: file("disk.qcow2"),
             kernel: Some(file("vmlinuz")),
             initrd: Some(file("initrd")),
+            docker: None,
             build: BuildInputs {
                 suite: "debian bookworm".into(),
                 kernel: "linux-image-x 6.1".into(),
@@ -365,6 +430,35 @@ pub(crate) mod tests {
         manifest.learn(Learnt { info: "{}".into(), contract: 2, relay: false });
         assert!(!manifest.to_text().contains("networks") && !manifest.can_relay());
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
+    }
+
+    #[test]
+    fn an_image_says_what_its_docker_has() {
+        let mut manifest = example();
+        assert!(!manifest.to_text().contains("docker"), "as images of before were written");
+        manifest.executor = ExecutorKind::Docker;
+        for inside in [
+            DockerInside::default(),
+            DockerInside {
+                helper_image: Some("dayfly/helper:19.3.0".into()),
+                container_image: Some("debian:12".into()),
+                images: vec!["dayfly/helper:19.3.0".into(), "debian:12".into()],
+            },
+        ] {
+            manifest.docker = Some(inside);
+            assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
+        }
+        let of = |class: &DockerSettings| match manifest.executor_of(class) {
+            Executor::Docker(settings) => (settings.image.unwrap(), settings.helper_image.unwrap(), settings.socket),
+            Executor::Shell => panic!("the image's executor is docker"),
+        };
+        let helper = "dayfly/helper:19.3.0".to_owned();
+        assert_eq!(of(&DockerSettings::default()), ("debian:12".into(), helper.clone(), false));
+        let class = DockerSettings { image: Some("ruby:3".into()), socket: true, ..DockerSettings::default() };
+        assert_eq!(of(&class), ("ruby:3".into(), helper, true), "the class's word is the first");
+        let other = manifest.to_text().replace("executor = \"docker\"", "executor = \"kubernetes\"");
+        let error = crate::telemetry::chain(&Manifest::parse(&other).unwrap_err());
+        assert!(error.contains("kubernetes") && error.contains("`shell` or `docker`"), "{error}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::{Parts, Runner};
 use crate::capacity::Resources;
 use crate::config::{self, Class, UnknownImage};
 use crate::gitlab::JobPayload;
+use crate::image::manifest::ExecutorKind;
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
 use crate::network::{self, Mode};
@@ -20,9 +21,6 @@ use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use dayfly_egress::policy::{HostPort, Policy};
-
-/// The executor whose jobs run in the machine itself: `image:` means nothing to it.
-const SHELL: &str = "shell";
 
 /// Why a job gets no machine.
 #[derive(Debug)]
@@ -58,7 +56,8 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
     };
     // All images that its jobs may get have the same executor.
     let first = load(&runner.class.image).await?;
-    let shell = first.manifest.executor == SHELL;
+    // Its jobs run in the machine itself: `image:` may name that.
+    let shell = first.manifest.executor == ExecutorKind::Shell;
     let wishes = Wishes::read(&payload.asked);
     let rule = judge(parts, runner, payload, &wishes, shell)?;
     let unmet = |why| Unresolved::Refused(Refusal { failure: Failure::Unmet, why });
@@ -202,7 +201,7 @@ fn spec(
     MachineSpec {
         image: ImageRef { name: image.name.clone(), digest: image.digest() },
         contract: image.manifest.contract,
-        executor: image.manifest.executor.clone(),
+        executor: image.manifest.executor_of(&class.docker()),
         cpus: size.cpus,
         memory_mib: size.memory_mib,
         disk_gib: size.disk_gib,

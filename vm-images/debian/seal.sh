@@ -1,7 +1,7 @@
 #!/bin/sh
 # Ends a guest's making: takes down what is in it, and takes out what is of one machine only. mmdebstrap runs it outside of
-# the new root, as the root of that root: $1 is where it is. Beside this script: `kernel-package` (a name) and
-# `guest-modules` (names, a line each).
+# the new root, as the root of that root: $1 is where it is. Beside this script: `kernel-package` (a name),
+# `guest-modules` (names, a line each), and `all-modules` where the recipe wants them all.
 set -eu
 root=$1
 here=$(dirname "$0")
@@ -22,6 +22,7 @@ for tree in "$root"/.dayfly/kernel/lib/modules/* "$root"/.dayfly/kernel/usr/lib/
     mkdir -p "$root/usr/lib/modules"
     cp -r "$tree" "$modules"
     chroot "$root" depmod "$release"
+    [ ! -e "$here/all-modules" ] || continue
     while read -r module; do
         chroot "$root" modprobe --set-version "$release" --show-depends "$module"
     done < "$here/guest-modules" > "$root/.dayfly/wanted"

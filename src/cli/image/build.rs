@@ -4,7 +4,8 @@ use super::{boot, describe, say, to_its_end};
 use crate::cli::Interrupted;
 use crate::config::Config;
 use crate::image::build::{
-    BuildRequest, Downloaded, RUNNER_DOWNLOADS, Recipes, Release, RunnerSource, find_guest_program, opener,
+    BuildRequest, Downloaded, HelperSource, RUNNER_DOWNLOADS, Recipes, Release, RunnerSource, find_guest_program,
+    opener,
 };
 use anyhow::Context as _;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,10 @@ pub(super) struct Args {
     /// gitlab-runner to put in; else $DAYFLY_GITLAB_RUNNER, else the host's, else the stand-in
     #[arg(long, value_name = "FILE")]
     runner: Option<PathBuf>,
+    /// The runner's helper image, for recipes with Docker: a docker archive, or prebuilt-x86_64.tar.xz of GitLab's package
+    /// gitlab-runner-helper-images; of the runner's version
+    #[arg(long, value_name = "FILE")]
+    helper_image: Option<PathBuf>,
     /// Fetch this release of the official gitlab-runner (like 19.3.0) and put that in
     #[arg(long, value_name = "VERSION", conflicts_with = "runner")]
     runner_download: Option<String>,
@@ -63,6 +68,8 @@ pub(super) async fn build(config: &Config, args: Args) -> anyhow::Result<()> {
             Some(downloaded) => downloaded.runner.clone(),
             None => RunnerSource::find(args.runner)?,
         },
+        helper: args.helper_image.map(|path| HelperSource { path }),
+        accel: config.hypervisor.accel,
         guest_program,
         init,
     };

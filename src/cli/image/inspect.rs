@@ -32,6 +32,15 @@ pub(super) fn inspect(store: &ImageStore, name: &str, json: bool) -> anyhow::Res
     if !networks.is_empty() {
         say(&format!("networks   {}", networks.join(", ")));
     }
+    if let Some(docker) = &image.manifest.docker {
+        let none = "none of its own";
+        say(&format!(
+            "helper     {}",
+            docker.helper_image.as_deref().unwrap_or("none: each job's runner fetches its own")
+        ));
+        say(&format!("container  {} where a job names none", docker.container_image.as_deref().unwrap_or(none)));
+        docker.images.iter().for_each(|name| say(&format!("has        {name}")));
+    }
     for (at, version) in versions.iter().enumerate() {
         say(&format!("version    {version}{}", if at == 0 { " (in use)" } else { "" }));
     }

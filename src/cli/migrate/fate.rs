@@ -117,9 +117,11 @@ pub(super) fn of_runner(path: &str, item: &Item) -> Fate {
             _ => odd(),
         },
         "executor" => match text {
-            Some("shell") => left("it is the way of all jobs here: the shell executor, in a machine of its own each"),
+            Some("shell") => left(
+                "the class's image says it: with one like debian-12-shell jobs run by the shell executor, in a machine of its own each",
+            ),
             Some(other) => Fate::Left(format!(
-                "`{other}` is not how jobs run here; it is the shell executor, in a machine of its own each, and `image:` and `services:` of a job are not used"
+                "instead of `{other}`, the class's image says how jobs run, in a machine of its own each: with one like debian-12-docker in containers there, `image:` and `services:` of a job"
             )),
             None => odd(),
         },

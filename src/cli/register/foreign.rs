@@ -113,8 +113,8 @@ fn note(flag: &str, value: &str, fate: &str) -> String {
             format!("{flag} shell: so it is; the shell executor runs in a machine of its own for each job")
         }
         ("", _) => format!(
-            "{flag} {value}: there is one way to run jobs here, the shell executor in a machine of its own for each; \
-             `image:` and `services:` of a job are not used"
+            "{flag} {value}: the class's image says how jobs run, in a machine of its own for each: by the shell executor, or \
+             in containers there (`image:` and `services:`), with an image like debian-12-docker"
         ),
         _ => format!("{flag}: {fate}"),
     }

@@ -39,6 +39,15 @@ fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
     if class.images.len() > IMAGES_MAX {
         report.error(&key("images"), format!("has more than {IMAGES_MAX} images"), "make several classes of them");
     }
+    let is_reference =
+        |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_graphic()) && !name.starts_with('-');
+    if let Some(name) = class.container_image.as_deref().filter(|name| !is_reference(name)) {
+        report.error(
+            &key("container_image"),
+            format!("is `{}`", name.escape_debug()),
+            "name a container image as in a job's `image:`, like debian:12",
+        );
+    }
     report.not_zero(&key("cpus"), class.cpus == 0);
     report.not_zero(&key("disk_gib"), class.disk_gib == 0);
     report.not_zero(&key("memory_mib"), class.memory_mib == 0);

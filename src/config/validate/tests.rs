@@ -106,6 +106,7 @@ fn each_senseless_value_is_named() {
         ("name = \"ci\"", "name = \"a\\nb\"", "is `a\\nb`"),
         ("image = \"debian-12-shell\"", "image = \"../x\"", "dayfly image list"),
         ("image =", "cpus = 0\nimage =", "`class.0.cpus`"),
+        ("image =", "container_image = \"-v /:/host x\"\nimage =", "`class.0.container_image`"),
         ("url =", "limit = 0\nurl =", "`runner.0.limit`"),
         ("url =", "poll_interval = \"5m\"\nurl =", "up to 60s"),
         ("url =", "tls_cert_file = \"c.pem\"\nurl =", "`tls_key_file` too"),

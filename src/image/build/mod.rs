@@ -13,19 +13,26 @@
 
 mod download;
 mod initrd;
+mod preload;
 mod programs;
 mod recipe;
 mod rootfs;
+mod sealed;
 mod sources;
 mod staging;
 
 pub use download::{DownloadError, Downloaded, RUNNER_DOWNLOADS, Release, opener};
+pub use preload::HelperSource;
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
 pub use recipe::{Found, RECIPE_DIRECTORIES, Recipes};
 
-use super::manifest::{BootKind, BuildInputs, FORMAT_VERSION, ImageRunner, Learnt, MANIFEST_FILE, Manifest};
+use super::manifest::{
+    BootKind, BuildInputs, DockerInside, FORMAT_VERSION, ImageRunner, Learnt, MANIFEST_FILE, Manifest,
+};
 use super::store::{Image, ImageError, ImageStore};
 use crate::process::ProcessError;
+use crate::vm::AccelChoice;
+use preload::Machine;
 use recipe::Recipe;
 use rootfs::{Privilege, Work};
 use staging::Staging;
@@ -52,6 +59,10 @@ pub struct BuildRequest {
     pub image_directory: PathBuf,
     /// The runner to put in.
     pub runner: RunnerSource,
+    /// The runner's helper image, for recipes with Docker; none: the runner fetches its own in each job.
+    pub helper: Option<HelperSource>,
+    /// What runs the machine that puts container images in.
+    pub accel: AccelChoice,
     /// `dayfly-guest`, linked statically; see [`find_guest_program`].
     pub guest_program: PathBuf,
     /// `dayfly-init`, likewise.
@@ -101,6 +112,11 @@ pub enum BuildError {
         /// The key.
         key: &'static str,
     },
+    /// It wants containers, and has nothing that runs them.
+    #[error(
+        "read recipe `{0}`: it wants containers (executor docker, or preload), and has no Docker; extend `debian-12-docker`, or put docker.io among its packages"
+    )]
+    RecipeDocker(String),
     /// It leaves out what is not there.
     #[error("read recipe `{name}`: `without` names {package}, which none that it extends has")]
     RecipeWithout {
@@ -140,6 +156,22 @@ pub enum BuildError {
     /// A program of the host failed.
     #[error(transparent)]
     Process(#[from] ProcessError),
+    /// Docker did not take what it was to have.
+    #[error("put container images into the image: {0}")]
+    Preload(String),
+    /// It would be the same in all machines.
+    #[error(
+        "keep the image: it holds {0}, which all its machines would share; take that out in the recipe's customize.sh"
+    )]
+    Secret(String),
+    /// The helper image is of no use.
+    #[error("use helper image {}: {why}", .path.display())]
+    Helper {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The kernel's package is not what it should be.
     #[error("take the kernel out of its package: {0}")]
     Kernel(&'static str),
@@ -240,6 +272,16 @@ pub async fn build(request: &BuildRequest, progress: &mut Progress<'_>) -> Resul
             return Err(BuildError::GuestProgram { name, places: vec![path.clone()] });
         }
     }
+    if let Some(helper) = &request.helper {
+        let why = match (recipe.inputs.has_docker, helper.path.is_file()) {
+            (false, _) => Some("the recipe has no Docker; leave --helper-image out"),
+            (true, false) => Some("it is no file"),
+            (true, true) => None,
+        };
+        if let Some(why) = why {
+            return Err(BuildError::Helper { path: helper.path.clone(), why });
+        }
+    }
     let runner = request.runner.inspect().await?;
     progress(&format!(
         "runner: {} {} (origin: {}, {})",
@@ -289,9 +331,26 @@ async fn fill(
     let initrd = initrd.map_err(file_error("write", &staging.path().join(INITRD_FILE)))?;
 
     progress("disk: ext4, then qcow2");
+    let raw = rootfs::file_system(work, &packages, inputs.disk_gib).await?;
+    let helper_name = preload::helper_name(&runner.version);
+    let helper = request.helper.as_ref().map(|source| (source, helper_name.as_str()));
+    let machine = Machine {
+        disk: &raw,
+        kernel: &staging.path().join(KERNEL_FILE),
+        initrd: &staging.path().join(INITRD_FILE),
+        cmdline: &inputs.cmdline,
+        accel: request.accel,
+    };
+    let images = preload::run(work, recipe, helper, &machine, progress).await?;
+    sealed::check(&raw).await?;
     let made = work.path(DISK_FILE);
-    rootfs::disk(work, &packages, inputs.disk_gib, &made).await?;
+    rootfs::compress(&raw, &made).await?;
     let disk = staging.copy(DISK_FILE, &made).await?;
+    let docker = inputs.has_docker.then(|| DockerInside {
+        helper_image: helper.map(|(_, name)| name.to_owned()),
+        container_image: inputs.container_image.clone(),
+        images,
+    });
 
     Ok(Manifest {
         format_version: FORMAT_VERSION,
@@ -301,7 +360,7 @@ async fn fill(
         cmdline: Some(inputs.cmdline.clone()),
         // The guest program is of this installation, and the boot test asks it.
         contract: dayfly_guest_config::CONTRACT,
-        executor: inputs.executor.clone(),
+        executor: inputs.executor,
         // As `info`, the boot test learns it.
         networks: Vec::new(),
         info: None,
@@ -309,6 +368,7 @@ async fn fill(
         disk,
         kernel: Some(kernel),
         initrd: Some(initrd),
+        docker,
         build: BuildInputs {
             suite: format!("debian {}", inputs.suite),
             kernel: packages.kernel_version,
@@ -338,10 +398,7 @@ fn lay_out(request: &BuildRequest, recipe: &Recipe, files: &Path) -> Result<(), 
         fs::copy(source, &path).map_err(file_error("copy", source))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).map_err(file_error("open up", &path))?;
     }
-    for (path, text) in recipe.files {
-        let path = place(path)?;
-        fs::write(&path, text).map_err(file_error("write", &path))?;
-    }
+    recipe.files.iter().try_for_each(|(path, text)| recipe::write_text(&files.join(path), text))?;
     recipe.overlays.iter().try_for_each(|overlay| overlay.copy_to(files))
 }
 

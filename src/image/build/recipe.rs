@@ -4,18 +4,22 @@
 //! of `vm-images/` are carried inside the binary, so an installed dayfly builds the same images as a source tree; a
 //! directory of the operator's own comes before them. `vm-images/README.md` is the reference.
 
+mod carried;
 mod files;
 
-pub(super) use files::Overlay;
+pub(super) use files::{Overlay, write_text};
+
+use carried::{CARRIED, CUSTOMIZE, SEAL, SHARED_FILES};
 
 use super::{BuildError, file_error};
+use crate::image::manifest::ExecutorKind;
 use crate::image::store::valid;
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
 use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Where operators put recipes, and where the package puts those of this dayfly for them to read and copy; the first that
 /// has a name has it.
@@ -27,30 +31,11 @@ const CUSTOMIZE_FILE: &str = "customize.sh";
 /// Bytes of a recipe.toml or a script at most.
 const TEXT_BYTES_MAX: u64 = 1024 * 1024;
 
+/// With one of these an image has a Docker: Debian's, and Docker's own.
+const DOCKER_PACKAGES: [&str; 2] = ["docker.io", "docker-ce"];
+
 /// A recipe that extends another that extends another: so long a chain is a mistake.
 const CHAIN_MAX: usize = 8;
-
-/// A recipe of this binary.
-struct Carried {
-    name: &'static str,
-    text: &'static str,
-}
-
-const CARRIED: [Carried; 2] = [
-    Carried { name: "debian-12-shell", text: include_str!("../../../vm-images/debian-12-shell/recipe.toml") },
-    Carried { name: "debian-13-shell", text: include_str!("../../../vm-images/debian-13-shell/recipe.toml") },
-];
-
-/// What every image of Debian gets: path below its root, and text.
-const SHARED_FILES: [(&str, &str); 3] = [
-    ("etc/systemd/system/dayfly-guest.service", include_str!("../../../vm-images/debian/dayfly-guest.service")),
-    ("etc/systemd/system/dayfly.target", include_str!("../../../vm-images/debian/dayfly.target")),
-    ("etc/systemd/system.conf.d/dayfly.conf", include_str!("../../../vm-images/debian/limits.conf")),
-];
-
-/// The first step of every image, and its last.
-const CUSTOMIZE: &str = include_str!("../../../vm-images/debian/customize.sh");
-const SEAL: &str = include_str!("../../../vm-images/debian/seal.sh");
 
 /// A recipe: its inputs, and what goes into the image.
 #[derive(Clone, Debug)]
@@ -70,7 +55,7 @@ pub(super) struct Recipe {
 pub(super) struct Inputs {
     pub(super) suite: String,
     pub(super) architecture: String,
-    pub(super) executor: String,
+    pub(super) executor: ExecutorKind,
     /// What the guest needs.
     pub(super) packages: Vec<String>,
     /// What jobs expect to find.
@@ -81,6 +66,23 @@ pub(super) struct Inputs {
     pub(super) guest_modules: Vec<String>,
     pub(super) cmdline: String,
     pub(super) disk_gib: u64,
+    /// Whether all modules of the kernel are inside, to be loaded when something asks for them.
+    pub(super) all_modules: bool,
+    /// Whether there is a Docker.
+    pub(super) has_docker: bool,
+    /// The container image of a job that names none.
+    pub(super) container_image: Option<String>,
+    /// What Docker has when the machine starts.
+    pub(super) preload: Vec<Preload>,
+}
+
+/// Container images for the image's Docker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Preload {
+    /// What is in an archive.
+    Archive(PathBuf),
+    /// By its name, from its registry.
+    Pull(String),
 }
 
 /// `recipe.toml`, as it is written.
@@ -90,7 +92,7 @@ struct Written {
     extends: Option<String>,
     suite: Option<String>,
     architecture: Option<String>,
-    executor: Option<String>,
+    executor: Option<ExecutorKind>,
     packages: Vec<String>,
     tools: Vec<String>,
     without: Vec<String>,
@@ -98,8 +100,12 @@ struct Written {
     modules: Vec<String>,
     guest_modules: Vec<String>,
     cmdline: Option<String>,
+    add_cmdline: Option<String>,
     disk_gib: Option<u64>,
     overlays: Vec<String>,
+    all_modules: Option<bool>,
+    container_image: Option<String>,
+    preload: Vec<String>,
 }
 
 /// Where recipes are looked for.
@@ -197,9 +203,11 @@ impl Recipes {
 
     fn read(&self, name: &str, place: usize) -> Result<Link, BuildError> {
         let Some(directory) = self.0.get(place).map(|directory| directory.join(name)) else {
-            let text = CARRIED.iter().find(|carried| carried.name == name).map_or("", |carried| carried.text);
-            let written = Written::parse(text, Path::new(name))?;
-            return Ok(Link { name: name.to_owned(), written, customize: None, overlays: Vec::new() });
+            let carried = CARRIED.iter().find(|carried| carried.name == name);
+            let written = Written::parse(carried.map_or("", |carried| carried.text), Path::new(name))?;
+            let customize = carried.and_then(|carried| carried.customize).map(str::to_owned);
+            let overlays = carried.map(|carried| Overlay::Carried(carried.files)).into_iter().collect();
+            return Ok(Link { name: name.to_owned(), written, customize, overlays, preload: Vec::new() });
         };
         let path = directory.join(RECIPE_FILE);
         let text = files::text(&path, TEXT_BYTES_MAX).map_err(file_error("read", &path))?;
@@ -211,7 +219,8 @@ impl Recipes {
             Err(error) => return Err(file_error("read", &path)(error)),
         };
         let overlays: Result<_, _> = written.overlays.iter().map(|overlay| Overlay::of(&directory, overlay)).collect();
-        Ok(Link { name: name.to_owned(), written, customize, overlays: overlays? })
+        let preload: Result<_, _> = written.preload.iter().map(|text| Preload::of(&directory, text)).collect();
+        Ok(Link { name: name.to_owned(), written, customize, overlays: overlays?, preload: preload? })
     }
 }
 
@@ -221,6 +230,7 @@ struct Link {
     written: Written,
     customize: Option<String>,
     overlays: Vec<Overlay>,
+    preload: Vec<Preload>,
 }
 
 /// The one that extends nothing is the first.
@@ -252,18 +262,36 @@ fn put_together(name: &str, chain: &[Link]) -> Result<Recipe, BuildError> {
             }
         }
     }
+    let executor = chain.iter().rev().find_map(|link| link.written.executor);
+    let suite = last(|written| written.suite.clone(), "suite")?;
+    let mut cmdline = last(|written| written.cmdline.clone(), "cmdline")?;
+    // Those of before the last `cmdline` are in it, or were not wanted.
+    let from = chain.iter().rposition(|link| link.written.cmdline.is_some()).unwrap_or_default();
+    for words in chain.iter().skip(from).filter_map(|link| link.written.add_cmdline.as_deref()) {
+        cmdline = format!("{cmdline} {words}");
+    }
+    let preload: Vec<Preload> = chain.iter().flat_map(|link| link.preload.clone()).collect();
+    let executor = executor.ok_or_else(|| BuildError::RecipeKey { name: name.to_owned(), key: "executor" })?;
+    let has_docker = packages.iter().any(|package| DOCKER_PACKAGES.contains(&package.as_str()));
+    if !has_docker && (executor == ExecutorKind::Docker || !preload.is_empty()) {
+        return Err(BuildError::RecipeDocker(name.to_owned()));
+    }
     let disk_gib = chain.iter().rev().find_map(|link| link.written.disk_gib);
     let inputs = Inputs {
-        suite: last(|written| written.suite.clone(), "suite")?,
+        suite,
         architecture: last(|written| written.architecture.clone(), "architecture")?,
-        executor: last(|written| written.executor.clone(), "executor")?,
+        executor,
         packages,
         tools,
         kernel_package: last(|written| written.kernel_package.clone(), "kernel_package")?,
         modules,
         guest_modules,
-        cmdline: last(|written| written.cmdline.clone(), "cmdline")?,
+        cmdline,
         disk_gib: disk_gib.ok_or_else(|| BuildError::RecipeKey { name: name.to_owned(), key: "disk_gib" })?,
+        all_modules: chain.iter().rev().find_map(|link| link.written.all_modules).unwrap_or_default(),
+        has_docker,
+        container_image: chain.iter().rev().find_map(|link| link.written.container_image.clone()),
+        preload,
     };
     let own = chain.iter().filter_map(|link| link.customize.clone());
     Ok(Recipe {
@@ -294,18 +322,20 @@ impl Written {
         if let Some(suite) = written.suite.as_deref().filter(|suite| !is_suite(suite)) {
             return Err(BuildError::RecipeValue { path: path(), why: format!("`{suite}` is no suite of Debian's") });
         }
-        if let Some(executor) = written.executor.as_deref().filter(|executor| *executor != "shell") {
-            let why = format!("there is no executor `{executor}`; there is shell");
-            return Err(BuildError::RecipeValue { path: path(), why });
-        }
         if let Some(size) = written.disk_gib.filter(|size| !(1..=1024).contains(size)) {
             return Err(BuildError::RecipeValue {
                 path: path(),
                 why: format!("disk_gib = {size} is not within 1 to 1024"),
             });
         }
-        if written.cmdline.as_deref().is_some_and(|line| line.contains(char::is_control) || line.len() > 1024) {
-            let why = "cmdline is longer than 1024 bytes, or has control characters".to_owned();
+        for (key, line) in [("cmdline", &written.cmdline), ("add_cmdline", &written.add_cmdline)] {
+            if line.as_deref().is_some_and(|line| line.contains(char::is_control) || line.len() > 1024) {
+                let why = format!("{key} is longer than 1024 bytes, or has control characters");
+                return Err(BuildError::RecipeValue { path: path(), why });
+            }
+        }
+        if let Some(image) = written.container_image.as_deref().filter(|image| !is_reference(image)) {
+            let why = format!("container_image `{}` is no name of a container image", image.escape_debug());
             return Err(BuildError::RecipeValue { path: path(), why });
         }
         Ok(written)
@@ -317,6 +347,29 @@ impl Inputs {
     pub(super) fn all_packages(&self) -> impl Iterator<Item = &str> {
         self.packages.iter().chain(&self.tools).map(String::as_str)
     }
+}
+
+impl Preload {
+    /// `./NAME` is a file of the recipe's directory, all else the name of a container image.
+    fn of(directory: &Path, text: &str) -> Result<Self, BuildError> {
+        let bad = |why: String| BuildError::RecipeValue { path: directory.join(RECIPE_FILE), why };
+        let Some(file) = text.strip_prefix("./") else {
+            let why = || format!("preload `{}` is no name of a container image, and no ./FILE", text.escape_debug());
+            return if is_reference(text) { Ok(Self::Pull(text.to_owned())) } else { Err(bad(why())) };
+        };
+        let is_within = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
+        let path = directory.join(file);
+        match is_within && path.is_file() {
+            true => Ok(Self::Archive(path)),
+            false => Err(bad(format!("preload `{}` is no file beside it", text.escape_debug()))),
+        }
+    }
+}
+
+/// The name of a container image (`registry.example:5000/group/name:tag@sha256:…`): no option of a program's, and one word.
+fn is_reference(text: &str) -> bool {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || "._-/:@".contains(c);
+    text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.len() <= 512 && text.chars().all(is_part)
 }
 
 /// As Debian's policy has it (section 5.6.1). mmdebstrap takes more for a list of packages: commas, blanks, apt's

@@ -28,7 +28,8 @@ const CONFIG_DEADLINE: Duration = Duration::from_secs(10);
 const WORK_PREFIX: &str = "dayfly-image-";
 
 /// Variables that tell apt about proxies.
-const PROXY_VARIABLES: [&str; 6] = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
+pub(super) const PROXY_VARIABLES: [&str; 6] =
+    ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
 
 /// Which steps need a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,6 +164,10 @@ pub(super) async fn packages(
     write("kernel-package", &recipe.inputs.kernel_package, 0o644)?;
     let modules: String = recipe.inputs.guest_modules.iter().map(|module| format!("{module}\n")).collect();
     write("guest-modules", &modules, 0o644)?;
+    write("executor", &recipe.inputs.executor.to_string(), 0o644)?;
+    if recipe.inputs.all_modules {
+        write("all-modules", "", 0o644)?;
+    }
     let tar = work.path("root.tar");
 
     let mode = if work.privilege == Privilege::Root { "--mode=root" } else { "--mode=unshare" };
@@ -244,8 +249,8 @@ fn find(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Option<PathBu
     Ok(paths.into_iter().find(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(&wanted)))
 }
 
-/// tar to ext4 to qcow2.
-pub(super) async fn disk(work: &Work, packages: &Packages, disk_gib: u64, disk: &Path) -> Result<(), BuildError> {
+/// tar to ext4: the root file system, as a plain disk of the user's.
+pub(super) async fn file_system(work: &Work, packages: &Packages, disk_gib: u64) -> Result<PathBuf, BuildError> {
     // Names of files go in as arguments, never into the text of a script. The label and the missing
     // journal: the guest's disk is thrown away, a journal would only be written twice.
     const SCRIPT: &str = r#"
@@ -265,11 +270,16 @@ pub(super) async fn disk(work: &Work, packages: &Packages, disk_gib: u64, disk: 
         .arg(format!("{disk_gib}G"))
         .run()
         .await?;
+    Ok(raw)
+}
+
+/// That disk to qcow2.
+pub(super) async fn compress(raw: &Path, disk: &Path) -> Result<(), BuildError> {
     // Compressed, a disk with all the tools is less than half its size. By small clusters, for a boot reads a thousand
     // small pieces and unpacks a cluster for each: with 16 KiB of Zstandard that takes hardly longer than a plain disk.
     Program::new("qemu-img", STEP_DEADLINE)
         .args(["convert", "-c", "-o", "compression_type=zstd,cluster_size=16k", "-f", "raw", "-O", "qcow2"])
-        .arg(&raw)
+        .arg(raw)
         .arg(disk)
         .run()
         .await?;

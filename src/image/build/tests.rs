@@ -11,6 +11,8 @@ fn request(directory: &Path) -> BuildRequest {
         recipes: Recipes::default(),
         image_directory: directory.join("images"),
         runner: RunnerSource { path: directory.join("runner"), origin: RunnerOrigin::Path },
+        helper: None,
+        accel: AccelChoice::Tcg,
         guest_program: directory.join("guest"),
         init: directory.join("init"),
     }

@@ -6,7 +6,7 @@ use dayfly::capacity::Resources;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::{JobKey, RECORD_VERSION, Record};
 use dayfly::job::state::State;
-use dayfly::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use dayfly::network::Mode;
 use dayfly::secret::Secret;
 
@@ -45,7 +45,7 @@ pub fn machine_spec() -> MachineSpec {
     MachineSpec {
         image: ImageRef { name: "test".into(), digest: "ab".repeat(32) },
         contract: dayfly_guest_config::CONTRACT,
-        executor: "shell".into(),
+        executor: Executor::Shell,
         cpus: 1,
         memory_mib: 512,
         disk_gib: 10,

@@ -1,7 +1,7 @@
 //! One image, on no disk: the fake hypervisor reads none.
 
 use dayfly::BoxFuture;
-use dayfly::image::manifest::{BootKind, BuildInputs, ImageFile, ImageRunner, Manifest, RunnerOrigin};
+use dayfly::image::manifest::{BootKind, BuildInputs, ExecutorKind, ImageFile, ImageRunner, Manifest, RunnerOrigin};
 use dayfly::image::stamp::Stamp;
 use dayfly::image::store::{Image, ImageError, Images};
 use dayfly::machine_spec::ImageRef;
@@ -28,7 +28,7 @@ pub fn image() -> Image {
             boot: BootKind::Disk,
             cmdline: None,
             contract: dayfly_guest_config::CONTRACT,
-            executor: "shell".into(),
+            executor: ExecutorKind::Shell,
             networks: vec!["relay".into()],
             info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
             runner: ImageRunner {
@@ -40,6 +40,7 @@ pub fn image() -> Image {
             disk: file("disk.qcow2"),
             kernel: None,
             initrd: None,
+            docker: None,
             build: BuildInputs::default(),
         },
         stamp: Stamp::default(),

@@ -7,9 +7,14 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path, PathBuf};
 
-/// A directory whose files go into the image, as they lie below its root.
+/// Files that go into the image, as they lie below its root.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::image::build) struct Overlay(PathBuf);
+pub(in crate::image::build) enum Overlay {
+    /// Those of a directory.
+    Directory(PathBuf),
+    /// Those of a recipe of this binary: path and text.
+    Carried(&'static [(&'static str, &'static str)]),
+}
 
 impl Overlay {
     /// The one that a recipe in `directory` names.
@@ -29,14 +34,26 @@ impl Overlay {
             let why = format!("overlay `{name}` is no directory beside it");
             return Err(BuildError::RecipeValue { path: recipe, why });
         }
-        Ok(Self(path))
+        Ok(Self::Directory(path))
     }
 
     /// Copies it over what is in `files`. All can read what is in an image, for an image has no secrets; who may write
     /// and run it stays.
     pub(in crate::image::build) fn copy_to(&self, files: &Path) -> Result<(), BuildError> {
-        copy(&self.0, files)
+        let texts = match self {
+            Self::Directory(directory) => return copy(directory, files),
+            Self::Carried(texts) => texts,
+        };
+        texts.iter().try_for_each(|(path, text)| write_text(&files.join(path), text))
     }
+}
+
+/// Writes a text of ours for all to read, its directory made.
+pub(in crate::image::build) fn write_text(path: &Path, text: &str) -> Result<(), BuildError> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(file_error("make", parent))?;
+    }
+    fs::write(path, text).map_err(file_error("write", path))
 }
 
 fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {

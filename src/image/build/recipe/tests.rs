@@ -25,7 +25,7 @@ fn fails(files: &[(&str, &str)], name: &str) -> String {
 
 #[test]
 fn every_recipe_of_ours_can_be_read_and_is_whole() {
-    for Carried { name, .. } in CARRIED {
+    for carried::Carried { name, .. } in CARRIED {
         let recipe = Recipes(Vec::new()).find(name).unwrap();
         assert!(recipe.inputs.cmdline.contains("systemd.unit=dayfly.target"), "{name}");
         let unit = recipe.files.iter().find(|(path, _)| path.ends_with("dayfly-guest.service")).unwrap();
@@ -82,6 +82,56 @@ fn three_lines_are_a_recipe() {
     assert_eq!((recipe.inputs.disk_gib, recipe.inputs.cmdline), (base.inputs.disk_gib, base.inputs.cmdline));
 }
 
+/// The file that stands beside ours in a source tree is the one inside this binary.
+#[test]
+fn carried_recipes_are_those_of_the_tree() {
+    let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm-images");
+    for carried in &CARRIED {
+        let directory = tree.join(carried.name);
+        let mut found = Vec::new();
+        let mut directories: Vec<PathBuf> =
+            directory.join("files").is_dir().then(|| directory.join("files")).into_iter().collect();
+        while let Some(next) = directories.pop() {
+            for entry in std::fs::read_dir(next).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() { directories.push(path) } else { found.push(path) }
+            }
+        }
+        found.sort();
+        let expected: Vec<PathBuf> = carried.files.iter().map(|(path, _)| directory.join("files").join(path)).collect();
+        assert_eq!(found, expected);
+        assert_eq!(directory.join("customize.sh").exists(), carried.customize.is_some(), "{}", carried.name);
+    }
+}
+
+#[test]
+fn docker_images_are_the_shell_images_and_docker() {
+    let (_dir, recipes) = recipes(&[("lazy/recipe.toml", "extends = \"debian-13-docker\"\nexecutor = \"shell\"\n")]);
+    let (shell, docker) = (recipes.find("debian-13-shell").unwrap(), recipes.find("debian-13-docker").unwrap());
+    assert_eq!((docker.inputs.executor, docker.inputs.suite.as_str()), (ExecutorKind::Docker, "trixie"));
+    assert_eq!(docker.inputs.cmdline, format!("{} apparmor=0", shell.inputs.cmdline));
+    assert!(docker.inputs.all_modules && !shell.inputs.all_modules);
+    let files = tempfile::tempdir().unwrap();
+    docker.overlays.iter().for_each(|overlay| overlay.copy_to(files.path()).unwrap());
+    let unit = std::fs::read_to_string(files.path().join("etc/systemd/system/dayfly-docker.service")).unwrap();
+    assert!(unit.contains("ExecStart=/usr/sbin/dockerd -H fd://"), "{unit}");
+    assert_eq!(docker.scripts.len(), 3);
+    let lazy = recipes.find("lazy").unwrap();
+    assert_eq!((lazy.inputs.executor, lazy.scripts.len()), (ExecutorKind::Shell, 3));
+}
+
+#[test]
+fn what_docker_has_at_its_start_is_a_file_or_a_name() {
+    let text = "extends = \"debian-12-docker\"\npreload = [\"./job.tar\", \"registry.example:5000/a/b:1\"]\n\
+                container_image = \"a/b:1\"\nadd_cmdline = \"x=y\"\n";
+    let (dir, recipes) = recipes(&[("x/recipe.toml", text), ("x/job.tar", "")]);
+    let inputs = recipes.find("x").unwrap().inputs;
+    let file = dir.path().join("x/job.tar");
+    assert_eq!(inputs.preload, [Preload::Archive(file), Preload::Pull("registry.example:5000/a/b:1".into())]);
+    assert_eq!(inputs.container_image.as_deref(), Some("a/b:1"));
+    assert!(inputs.cmdline.ends_with(" apparmor=0 x=y"));
+}
+
 #[test]
 fn an_operators_recipe_comes_before_ours_and_may_extend_it_by_its_own_name() {
     let (_dir, recipes) = recipes(&[
@@ -96,7 +146,16 @@ fn an_operators_recipe_comes_before_ours_and_may_extend_it_by_its_own_name() {
     assert_eq!(recipe.scripts[1..3], ["#!/bin/sh\necho first\n", "#!/bin/sh\necho second\n"]);
     assert_eq!((recipe.scripts.len(), recipe.scripts[0].as_str(), recipe.scripts[3].as_str()), (4, CUSTOMIZE, SEAL));
     let found: Vec<_> = recipes.all().into_iter().map(|found| (found.name, found.directory.is_some())).collect();
-    assert_eq!(found, [("debian-12-shell".into(), true), ("debian-13-shell".into(), false), ("more".into(), true)]);
+    assert_eq!(
+        found,
+        [
+            ("debian-12-docker".into(), false),
+            ("debian-12-shell".into(), true),
+            ("debian-13-docker".into(), false),
+            ("debian-13-shell".into(), false),
+            ("more".into(), true)
+        ]
+    );
 }
 
 #[test]
@@ -107,22 +166,37 @@ fn what_is_wrong_with_a_recipe_is_one_sentence_that_names_it() {
             "",
             "read recipe `x`: it has no `suite`, and extends none that has; most begin with `extends = \"debian-12-shell\"`",
         ),
-        ("extends = \"y\"", "find recipe `y`, which `x` extends; there are: debian-12-shell, debian-13-shell, x"),
+        (
+            "extends = \"y\"",
+            "find recipe `y`, which `x` extends; there are: debian-12-docker, debian-12-shell, debian-13-docker, debian-13-shell, x",
+        ),
         ("extends = \"../x\"", "`../x` is no image name (lower-case letters, digits, `-`, `_`, `.`; at most 64)"),
-        ("extends = \"x\"", "find recipe `x`, which `x` extends; there are: debian-12-shell, debian-13-shell, x"),
+        (
+            "extends = \"x\"",
+            "find recipe `x`, which `x` extends; there are: debian-12-docker, debian-12-shell, debian-13-docker, debian-13-shell, x",
+        ),
         (
             "extends = \"debian-12-shell\"\nwithout = [\"emacs\"]",
             "read recipe `x`: `without` names emacs, which none that it extends has",
-        ),
-        (
-            "executor = \"docker-windows\"",
-            "read DIR/x/recipe.toml: there is no executor `docker-windows`; there is shell",
         ),
         ("suite = \"--help\"", "read DIR/x/recipe.toml: `--help` is no suite of Debian's"),
         ("disk_gib = 0", "read DIR/x/recipe.toml: disk_gib = 0 is not within 1 to 1024"),
         ("cmdline = \"a\\nb\"", "read DIR/x/recipe.toml: cmdline is longer than 1024 bytes, or has control characters"),
         ("guest_modules = [\"-r\"]", "read DIR/x/recipe.toml: `-r` is no name of a kernel module"),
         ("modules = [\"../x\"]", "read DIR/x/recipe.toml: `../x` is no name of a kernel module"),
+        (
+            "extends = \"debian-12-shell\"\nexecutor = \"docker\"",
+            "read recipe `x`: it wants containers (executor docker, or preload), and has no Docker; extend `debian-12-docker`, or put docker.io among its packages",
+        ),
+        (
+            "extends = \"debian-12-docker\"\npreload = [\"-v /:/host\"]",
+            "read DIR/x/recipe.toml: preload `-v /:/host` is no name of a container image, and no ./FILE",
+        ),
+        (
+            "extends = \"debian-12-docker\"\npreload = [\"./../x\"]",
+            "read DIR/x/recipe.toml: preload `./../x` is no file beside it",
+        ),
+        ("container_image = \"a b\"", "read DIR/x/recipe.toml: container_image `a b` is no name of a container image"),
         ("overlays = [\"files\"]", "read DIR/x/recipe.toml: overlay `files` is no directory beside it"),
         ("overlays = [\"../files\"]", "read DIR/x/recipe.toml: overlay `../files` does not lie beside it"),
         ("overlays = [\"/etc\"]", "read DIR/x/recipe.toml: overlay `/etc` does not lie beside it"),
@@ -131,10 +205,15 @@ fn what_is_wrong_with_a_recipe_is_one_sentence_that_names_it() {
     }
     let unknown = with("extends = \"debian-12-shell\"\npakcages = []\n");
     assert!(unknown.starts_with("read DIR/x/recipe.toml: ") && unknown.contains("pakcages"), "{unknown}");
+    let executor = with("executor = \"docker-windows\"");
+    assert!(executor.contains("`docker-windows`") && executor.contains("`shell` or `docker`"), "{executor}");
     let circle = fails(&[("x/recipe.toml", "extends = \"y\""), ("y/recipe.toml", "extends = \"x\"")], "x");
     assert_eq!(circle, "read the recipes: x extends y extends x, and so on");
     let missing = fails(&[], "plan9");
-    assert_eq!(missing, "find recipe `plan9`; there are: debian-12-shell, debian-13-shell");
+    assert_eq!(
+        missing,
+        "find recipe `plan9`; there are: debian-12-docker, debian-12-shell, debian-13-docker, debian-13-shell"
+    );
     let long = "#".repeat(1024 * 1024 + 1);
     assert_eq!(with(&long), "read DIR/x/recipe.toml: longer than 1048576 bytes");
 }

@@ -8,6 +8,7 @@
 
 use crate::byhand::Told;
 use crate::watched::FIRST_REQUEST;
+use dayfly::machine_spec::Executor;
 use dayfly::network::Lease;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -28,7 +29,12 @@ const GLANCE: Duration = Duration::from_millis(2);
 const PORT: u16 = 25_900;
 
 /// Boots once; from the start of QEMU to the guest's first request.
-pub(crate) async fn boot(disks: &Disks, dayflys: &VmSpec, executor: &str, limit: Duration) -> Result<Duration, String> {
+pub(crate) async fn boot(
+    disks: &Disks,
+    dayflys: &VmSpec,
+    executor: &Executor,
+    limit: Duration,
+) -> Result<Duration, String> {
     let dir = tempfile::Builder::new()
         .prefix("df-bare-")
         .tempdir_in("/tmp")
@@ -47,7 +53,7 @@ pub(crate) async fn boot(disks: &Disks, dayflys: &VmSpec, executor: &str, limit:
     let told = Told {
         clone_url: url::Url::parse("https://gitlab.example").map_err(|error| error.to_string())?,
         token: Secret::new("glrt-123456789abcdefghijk"),
-        executor: executor.to_owned(),
+        executor: executor.clone(),
     };
     let config = told.config(&spec, &lease, &rng);
     let pass = Pass::from_text(&config.pass).ok_or("a config without a pass")?;

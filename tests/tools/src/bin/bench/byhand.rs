@@ -3,7 +3,7 @@
 
 use dayfly::clock::Clock;
 use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(1800);
 pub(crate) struct Told {
     pub(crate) clone_url: Url,
     pub(crate) token: Secret,
-    pub(crate) executor: String,
+    pub(crate) executor: Executor,
 }
 
 impl Told {

@@ -13,6 +13,7 @@ use crate::{number, text};
 use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
 use dayfly::image::store::{ImageStore, Images as _};
+use dayfly::machine_spec::{DockerSettings, Executor};
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::telemetry::chain;
@@ -98,7 +99,14 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let host = Host::start(choice).await.map_err(|error| chain(&error))?;
     let measured = rounds(
         wanted,
-        &Bench { standin, project, host: &host, watch, disks: vms.disks, executor: image.manifest.executor },
+        &Bench {
+            standin,
+            project,
+            host: &host,
+            watch,
+            disks: vms.disks,
+            executor: image.manifest.executor_of(&DockerSettings::default()),
+        },
     )
     .await;
     let ended = host.end().await;
@@ -115,7 +123,7 @@ struct Bench<'a> {
     host: &'a Host,
     watch: StopWatch,
     disks: Disks,
-    executor: String,
+    executor: Executor,
 }
 
 /// Milliseconds of each boot by dayfly, of each bare one, and of each phase.

@@ -31,6 +31,7 @@ use dayfly::clock::Clock;
 use dayfly::files::RealFiles;
 use dayfly::gitlab::{JobId, RealOpenTransport};
 use dayfly::image::store::{ImageStore, Images as _};
+use dayfly::machine_spec::DockerSettings;
 use dayfly::network::PortRange;
 use dayfly::rng::Rng;
 use dayfly::telemetry::chain;
@@ -96,8 +97,11 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     };
     // A project with a runner of its own for each side, so that each job goes where it is meant for.
     let (ours, direct) = (standin.add_project("group/dayfly"), standin.add_project("group/direct"));
-    let registered =
-        Told { clone_url: for_guests, token: runner_of(direct)?, executor: image.manifest.executor.clone() };
+    let registered = Told {
+        clone_url: for_guests,
+        token: runner_of(direct)?,
+        executor: image.manifest.executor_of(&DockerSettings::default()),
+    };
     let choice = Choice {
         host: watched(&vms, &watch),
         listen: Arc::new(WatchedDoors(watch.clone())),

@@ -82,7 +82,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         let told = Told {
             clone_url: url::Url::parse("http://gitlab.invalid").map_err(|error| error.to_string())?,
             token: standin.runner_token(runner).ok_or("the runner has no token")?,
-            executor: image.manifest.executor.clone(),
+            executor: image.manifest.executor_of(&dayfly::machine_spec::DockerSettings::default()),
         };
         let machine = Measured::start(side, &vms, &like, &told, served.address()).await?;
         let script = JobSpec::script([SCRIPT]).with_variable(Variable::new("GIT_STRATEGY", "none"));
