@@ -173,11 +173,11 @@ pub(crate) struct JobKey {
 
 impl Api {
     /// A client for `url` (from config.toml); makes no call.
-    pub(crate) fn new(url: &str, runner_token: &str, system_id: &str) -> Self {
+    pub(crate) fn new(url: &str, runner_token: &str, system_id: &str, executor: &str) -> Self {
         Self {
             agent: agent(0),
             base: base_url(url),
-            info: crate::info::json(),
+            info: crate::info::json(executor),
             user_agent: crate::info::user_agent(),
             runner_token: runner_token.to_owned(),
             system_id: system_id.to_owned(),
@@ -415,7 +415,7 @@ mod tests {
 
     #[test]
     fn an_update_has_the_recorded_members_in_the_recorded_order() {
-        let api = Api::new("http://192.0.2.1/", "glrt-x", "s_0123456789ab");
+        let api = Api::new("http://192.0.2.1/", "glrt-x", "s_0123456789ab", "shell");
         let job = JobKey { id: 7, token: "JT".to_owned() };
         let text = |update: &Update<'_>| {
             let text = serde_json::to_string(update).expect("serialises");

@@ -19,8 +19,8 @@ pub(crate) enum ConfigError {
     /// A key without which no runner can work.
     #[error("runner has no {0}")]
     Missing(&'static str),
-    /// Only `shell` is done here.
-    #[error("executor `{0}` is not known to this stand-in, only `shell`")]
+    /// Only two are done here.
+    #[error("executor `{0}` is not known to this stand-in, only `shell` and `docker`")]
     Executor(String),
     /// Only plain HTTP is spoken: in a guest the URL is the relay's.
     #[error("url `{0}` is not plain http")]
@@ -44,7 +44,7 @@ pub(crate) struct Runner {
     pub(crate) url: String,
     /// The runner token.
     pub(crate) token: String,
-    /// Must be `shell`.
+    /// `shell` or `docker`.
     pub(crate) executor: String,
     /// Where projects are checked out; empty: `builds` in the working directory.
     pub(crate) builds_dir: String,
@@ -71,6 +71,24 @@ pub(crate) struct Runner {
     pub(crate) cache: Cache,
     /// `FF_…` switches; they win over a job's variables.
     pub(crate) feature_flags: BTreeMap<String, bool>,
+    /// Of the executor `docker`.
+    pub(crate) docker: Docker,
+}
+
+/// `[runners.docker]`.
+#[derive(Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Docker {
+    /// The image of a job that names none.
+    pub(crate) image: String,
+    /// Looked for, no more.
+    pub(crate) helper_image: String,
+    /// `HOST:CONTAINER` directories.
+    pub(crate) volumes: Vec<String>,
+    /// Whether containers may do all.
+    pub(crate) privileged: bool,
+    /// The first counts.
+    pub(crate) pull_policy: Vec<String>,
 }
 
 /// `[runners.cache]`, as far as it is obeyed: plain HTTP, and a store that is shared.
@@ -119,7 +137,9 @@ impl Runner {
             () if self.url.is_empty() => Err(ConfigError::Missing("url")),
             () if self.token.is_empty() => Err(ConfigError::Missing("token")),
             () if !self.url.starts_with("http://") => Err(ConfigError::Url(self.url.clone())),
-            () if self.executor != "shell" => Err(ConfigError::Executor(self.executor.clone())),
+            () if !["shell", "docker"].contains(&self.executor.as_str()) => {
+                Err(ConfigError::Executor(self.executor.clone()))
+            }
             () => Ok(()),
         }
     }
@@ -200,13 +220,13 @@ mod tests {
     }
 
     #[test]
-    fn an_executor_other_than_shell_is_refused() {
+    fn another_executor_is_refused() {
         let runner = Runner {
             url: "http://192.0.2.1".to_owned(),
             token: "t".to_owned(),
-            executor: "docker".to_owned(),
+            executor: "custom".to_owned(),
             ..Runner::default()
         };
-        assert!(matches!(runner.check(), Err(ConfigError::Executor(name)) if name == "docker"));
+        assert!(matches!(runner.check(), Err(ConfigError::Executor(name)) if name == "custom"));
     }
 }

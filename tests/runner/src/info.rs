@@ -39,12 +39,23 @@ const FEATURES: [(&str, bool); 31] = [
     ("job_inputs", true),
 ];
 
+/// What 19.3 sends besides with the docker executor (by hand). The stand-in does not do all of them.
+const DOCKER_FEATURES: [&str; 6] = [
+    "image",
+    "services",
+    "service_variables",
+    "service_multiple_aliases",
+    "image_executor_opts",
+    "service_executor_opts",
+];
+
 /// `info` as JSON, members in the recorded order.
-pub(crate) fn json() -> Box<RawValue> {
-    let features: Vec<String> = FEATURES.iter().map(|(name, on)| format!("\"{name}\":{on}")).collect();
+pub(crate) fn json(executor: &str) -> Box<RawValue> {
+    let is_on = |name: &str, on: bool| on || executor == "docker" && DOCKER_FEATURES.contains(&name);
+    let features: Vec<String> = FEATURES.iter().map(|(name, on)| format!("\"{name}\":{}", is_on(name, *on))).collect();
     let text = format!(
         "{{\"name\":\"gitlab-runner\",\"version\":\"{}\",\"revision\":\"{}\",\"platform\":\"{}\",\"architecture\":\"{}\",\
-         \"executor\":\"shell\",\"shell\":\"bash\",\"features\":{{{}}},\"config\":{{\"gpus\":\"\"}}}}",
+         \"executor\":\"{executor}\",\"shell\":\"bash\",\"features\":{{{}}},\"config\":{{\"gpus\":\"\"}}}}",
         crate::VERSION,
         crate::REVISION,
         platform(),
@@ -79,10 +90,13 @@ mod tests {
 
     #[test]
     fn info_names_the_stand_in_and_all_features() {
-        let value: serde_json::Value = serde_json::from_str(json().get()).expect("valid");
+        let value: serde_json::Value = serde_json::from_str(json("docker").get()).expect("valid");
         assert_eq!(value["version"], "19.3.0-standin");
         assert_eq!(value["features"].as_object().expect("an object").len(), 31);
         assert_eq!(value["features"]["cancel_gracefully"], true);
         assert_eq!(value["config"]["gpus"], "");
+        assert_eq!((&value["executor"], &value["features"]["services"]), (&"docker".into(), &true.into()));
+        let shell: serde_json::Value = serde_json::from_str(json("shell").get()).expect("valid");
+        assert_eq!((&shell["executor"], &shell["features"]["services"]), (&"shell".into(), &false.into()));
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::cache;
 use crate::config::Runner;
+use crate::containers::Containers;
 use crate::control::{Control, Scope, Stop};
 use crate::lines::Source;
 use crate::payload::{Job, Step, Variable};
@@ -56,7 +57,10 @@ impl Prepared {
         let runner = parts.runner.clone();
         let last = |key: &str| job.variables.iter().rev().find(|variable| variable.key == key);
         let project = last("CI_PROJECT_PATH").map_or("project", |variable| variable.value.as_str());
-        let builds_dir = absolute(&runner.builds_dir);
+        let builds_dir = match (runner.executor.as_str(), runner.builds_dir.as_str()) {
+            ("docker", "") => PathBuf::from("/builds"),
+            (_, builds_dir) => absolute(builds_dir),
+        };
         let project_dir = builds_dir.join(runner.short_token()).join("0").join(project.trim_start_matches('/'));
         let mut files_dir = project_dir.clone().into_os_string();
         files_dir.push(".tmp");
@@ -128,7 +132,12 @@ impl Prepared {
         let (timeout, job) = (self.timeout, self.job.clone());
         let log = Stream::new(trace, Source::Runner, &filter);
         let sections = self.job.features.trace_sections;
-        let mut run = Run { prepared: self, trace, control, filter, log, sections, deadline };
+        let containers = Containers::of(&self.job, &self.runner, &self.variables);
+        let (containers, lacking) = match containers {
+            Ok(containers) => (containers, None),
+            Err(lacking) => (None, Some(lacking)),
+        };
+        let mut run = Run { prepared: self, trace, control, filter, log, sections, deadline, containers, lacking };
         let result = run.all();
         drop(run);
         // A stream of its own: the line is a new one, also behind the end of a section.
@@ -171,6 +180,10 @@ struct Run<'a> {
     log: Stream,
     sections: bool,
     deadline: Instant,
+    /// What runs the author's scripts; none: this machine.
+    containers: Option<Containers>,
+    /// Why there is nothing that could.
+    lacking: Option<&'static str>,
 }
 
 /// One stage: its name, for the section, and its title.
@@ -179,11 +192,13 @@ struct Stage<'a> {
     title: &'a str,
     scope: Scope,
     deadline: Instant,
+    /// Whether it runs where the author wants it.
+    is_authors: bool,
 }
 
 impl Run<'_> {
     fn all(&mut self) -> Result<(), Failure> {
-        self.head();
+        self.head()?;
         if !self.prepared.job.run.is_empty() {
             return Err(Failure::Configuration("dayfly's stand-in runner knows no `run` steps"));
         }
@@ -220,7 +235,7 @@ impl Run<'_> {
         result.and(uploaded)
     }
 
-    fn head(&mut self) {
+    fn head(&mut self) -> Result<(), Failure> {
         let name = self.prepared.runner.name.clone();
         let lines = [
             format!("Running with gitlab-runner {VERSION} ({REVISION})"),
@@ -232,9 +247,17 @@ impl Run<'_> {
         if !self.prepared.timestamps {
             self.say("  feature flags: FF_TIMESTAMPS:false");
         }
+        if let Some(lacking) = self.lacking {
+            return Err(Failure::Configuration(lacking));
+        }
+        if let Some(containers) = &self.containers {
+            let script = containers.prepare(&self.prepared.variables);
+            return self.stage(&self.early("prepare_executor", "Preparing the \"docker\" executor"), script);
+        }
         self.section("prepare_executor", "Preparing the \"shell\" executor", |run| {
             run.say("Using Shell (bash) executor of dayfly's stand-in runner...");
         });
+        Ok(())
     }
 
     fn make_directories(&self) -> std::io::Result<()> {
@@ -287,7 +310,7 @@ impl Run<'_> {
         for step in steps.iter().filter(|step| !step.script.is_empty()) {
             let name = format!("step_{}", step.name.to_lowercase());
             let title = format!("Executing \"{name}\" stage of the job script");
-            let stage = Stage { name: &name, title: &title, scope: Scope::Script, deadline };
+            let stage = Stage { name: &name, title: &title, scope: Scope::Script, deadline, is_authors: true };
             let result = self.stage(&stage, self.author_script(step));
             match result {
                 Err(Failure::Stopped(Stop::Canceled)) => {
@@ -320,7 +343,13 @@ impl Run<'_> {
         script.notice("Running after script...").enter(&self.prepared.project_dir).author_commands(&step.script);
         let ignored =
             variables.get("AFTER_SCRIPT_IGNORE_ERRORS").is_none_or(|_| variables.is_true("AFTER_SCRIPT_IGNORE_ERRORS"));
-        let stage = Stage { name: "after_script", title: "Running after_script", scope: Scope::Rest, deadline };
+        let stage = Stage {
+            name: "after_script",
+            title: "Running after_script",
+            scope: Scope::Rest,
+            deadline,
+            is_authors: true,
+        };
         match self.stage(&stage, script) {
             Err(Failure::Stopped(Stop::TimedOut)) if Instant::now() < self.deadline => Ok(()),
             Err(Failure::Exit(code)) if ignored => {
@@ -363,7 +392,8 @@ impl Run<'_> {
         let program = program()?;
         let transfer = Transfer { program: &program, url: &runner.url, project_dir };
         match cache::save(job, variables, &runner.cache, &transfer, succeeded) {
-            Some(script) => self.stage(&Stage { name, title, scope: Scope::Rest, deadline: self.deadline }, script),
+            Some(script) => self
+                .stage(&Stage { name, title, scope: Scope::Rest, deadline: self.deadline, is_authors: false }, script),
             None => Ok(()),
         }
     }
@@ -377,7 +407,10 @@ impl Run<'_> {
         let Prepared { job, runner, variables, project_dir, .. } = &self.prepared;
         let transfer = Transfer { program: &program, url: &runner.url, project_dir };
         match script::upload(job, variables, &transfer, succeeded) {
-            Some(script) => self.stage(&Stage { name, title, scope: Scope::Rest, deadline: self.deadline }, script),
+            Some(script) => {
+                let stage = Stage { name, title, scope: Scope::Rest, deadline: self.deadline, is_authors: false };
+                self.stage(&stage, script)
+            }
             None => Ok(()),
         }
     }
@@ -386,7 +419,13 @@ impl Run<'_> {
         let mut script = Script::new(&self.prepared.variables);
         script.command(&["rm", "-rf", &self.prepared.variables.files_dir().to_string_lossy()]);
         let title = "Cleaning up project directory and file based variables";
-        let stage = Stage { name: "cleanup_file_variables", title, scope: Scope::Rest, deadline: self.deadline };
+        let stage = Stage {
+            name: "cleanup_file_variables",
+            title,
+            scope: Scope::Rest,
+            deadline: self.deadline,
+            is_authors: false,
+        };
         if let Err(failure) = self.stage(&stage, script) {
             crate::log(&format!("WARNING: clean up: {failure:?}"));
         }
@@ -416,7 +455,7 @@ impl Run<'_> {
 
     /// A stage before the author's script: a cancel ends it, and the job.
     fn early<'n>(&self, name: &'n str, title: &'n str) -> Stage<'n> {
-        Stage { name, title, scope: Scope::Script, deadline: self.deadline }
+        Stage { name, title, scope: Scope::Script, deadline: self.deadline, is_authors: false }
     }
 
     /// Repeats a stage that failed by its exit code, as often as this variable says (1 to 10).
@@ -438,7 +477,18 @@ impl Run<'_> {
         let text = script.into_text();
         let ended = self.section(stage.name, stage.title, |run| {
             let file = tempfile::Builder::new().prefix("script-").suffix(".sh").tempfile()?;
-            std::fs::write(file.path(), text)?;
+            let outer = tempfile::Builder::new().prefix("container-").suffix(".sh").tempfile()?;
+            let file = match &run.containers {
+                Some(containers) if stage.is_authors => {
+                    std::fs::write(file.path(), Containers::portable(&text))?;
+                    std::fs::write(outer.path(), containers.around(file.path()))?;
+                    &outer
+                }
+                _ => {
+                    std::fs::write(file.path(), text)?;
+                    &file
+                }
+            };
             let out = Stream::new(run.trace, Source::JobOut, &run.filter);
             let err = Stream::new(run.trace, Source::JobErr, &run.filter);
             let limits = Limits { control: run.control, scope: stage.scope, deadline: stage.deadline };

@@ -3,7 +3,7 @@
 //!
 //! It takes the arguments and the config.toml of the official one, sends the requests that
 //! gitlab-runner 19.3 was recorded to send (docs/protocol.md), and runs jobs with the shell executor and
-//! bash. It is a program of its own, blocking and on another HTTP implementation than the daemon's,
+//! bash, or in containers ([`containers`]: very little of what the official docker executor does). It is a program of its own, blocking and on another HTTP implementation than the daemon's,
 //! so that a mistake in one does not hide in the other. It says in its version and in the first line
 //! of every job's log that it is a stand-in.
 //!
@@ -19,7 +19,7 @@
 //!     cargo build --release -p dayfly-test-runner --target x86_64-unknown-linux-gnu
 //! ```
 //!
-//! Not there, and said in the log where a job asks for it: services, images, secrets, job inputs, native
+//! Not there, and said in the log where a job asks for it: secrets, job inputs, native
 //! steps, terminals.
 
 #![allow(
@@ -33,6 +33,7 @@ mod artifacts;
 mod cache;
 mod cli;
 mod config;
+mod containers;
 mod control;
 mod duration;
 mod info;

@@ -29,12 +29,45 @@ pub(crate) struct Job {
     pub(crate) features: Features,
     #[serde(default, deserialize_with = "or_default")]
     pub(crate) hooks: Vec<Hook>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(crate) image: Image,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(crate) services: Vec<Service>,
     /// Steps of the `run` keyword, as JSON in a string.
     #[serde(default, deserialize_with = "or_default")]
     pub(crate) run: String,
     /// `X-Request-Id` of the 201, which git requests carry on; not part of the payload.
     #[serde(skip)]
     pub(crate) correlation_id: String,
+}
+
+/// The container image of the job.
+#[derive(Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Image {
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) name: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) entrypoint: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) pull_policy: Vec<String>,
+}
+
+/// A container beside the job's.
+#[derive(Clone, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Service {
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) name: String,
+    /// Several, parted by blanks or commas.
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) alias: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) entrypoint: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) command: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub(crate) variables: Vec<Variable>,
 }
 
 /// What to check out.

@@ -49,7 +49,7 @@ pub(crate) fn run(arguments: SingleArguments) -> Result<ExitCode, CliError> {
     let control = Arc::new(Control::default());
     control::listen_for_signals(&control).map_err(CliError::Signals)?;
     crate::log(&format!("dayfly's stand-in runner for {} with token {}", runner.url, runner.short_token()));
-    let api = Arc::new(Api::new(&runner.url, &runner.token, &system_id));
+    let api = Arc::new(Api::new(&runner.url, &runner.token, &system_id, &runner.executor));
     let parts = Parts { runner, system_id, api, control };
 
     let mut builds = 0;
