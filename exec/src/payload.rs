@@ -3,7 +3,7 @@
 //! The stand-in makes the payload of it and adds GitLab's predefined variables; here come those that
 //! follow from the local repository, the developer's own, and what exec has to insist on.
 
-use super::pipeline::{AllowFailure, Artifacts, Job};
+use super::pipeline::{AllowFailure, Artifacts, Job, Service};
 use super::repository::Repository;
 use crate::standin::{JobSpec, Variable};
 use dayfly::gitlab::JobId;
@@ -84,6 +84,7 @@ pub(super) fn spec(job: &Job, common: &Common<'_>, ids: &BTreeMap<String, JobId>
         hooks: (!job.pre_get_sources_script.is_empty())
             .then(|| json!({ "pre_get_sources_script": job.pre_get_sources_script })),
         image: job.image.as_ref().map(|image| json!({ "name": image.name, "entrypoint": image.entrypoint })),
+        services: (!job.services.is_empty()).then(|| job.services.iter().map(service).collect()),
         artifacts: artifacts(&job.artifacts),
         dependencies: job.artifacts_from.iter().filter_map(|name| ids.get(name)).copied().collect(),
         depth: Some(0),
@@ -122,6 +123,15 @@ fn predefined(common: &Common<'_>) -> Vec<Variable> {
         ]);
     }
     list.into_iter().map(|(key, value)| Variable { raw: true, ..Variable::new(key, value) }).collect()
+}
+
+/// One of `services` in the shape of the file.
+fn service(service: &Service) -> Value {
+    let Service { name, alias, entrypoint, command, variables } = service;
+    let variables: serde_json::Map<String, Value> =
+        variables.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
+    let list = |words: &[String]| if words.is_empty() { Value::Null } else { json!(words) };
+    json!({ "name": name, "alias": alias, "entrypoint": list(entrypoint), "command": list(command), "variables": variables })
 }
 
 /// `artifacts` in the shape of the file, without what is not there: an archive is uploaded only if
@@ -215,6 +225,7 @@ job:
   script: [two]
   after_script: [three]
   image: {name: 'ruby:3', entrypoint: [sh]}
+  services: [redis, {name: 'web:1', alias: w, command: [serve, now], variables: {A: 1}}]
   timeout: 10 minutes
   hooks: {pre_get_sources_script: [four]}
   artifacts: {paths: [out], name: n, reports: {junit: j.xml}, expire_in: 1 day}
@@ -226,6 +237,10 @@ job:
         assert_eq!(payload["steps"][1]["script"], json!(["three"]));
         assert_eq!(payload["runner_info"]["timeout"], 600);
         assert_eq!(payload["image"]["name"], "ruby:3");
+        let services = &payload["services"];
+        assert_eq!((&services[0]["name"], &services[0]["command"]), (&json!("redis"), &Value::Null));
+        assert_eq!((&services[1]["alias"], &services[1]["command"]), (&json!("w"), &json!(["serve", "now"])));
+        assert_eq!(services[1]["variables"], json!([{ "key": "A", "value": "1" }]));
         assert_eq!(payload["hooks"][0]["script"], json!(["four"]));
         let git = &payload["git_info"];
         assert_eq!((&git["ref"], &git["sha"], &git["depth"]), (&json!("topic"), &json!("1".repeat(40)), &json!(0)));

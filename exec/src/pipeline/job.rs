@@ -10,10 +10,11 @@
 //! | `trigger`, `run`, `inputs`, unknown keys | errors |
 
 use super::artifacts;
+use super::containers::{image, services};
 use super::duration;
 use super::error::{Fault, Line};
 use super::matrix::{self, Variant};
-use super::model::{AllowFailure, Artifacts, Image, Job, Note, Variable};
+use super::model::{AllowFailure, Artifacts, Job, Note, Variable};
 use super::node::{Entry, Kind, Node, Pairs};
 use std::rc::Rc;
 
@@ -56,7 +57,6 @@ const IGNORED: &[(&str, &str)] = &[
     ("retry", "is ignored: a failed job is not run again"),
     ("rules", "is ignored: a job that is named runs, and variables of rules are not set"),
     ("secrets", "is ignored: no secrets server is asked; the variables are not set"),
-    ("services", "is ignored: services do not run"),
     ("start_in", "is ignored: a job that is named runs"),
     ("tags", "is ignored: the machine class is chosen by options"),
 ];
@@ -122,6 +122,7 @@ pub(super) fn read(entry: &Entry, variant: Option<&Variant>, context: &Context<'
         after_script: Vec::new(),
         variables: Vec::new(),
         image: None,
+        services: Vec::new(),
         artifacts: Artifacts::default(),
         timeout: None,
         allow_failure: AllowFailure::No,
@@ -154,6 +155,10 @@ pub(super) fn read(entry: &Entry, variant: Option<&Variant>, context: &Context<'
                     ),
                 );
                 job.image = Some(i);
+            }),
+            "services" => services(value).map(|services| {
+                notes.add(entry, *own, "run only where the image's runner has the docker executor".into());
+                job.services = services;
             }),
             "artifacts" => artifacts::read(value).map(|(artifacts, ignored)| {
                 ignored.iter().for_each(|e| notes.add(e, *own, "is ignored: it is about GitLab's pages".into()));
@@ -281,6 +286,7 @@ fn impossible(entry: &Entry) -> Option<Fault> {
         "after_script",
         "stage",
         "image",
+        "services",
         "artifacts",
         "timeout",
         "allow_failure",
@@ -320,22 +326,6 @@ fn lines(node: &Node) -> Result<Vec<String>, Fault> {
     let mut lines = Vec::new();
     collect(&Rc::new(node.clone()), 0, &mut lines)?;
     Ok(lines)
-}
-
-fn image(node: &Node) -> Result<Image, Fault> {
-    if let Ok(name) = node.text() {
-        return Ok(Image { name: name.to_owned(), entrypoint: Vec::new() });
-    }
-    let known = ["name", "entrypoint", "docker", "kubernetes", "pull_policy"];
-    if let Some(other) = node.mapping()?.iter().find(|e| !known.contains(&e.key.as_str())) {
-        return Err(Fault::at(other.line, "is no key of `image`; correct or remove it").under(&other.key));
-    }
-    let Some(name) = node.get("name") else { return Err(Fault::at(node.line, "has no `name`")) };
-    let entrypoint = match node.get("entrypoint") {
-        Some(entry) => entry.value.texts().map_err(|f| f.under("entrypoint"))?,
-        None => Vec::new(),
-    };
-    Ok(Image { name: name.value.text().map_err(|f| f.under("name"))?.to_owned(), entrypoint })
 }
 
 fn timeout(node: &Node) -> Result<std::time::Duration, Fault> {

@@ -11,6 +11,7 @@
 //! Pure but for reading files ([`Sources`]). Used by `exec` alone.
 
 mod artifacts;
+mod containers;
 mod duration;
 mod error;
 mod include;
@@ -31,7 +32,7 @@ mod tests;
 
 pub use error::{Fault, Line, PipelineError};
 pub use list::{Listed, list};
-pub use model::{AllowFailure, Artifacts, Image, Job, Note, Plan, Variable, When};
+pub use model::{AllowFailure, Artifacts, Image, Job, Note, Plan, Service, Variable, When};
 
 use include::Loader;
 use matrix::Variant;

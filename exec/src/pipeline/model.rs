@@ -37,6 +37,8 @@ pub struct Job {
     pub variables: Vec<Variable>,
     /// `image`, for images whose runner has an executor that obeys it.
     pub image: Option<Image>,
+    /// `services`, likewise.
+    pub services: Vec<Service>,
     /// `artifacts`.
     pub artifacts: Artifacts,
     /// `timeout`.
@@ -77,6 +79,21 @@ pub struct Image {
     pub name: String,
     /// Its entry point.
     pub entrypoint: Vec<String>,
+}
+
+/// One of `services`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Its image's name.
+    pub name: String,
+    /// What the job calls it, if not by that.
+    pub alias: Option<String>,
+    /// Its entry point.
+    pub entrypoint: Vec<String>,
+    /// Its command.
+    pub command: Vec<String>,
+    /// Its own variables.
+    pub variables: Vec<(String, String)>,
 }
 
 /// Which failures of a job count as success.

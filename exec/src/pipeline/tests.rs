@@ -252,7 +252,7 @@ b: {script: x, services: [redis], retry: 2, coverage: /x/, artifacts: {paths: [p
             "7: job `a`: key `when`: `manual` is ignored: a job that is named runs",
             "8: job `a`: key `parallel`: 4 is ignored: the job runs once, with CI_NODE_TOTAL=1; one of them is `a 1/4`",
             "9: job `a`: key `rules`: is ignored: a job that is named runs, and variables of rules are not set",
-            "10: job `b`: key `services`: is ignored: services do not run",
+            "10: job `b`: key `services`: run only where the image's runner has the docker executor",
             "10: job `b`: key `retry`: is ignored: a failed job is not run again",
             "10: job `b`: key `coverage`: is ignored: nobody reads a coverage figure here",
             "10: job `b`: key `expose_as`: is ignored: it is about GitLab's pages",
