@@ -340,6 +340,7 @@ mod tests {
             door_patience: Duration::from_secs(60),
             power_off_after: Duration::from_secs(1800),
             log_mib_max: 256,
+            cache: true,
         };
         let parsed: toml_edit::DocumentMut = config_toml(&parts, "gitlab-runner").parse().unwrap();
         parsed["runners"].as_array_of_tables().unwrap().get(0).unwrap().clone()

@@ -96,7 +96,7 @@ pub(super) fn machine_was(record: &Record) -> Option<MachineWas> {
     Some(MachineWas {
         image: spec.image.name.clone(),
         digest: spec.image.digest.clone(),
-        executor: spec.executor.clone(),
+        executor: spec.executor.name().to_owned(),
         cpus: spec.cpus,
         memory_mib: spec.memory_mib,
         disk_gib: spec.disk_gib,
