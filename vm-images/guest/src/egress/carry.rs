@@ -49,7 +49,7 @@ pub(super) async fn run(listener: TcpListener, hold: Arc<Hold>) {
                     let stream = match hold.take(flow) {
                         Some(stream) => Some(stream),
                         None => match late.try_acquire() {
-                            Ok(_place) => hold.open(flow).await,
+                            Ok(_place) => hold.open(flow).await.ok(),
                             Err(_) => None,
                         },
                     };

@@ -7,6 +7,7 @@ use crate::netfilter::rules::{CONNECTED, REFUSED};
 use dayfly_wire::{Opener, Stream};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -18,7 +19,7 @@ use tokio::time::{Instant, interval, sleep, timeout};
 const FLOWS_MAX: usize = 4096;
 
 /// The host tries to connect for 20 s; the rest is for a session that begins anew, and for a place among its streams.
-/// Then the connection is refused.
+/// Then the packet is lost, as it would be on its way to a host that does not answer; the next one is held anew.
 const HOLD: Duration = Duration::from_secs(30);
 
 /// From the verdict to the connection: a few packets on `lo`. A connection that has not come by then is not wanted any
@@ -78,8 +79,12 @@ impl Hold {
     }
 
     /// A stream to where this connection wants to.
-    pub(super) async fn open(&self, flow: Flow) -> Option<Stream> {
-        timeout(HOLD, open(self.session.clone(), &flow.destination.to_string())).await.ok()?.ok()
+    ///
+    /// # Errors
+    /// The host's answer, or that there was none in time.
+    pub(super) async fn open(&self, flow: Flow) -> io::Result<Stream> {
+        let opened = timeout(HOLD, open(self.session.clone(), &flow.destination.to_string())).await;
+        opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
     fn note(&self, flow: Flow) -> First {
@@ -100,12 +105,16 @@ impl Hold {
     async fn answer(&self, flow: Flow) -> Verdict {
         let stream = self.open(flow).await;
         let mut flows = self.flows();
-        if let Some(stream) = stream {
-            flows.insert(flow, State::Opened { stream, until: Instant::now() + FETCH });
-            Verdict::Repeat(CONNECTED)
-        } else {
-            flows.remove(&flow);
-            Verdict::Repeat(REFUSED)
+        match stream {
+            Ok(stream) => {
+                flows.insert(flow, State::Opened { stream, until: Instant::now() + FETCH });
+                Verdict::Repeat(CONNECTED)
+            }
+            Err(error) => {
+                flows.remove(&flow);
+                // Nobody has refused it: it is sent again as long as who connects has patience, and asked again.
+                if error.kind() == io::ErrorKind::TimedOut { Verdict::Drop } else { Verdict::Repeat(REFUSED) }
+            }
         }
     }
 

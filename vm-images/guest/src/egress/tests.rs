@@ -80,6 +80,7 @@ async fn answer(asked: Asked, learnt: mpsc::UnboundedSender<Learnt>) {
             sleep(Duration::from_millis(50)).await;
             asked.refuse(502);
         }
+        84 => asked.refuse(504),
         82 => {
             let mut stream = asked.accept().unwrap();
             stream.write_all(b"cut").await.unwrap();
@@ -232,6 +233,15 @@ async fn in_a_namespace_all_goes_over_the_port() {
         asked += usize::from(learnt == Learnt::Asked("1.2.3.4:83".into()));
     }
     assert_eq!(asked, 1);
+
+    // One that does not answer is no one that refuses: who connects sends again, and gives up by itself.
+    let silent = soon(|| TcpStream::connect_timeout(&"1.2.3.4:84".parse().unwrap(), Duration::from_millis(2500)));
+    assert_eq!(silent.await.unwrap_err().kind(), ErrorKind::TimedOut);
+    let mut asked = 0;
+    while let Ok(learnt) = learnt.try_recv() {
+        asked += usize::from(learnt == Learnt::Asked("1.2.3.4:84".into()));
+    }
+    assert!((2..=3).contains(&asked), "asked {asked} times in 2.5 s");
 
     // Many at once, half of them to a closed port.
     let all = (0..200).map(|n| {
