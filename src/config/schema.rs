@@ -53,26 +53,30 @@ fn object(about: &str) -> Map<String, Value> {
     object.as_object().cloned().unwrap_or_default()
 }
 
-/// Where the keys of a section stand; made if there are none yet.
+/// Where the keys of a section stand; made if there are none yet. `class.egress` is a table of each `[[class]]`.
 fn properties_of<'a>(root: &'a mut Map<String, Value>, section: &str) -> &'a mut Map<String, Value> {
     const KNOWN: &str = "made by `object`";
-    let top = root["properties"].as_object_mut().expect(KNOWN);
-    if section.is_empty() {
-        return top;
-    }
-    let required = REQUIRED.iter().find(|(name, _)| *name == section).map(|(_, keys)| *keys);
-    let of_section = top.entry(section).or_insert_with(|| {
-        let mut one = object(&format!("[{section}]"));
-        match required {
-            None => Value::Object(one),
-            Some(required) => {
-                one.insert("required".into(), json!(required));
-                json!({ "type": "array", "items": one })
+    let mut properties = root["properties"].as_object_mut().expect(KNOWN);
+    for (depth, name) in section.split('.').filter(|name| !name.is_empty()).enumerate() {
+        let required = REQUIRED.iter().find(|(known, _)| depth == 0 && *known == name).map(|(_, keys)| *keys);
+        let of_section = properties.entry(name).or_insert_with(|| {
+            let mut one = object(&format!("[{name}]"));
+            if depth > 0 {
+                // The example need not show all that may stand in there.
+                one.insert("additionalProperties".into(), true.into());
             }
-        }
-    });
-    let of_one = if required.is_some() { &mut of_section["items"] } else { of_section };
-    of_one["properties"].as_object_mut().expect(KNOWN)
+            match required {
+                None => Value::Object(one),
+                Some(required) => {
+                    one.insert("required".into(), json!(required));
+                    json!({ "type": "array", "items": one })
+                }
+            }
+        });
+        let of_one = if required.is_some() { &mut of_section["items"] } else { of_section };
+        properties = of_one["properties"].as_object_mut().expect(KNOWN);
+    }
+    properties
 }
 
 fn describe(key: &Key, default: Option<&Value>) -> Value {
@@ -144,6 +148,9 @@ mod tests {
             takes(&schema["items"], element)?;
         }
         for (name, member) in value.as_object().into_iter().flatten() {
+            if schema["additionalProperties"] == true && schema["properties"].get(name).is_none() {
+                continue;
+            }
             let known =
                 schema["properties"].get(name).or(schema.get("additionalProperties").filter(|more| more.is_object()));
             takes(known.ok_or_else(|| format!("`{name}` is not known"))?, member)
