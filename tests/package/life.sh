@@ -85,9 +85,10 @@ end_daemon() {
     [ "$code" = 0 ] || { story; die "the daemon ended with $code"; }
 }
 
-# settings: what an operator changes of the first configuration, for a small machine without KVM.
+# settings: what an operator changes of the first configuration, for a small machine without KVM whose GitLab is on this
+# host's loopback, which the network `relay` keeps from jobs.
 settings() {
-    sed -e 's|^class = .*|&|' -e "s|^#keepalive = .*|keepalive = \"3s\"|" -e 's|^#memory_mib = 2048|memory_mib = 512|' \
+    sed -e 's|^#network = "relay"|network = "user"|' -e "s|^#keepalive = .*|keepalive = \"3s\"|" -e 's|^#memory_mib = 2048|memory_mib = 512|' \
         -e 's|^#cpus = 2|cpus = 1|' -e 's|^#disk_gib = 20|disk_gib = 8|' \
         -e 's|^#allow_standin_runner = false|allow_standin_runner = true|' -e 's|^#accel = "auto"|accel = "tcg"|' "$@"
 }
