@@ -34,11 +34,11 @@ within() {
     until "$@"; do [ "$SECONDS" -lt "$end" ] || return 1; sleep 0.5; done
 }
 has_job() { dayfly status --json | grep -q '"state": *"booting"'; }
-# Names only. Left out is what dpkg, systemd and libvirt keep for themselves about anything, but for names of ours there.
+# Names only. Left out is what dpkg, systemd, agetty and libvirt keep for themselves about anything, but for names of ours there.
 names() {
     find /etc /usr /var /opt /run -xdev \( -path /var/lib/dpkg -o -path /var/cache -o -path /var/tmp -o -path /var/log/journal \
         -o -path /var/lib/systemd/timers -o -path /run/systemd -o -path /var/lib/libvirt -o -path /var/log/libvirt \
-        -o -path /run/libvirt -o -path '/run/*.pid' \) -prune -o -print
+        -o -path /run/libvirt -o -path '/run/*.pid' -o -path /run/agetty.reload \) -prune -o -print
     find /var/lib/systemd /run/systemd /var/lib/libvirt /var/log/libvirt /run/libvirt \( -name '*dayfly*' -o -name 'df-*' \) -print
 }
 
