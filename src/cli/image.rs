@@ -1,13 +1,14 @@
-//! `dayfly image`: build, test, list and remove base images.
+//! `dayfly image`: build, take in, test, list, put into use and remove base images.
 
 mod build;
 mod inspect;
+mod transfer;
 
 use super::Interrupted;
 use crate::boot_test::{BootTest, Booted, DEADLINE};
 use crate::config::Config;
 use crate::image::build::Recipes;
-use crate::image::store::{Image, ImageError, ImageStore, Images as _};
+use crate::image::store::{Image, ImageError, ImageStore};
 use crate::network::Tcp;
 use crate::telemetry::printable;
 use crate::vm::AccelChoice;
@@ -43,9 +44,24 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         recipes: Option<PathBuf>,
     },
+    /// Take in an image that `export` has made on another host, boot-test it, and put it into use
+    Import(transfer::Import),
+    /// Write an image for other hosts, to a new directory or to a new file that ends in .tar
+    Export {
+        /// Name of the image, or NAME@VERSION
+        name: String,
+        /// Where to
+        to: PathBuf,
+    },
     /// Boot an image once and keep what its runner says of itself
     Test {
-        /// Name of the image
+        /// Name of the image, or NAME@VERSION
+        name: String,
+    },
+    /// Put a version that has passed its boot test into use
+    Promote {
+        /// NAME@VERSION, as `image inspect NAME` lists them
+        #[arg(value_name = "NAME@VERSION")]
         name: String,
     },
     /// Show all images, and whose runner is in each
@@ -69,14 +85,14 @@ enum Command {
         /// Another
         other: String,
     },
-    /// Put the version before back in use; again, and the newer one is back
+    /// Put the newest version that is not in use back in use; again, and the other one is back
     Rollback {
         /// Name of the image
         name: String,
     },
-    /// Remove an image; VMs that run from it go on
+    /// Remove an image, VMs that run from it go on; or one version of it, if nothing needs that
     Remove {
-        /// Name of the image
+        /// Name of the image, or NAME@VERSION
         name: String,
     },
 }
@@ -91,9 +107,12 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
         config.hypervisor.choose(&libvirt);
     }
     config.hypervisor.accel = args.accel.unwrap_or(config.hypervisor.accel);
-    let store = ImageStore::new(&config.image_directory);
+    let overlays = config.state_directory.join("overlays");
+    let store = ImageStore::new(&config.image_directory).keeping(config.image_versions, overlays);
     match args.command {
-        Command::Build(args) => build::build(&config, args).await?,
+        Command::Build(args) => build::build(&config, store, args).await?,
+        Command::Import(args) => transfer::import(&config, store, args).await?,
+        Command::Export { name, to } => transfer::export(&store, &name, &to)?,
         Command::Recipes { recipes } => {
             for recipe in Recipes::default().before_others(recipes).all() {
                 let place = recipe.directory.map_or("inside dayfly".to_owned(), |path| path.display().to_string());
@@ -101,10 +120,10 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
             }
         }
         Command::Test { name } => {
-            let image = store.load(&name).await?;
+            let image = store.named(&name)?;
             let booted = to_its_end(boot(&config, &image), std::pin::pin!(tokio::signal::ctrl_c())).await??;
             store.learn(&image, booted.learnt())?;
-            say(&format!("image `{name}` boots: {}", describe(&store.load(&name).await?)));
+            say(&format!("image `{name}` boots: {}", describe(&store.named(&name)?)));
         }
         Command::List { json: true } => {
             let images: Vec<_> = store.list()?.into_iter().map(|(name, image)| facts(&name, image.as_ref())).collect();
@@ -127,12 +146,21 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
         }
         Command::Inspect { name, json } => inspect::inspect(&store, &name, json)?,
         Command::Diff { one, other } => inspect::differences(&store, &one, &other)?,
+        Command::Promote { name } => {
+            let image = store.promote_version(&name)?;
+            say(&format!("image `{}` is {} now: {}", image.name, inspect::version(&image), describe(&image)));
+        }
         Command::Rollback { name } => {
             let image = store.roll_back(&name)?;
             say(&format!("image `{name}` is {} again: {}", inspect::version(&image), describe(&image)));
         }
         Command::Remove { name } => {
-            if !store.list()?.iter().any(|(listed, _)| *listed == name) {
+            if name.contains('@') {
+                store.remove_version(&name)?;
+                return Ok(());
+            }
+            // A removal that was interrupted leaves versions that no name leads to.
+            if !store.list()?.iter().any(|(listed, _)| *listed == name) && store.versions(&name)?.is_empty() {
                 bail!("remove image `{name}`: there is none; `dayfly image list` shows them");
             }
             store.remove(&name)?;

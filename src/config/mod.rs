@@ -23,6 +23,7 @@ pub use origin::{Origin, Origins};
 pub use schema::schema;
 pub use validate::{Problem, Problems};
 
+use crate::image::store::VERSIONS_KEPT;
 use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size};
 use crate::rules::Rule;
 use crate::{capacity, control, network, telemetry, vm, web};
@@ -41,6 +42,8 @@ pub struct Config {
     pub runtime_directory: PathBuf,
     /// Base images, one directory each.
     pub image_directory: PathBuf,
+    /// Versions of an image that are kept, the one in use among them.
+    pub image_versions: usize,
     /// Jobs at once, over all runners.
     pub concurrent: u32,
     /// Section `[log]`.
@@ -75,6 +78,7 @@ impl Default for Config {
             state_directory: "/var/lib/dayfly".into(),
             runtime_directory: "/run/dayfly".into(),
             image_directory: "/var/lib/dayfly/images".into(),
+            image_versions: VERSIONS_KEPT,
             concurrent: 1,
             log: telemetry::Config::default(),
             control: control::Config::default(),

@@ -10,3 +10,4 @@ pub mod manifest;
 pub mod qcow2;
 pub mod stamp;
 pub mod store;
+mod tar;

@@ -4,8 +4,10 @@
 //! Layout: QEMU's `docs/interop/qcow2.txt`; all numbers big-endian.
 
 use crate::files::plain;
-use std::io::{self, Read as _};
-use std::path::Path;
+use std::ffi::OsString;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Path, PathBuf};
 
 /// Bytes of a version 3 header up to and including the feature bits.
 const HEADER_BYTES: usize = 80;
@@ -35,6 +37,31 @@ pub fn check(disk: &Path) -> Result<u64, Qcow2Error> {
     let mut header = Vec::with_capacity(HEADER_BYTES);
     plain::open_chosen(disk)?.take(HEADER_BYTES as u64).read_to_end(&mut header)?;
     parse(&header).map_err(Qcow2Error::Unfit)
+}
+
+/// Bytes of the name of a backing file at most.
+const BACKING_BYTES_MAX: u32 = 1023;
+
+/// The file that an overlay lies on; `None`: it lies on none, or is no qcow2 file.
+///
+/// # Errors
+/// It cannot be read, or is cut short.
+pub fn backing(overlay: &Path) -> io::Result<Option<PathBuf>> {
+    let mut file = plain::open_chosen(overlay)?;
+    let mut header = [0; 20];
+    match file.read_exact(&mut header) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
+    let offset = u64::from_be_bytes(header[8..16].try_into().map_err(io::Error::other)?);
+    let length = u32::from_be_bytes(header[16..20].try_into().map_err(io::Error::other)?);
+    if header[..4] != *b"QFI\xfb" || offset == 0 || length == 0 || length > BACKING_BYTES_MAX {
+        return Ok(None);
+    }
+    file.seek(SeekFrom::Start(offset))?;
+    let mut name = vec![0; length as usize];
+    file.read_exact(&mut name)?;
+    Ok(Some(OsString::from_vec(name).into()))
 }
 
 /// Reads a header; why it is none of a guest's disk otherwise.

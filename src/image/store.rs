@@ -26,7 +26,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 /// Bytes of a manifest at most; a real one has 10 KiB, nearly all of it packages.
-const MANIFEST_BYTES_MAX: u64 = 1024 * 1024;
+pub(super) const MANIFEST_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Why an image cannot be used. Each message says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +108,20 @@ pub enum ImageError {
         /// What was asked for.
         wanted: String,
     },
+    /// A version that nobody has seen boot.
+    #[error("put `{0}` into use: it was never boot-tested; run `dayfly image test {0}`")]
+    Untested(String),
+    /// A version cannot go.
+    #[error("remove `{version}`: {why}")]
+    InUse {
+        /// The version.
+        version: String,
+        /// By whom, and what to do.
+        why: &'static str,
+    },
+    /// Another command is changing the images.
+    #[error("change the images in {}: another command is at it; try again when that is done", .0.display())]
+    Busy(PathBuf),
     /// There is one version alone, or none.
     #[error("image `{0}` has no version before the one in use")]
     NothingBefore(String),
@@ -203,13 +217,26 @@ impl Images for ImageStore {
 pub struct ImageStore {
     directory: PathBuf,
     stamps: Stamps,
+    /// Versions of an image that are kept, the one in use among them.
+    keep: usize,
+    /// Where machines' disks are.
+    overlays: Option<PathBuf>,
 }
+
+/// So many versions of an image are kept: the one in use, and the one before, to go back to.
+pub const VERSIONS_KEPT: usize = 2;
 
 impl ImageStore {
     /// Images below `directory`, which need not exist yet.
     #[must_use]
     pub fn new(directory: impl Into<PathBuf>) -> Self {
-        Self { directory: directory.into(), stamps: Stamps::default() }
+        Self { directory: directory.into(), stamps: Stamps::default(), keep: VERSIONS_KEPT, overlays: None }
+    }
+
+    /// Keeps so many versions of an image, and those on which a disk in `overlays` lies. Less than two are no way back.
+    #[must_use]
+    pub fn keeping(self, versions: usize, overlays: impl Into<PathBuf>) -> Self {
+        Self { keep: versions.max(1), overlays: Some(overlays.into()), ..self }
     }
 
     /// Looks on a blocking thread, and passes a panic of it on.
@@ -423,5 +450,5 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod versions;

@@ -1,14 +1,16 @@
 //! `dayfly image build`.
 
-use super::{boot, describe, say, to_its_end};
+use super::{boot, describe, inspect, say, to_its_end};
 use crate::cli::Interrupted;
 use crate::config::Config;
 use crate::image::build::{
-    BuildRequest, Downloaded, HelperSource, RUNNER_DOWNLOADS, Recipes, Release, RunnerSource, find_guest_program,
-    opener,
+    BuildRequest, Downloaded, HelperSource, RUNNER_DOWNLOADS, Recipes, Release, RunnerSource, Staged,
+    find_guest_program, opener,
 };
+use crate::image::store::ImageStore;
 use anyhow::Context as _;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use url::Url;
 
 /// Where a fetched runner lies while an image is built, as the build's own files do: programs may run there, and nobody
@@ -35,13 +37,16 @@ pub(super) struct Args {
     /// SHA-256 that the fetched runner must have [default: as the release's list says]
     #[arg(long, value_name = "DIGEST", requires = "runner_download")]
     runner_sha256: Option<String>,
+    /// Do not put the new version into use: `dayfly image promote` does
+    #[arg(long)]
+    keep_aside: bool,
     /// Where releases are: GitLab's own place, or a mirror of the same layout
     #[arg(long, value_name = "URL", env = "DAYFLY_RUNNER_DOWNLOAD_URL", default_value = RUNNER_DOWNLOADS)]
     runner_download_url: Url,
 }
 
 /// Builds an image, boot-tests it and puts it into use.
-pub(super) async fn build(config: &Config, args: Args) -> anyhow::Result<()> {
+pub(super) async fn build(config: &Config, store: ImageStore, args: Args) -> anyhow::Result<()> {
     let recipes = Recipes::default().before_others(args.recipes.map(std::path::absolute).transpose()?);
     recipes.check(&args.recipe)?;
     let (url, sha256) = (args.runner_download_url, args.runner_sha256);
@@ -63,7 +68,7 @@ pub(super) async fn build(config: &Config, args: Args) -> anyhow::Result<()> {
     let request = BuildRequest {
         recipe: args.recipe,
         recipes,
-        image_directory: config.image_directory.clone(),
+        store,
         runner: match &downloaded {
             Some(downloaded) => downloaded.runner.clone(),
             None => RunnerSource::find(args.runner)?,
@@ -74,17 +79,33 @@ pub(super) async fn build(config: &Config, args: Args) -> anyhow::Result<()> {
         init,
     };
     // What is done is done. Dropping a build ends its programs and removes its files.
-    let mut staged = tokio::select! {
+    let staged = tokio::select! {
         biased;
         staged = crate::image::build::build(&request, &mut progress) => staged?,
         _ = &mut interrupted => return Err(Interrupted.into()),
     };
+    test_and_take_in(config, staged, args.keep_aside, interrupted).await
+}
+
+/// Boots a staged image, and puts it into use, or aside, if it came up.
+pub(super) async fn test_and_take_in(
+    config: &Config,
+    mut staged: Staged,
+    keep_aside: bool,
+    interrupted: Pin<&mut impl Future>,
+) -> anyhow::Result<()> {
     let image = staged.image()?;
     let booted = to_its_end(boot(config, &image), interrupted)
         .await?
         .context("boot-test the new image; the old one, if any, stays in use")?;
     staged.learn(booted.learnt())?;
-    let image = tokio::task::spawn_blocking(move || staged.promote()).await??;
-    say(&format!("image `{}` is ready: {}", image.name, describe(&image)));
+    let take_in = move || if keep_aside { staged.keep() } else { staged.promote() };
+    let image = tokio::task::spawn_blocking(take_in).await??;
+    if keep_aside {
+        let version = inspect::version(&image);
+        say(&format!("version {version} is kept aside: {}; `dayfly image promote {version}`", describe(&image)));
+    } else {
+        say(&format!("image `{}` is ready: {}", image.name, describe(&image)));
+    }
     Ok(())
 }

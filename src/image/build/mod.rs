@@ -12,6 +12,7 @@
 //! dropped leaves nothing, one that is killed is cleaned up by the next.
 
 mod download;
+mod import;
 mod initrd;
 mod preload;
 mod programs;
@@ -22,6 +23,7 @@ mod sources;
 mod staging;
 
 pub use download::{DownloadError, Downloaded, RUNNER_DOWNLOADS, Release, opener};
+pub use import::{export, import};
 pub use preload::HelperSource;
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
 pub use recipe::{Found, RECIPE_DIRECTORIES, Recipes};
@@ -55,8 +57,8 @@ pub struct BuildRequest {
     pub recipe: String,
     /// Where it is looked for.
     pub recipes: Recipes,
-    /// Where images are; made if missing.
-    pub image_directory: PathBuf,
+    /// Where images are; its directory is made if missing.
+    pub store: ImageStore,
     /// The runner to put in.
     pub runner: RunnerSource,
     /// The runner's helper image, for recipes with Docker; none: the runner fetches its own in each job.
@@ -149,6 +151,14 @@ pub enum BuildError {
         name: &'static str,
         /// Where it was looked for.
         places: Vec<PathBuf>,
+    },
+    /// What is to be taken in is no image as it should be.
+    #[error("take an image in from {}: {why}", .path.display())]
+    Import {
+        /// Where it comes from.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
     },
     /// Another build is at work here.
     #[error("build in {}: another build is running there", .0.display())]
@@ -249,6 +259,14 @@ impl Staged {
         Ok(self.store.promote(self.directory.path(), &self.manifest.name)?)
     }
 
+    /// Keeps the image as a version that may be put into use later.
+    ///
+    /// # Errors
+    /// [`BuildError::Image`].
+    pub fn keep(self) -> Result<Image, BuildError> {
+        Ok(self.store.keep(self.directory.path(), &self.manifest.name)?)
+    }
+
     fn write(&self) -> Result<(), BuildError> {
         let written = self.directory.write(MANIFEST_FILE, self.manifest.to_text().as_bytes());
         written.map(drop).map_err(file_error("write", &self.directory.path().join(MANIFEST_FILE)))
@@ -290,13 +308,13 @@ pub async fn build(request: &BuildRequest, progress: &mut Progress<'_>) -> Resul
         runner.origin,
         request.runner.path.display()
     ));
-    let staging = Staging::new(&request.image_directory)?;
+    let staging = Staging::new(request.store.directory())?;
 
     let privilege = Privilege::of_us();
     let work = Work::new(privilege).await?;
     let built = fill(request, &recipe, &work, &staging, runner, progress).await;
     work.release().await;
-    let staged = Staged { store: ImageStore::new(&request.image_directory), directory: staging, manifest: built? };
+    let staged = Staged { store: request.store.clone(), directory: staging, manifest: built? };
     staged.write()?;
     let image = staged.image()?;
     let mib = image.manifest.disk.bytes / (1024 * 1024);

@@ -9,7 +9,7 @@ fn request(directory: &Path) -> BuildRequest {
     BuildRequest {
         recipe: "debian-12-shell".into(),
         recipes: Recipes::default(),
-        image_directory: directory.join("images"),
+        store: ImageStore::new(directory.join("images")),
         runner: RunnerSource { path: directory.join("runner"), origin: RunnerOrigin::Path },
         helper: None,
         accel: AccelChoice::Tcg,
@@ -30,7 +30,7 @@ async fn programs_that_a_guest_could_not_start_are_refused_before_any_work() {
     assert!(error.starts_with("find a statically linked dayfly-guest in "), "{error}");
     request.recipe = "debian-99".into();
     assert!(matches!(build(&request, &mut |_| {}).await, Err(BuildError::Recipe { .. })));
-    assert!(!request.image_directory.exists(), "nothing was made");
+    assert!(!request.store.directory().exists(), "nothing was made");
 }
 
 /// U29: in `/var/tmp` anybody may make a name like that of our work directories: a lock that is a FIFO does not hold a

@@ -6,7 +6,7 @@ use crate::image::manifest;
 use crate::image::qcow2::tests::header;
 
 /// Writes an image whose kernel has this content, and returns its directory.
-fn write_image(dir: &Path, name: &str, kernel: &[u8]) -> PathBuf {
+pub(crate) fn write_image(dir: &Path, name: &str, kernel: &[u8]) -> PathBuf {
     fs::create_dir_all(dir).unwrap();
     let mut manifest = manifest::tests::example();
     manifest.name = name.into();
@@ -23,13 +23,18 @@ fn write_image(dir: &Path, name: &str, kernel: &[u8]) -> PathBuf {
     dir.to_owned()
 }
 
+/// All names in the directory.
+fn entries(store: &ImageStore) -> Vec<String> {
+    store.entries().unwrap()
+}
+
 fn store() -> (tempfile::TempDir, ImageStore) {
     let dir = tempfile::tempdir().unwrap();
     let store = ImageStore::new(dir.path());
     (dir, store)
 }
 
-fn promote(store: &ImageStore, kernel: &[u8]) -> Image {
+pub(crate) fn promote(store: &ImageStore, kernel: &[u8]) -> Image {
     let staged = write_image(&store.directory.join(".staging-1"), "shell", kernel);
     store.promote(&staged, "shell").unwrap()
 }
@@ -64,7 +69,7 @@ fn a_vm_that_starts_from_the_old_version_still_finds_it() {
     assert_eq!(promote(&store, b"three").dir, third.dir);
     assert_eq!(store.list().unwrap().len(), 1);
     store.remove("shell").unwrap();
-    assert_eq!(fs::read_dir(&store.directory).unwrap().count(), 0);
+    assert_eq!(entries(&store), [".store.lock"]);
     store.remove("shell").unwrap();
 }
 
@@ -290,4 +295,153 @@ fn an_image_of_fifos_and_links_is_broken_at_once() {
     fifo(&disk);
     let checked = in_time(move || (qcow2::check(&disk).is_err(), digest(&disk).is_err()));
     assert_eq!(checked, (true, true));
+}
+
+fn version(image: &Image) -> String {
+    image.dir.file_name().unwrap().to_str().unwrap().to_owned()
+}
+
+/// An overlay's header that names this base, as `qemu-img create -b` writes it.
+fn overlay(path: &Path, base: &Path) {
+    let mut bytes = header(4 << 30);
+    let name = base.to_str().unwrap().as_bytes();
+    bytes[8..16].copy_from_slice(&104_u64.to_be_bytes());
+    bytes[16..20].copy_from_slice(&u32::try_from(name.len()).unwrap().to_be_bytes());
+    bytes.extend(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
+/// A version that machines run from goes when they have ended and newer ones are kept, not before.
+#[test]
+fn an_old_version_goes_with_the_last_machine_on_it() {
+    let (dir, store) = store();
+    let overlays = dir.path().join("overlays");
+    let store = store.keeping(3, &overlays);
+    // Each a second younger than the one before, for a file system's clock has ticks.
+    let promote = |kernel: &str, made: u64| {
+        let staged = write_image(&dir.path().join(".staging-1"), "shell", kernel.as_bytes());
+        let disk = File::options().write(true).open(staged.join("disk.qcow2")).unwrap();
+        disk.set_modified(std::time::UNIX_EPOCH + std::time::Duration::from_secs(made)).unwrap();
+        store.promote(&staged, "shell").unwrap()
+    };
+    let (first, second) = (promote("one", 1), promote("two", 2));
+    overlay(&overlays.join("df-a.qcow2"), &first.disk);
+    fs::write(overlays.join("no-overlay"), "").unwrap();
+    let third = promote("three", 3);
+    assert!(first.dir.exists() && second.dir.exists(), "three are kept");
+    let fourth = promote("four", 4);
+    assert!(first.dir.exists() && second.dir.exists(), "one of them is run from: {:?}", store.versions("shell"));
+    fs::remove_file(overlays.join("df-a.qcow2")).unwrap();
+    let fifth = promote("five", 5);
+    assert!(!first.dir.exists() && !second.dir.exists());
+    assert_eq!(store.versions("shell").unwrap()[0], version(&fifth));
+    assert!(third.dir.exists() && fourth.dir.exists());
+}
+
+/// A version comes into use by its own name, once it was seen to boot.
+#[test]
+fn a_version_is_put_into_use_only_when_it_has_booted() {
+    let (dir, store) = store();
+    let first = promote(&store, b"one");
+    let mut untested = write_image(&dir.path().join(".staging-2"), "shell", b"two");
+    let text = fs::read_to_string(untested.join(MANIFEST_FILE)).unwrap();
+    let manifest = Manifest { info: None, ..Manifest::parse(&text).unwrap() };
+    fs::write(untested.join(MANIFEST_FILE), manifest.to_text()).unwrap();
+    let kept = store.keep(&untested, "shell").unwrap();
+    untested = kept.dir.clone();
+    assert_eq!(store.get("shell").unwrap().dir, first.dir, "it is kept aside");
+    let refused = store.promote_version(&version(&kept)).unwrap_err().to_string();
+    assert!(refused.contains("was never boot-tested; run `dayfly image test shell@"), "{refused}");
+    let info = first.manifest.info.clone().unwrap();
+    store.learn(&kept, Learnt { info, contract: 1, relay: false }).unwrap();
+    assert_eq!(store.promote_version(&version(&kept)).unwrap().dir, untested);
+    assert_eq!(store.get("shell").unwrap().dir, untested);
+    assert!(matches!(store.promote_version("shell@00000000"), Err(ImageError::NoVersion { .. })));
+    assert_eq!(store.roll_back("shell").unwrap().dir, first.dir);
+}
+
+/// One version goes by its own name, unless jobs get it or machines run from it.
+#[test]
+fn a_version_that_is_used_is_not_removed() {
+    let (dir, store) = store();
+    let overlays = dir.path().join("overlays");
+    let store = store.keeping(2, &overlays);
+    let [first, second] = [b"one", b"two"].map(|kernel| promote(&store, kernel));
+    overlay(&overlays.join("df-a.qcow2"), &first.disk);
+    let refused = |store: &ImageStore, image: &Image| store.remove_version(&version(image)).unwrap_err().to_string();
+    assert!(refused(&store, &second).contains("it is the one that jobs get"));
+    assert!(refused(&store, &first).contains("machines run from it"));
+    fs::remove_file(overlays.join("df-a.qcow2")).unwrap();
+    store.remove_version(&version(&first)).unwrap();
+    assert!(!first.dir.exists() && second.dir.exists());
+    assert!(refused(&store, &first).contains("no version"));
+}
+
+/// What lies there after a kill, of a change to this version.
+type Kill = fn(&ImageStore, &Image);
+
+/// Killed at whatever step of a change: the name leads to a whole image, and the next change removes what is left.
+#[test]
+fn a_change_that_was_killed_leaves_nothing_half_installed() {
+    // Where each kind of change may have been killed: what of it lies there then.
+    let kills: [(&str, Kill); 5] = [
+        ("promote: the version has its name, and is not in use", |store, second| {
+            std::os::unix::fs::symlink(version(second), store.directory.join(".going-shell")).unwrap();
+        }),
+        ("promote: the link was made, and not renamed", |store, _| {
+            std::os::unix::fs::symlink("shell@gone", store.directory.join(".going-shell")).unwrap();
+        }),
+        ("remove: the version has another name", |store, second| {
+            fs::rename(&second.dir, store.directory.join(format!(".going-{}", version(second)))).unwrap();
+        }),
+        ("remove: half of its files are gone", |store, second| {
+            let going = store.directory.join(format!(".going-{}", version(second)));
+            fs::rename(&second.dir, &going).unwrap();
+            fs::remove_file(going.join("disk.qcow2")).unwrap();
+        }),
+        ("remove: of a name that was there as a directory", |store, _| {
+            fs::create_dir(store.directory.join(".going-other")).unwrap();
+        }),
+    ];
+    for (what, kill) in kills {
+        let (_dir, store) = store();
+        let first = promote(&store, b"one");
+        let second = store.keep(&write_image(&store.directory.join(".staging-2"), "shell", b"two"), "shell").unwrap();
+        kill(&store, &second);
+        let found = store.get("shell").unwrap_or_else(|error| panic!("{what}: {error}"));
+        store.verify(&found).unwrap();
+        assert_eq!(found.dir, first.dir, "{what}");
+        assert_eq!(store.list().unwrap().len(), 1, "{what}");
+        for version in store.versions("shell").unwrap() {
+            store.verify(&store.named(&version).unwrap()).unwrap();
+        }
+        let third = promote(&store, b"three");
+        assert_eq!(store.get("shell").unwrap().dir, third.dir, "{what}");
+        assert!(entries(&store).iter().all(|entry| !entry.starts_with(".going")), "{what}: {:?}", entries(&store));
+    }
+    // The name is gone, and its versions are not: what is left of them goes as well.
+    let (_dir, store) = store();
+    promote(&store, b"one");
+    fs::remove_file(store.directory.join("shell")).unwrap();
+    store.remove("shell").unwrap();
+    assert_eq!(entries(&store), [".store.lock"]);
+}
+
+/// Two changes at once: one after the other, and each as if it were alone.
+#[test]
+fn two_changes_at_once_come_one_after_the_other() {
+    let (_dir, store) = store();
+    let kernels: Vec<String> = (0..6).map(|n| format!("kernel {n}")).collect();
+    std::thread::scope(|scope| {
+        for (n, kernel) in kernels.iter().enumerate() {
+            let store = &store;
+            scope.spawn(move || {
+                let staged = write_image(&store.directory.join(format!(".staging-{n}")), "shell", kernel.as_bytes());
+                store.promote(&staged, "shell").unwrap();
+            });
+        }
+    });
+    store.verify(&store.get("shell").unwrap()).unwrap();
+    assert_eq!(store.versions("shell").unwrap().len(), VERSIONS_KEPT);
 }
