@@ -24,7 +24,7 @@ mod past;
 mod resolve;
 pub mod state;
 mod task;
-mod wishes;
+pub mod wishes;
 
 pub use forget::forget;
 pub use jobs::Jobs;

@@ -19,15 +19,15 @@ const IMAGES_NAMED_MAX: usize = 12;
 
 /// What a job asks for, in our units. What is `None` is the class's to say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Wishes {
+pub struct Wishes {
     /// `DAYFLY_IMAGE`.
-    pub(super) image: Option<String>,
+    pub image: Option<String>,
     /// `DAYFLY_CPUS`.
-    pub(super) cpus: Option<u32>,
+    pub cpus: Option<u32>,
     /// `DAYFLY_MEMORY`, MiB.
-    pub(super) memory_mib: Option<u64>,
+    pub memory_mib: Option<u64>,
     /// `DAYFLY_DISK`, GiB.
-    pub(super) disk_gib: Option<u64>,
+    pub disk_gib: Option<u64>,
 }
 
 impl Wishes {
@@ -35,7 +35,7 @@ impl Wishes {
     ///
     /// # Errors
     /// The author's line about the first that is none.
-    pub(super) fn read(asked: &Asked) -> Result<Self, String> {
+    pub fn read(asked: &Asked) -> Result<Self, String> {
         let cpus = |text: &String| {
             digits(text).and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0).ok_or_else(|| {
                 format!("`DAYFLY_CPUS` is `{}`, which is no number of CPUs: write a whole number like 4", quoted(text))
@@ -60,7 +60,8 @@ impl Wishes {
     }
 
     /// The size of a machine of this class that is asked for, whether it may be had or not.
-    pub(super) fn size(&self, class: &Class) -> Size {
+    #[must_use]
+    pub fn size(&self, class: &Class) -> Size {
         let size = class.size();
         Size {
             cpus: self.cpus.unwrap_or(size.cpus),
@@ -73,7 +74,7 @@ impl Wishes {
     ///
     /// # Errors
     /// The author's line about the first wish that is out of bounds.
-    pub(super) fn size_within(&self, class: &Class, reserved: Size) -> Result<Size, String> {
+    pub fn size_within(&self, class: &Class, reserved: Size) -> Result<Size, String> {
         let (own, most, wanted) = (class.size(), smaller(class.ceiling(), reserved), self.size(class));
         let least = smaller(MIN, own);
         let check = |name: &str, asked: bool, wanted: u64, least: u64, most: u64, words: fn(u64) -> String| {
@@ -94,7 +95,7 @@ impl Wishes {
     ///
     /// # Errors
     /// The author's line: it is none of the class's.
-    pub(super) fn image_of<'a>(&self, class: &'a Class) -> Result<Option<&'a str>, String> {
+    pub fn image_of<'a>(&self, class: &'a Class) -> Result<Option<&'a str>, String> {
         let Some(wanted) = &self.image else { return Ok(None) };
         let image = class.all_images().find(|image| image == wanted);
         image.map(Some).ok_or_else(|| {
@@ -103,7 +104,8 @@ impl Wishes {
     }
 
     /// Them, for the author's log; `None`: nothing is asked for.
-    pub(super) fn words(&self) -> Option<String> {
+    #[must_use]
+    pub fn words(&self) -> Option<String> {
         let words: Vec<String> = [
             self.image.as_ref().map(|image| format!("image {}", quoted(image))),
             self.cpus.map(|cpus| cpu_words(cpus.into())),

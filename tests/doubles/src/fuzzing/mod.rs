@@ -18,6 +18,7 @@ mod journal;
 mod libvirt;
 mod pipeline;
 mod wire;
+mod wishes;
 
 pub use config::config;
 pub use egress::{connect_target, dns_message, egress_policy, tls_hello};
@@ -32,6 +33,7 @@ pub use journal::journal;
 pub use libvirt::{domain_xml, libvirt_answers};
 pub use pipeline::pipeline;
 pub use wire::{wire_handshake, wire_session};
+pub use wishes::wishes;
 
 /// One kind of input.
 #[derive(Clone, Copy)]
@@ -70,6 +72,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "update_body", check: update_body },
     Target { name: "wire_handshake", check: wire_handshake },
     Target { name: "wire_session", check: wire_session },
+    Target { name: "wishes", check: wishes },
 ];
 
 #[cfg(test)]

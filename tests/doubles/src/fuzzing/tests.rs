@@ -239,6 +239,7 @@ mod near_misses_hold_the_property_of {
         artifact_upload chunked_body config connect_target content_range dns_message domain_xml egress_policy
         forwarded_headers gitlab_answers greeting_door greeting_relay guest_config image journal libvirt_answers payload
         pipeline proxy request_head requests route tls_hello update_body wire_handshake wire_session
+        wishes
     }
 
     /// None is left out.
