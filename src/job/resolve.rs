@@ -11,7 +11,7 @@ use super::wishes::{Wishes, images, quoted};
 use super::{Parts, Runner};
 use crate::capacity::Resources;
 use crate::config::{self, Class, UnknownImage};
-use crate::gitlab::JobPayload;
+use crate::gitlab::{Containers, JobPayload};
 use crate::image::manifest::ExecutorKind;
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
@@ -78,10 +78,13 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
         return Err(unmet(why));
     }
     let mut notes: Vec<String> = wishes.words().map(|words| format!("asked for: {words}")).into_iter().collect();
+    let mut containers = payload.containers.clone();
     if by_variable.is_none() && by_key.is_some() {
         notes.push(format!("asked for by `image:`: image {named}"));
-    } else if shell {
-        notes.extend(no_container(class, payload, by_variable.is_some()).map_err(unmet)?);
+        containers.image = None;
+    }
+    if shell {
+        notes.extend(no_container(class, &containers, by_variable.is_some()).map_err(unmet)?);
     }
     notes.extend(
         rule.filter(|rule| rule.class.is_some())
@@ -147,16 +150,16 @@ fn key_image<'a>(class: &'a Class, payload: &JobPayload, shell: bool) -> Option<
 ///
 /// # Errors
 /// The class has it so that such a job fails, and this says what is allowed.
-fn no_container(class: &Class, payload: &JobPayload, chosen: bool) -> Result<Option<String>, String> {
-    if let (UnknownImage::Fail, false, Some(image)) = (class.unknown_image, chosen, &payload.containers.image) {
+fn no_container(class: &Class, asked: &Containers, chosen: bool) -> Result<Option<String>, String> {
+    if let (UnknownImage::Fail, false, Some(image)) = (class.unknown_image, chosen, &asked.image) {
         return Err(format!(
             "`image: {}` names no image of this runner; here jobs may have {}",
             quoted(image),
             images(class)
         ));
     }
-    let further = (!class.images.is_empty() && payload.containers.image.is_some()).then(|| images(class));
-    Ok(lines::no_containers(&payload.containers, further.as_deref()))
+    let further = (!class.images.is_empty() && asked.image.is_some()).then(|| images(class));
+    Ok(lines::no_containers(asked, further.as_deref()))
 }
 
 /// A record of a job that may still need its machine made, and has none resolved: the daemon that accepted it knew no

@@ -150,7 +150,7 @@ pub(super) fn read(entry: &Entry, variant: Option<&Variant>, context: &Context<'
                     entry,
                     *own,
                     format!(
-                        "`{}` does not choose the VM: the class's image runs, and a shell runner in it ignores this",
+                        "`{}` chooses the VM only if `--allow-image` names it; a shell runner in the VM ignores it",
                         i.name
                     ),
                 );

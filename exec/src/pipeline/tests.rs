@@ -247,7 +247,7 @@ b: {script: x, services: [redis], retry: 2, coverage: /x/, artifacts: {paths: [p
         [
             "2: key `workflow`: is ignored: a job that is named runs, and variables of its rules are not set",
             "3: key `tags`: is ignored: the machine class is chosen by options",
-            "3: key `image`: `alpine` does not choose the VM: the class's image runs, and a shell runner in it ignores this",
+            "3: key `image`: `alpine` chooses the VM only if `--allow-image` names it; a shell runner in the VM ignores it",
             "6: job `a`: key `cache`: is ignored: each job starts without a cache",
             "7: job `a`: key `when`: `manual` is ignored: a job that is named runs",
             "8: job `a`: key `parallel`: 4 is ignored: the job runs once, with CI_NODE_TOTAL=1; one of them is `a 1/4`",
