@@ -38,6 +38,8 @@ pub(super) struct Args {
 enum Command {
     /// Build an image from a recipe, boot-test it, and put it into use
     Build(build::Args),
+    /// Build those images anew that are older than they may be; each takes its place when it has booted
+    Refresh(build::Refresh),
     /// Show all recipes, and where each is
     Recipes {
         /// Directory with recipes that come before all others
@@ -111,6 +113,7 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
     let store = ImageStore::new(&config.image_directory).keeping(config.image_versions, overlays);
     match args.command {
         Command::Build(args) => build::build(&config, store, args).await?,
+        Command::Refresh(args) => build::refresh(&config, &store, args).await?,
         Command::Import(args) => transfer::import(&config, store, args).await?,
         Command::Export { name, to } => transfer::export(&store, &name, &to)?,
         Command::Recipes { recipes } => {

@@ -44,6 +44,8 @@ pub struct Config {
     pub image_directory: PathBuf,
     /// Versions of an image that are kept, the one in use among them.
     pub image_versions: usize,
+    /// How old an image may be before it is a problem, and `dayfly image refresh` builds it anew.
+    pub image_max_age: Option<Span>,
     /// Jobs at once, over all runners.
     pub concurrent: u32,
     /// Section `[log]`.
@@ -79,6 +81,7 @@ impl Default for Config {
             runtime_directory: "/run/dayfly".into(),
             image_directory: "/var/lib/dayfly/images".into(),
             image_versions: VERSIONS_KEPT,
+            image_max_age: None,
             concurrent: 1,
             log: telemetry::Config::default(),
             control: control::Config::default(),

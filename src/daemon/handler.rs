@@ -1,11 +1,12 @@
 //! What the control socket and the status listener may ask of a running daemon.
 
-use super::problems::problems;
+use super::problems::{problems, too_old};
 use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
 use crate::BoxFuture;
 use crate::capacity::Capacity;
 use crate::clock::Clock;
+use crate::config::Span;
 use crate::control::{ControlHandler, KillOutcome};
 use crate::gitlab::JobId;
 use crate::history::{End, History};
@@ -38,6 +39,8 @@ pub(super) struct Handler {
     runners: Mutex<Vec<View>>,
     /// Why nothing serves the status; held for a few lines.
     not_served: Mutex<Option<String>>,
+    /// An older image is a problem; likewise.
+    image_max_age: Mutex<Option<Duration>>,
     shutdown: Shutdown,
     metrics: Metrics,
     clock: Clock,
@@ -53,6 +56,7 @@ impl Handler {
             history: parts.history.clone(),
             runners: Mutex::new(runners),
             not_served: Mutex::default(),
+            image_max_age: Mutex::default(),
             shutdown,
             metrics: parts.metrics.clone(),
             clock: parts.clock.clone(),
@@ -63,6 +67,11 @@ impl Handler {
     /// After a reload.
     pub(super) fn set_runners(&self, runners: Vec<View>) {
         *self.runners() = runners;
+    }
+
+    /// An image that is older is a problem.
+    pub(super) fn set_image_max_age(&self, max_age: Option<Span>) {
+        *self.image_max_age.lock().unwrap_or_else(PoisonError::into_inner) = max_age.map(Span::get);
     }
 
     fn runners(&self) -> MutexGuard<'_, Vec<View>> {
@@ -116,18 +125,26 @@ impl Handler {
 
     fn problems(&self, runners: &[View]) -> Vec<String> {
         let not_served = self.not_served.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        problems(runners, &self.supply, &self.metrics, not_served)
+        let mut problems = problems(runners, &self.supply, &self.metrics, not_served);
+        let max_age = *self.image_max_age.lock().unwrap_or_else(PoisonError::into_inner);
+        problems.extend(max_age.into_iter().flat_map(|max_age| too_old(&self.ages(runners), max_age)));
+        problems
+    }
+
+    /// How old the images are that jobs of these runners may get.
+    fn ages(&self, runners: &[View]) -> BTreeMap<String, Duration> {
+        let now = SystemTime::from(self.clock.now());
+        let mut ages = BTreeMap::new();
+        for view in runners {
+            let poller = view.poller.borrow();
+            let age = |(name, made): (&String, &SystemTime)| Some((name.clone(), now.duration_since(*made).ok()?));
+            ages.extend(poller.images_made.iter().filter_map(age));
+        }
+        ages
     }
 
     fn draining(&self) -> bool {
         matches!(*self.shutdown.mode().borrow(), Mode::Drain | Mode::End)
-    }
-
-    /// Age of the images that are in use.
-    fn images(&self, runners: &[View]) -> BTreeMap<String, Duration> {
-        let now = SystemTime::from(self.clock.now());
-        let age = |view: &View| now.duration_since(view.poller.borrow().image_made?).ok();
-        runners.iter().filter_map(|view| Some((view.runner.class.image.clone(), age(view)?))).collect()
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -137,7 +154,7 @@ impl Handler {
             promised: u64::saturating_mul(promised, unit),
             bound: bound.map(|bound| bound.saturating_mul(unit)),
         };
-        let images = self.images(&runners);
+        let images = self.ages(&runners);
         Snapshot {
             version: env!("CARGO_PKG_VERSION"),
             started_s: self.since.as_duration().as_secs_f64(),

@@ -288,6 +288,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let views = wiring.poll(&runners, &parts, &stop_polling, &close_polls, &mut pollers);
     let (reloader, reloads) = reload::channel();
     let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts));
+    handler.set_image_max_age(wiring.config.image_max_age);
     Ok(Daemon {
         parts,
         jobs,

@@ -10,6 +10,7 @@ use crate::status::RunnerState;
 use crate::supply::Supply;
 use crate::telemetry::lasting;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 /// All that needs a person now. `not_served`: why nothing serves the status.
 pub(super) fn problems(
@@ -57,6 +58,18 @@ pub(super) fn problems(
     problems
 }
 
+/// Images that are older than they may be.
+pub(super) fn too_old(ages: &BTreeMap<String, Duration>, max_age: Duration) -> Vec<String> {
+    let old = ages.iter().filter(|(_, age)| **age > max_age);
+    let sentence = |(name, age): (&String, &Duration)| {
+        format!(
+            "image `{name}` was made {} ago, longer than `image_max_age`; `dayfly image refresh` builds it anew",
+            lasting(*age)
+        )
+    };
+    old.map(sentence).collect()
+}
+
 /// GitLabs that do not answer, each once, with the runners that found out.
 fn outages(runners: &[View]) -> Vec<String> {
     let mut by_gitlab: BTreeMap<&str, (String, Vec<&str>)> = BTreeMap::new();
@@ -77,4 +90,20 @@ fn named(runners: &[&str]) -> String {
     let names: Vec<_> = runners.iter().map(|name| format!("`{name}`")).collect();
     let word = if names.len() == 1 { "runner" } else { "runners" };
     format!("{word} {}", names.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_is_too_old_is_a_problem_with_its_remedy() {
+        let day = Duration::from_secs(86_400);
+        let ages = BTreeMap::from([("new".to_owned(), day * 3), ("old".to_owned(), day * 31)]);
+        assert_eq!(
+            too_old(&ages, day * 30),
+            ["image `old` was made 31 d 0 h ago, longer than `image_max_age`; `dayfly image refresh` builds it anew"]
+        );
+        assert_eq!(too_old(&ages, day * 31), [""; 0]);
+    }
 }

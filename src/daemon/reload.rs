@@ -100,6 +100,7 @@ impl Daemon {
         std::mem::replace(&mut self.stop_polling, CancellationToken::new()).cancel();
         let views = self.wiring.poll(&runners, &self.parts, &self.stop_polling, &self.close_polls, &mut self.pollers);
         self.handler.set_runners(views);
+        self.handler.set_image_max_age(self.wiring.config.image_max_age);
         self.fresh.send_replace(runners.values().cloned().collect());
         // Former entries stay for the jobs that came from them.
         self.runners.extend(runners);

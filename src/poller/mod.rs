@@ -23,6 +23,7 @@ use crate::metrics::Phase;
 use crate::secret::Secret;
 use crate::status::RunnerState;
 use crate::telemetry::{chain, lasting};
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -77,8 +78,8 @@ pub struct PollerView {
     pub blocked: Option<&'static str>,
     /// Since when that is so.
     pub since: Instant,
-    /// When the image of its class was made, where that is known.
-    pub image_made: Option<SystemTime>,
+    /// When the images of its jobs were made, by name, as far as that is known.
+    pub images_made: BTreeMap<String, SystemTime>,
     /// Why its jobs' network is weaker than it could be, for operators.
     pub weaker_network: Option<String>,
 }
@@ -91,7 +92,7 @@ impl PollerView {
             state: RunnerState::Polling,
             blocked: None,
             since: Instant::now(),
-            image_made: None,
+            images_made: BTreeMap::new(),
             weaker_network: None,
         }
     }
@@ -222,10 +223,6 @@ impl Poller {
         let mut weaker = None;
         for (class, name) in self.runner.images() {
             let image = self.parts.images.load(name).await.map_err(|error| chain(&error))?;
-            if images.is_empty() {
-                let made = image.stamp.made();
-                self.state.send_if_modified(|view| std::mem::replace(&mut view.image_made, made) != made);
-            }
             if image.manifest.is_standin() && !class.allow_standin_runner {
                 return Err(format!(
                     "image `{name}` holds dayfly's stand-in runner; build it with the official gitlab-runner, or set `allow_standin_runner = true` in class `{}` for a trial",
@@ -239,14 +236,16 @@ impl Poller {
             weaker = weaker.or_else(|| job::weaker_network(class, &image));
             images.push(image);
         }
+        let made = |image: &Image| Some((image.name.clone(), image.stamp.made()?));
+        let made: BTreeMap<String, SystemTime> = images.iter().filter_map(made).collect();
         self.state.send_if_modified(|view| {
-            if view.weaker_network == weaker {
+            if view.weaker_network == weaker && view.images_made == made {
                 return false;
             }
-            if let Some(why) = &weaker {
+            if let Some(why) = weaker.as_ref().filter(|_| view.weaker_network != weaker) {
                 tracing::warn!(runner = self.runner.config.name, "{why}");
             }
-            view.weaker_network = weaker;
+            (view.weaker_network, view.images_made) = (weaker, made);
             true
         });
         alike::told(&images)

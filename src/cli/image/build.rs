@@ -1,14 +1,15 @@
-//! `dayfly image build`.
+//! `dayfly image build` and `refresh`.
 
 use super::{boot, describe, inspect, say, to_its_end};
 use crate::cli::Interrupted;
-use crate::config::Config;
+use crate::config::{Config, Span};
 use crate::image::build::{
     BuildRequest, Downloaded, HelperSource, RUNNER_DOWNLOADS, Recipes, Release, RunnerSource, Staged,
     find_guest_program, opener,
 };
-use crate::image::store::ImageStore;
-use anyhow::Context as _;
+use crate::image::manifest::RunnerOrigin;
+use crate::image::store::{Image, ImageStore};
+use anyhow::{Context as _, bail};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use url::Url;
@@ -40,6 +41,25 @@ pub(super) struct Args {
     /// Do not put the new version into use: `dayfly image promote` does
     #[arg(long)]
     keep_aside: bool,
+    /// Where releases are: GitLab's own place, or a mirror of the same layout
+    #[arg(long, value_name = "URL", env = "DAYFLY_RUNNER_DOWNLOAD_URL", default_value = RUNNER_DOWNLOADS)]
+    runner_download_url: Url,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Refresh {
+    /// How old an image may be [default: `image_max_age` of the configuration]
+    #[arg(long, value_name = "DURATION", value_parser = |text: &str| Span::try_from(text.to_owned()))]
+    max_age: Option<Span>,
+    /// Directory with recipes that come before all others
+    #[arg(long, value_name = "DIR")]
+    recipes: Option<PathBuf>,
+    /// gitlab-runner to put in; else the same release again where it was fetched, else as `build` finds it
+    #[arg(long, value_name = "FILE")]
+    runner: Option<PathBuf>,
+    /// The runner's helper image, for images with Docker, as `build` takes it
+    #[arg(long, value_name = "FILE")]
+    helper_image: Option<PathBuf>,
     /// Where releases are: GitLab's own place, or a mirror of the same layout
     #[arg(long, value_name = "URL", env = "DAYFLY_RUNNER_DOWNLOAD_URL", default_value = RUNNER_DOWNLOADS)]
     runner_download_url: Url,
@@ -85,6 +105,66 @@ pub(super) async fn build(config: &Config, store: ImageStore, args: Args) -> any
         _ = &mut interrupted => return Err(Interrupted.into()),
     };
     test_and_take_in(config, staged, args.keep_aside, interrupted).await
+}
+
+/// Builds those images anew that are older than they may be, each of the same runner; one that fails keeps the others from
+/// nothing, and its version of before in use.
+pub(super) async fn refresh(config: &Config, store: &ImageStore, args: Refresh) -> anyhow::Result<()> {
+    let Some(max_age) = args.max_age.or(config.image_max_age) else {
+        bail!("build old images anew: say how old is too old, by `image_max_age` in the configuration or --max-age");
+    };
+    let recipes = Recipes::default().before_others(args.recipes.clone());
+    let mut failed = Vec::new();
+    for (name, image) in store.list()? {
+        let Ok(image) = image else { continue };
+        let age = image.stamp.made().and_then(|made| made.elapsed().ok());
+        if age.is_none_or(|age| age <= max_age.get()) {
+            continue;
+        }
+        if recipes.check(&name).is_err() {
+            say(&format!("image `{name}` is too old, and there is no recipe of its name; it stays as it is"));
+            continue;
+        }
+        say(&format!("image `{name}` is too old"));
+        let built = match again(&image, &args) {
+            Ok(args) => Box::pin(build(config, store.clone(), args)).await,
+            Err(error) => Err(error),
+        };
+        match built {
+            Ok(()) => {}
+            Err(error) if error.is::<Interrupted>() => return Err(error),
+            Err(error) => {
+                say(&format!("image `{name}` stays as it is: {error:#}"));
+                failed.push(name);
+            }
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { bail!("build anew: {}", failed.join(", ")) }
+}
+
+/// The arguments with which an image is built again: its runner is of the same origin, and of the same release if it was
+/// fetched.
+fn again(image: &Image, args: &Refresh) -> anyhow::Result<Args> {
+    let runner = &image.manifest.runner;
+    let fetched = (runner.origin == RunnerOrigin::Download && args.runner.is_none()).then(|| runner.version.clone());
+    if fetched.is_none() && !image.manifest.is_standin() {
+        let found = RunnerSource::find(args.runner.clone())?;
+        if found.origin == RunnerOrigin::Standin {
+            bail!(
+                "its gitlab-runner came from a path, and none is to be found now; give it by --runner or DAYFLY_GITLAB_RUNNER"
+            );
+        }
+    }
+    Ok(Args {
+        recipe: image.name.clone(),
+        recipes: args.recipes.clone(),
+        runner: args.runner.clone(),
+        helper_image: args.helper_image.clone(),
+        runner_download: fetched,
+        runner_sha256: None,
+        keep_aside: false,
+        runner_download_url: args.runner_download_url.clone(),
+    })
 }
 
 /// Boots a staged image, and puts it into use, or aside, if it came up.

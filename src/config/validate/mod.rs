@@ -149,6 +149,7 @@ fn general(config: &Config, report: &mut Report<'_>) {
     }
     report.not_zero("concurrent", config.concurrent == 0);
     report.not_zero("image_versions", config.image_versions == 0);
+    report.not_zero("image_max_age", config.image_max_age.is_some_and(|age| age.get().is_zero()));
     report.not_zero("capacity.cpus", config.capacity.cpus == Some(0));
     report.not_zero("capacity.memory_mib", config.capacity.memory_mib == Some(0));
     report.not_zero("capacity.disk_gib", config.capacity.disk_gib == Some(0));
