@@ -204,7 +204,7 @@ impl Reports for Handler {
             capacity: self.capacity(),
             jobs: jobs.collect(),
             images: self
-                .images(&views)
+                .ages(&views)
                 .into_iter()
                 .map(|(name, age)| ImageStatus { name, age_s: age.as_secs() })
                 .collect(),
