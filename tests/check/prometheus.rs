@@ -23,6 +23,9 @@ fn metrics() -> String {
     }
     metrics.guest().requests.inc("trace");
     metrics.guest().refused.inc("rate");
+    metrics.guest().cache.inc("hit");
+    metrics.job().begin_rule("rest", "deny");
+    metrics.egress().count("default", &[]);
     let usage = Usage { promised: 1, bound: Some(2) };
     let snapshot = Snapshot {
         version: "0.1.0",
