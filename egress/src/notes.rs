@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-/// What has changed is written at most so often.
-const FLUSH: Duration = Duration::from_secs(1);
+/// What has changed is written at most so often: a job that has just ended is asked for soon after its last connection.
+const FLUSH: Duration = Duration::from_millis(100);
 
 /// And what goes on and on, so often.
 const FLUSH_RUNNING: Duration = Duration::from_secs(60);

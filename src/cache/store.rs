@@ -139,7 +139,7 @@ impl Caches {
     /// Finds what is there. `reserve`: free bytes that are left to others. What cannot be read is no entry, and removed.
     ///
     /// # Errors
-    /// The directory cannot be made or listed.
+    /// The directory cannot be listed. It is made with the first save.
     pub async fn open(
         files: Arc<dyn Files>,
         directory: PathBuf,
@@ -147,7 +147,6 @@ impl Caches {
         clock: Clock,
         rng: Rng,
     ) -> io::Result<Self> {
-        files.create_dir(&directory).await?;
         let caches = Self(Arc::new(Shared {
             files,
             directory,
@@ -286,6 +285,7 @@ impl Caches {
             }
         }
         self.bury().await;
+        self.0.files.create_dir(&self.0.directory).await?;
         let free = self.0.files.free_bytes(&self.0.directory).await?;
         if free < bytes.saturating_add(self.0.reserve) {
             return Err(CacheError::NoRoom);

@@ -311,7 +311,7 @@ fn metrics_health_and_a_check_are_served_and_move_with_the_configuration() {
     // Guests would reach it: the configuration of before stays.
     place.configure("status.listen = \"127.0.0.1:9480\"");
     daemon.signal(Signal::HUP);
-    place.until_logged("every job's machine reaches");
+    place.until_logged("a job's machine reaches in the network `user`");
     assert!(answer(&other, "/healthz").starts_with("HTTP/1.1 200 "));
     place.configure("");
     daemon.signal(Signal::TERM);
