@@ -1,10 +1,12 @@
 //! What must survive a crash? One directory per job, its record replaced atomically.
 //!
-//!     <state>/jobs/<key>/record.json    ids, job token, state: what recovery needs
-//!     <state>/jobs/<key>/trace          the spool
-//!     <runtime>/jobs/<key>/payload      the payload, with all its secrets: tmpfs, gone at a reboot
-//!     <runtime>/jobs/<key>/guest        the guest config, with the pass: likewise
-//!     <runtime>/jobs/<key>/past         what a hand-over takes along for the job's end
+//! ```text
+//! <state>/jobs/<key>/record.json    ids, job token, state: what recovery needs
+//! <state>/jobs/<key>/trace          the spool
+//! <runtime>/jobs/<key>/payload      the payload, with all its secrets: tmpfs, gone at a reboot
+//! <runtime>/jobs/<key>/guest        the guest config, with the pass: likewise
+//! <runtime>/jobs/<key>/past         what a hand-over takes along for the job's end
+//! ```
 //!
 //! Record first, act second: a record names a VM before anything of it is made. A record that
 //! cannot be read is set aside, named in the log, and costs nobody else anything; one of a newer

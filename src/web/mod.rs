@@ -8,7 +8,7 @@
 //! /readyz        200: jobs can be taken; 503: none can, with what needs a person
 //! ```
 //!
-//! Who sees what is in [`access`](self::access). No guest may reach it without a token: by default it is a socket in the
+//! Who sees what is in [`access`]. No guest may reach it without a token: by default it is a socket in the
 //! runtime directory, mode 0600; `config` refuses a port on loopback where guests reach that, and any other address
 //! without TLS and a token. Whoever connects is bounded all the same: one request a connection, and limits on connections,
 //! heads and time. `daemon` opens it, and changes it with the configuration; that it cannot be opened costs no job.
