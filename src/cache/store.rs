@@ -9,7 +9,7 @@
 //! A file that no JSON names is a save that came to no end: it is removed at the next start. Readers hold the version that
 //! they began with, so that ranges of one entry fit together whoever saves meanwhile; its file goes with the last of them.
 
-use super::access::{Key, Space, Tenant};
+use super::access::{Key, Space, Tenant, hex};
 use crate::clock::Clock;
 use crate::config::Cache as Config;
 use crate::files::{Files, child};
@@ -20,7 +20,6 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -81,6 +80,14 @@ pub struct Version {
     pub sha256: String,
     /// When it was saved.
     pub saved: Timestamp,
+}
+
+impl Version {
+    /// Whether these are its bytes.
+    #[must_use]
+    pub fn is_of(&self, digest: Sha256) -> bool {
+        hex(&digest.finalize()) == self.sha256
+    }
 }
 
 /// Where an entry is.
@@ -508,13 +515,6 @@ impl Drop for Save {
             caches.index().doomed.push(Arc::clone(&self.version));
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -84,19 +84,21 @@ impl OneImage {
     }
 }
 
+/// The image, if it is this version of it.
+fn of_version(image: Image, wanted: &ImageRef) -> Result<Image, ImageError> {
+    if image.digest() == wanted.digest {
+        return Ok(image);
+    }
+    Err(ImageError::Replaced { name: wanted.name.clone(), digest: wanted.digest.clone() })
+}
+
 impl Images for OneImage {
     fn load<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Image, ImageError>> {
         Box::pin(std::future::ready(self.get(name)))
     }
 
     fn load_version<'a>(&'a self, wanted: &'a ImageRef) -> BoxFuture<'a, Result<Image, ImageError>> {
-        let image = self.get(&wanted.name).and_then(|image| {
-            if image.digest() == wanted.digest {
-                return Ok(image);
-            }
-            Err(ImageError::Replaced { name: wanted.name.clone(), digest: wanted.digest.clone() })
-        });
-        Box::pin(std::future::ready(image))
+        Box::pin(std::future::ready(self.get(&wanted.name).and_then(|image| of_version(image, wanted))))
     }
 }
 
@@ -148,12 +150,6 @@ impl Images for TheseImages {
     }
 
     fn load_version<'a>(&'a self, wanted: &'a ImageRef) -> BoxFuture<'a, Result<Image, ImageError>> {
-        let image = self.get(&wanted.name).and_then(|image| {
-            if image.digest() == wanted.digest {
-                return Ok(image);
-            }
-            Err(ImageError::Replaced { name: wanted.name.clone(), digest: wanted.digest.clone() })
-        });
-        Box::pin(std::future::ready(image))
+        Box::pin(std::future::ready(self.get(&wanted.name).and_then(|image| of_version(image, wanted))))
     }
 }
