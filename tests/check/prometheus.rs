@@ -37,6 +37,7 @@ fn metrics() -> String {
         runners: vec![RunnerGauges { name: "ci".into(), answered_s: Some(1.0), ..RunnerGauges::default() }],
         jobs_by_state: vec![("ci".into(), "running")],
         machines: vec![("running", 1)],
+        cache: Some((1, 2)),
         images: vec![ImageTime { name: "debian-12-shell".into(), age_s: 1.0 }],
         ..Snapshot::default()
     };

@@ -13,4 +13,5 @@ mod limits;
 mod malformed;
 mod matrix;
 mod sessions;
+mod store;
 pub(crate) mod support;
