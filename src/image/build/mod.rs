@@ -404,6 +404,7 @@ async fn fill(
         executor: inputs.executor,
         // As `info`, the boot test learns it.
         networks: Vec::new(),
+        abilities: Vec::new(),
         info: None,
         runner,
         disk,

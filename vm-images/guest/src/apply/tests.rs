@@ -33,6 +33,7 @@ fn config() -> GuestConfig {
         },
         door_patience_s: 60,
         power_off_after_s: 1800,
+        may_stay: false,
     }
 }
 
