@@ -90,7 +90,7 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         },
         door_patience_s: parts.door_patience.as_secs(),
         power_off_after_s: parts.power_off_after.as_secs(),
-        may_stay: false,
+        may_stay: parts.spec.keep_failed.is_some(),
     }
 }
 

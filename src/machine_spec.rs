@@ -41,9 +41,22 @@ pub struct MachineSpec {
     pub egress: Option<Policy>,
     /// What the guest's runner is called and told.
     pub runner: GuestRunnerSpec,
+    /// For how long it is kept when its job has failed; none: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_failed: Option<KeepFailed>,
     /// What its author is told of how it was chosen, a line each: what was asked for, and what came of that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+}
+
+/// That a machine is kept when its job has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeepFailed {
+    /// For how long, seconds.
+    pub for_s: u64,
+    /// So many of its class at once at most.
+    pub at_once: u32,
 }
 
 /// How large a machine is.
@@ -224,6 +237,7 @@ impl MachineSpec {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            keep_failed: None,
             notes: Vec::new(),
         }
     }

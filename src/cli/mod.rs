@@ -18,6 +18,7 @@ mod register;
 mod run;
 mod runners;
 mod scratch;
+mod shell;
 
 use crate::config::ConfigError;
 use crate::daemon::{Connect, DaemonError};
@@ -116,6 +117,8 @@ enum Command {
         #[command(subcommand)]
         command: cache::Cache,
     },
+    /// Open a root shell in the machine of a job under way, or of one that failed and is kept; recorded
+    Shell(jobs::Which),
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
     /// Print the completions of a shell: `dayfly completion bash > /etc/bash_completion.d/dayfly`
@@ -217,6 +220,7 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Job { command } => wait_for(jobs::job(&config, command))?,
         Command::Console(args) => wait_for(jobs::console(&config, args))?,
         Command::Cache { command } => wait_for(cache::cache(&config, command))?,
+        Command::Shell(which) => wait_for(shell::shell(&config, which))?,
         Command::Metrics => wait_for(operate::metrics(&config))?,
         Command::Drain { wait } => wait_for(operate::drain(&config, wait))?,
         Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,

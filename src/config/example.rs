@@ -56,6 +56,9 @@ mod tests {
             privileged_containers: true,
             allow_standin_runner: true,
             nested: true,
+            keep_failed: Some(Span::from_secs(1)),
+            keep_failed_projects: vec!["a".into()],
+            keep_failed_max: 1,
             network: Some(Choice::Relay),
             egress: EgressConfig::default(),
         };

@@ -4,13 +4,17 @@
 //! them in memory, without the consoles. Age, number and bytes are bounded, whatever jobs come. Nothing follows from
 //! what is kept: a disk that does not take it costs the job nothing, and a file that cannot be read is left out.
 //!
+//! Beside them the whole of each console ([`consoles`](Consoles)).
+//!
 //! ```text
 //! job ── End ──► History::keep ──► <state>/ended/<when it came>-<job>.json
 //!                     └─► list ──► control socket, status page
 //! ```
 
+mod consoles;
 mod store;
 
+pub use consoles::{ConsoleBounds, ConsoleLog, Consoles};
 pub use store::{Bounds, History};
 
 use crate::cache::Note;

@@ -12,9 +12,9 @@ use super::{Parts, Runner};
 use crate::capacity::Resources;
 use crate::config::{self, Class, UnknownImage};
 use crate::gitlab::{Containers, JobPayload};
-use crate::image::manifest::ExecutorKind;
+use crate::image::manifest::{Ability, ExecutorKind};
 use crate::image::store::{Image, ImageError};
-use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
+use crate::machine_spec::{GuestRunnerSpec, ImageRef, KeepFailed, MachineSpec, Size};
 use crate::network::{self, Mode};
 use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
@@ -93,7 +93,9 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
     let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
     let needed = || needed(&runner.config, &payload.registries);
     let egress = (network == Mode::Relay).then(|| class.egress.policy(needed()));
-    Ok(spec(class, &image, size, (network, egress), told(runner, &parts.rng), notes))
+    let kept = keep_failed(class, &image, payload.source.project_at(&runner.config.url));
+    let told = told(runner, &parts.rng);
+    Ok(MachineSpec { keep_failed: kept, ..spec(class, &image, size, (network, egress), told, notes) })
 }
 
 /// The rule that decides, logged and counted like those that are tried out.
@@ -213,8 +215,22 @@ fn spec(
         network,
         egress,
         runner,
+        keep_failed: None,
         notes,
     }
+}
+
+/// Whether the machine of a job of this project is kept when that has failed.
+fn keep_failed(class: &Class, image: &Image, project: Option<&str>) -> Option<KeepFailed> {
+    let keep = class.keep_failed.filter(|_| rules::is_among(&class.keep_failed_projects, project))?;
+    if !image.manifest.can(Ability::Stay) {
+        tracing::warn!(
+            image = image.name,
+            "this image was built before the machines of failed jobs could be kept; rebuild it for `keep_failed`"
+        );
+        return None;
+    }
+    Some(KeepFailed { for_s: keep.get().as_secs(), at_once: class.keep_failed_max })
 }
 
 /// What no job of a runner entry can do without.

@@ -32,6 +32,7 @@ mod handover;
 mod host;
 mod hypervisor;
 mod identity;
+mod kept;
 mod kill_points;
 mod machine_spec;
 mod machines;

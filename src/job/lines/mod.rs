@@ -57,6 +57,16 @@ pub(super) fn no_containers(asked: &Containers, images: Option<&str>) -> Option<
     })
 }
 
+/// What the author of a job that failed reads of its machine.
+#[must_use]
+pub(super) fn kept(now: Timestamp, job: u64, length: Duration) -> String {
+    let text = format!(
+        "dayfly: the job failed, and its machine is kept for {}: who operates this runner can look inside, by `dayfly shell {job}`.",
+        people(length)
+    );
+    line(now, &text)
+}
+
 /// A plain line.
 #[must_use]
 pub(super) fn note(now: Timestamp, text: &str) -> String {

@@ -304,6 +304,22 @@ impl Machinery {
         false
     }
 
+    /// Leaves the machine as it is for an operator, until then. It must exist: one of a former daemon is only watched.
+    pub(in crate::job) fn keep_machine(&mut self, until: Instant) -> Result<(), Event> {
+        if self.machine.is_none() {
+            let Some(claim) = self.record.machine.clone() else { return Err(Event::MachineReleased) };
+            let machine = self.parts.supply.resume(claim);
+            if let Some(payload) = &self.payload {
+                self.looks.at(machine.console(), payload.masks.clone());
+            }
+            self.machine = Some(machine);
+        }
+        if let Some(machine) = &self.machine {
+            machine.stay(until);
+        }
+        Ok(())
+    }
+
     /// Has the machine taken down. `false`: there is none.
     fn take_down(&mut self) -> bool {
         self.begin_phase(Phase::CleanUp);
@@ -341,7 +357,8 @@ impl Machinery {
         std::mem::take(&mut self.another)
     }
 
-    async fn close_door(&mut self) {
+    /// Closes the guest's door.
+    pub(in crate::job) async fn close_door(&mut self) {
         if let Some(door) = self.door.take() {
             door.revoke().await;
         }

@@ -61,6 +61,7 @@ pub fn machine_spec() -> MachineSpec {
             direct_download: false,
             settings: GuestSettings::default(),
         },
+        keep_failed: None,
         notes: Vec::new(),
     }
 }

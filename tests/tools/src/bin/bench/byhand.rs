@@ -53,6 +53,7 @@ impl Told {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            keep_failed: None,
             notes: Vec::new(),
         };
         let parts = GuestParts {
