@@ -35,6 +35,8 @@ pub struct Lab {
     pub project: ProjectId,
     pub dir: tempfile::TempDir,
     _served: Served,
+    port: u16,
+    cache_mib: Option<u32>,
     daemon: Option<Child>,
     sha: String,
     _turn: Turn,
@@ -49,6 +51,8 @@ pub struct Options {
     pub backend: &'static str,
     /// Lines for section `[limits]`.
     pub limits: &'static str,
+    /// The caches are on a file system of their own, of so many MiB, which the daemon alone sees.
+    pub cache_mib: Option<u32>,
     /// Lines for the class.
     pub class: &'static str,
     /// No other test may run beside it.
@@ -63,6 +67,7 @@ impl Default for Options {
             concurrent: 1,
             backend: "libvirt",
             limits: "",
+            cache_mib: None,
             class: "",
             alone: false,
         }
@@ -94,6 +99,13 @@ static SLOT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0)
 impl Lab {
     /// Starts GitLab and a daemon with one runner.
     pub async fn start(options: Options) -> Self {
+        let mut lab = Self::stopped(options).await;
+        lab.start_daemon().await;
+        lab
+    }
+
+    /// The same before its daemon starts.
+    pub async fn stopped(options: Options) -> Self {
         let turn = if options.alone { Turn::Alone(HOST.write().await) } else { Turn::Shared(HOST.read().await) };
         // A short path: unix sockets end at 107 bytes.
         let dir = tempfile::Builder::new().prefix("df-e2e-").tempdir_in("/tmp").unwrap();
@@ -117,14 +129,15 @@ impl Lab {
         standin.edit(|model| model.runners.get_mut(&runner).unwrap().token = Secret::new(known.clone()));
         fs::write(&token, known).unwrap();
         fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
-        let lab = Self { standin, project, dir, _served: served, daemon: None, sha, _turn: turn };
+        let cache_mib = options.cache_mib;
+        let lab = Self { standin, project, dir, _served: served, port, cache_mib, daemon: None, sha, _turn: turn };
         lab.write_config(&options, port);
-        lab.started().await
+        lab
     }
 
-    async fn started(mut self) -> Self {
-        self.start_daemon().await;
-        self
+    /// GitLab's address, as the daemon's configuration has it.
+    pub fn gitlab(&self) -> url::Url {
+        format!("https://127.0.0.1:{}", self.port).parse().unwrap()
     }
 
     fn write_config(&self, options: &Options, port: u16) {
@@ -177,6 +190,17 @@ impl Lab {
     pub async fn start_daemon(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let mut command = Command::new(dayfly());
+        if let Some(mib) = self.cache_mib {
+            // In a mount namespace of its own, as the user that it is anyway.
+            let cache = self.dir.path().join("state/cache");
+            fs::create_dir_all(&cache).unwrap();
+            let mount = format!("mount -t tmpfs -o size={mib}m,mode=700 tmpfs \"$0\" && exec \"$@\"");
+            command = Command::new("unshare");
+            command
+                .args(["--map-current-user", "--keep-caps", "--mount", "sh", "-ec", &mount])
+                .arg(cache)
+                .arg(dayfly());
+        }
         command.arg("--config").arg(self.dir.path().join("config.toml")).arg("run");
         let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn();
         self.daemon = Some(child.expect("dayfly starts"));
@@ -201,8 +225,13 @@ impl Lab {
 
     /// What `dayfly doctor` says with this lab's configuration.
     pub fn doctor(&self) -> String {
+        self.dayfly(&["doctor"])
+    }
+
+    /// What this command of dayfly's says with this lab's configuration.
+    pub fn dayfly(&self, arguments: &[&str]) -> String {
         let mut command = Command::new(dayfly());
-        command.arg("--config").arg(self.dir.path().join("config.toml")).arg("doctor");
+        command.arg("--config").arg(self.dir.path().join("config.toml")).args(arguments);
         let output = command.stdin(Stdio::null()).output().expect("dayfly starts");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
