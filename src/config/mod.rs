@@ -70,6 +70,8 @@ pub struct Config {
     pub history: History,
     /// `[[class]]`: machine classes.
     pub class: Vec<Class>,
+    /// `[[forward]]`: what of this host's network jobs reach beside their doors.
+    pub forward: Vec<network::ForwardConfig>,
     /// `[[rule]]`: which jobs are taken, and in which class; in order.
     pub rule: Vec<Rule>,
     /// `[[runner]]`: registered runners.
@@ -95,6 +97,7 @@ impl Default for Config {
             limits: Limits::default(),
             history: History::default(),
             class: Vec::new(),
+            forward: Vec::new(),
             rule: Vec::new(),
             runner: Vec::new(),
         }

@@ -16,6 +16,7 @@
 )]
 mod canary;
 mod caches;
+mod forwards;
 mod lab;
 mod leaks;
 mod restarts;

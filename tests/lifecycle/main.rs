@@ -26,6 +26,7 @@ mod ends;
 mod exactness;
 mod exec;
 mod faults;
+mod forwards;
 mod found_by_sim;
 mod gitlab;
 mod handover;

@@ -5,6 +5,7 @@
 
 mod caches;
 mod classes;
+mod forwards;
 mod status;
 
 use super::origin::nearest_name;
@@ -120,6 +121,7 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
     limits(config, &mut report);
     classes::classes(config, &mut report);
     classes::rules(config, &mut report);
+    forwards::judge(config, &mut report);
     for (i, runner) in config.runner.iter().enumerate() {
         one_runner(i, runner, config, &mut report);
     }

@@ -111,6 +111,7 @@ impl Machinery {
             spool: self.trace.spool.writer(),
             client: self.trace.client.clone(),
             cache: self.cache.clone(),
+            forwards: self.record.machine_spec.as_ref().map(|spec| spec.forwards.clone()).unwrap_or_default(),
             direct_download: self.record.machine_spec.as_ref().is_some_and(|spec| spec.runner.direct_download),
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),

@@ -24,6 +24,7 @@ fn config() -> GuestConfig {
             dns: vec!["10.0.2.3".parse().unwrap()],
             relay: false,
         },
+        forwards: Vec::new(),
         runner: GuestRunner {
             config_toml: "concurrent = 1\n".into(),
             ca_pem: None,

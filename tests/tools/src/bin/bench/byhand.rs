@@ -45,6 +45,7 @@ impl Told {
             nested: false,
             network: Mode::User,
             egress: None,
+            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "runner".into(),
                 token: self.token.clone(),
