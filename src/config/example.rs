@@ -9,7 +9,7 @@ mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span, UnknownImage};
     use crate::machine_spec::EnvironmentLine;
-    use crate::network::{Choice, EgressConfig, ForwardConfig};
+    use crate::network::{Choice, EgressChange, EgressConfig, ForwardConfig};
     use crate::rules::Rule;
     use serde_json::Value;
     use std::collections::BTreeSet;
@@ -106,6 +106,7 @@ mod tests {
             allow: true,
             deny: Some("d".into()),
             class: Some("c".into()),
+            egress: Some(EgressChange::default()),
             dry_run: true,
         }
     }

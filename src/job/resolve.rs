@@ -95,7 +95,10 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
     notes.extend(told_of);
     let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
     let needed = || needed(&runner.config, &payload.registries);
-    let egress = (network == Mode::Relay).then(|| class.egress.policy(needed()));
+    let egress = (network == Mode::Relay).then(|| {
+        let change = rule.and_then(|rule| rule.egress.as_ref());
+        change.map_or_else(|| class.egress.clone(), |change| class.egress.changed(change)).policy(needed())
+    });
     let kept = keep_failed(class, &image, payload.source.project_at(&runner.config.url));
     let told = told(runner, &parts.rng);
     Ok(MachineSpec { keep_failed: kept, forwards, ..spec(class, &image, size, (network, egress), told, notes) })

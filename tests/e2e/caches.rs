@@ -91,12 +91,12 @@ async fn a_cache_is_there_in_the_next_jobs_machine() {
     };
     let digests = [&made, &found, &fallback].map(|trace| digest(trace));
     assert!(digests[0].is_some() && digests.iter().all(|found| *found == digests[0]), "{digests:?}\n{fallback}");
-    let list: Value = serde_json::from_str(&lab.dayfly(&["cache", "show", "--json", "group/project"])).unwrap();
+    let list: Value = serde_json::from_str(&lab.says(&["cache", "show", "--json", "group/project"])).unwrap();
     let keys: BTreeSet<&str> = list["entries"].as_array().unwrap().iter().filter_map(|e| e["key"].as_str()).collect();
     assert_eq!(keys, BTreeSet::from(["deps-non_protected", "other-non_protected"]), "{list}");
-    says(&lab.dayfly(&["job", "show", &third.to_string()]), "cache: hit, ");
-    says(&lab.dayfly(&["cache", "clear", "group/project"]), "2 caches, ");
-    says(&lab.dayfly(&["cache", "list"]), "no caches are kept yet");
+    says(&lab.says(&["job", "show", &third.to_string()]), "cache: hit, ");
+    says(&lab.says(&["cache", "clear", "group/project"]), "2 caches, ");
+    says(&lab.says(&["cache", "list"]), "no caches are kept yet");
     lab.assert_clean().await;
 }
 

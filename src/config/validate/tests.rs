@@ -347,6 +347,29 @@ fn a_rule_that_makes_no_sense_is_named() {
     refused(&rule("allow = true\nprojects = [\"a\"]"), &["`rule.0.projects`", "did you mean `project`?"]);
     refused(&rule("class = \"smal\""), &["`rule.0.class`", "unknown class `smal`", "did you mean `small`?"]);
     refused(&rule("deny = \"\""), &["`rule.0.deny`", "is empty"]);
+    let egress = |class: &str, keys: &str| {
+        let good = GOOD.replace("[[runner]]", &format!("{class}\n[[runner]]"));
+        format!("{good}[[rule]]\nname = \"r\"\n{keys}\n")
+    };
+    refused(
+        &egress("", "allow = true\negress = { allow = [\"a.example\"], deny = [\"*.example\"] }"),
+        &["`rule.0.egress`", "`a.example` in `allow` has no effect", "(with class `small`)", "remove one of them"],
+    );
+    refused(
+        &egress("", "allow = true\negress = { allow = [\"10.0.0.1/8\"] }"),
+        &["`rule.0.egress.allow.0`", "`10.0.0.0/8`"],
+    );
+    refused(
+        &egress("", "allow = true\negress = { deny = [\"a.*.example\"] }"),
+        &["`rule.0.egress.deny.0`", "a.*.example"],
+    );
+    refused(&egress("", "deny = \"no\"\negress = {}"), &["`rule.0.egress`", "of a rule that denies"]);
+    refused(
+        &egress("network = \"user\"", "allow = true\negress = {}"),
+        &["`rule.0.egress`", "no effect in the network `user`"],
+    );
+    let narrower = "allow = true\negress = { mode = \"enforce\", deny = [\"b.example\"] }";
+    load(&egress("[class.egress]\nallow = [\"b.example\"]", narrower), &[]).unwrap();
     let twice = format!("{}[[rule]]\nname = \"r\"\nallow = true\n", rule("deny = \"no\""));
     refused(&twice, &["`rule.1.name`", "as another [[rule]] is"]);
     let behind = load(&twice.replace("name = \"r\"\nallow", "name = \"s\"\nallow"), &[]).unwrap();
