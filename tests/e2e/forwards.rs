@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 async fn a_package_proxy_is_reached_and_nothing_beside_it() {
     let files = tempfile::Builder::new().prefix("df-apt-").tempdir_in("/tmp").unwrap();
     let (mirror, asked) = mirror(repository(files.path())).await;
-    let proxy = free_port().await;
+    let proxy = free_port();
     let _proxy = apt_cacher(files.path(), proxy).await;
     let forward =
         format!("[[forward]]\nname = \"apt\"\naddress = \"127.0.0.1:{proxy}\"\nport = 3142\nclasses = [\"small\"]\n");
@@ -83,8 +83,8 @@ fn repository(dir: &Path) -> std::path::PathBuf {
 
 /// Serves these files; says its port, and what it is asked for.
 async fn mirror(root: std::path::PathBuf) -> (u16, Arc<Mutex<Vec<String>>>) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
+    let port = free_port();
+    let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let asked = Arc::new(Mutex::new(Vec::new()));
     let noted = Arc::clone(&asked);
     tokio::spawn(async move {
@@ -122,9 +122,10 @@ async fn answer(stream: TcpStream, root: std::path::PathBuf, noted: Arc<Mutex<Ve
     let _ = stream.shutdown().await;
 }
 
-/// A port that nobody had a moment ago.
-async fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
+/// A port that nobody had a moment ago; apt-cacher-ng knows none above 32767, here and at mirrors.
+fn free_port() -> u16 {
+    let is_free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    (12_000..20_000).find(is_free).expect("one of thousands is free")
 }
 
 /// Debian's package proxy, with nothing but its defaults and places of its own; ends with this.
@@ -138,12 +139,15 @@ impl Drop for Proxy {
 }
 
 async fn apt_cacher(dir: &Path, port: u16) -> Proxy {
-    let places = ["cache", "log", "sockets"].map(|name| dir.join(name));
+    let places = ["cache", "log", "sockets", "configuration"].map(|name| dir.join(name));
     for place in &places {
         fs::create_dir_all(place).unwrap();
     }
     let mut command = Command::new("/usr/sbin/apt-cacher-ng");
-    command.args(["-c", "/etc/apt-cacher-ng", "ForeGround=1", "BindAddress=127.0.0.1", &format!("Port={port}")]);
+    // The package's own configuration has a part that its user alone reads. And mirrors are at port 80, by default.
+    fs::write(places[3].join("acng.conf"), "AllowUserPorts: 0\n").unwrap();
+    command.arg("-c").arg(&places[3]);
+    command.args(["ForeGround=1", "BindAddress=127.0.0.1", &format!("Port={port}")]);
     command.args(["CacheDir", "LogDir"].iter().zip(&places).map(|(key, place)| format!("{key}={}", place.display())));
     command.arg(format!("SocketPath={}/s", places[2].display()));
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();

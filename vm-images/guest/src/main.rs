@@ -271,14 +271,15 @@ fn supervise(
                 say(&format!("gitlab-runner ended with code {code}"));
                 reporter.report(Report::RunnerExited(code));
                 // Its host may want it looked at.
-                return match config.may_stay.then(|| stay::word(inbox, STAY_WORD_DEADLINE, of_stay)).flatten() {
-                    Some(first) => Ok(stay::stay(first, inbox, of_stay)),
-                    None => Ok(()),
-                };
+                if let Some(first) = config.may_stay.then(|| stay::word(inbox, STAY_WORD_DEADLINE, of_stay)).flatten() {
+                    stay::stay(first, inbox, of_stay);
+                }
+                return Ok(());
             }
             Ok(Event::Stay(first)) => {
                 runner::end(runner);
-                return Ok(stay::stay(first, inbox, of_stay));
+                stay::stay(first, inbox, of_stay);
+                return Ok(());
             }
             Ok(Event::DoorSilent) | Err(_) => return Err(GuestError::DoorSilent(config.power_off_after_s)),
         }
