@@ -23,7 +23,7 @@ async fn a_job_of_a_whole_daemon_has_its_network_and_reaches_nothing_else() {
         &format!("apt-get {apt} update"),
         &format!("apt-get {apt} install -y dayfly-probe"),
         "cat /usr/share/dayfly-probe/word | tee word",
-        "python3 /usr/share/python-wheels/pip-*.whl/pip install -q --root-user-action ignore --target /tmp/python \
+        "python3 \"$(echo /usr/share/python-wheels/pip-*.whl)/pip\" install -q --root-user-action ignore --target /tmp/python \
          --index-url https://pypi.example/simple/ --cert \"$CI_SERVER_TLS_CA_FILE\" dayfly-probe",
         "PYTHONPATH=/tmp/python python3 -c 'import dayfly_probe; print(dayfly_probe.WORD)'",
         "timeout 60 bash -c 'exec 3<>/dev/tcp/open.example/8080' && echo an open port opens",
@@ -84,21 +84,19 @@ async fn a_job_of_a_whole_daemon_has_its_network_and_reaches_nothing_else() {
     assert_eq!(says("open-after-flush"), "connected hello");
     assert_eq!(says("closed-after-flush"), "ConnectionRefusedError");
 
-    // All of it is told.
+    // It is told, what was refused first; so many ports are more than rows.
     for row in [
         "what this job reached",
-        "  deb.debian.org:80  ",
-        "  pypi.example:443  ",
-        "  not-told-metadata.example  refused 1 times: it is a cloud's metadata service",
-        "  203.0.113.2:20000  refused 1 times: it is the host that the machine runs on",
+        "  10.0.2.2:20000  refused 1 times: it is a private address, which the egress policy does not list",
+        " more  ",
     ] {
         assert!(trace.contains(row), "no {row:?}\n{}", site.lab.story(job));
     }
     // It is kept, and makes a list.
     let shown = site.lab.says(&["job", "show", &job.0.to_string(), "--json"]);
-    assert!(shown.contains("\"deb.debian.org\""), "{shown}");
+    assert!(shown.contains("\"reached\"") && shown.contains("\"10.0.2.2\""), "{shown}");
     let list = site.lab.says(&["egress", "suggest", "small"]);
-    assert!(list.contains("    \"pypi.example:443\", # 1 jobs") && list.contains("# Refused, "), "{list}");
+    assert!(list.contains("# Of 1 jobs of class `small`") && list.contains("# Refused, "), "{list}");
     site.lab.assert_clean().await;
     assert_eq!(Site::egress(), [0; 0]);
 }
@@ -150,41 +148,4 @@ async fn a_rule_that_lists_what_is_reached_lets_nothing_else_through() {
     site.lab.until(job, JobState::Canceled).await;
     site.lab.assert_clean().await;
     assert_eq!(Site::egress(), [0; 0]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn temp_world() {
-    let site = Site::start("").await;
-    let host = |args: &[&str]| {
-        let mut all = vec!["--net=/run/netns/host"];
-        all.extend(args);
-        let out = run("nsenter", &all);
-        println!("{args:?}: {}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-    };
-    let ca = site.lab.dir.path().join("ca.pem");
-    let ca = ca.to_str().unwrap();
-    host(&["curl", "-sS", "--cacert", ca, "https://pypi.example/simple/dayfly-probe/"]);
-    host(&["curl", "-sS", "http://deb.debian.org/apt/./Release"]);
-    host(&["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", ca, "https://gitlab.example/"]);
-    host(&[
-        "sh",
-        "-c",
-        &format!(
-            "cd /tmp && rm -rf pipt && /usr/bin/python3 -m pip install -q --no-cache-dir --target /tmp/pipt --index-url https://pypi.example/simple/ --cert {ca} dayfly-probe; ls /tmp/pipt"
-        ),
-    ]);
-    host(&[
-        "sh",
-        "-c",
-        "python3 -m pip install -q --no-cache-dir --target /tmp/pipt --index-url https://pypi.example/simple/ --trusted-host pypi.example dayfly-probe; ls /tmp/pipt",
-    ]);
-    host(&[
-        "sh",
-        "-c",
-        "echo 'deb [trusted=yes] http://deb.debian.org/apt ./' > /tmp/of.list; mkdir -p /tmp/apt/lists/partial /tmp/apt/cache/archives/partial; apt-get -o Dir::State=/tmp/apt -o Dir::Cache=/tmp/apt/cache -o Dir::Etc::sourcelist=/tmp/of.list -o Dir::Etc::sourceparts=/dev/null -o APT::Sandbox::User=root update; apt-get -o Dir::State=/tmp/apt -o Dir::Cache=/tmp/apt/cache -o Dir::Etc::sourcelist=/tmp/of.list -o Dir::Etc::sourceparts=/dev/null -o Dir::State::status=/var/lib/dpkg/status --download-only -y -o APT::Sandbox::User=root install dayfly-probe",
-    ]);
-    println!("{} {}", site.names.asked("pypi.example"), site.forbidden_connections());
-    std::fs::write("/tmp/relay-client.sh", Site::client()).ok();
-    println!("{:?}", Site::egress());
-    println!("log: {}", std::fs::read_to_string(site.lab.dir.path().join("log")).unwrap());
 }

@@ -23,7 +23,7 @@ pub(super) async fn is_fenced(config: &Config, passwd: &str) -> bool {
         let active = Program::new("systemctl", LOOK).args(["is-active", "--quiet", "dayfly-fence.service"]);
         return active.run().await.is_ok();
     }
-    let rules = Program::new("nft", LOOK).args(["list", "set", "inet", "dayfly_user", "users"]).run().await;
+    let rules = Program::new("nft", LOOK).args(["list", "set", "inet", "dayfly", "users"]).run().await;
     rules.is_ok_and(|rules| has_all(&rules.text(), &found.of_jobs, passwd))
 }
 
@@ -206,7 +206,7 @@ mod tests {
         let users: Vec<VmUser> = "dayfly-vm-0..1".parse::<crate::vm::VmUsers>().unwrap().all();
         let listing = |elements: &str| {
             format!(
-                "table inet dayfly_user {{\n\tset users {{\n\t\ttypeof meta skuid\n\t\telements = {{ {elements} }}\n\t}}\n}}\n"
+                "table inet dayfly {{\n\tset users {{\n\t\ttypeof meta skuid\n\t\telements = {{ {elements} }}\n\t}}\n}}\n"
             )
         };
         assert!(has_all(&listing("970,\n\t\t\t     971"), &users, passwd));

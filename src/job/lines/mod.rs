@@ -11,7 +11,7 @@ mod reached;
 
 pub(super) use ends::{Hints, console, failure, kernel_words, masked, runner_words};
 pub(super) use machine::Section;
-pub(super) use reached::reached;
+pub(super) use reached::{reached, told};
 
 use crate::gitlab::Containers;
 use jiff::Timestamp;

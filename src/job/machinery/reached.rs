@@ -14,8 +14,7 @@ impl Machinery {
         self.reached.clone_from(&reached);
         // What is refused, and what much went to, is what somebody will ask for.
         reached.sort_by_key(|to| std::cmp::Reverse((to.refused > 0, to.up.saturating_add(to.down))));
-        reached.truncate(DESTINATIONS_MAX);
-        self.record.reached = reached;
+        (self.record.reached, _) = lines::told(reached, DESTINATIONS_MAX, |to| to.refused > 0);
     }
 
     /// The section of it, without what the log masks; empty: there is nothing to tell, or what to mask is not known any

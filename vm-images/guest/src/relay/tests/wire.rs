@@ -307,7 +307,13 @@ async fn what_connects_to_a_forward_is_a_stream_of_its_own() {
 
     // Broken: as it is on the host.
     let mut job = soon(TcpStream::connect(at_two)).await.unwrap();
-    let far = asked(&mut session).await.accept().unwrap();
+    let mut far = asked(&mut session).await.accept().unwrap();
+    // Not before the answer is there: a reset takes with it what is still unsent.
+    let answered = async {
+        far.write_all(b"x").await.unwrap();
+        job.read_exact(&mut [0]).await.unwrap();
+    };
+    beside(&mut session, answered).await;
     far.reset();
     beside(&mut session, async { assert!(job.read(&mut [0; 8]).await.is_err()) }).await;
 
