@@ -212,10 +212,12 @@ impl Lab {
         )
         .unwrap();
         let Place { names: [gitlab, guests], .. } = options.place;
-        writeln!(text, "allow_standin_runner = true\n{}", options.class).unwrap();
+        writeln!(text, "allow_standin_runner = true").unwrap();
         if !options.network.is_empty() {
             writeln!(text, "network = \"{}\"", options.network).unwrap();
         }
+        // It may end with sections of its own.
+        writeln!(text, "{}", options.class).unwrap();
         writeln!(
             text,
             "[[runner]]\nname = \"e2e runner\"\nurl = \"https://{gitlab}:{port}\"\ntoken_file = \"{dir}/token\""

@@ -215,7 +215,7 @@ async fn look_inside(lab: &Lab, job: dayfly::gitlab::JobId, trace: &str) {
     assert_eq!(recordings.len(), 1);
     assert!(fs::read_to_string(recordings[0].path()).unwrap().contains("no-42-runner"));
     let (done, console) = lab.dayfly(&["console", "--all", &id], "").await;
-    assert!(done && console.contains("gitlab-runner"), "{console}");
+    assert!(done && console.contains("runner for http://192.0.2.1"), "{console}");
     let (done, killed) = lab.dayfly(&["kill", &id], "").await;
     assert!(done, "{killed}");
 }

@@ -234,6 +234,7 @@ impl World {
             path.ends_with("installation.json")
                 || path.starts_with("/state/set-aside")
                 || path.starts_with("/state/ended")
+                || path.starts_with("/state/consoles")
                 // What a job has left for others; of its own it leaves nothing there.
                 || (path.starts_with("/state/cache") && !path.starts_with("/state/cache/pins"))
         };
