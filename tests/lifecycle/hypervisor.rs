@@ -488,7 +488,6 @@ fn foreign_spec(id: VmId) -> VmSpec {
         base: "/images/test/disk.qcow2".into(),
         attachment: dayfly::vm::Attachment::User,
         nested: false,
-        confine: dayfly::vm::Confinement::default(),
         socket_dir: "/elsewhere".into(),
     }
 }
