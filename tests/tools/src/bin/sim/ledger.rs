@@ -6,7 +6,6 @@ mod trouble;
 pub(crate) use notes::{JobNote, VmNote};
 
 use crate::event::{DaemonDoes, Event, FileOp, GuestDoes, Trouble};
-use crate::guest::Whose;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::format::parse;
 use dayfly::job::state::State;
@@ -59,8 +58,6 @@ pub(crate) struct Ledger {
     /// Reboots of the host.
     pub(crate) reboots: u32,
     pub(crate) runner_tokens: Vec<String>,
-    /// Caches that were saved, and the guest was told so.
-    pub(crate) caches: BTreeSet<Whose>,
 }
 
 /// How long, at least, the daemon keeps the end of a job to itself while the disk does not take its record.

@@ -17,7 +17,7 @@ use crate::mortal::Life;
 use dayfly::config::Config;
 use dayfly::files::Files;
 use dayfly::gitlab::OpenTransport;
-use dayfly::network::{Egress, Listen};
+use dayfly::network::Listen;
 use dayfly::rng::Rng;
 use dayfly::vm::Hypervisor;
 use dayfly::vm::paths::Paths;
@@ -85,8 +85,6 @@ bugs! {
     LeakedOverlay breaks 13,
     /// The door of a machine that is gone stays open.
     DoorLeftOpen breaks 13,
-    /// Who carries a machine's egress is left alone when that is gone, for it ends by itself.
-    EgressLeft breaks 13,
     /// A machine that could not be destroyed at once counts as gone.
     DestroyGivenUp breaks 16,
     /// One job more than configured.
@@ -123,12 +121,6 @@ bugs! {
     RetryAfterIgnored breaks 20,
     /// What has failed, or had no answer for us, is tried again at once, and again.
     RetryStorm breaks 20,
-    /// A cache's bytes are another save's when the disk gets them.
-    CacheBufferReused breaks 23,
-    /// All projects share one cache.
-    CacheTenantTooWide breaks 23,
-    /// Nobody notes which version of a cache a job reads.
-    CachePinForgotten breaks 23,
     /// The jitter of a pause is the operating system's.
     OwnDice breaks 22,
 }
@@ -184,14 +176,6 @@ impl Planted {
         match self.bug {
             Some(Bug::DoorLeftOpen) => Arc::new(host::Doors { listen, life: life.clone() }),
             _ => listen,
-        }
-    }
-
-    /// Who carries egress.
-    pub(crate) fn egress(&self, egress: Arc<dyn Egress>) -> Arc<dyn Egress> {
-        match self.bug {
-            Some(Bug::EgressLeft) => Arc::new(host::LeftAlone(egress)),
-            _ => egress,
         }
     }
 

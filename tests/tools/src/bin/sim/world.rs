@@ -131,7 +131,6 @@ impl World {
         let secret = format!("{}{}.", crate::check::JOB_CANARY, id.0);
         let mut spec = JobSpec::script(["true"]).with_variable(Variable::secret("SECRET", &secret));
         spec.id = Some(id);
-        spec.protected = script.protected;
         spec.timeout = Some(Duration::from_secs(script.timeout_s));
         let token = format!("glcbt-64_{:020}", id.0);
         spec.token = Some(dayfly::secret::Secret::new(token.as_str()));
@@ -148,11 +147,11 @@ impl World {
         let host = Arc::new(Host { fake: self.fake.clone(), story: story() });
         let (token, _) = tokens::of_runner(0);
         let listen = self.planted.listen(host.clone(), life);
-        let (hypervisor, paths) = self.planted.host(host.clone(), &self.fake, &token);
+        let (hypervisor, paths) = self.planted.host(host, &self.fake, &token);
         Backends {
             host: life.host(hypervisor, paths),
             listen: life.listen(listen),
-            egress: life.egress(self.planted.egress(host.clone())),
+            egress: life.egress(Arc::new(self.fake.clone())),
             transport: life
                 .transport(self.planted.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() }))),
             files: life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() }))),

@@ -56,9 +56,6 @@ impl Ledger {
             }
             // The call fails after its deadline of 30 s or 60 s, and the next one may come late.
             K::DestroyHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(45)),
-            // Until it has begun or ended a machine takes longer: three tries with pauses between; two seconds.
-            K::EgressHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(60)),
-            K::EgressRefused | K::EgressStays => self.spoil(Trouble::Libvirt, Duration::from_secs(15)),
             K::CreateHangs | K::OverlayHangs => self.spoil(Trouble::Libvirt, Duration::from_secs(75)),
             K::AssignTruncated | K::AssignNonsense => self.spoil(Trouble::Gitlab, Duration::from_secs(15)),
             _ => {}

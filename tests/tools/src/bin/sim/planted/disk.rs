@@ -32,9 +32,6 @@ impl Disk {
     }
 
     async fn replace(&self, path: &Path, bytes: Vec<u8>) -> io::Result<()> {
-        if self.bug == Bug::CachePinForgotten && path.starts_with("/state/cache/pins") {
-            return Ok(());
-        }
         match (self.bug, job_of(path)) {
             (Bug::DomainBeforeRecord, Some((_, "record.json"))) if names_a_new_machine(&bytes) => Ok(()),
             (Bug::RecordErrorIgnored, Some((_, "record.json"))) => {
@@ -86,13 +83,6 @@ impl Files for Disk {
 
     fn write_at<'a>(&'a self, path: &'a Path, offset: u64, bytes: Bytes) -> BoxFuture<'a, io::Result<()>> {
         Box::pin(async move {
-            let reused = self.bug == Bug::CacheBufferReused && path.starts_with("/state/cache") && bytes.len() > 100;
-            // The other half is of a save that was quicker.
-            let bytes = if reused {
-                [&bytes[..bytes.len() / 2], &bytes[..bytes.len() - bytes.len() / 2]].concat().into()
-            } else {
-                bytes
-            };
             let written = self.files.write_at(path, offset, bytes).await;
             if self.bug == Bug::SpoolErrorIgnored { Ok(()) } else { written }
         })
