@@ -189,7 +189,6 @@ impl BootTest<'_> {
             nested: false,
             network: network::Mode::User,
             egress: None,
-            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "boot test".into(),
                 token: runner_token,
@@ -214,6 +213,7 @@ impl BootTest<'_> {
             power_off_after: self.deadline,
             log_mib_max: LOG_MIB_MAX,
             cache: false,
+            clone: None,
         };
         let clock = Clock::system();
         let config = guest_config(&parts, &clock, rng);
@@ -233,7 +233,6 @@ impl BootTest<'_> {
             spool: spool.writer(),
             client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
             cache: None,
-            forwards: Vec::new(),
             direct_download: spec.runner.direct_download,
             events,
             view,

@@ -7,7 +7,6 @@
 mod cache;
 mod check;
 pub mod doctor;
-mod egress;
 mod exec;
 mod fit;
 pub(crate) mod image;
@@ -16,7 +15,6 @@ mod migrate;
 mod operate;
 mod prompt;
 mod register;
-mod resolved;
 mod run;
 mod runners;
 mod scratch;
@@ -121,11 +119,6 @@ enum Command {
     },
     /// Open a root shell in the machine of a job under way, or of one that failed and is kept; recorded
     Shell(jobs::Which),
-    /// Look at what jobs reach outside of their machines
-    Egress {
-        #[command(subcommand)]
-        command: egress::Egress,
-    },
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
     /// Print the completions of a shell: `dayfly completion bash > /etc/bash_completion.d/dayfly`
@@ -228,7 +221,6 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Console(args) => wait_for(jobs::console(&config, args))?,
         Command::Cache { command } => wait_for(cache::cache(&config, command))?,
         Command::Shell(which) => wait_for(shell::shell(&config, which))?,
-        Command::Egress { command } => wait_for(egress::egress(&config, command))?,
         Command::Metrics => wait_for(operate::metrics(&config))?,
         Command::Drain { wait } => wait_for(operate::drain(&config, wait))?,
         Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,

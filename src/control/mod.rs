@@ -9,7 +9,6 @@
 //! {"command":"jobs","ended_max":100}   {"command":"job","job":42}   {"command":"console","job":42,"from":0}
 //! {"command":"caches"}   {"command":"cache_show","whose":"group/project"}   {"command":"cache_clear","whose":"42","key":"deps"}
 //! {"command":"console_log","job":42}   {"command":"shell","job":42,"rows":24,"columns":80,"term":"xterm"}
-//! {"command":"suggest","class":"default","days":7}
 //! ```
 //!
 //! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
@@ -26,7 +25,6 @@ pub use server::{ControlHandler, ControlSocket, Opened, ServeError, ShellWish, b
 
 use crate::cache::{CacheList, CachesFound};
 use crate::gitlab::JobId;
-use crate::history::Suggestion;
 use crate::shell::ShellOutcome;
 use crate::status::{ConsoleFound, JobFound, JobList, StatusReport};
 use serde::{Deserialize, Serialize};
@@ -122,13 +120,6 @@ pub enum Request {
         /// Its `TERM`.
         term: String,
     },
-    /// What have jobs of this class reached, and which list would let them?
-    Suggest {
-        /// The class.
-        class: String,
-        /// In the last so many days.
-        days: u32,
-    },
     /// Take no more jobs, finish those you have, then end.
     Drain,
     /// End this job now, with an honest verdict.
@@ -192,12 +183,6 @@ pub enum Answer {
         /// What becomes of it.
         #[serde(flatten)]
         outcome: ShellOutcome,
-    },
-    /// To `suggest`.
-    Suggest {
-        /// The list.
-        #[serde(flatten)]
-        suggestion: Suggestion,
     },
     /// To `drain`: it has begun, or had begun before.
     Draining {

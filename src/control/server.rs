@@ -7,7 +7,6 @@ use super::{
 use crate::BoxFuture;
 use crate::cache::{Caches, CachesFound};
 use crate::gitlab::JobId;
-use crate::history::Suggestion;
 use crate::metrics::Form;
 use crate::shell::{Shell, ShellOutcome};
 use crate::status::{JobList, Reports};
@@ -39,8 +38,6 @@ pub trait ControlHandler: Reports {
     fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome;
     /// The caches that are kept; `None`: none are to be.
     fn caches(&self) -> Option<Caches>;
-    /// What jobs of this class have reached in the last so many days, as a list that would let them.
-    fn suggest<'a>(&'a self, class: &'a str, days: u32) -> BoxFuture<'a, Suggestion>;
     /// Why nobody is served the status elsewhere, for the status; `None`: all is well with that.
     fn status_is_not_served(&self, why: Option<String>);
 }
@@ -268,7 +265,6 @@ async fn obey(request: Request, handler: &dyn ControlHandler) -> Answer {
             Answer::Console { found: handler.console_log(job, runner.as_deref()).await }
         }
         Request::Shell { .. } => Answer::Error { message: "a shell is asked for on a connection of its own".into() },
-        Request::Suggest { class, days } => Answer::Suggest { suggestion: handler.suggest(&class, days).await },
         Request::Drain => {
             tracing::info!("the operator asks for a drain");
             Answer::Draining { kept: handler.drain() }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::BoxFuture;
 use crate::cache::Caches;
-use crate::history::{End, Suggestion};
+use crate::history::End;
 use crate::metrics::Form;
 use crate::status::{DaemonStatus, Reports};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
@@ -66,9 +66,6 @@ impl ControlHandler for Fake {
     fn caches(&self) -> Option<Caches> {
         None
     }
-    fn suggest<'a>(&'a self, class: &'a str, days: u32) -> BoxFuture<'a, Suggestion> {
-        Box::pin(async move { Suggestion { class: class.into(), days, ..Suggestion::default() } })
-    }
     fn status_is_not_served(&self, _why: Option<String>) {}
 }
 
@@ -126,9 +123,6 @@ async fn jobs_and_consoles_reach_the_handler() {
             call(&path, &console).await.unwrap(),
             Answer::Console { found: ConsoleFound::Ended { text, rows: 1 } }
         );
-        let suggestion = Suggestion { class: "small".into(), days: 7, ..Suggestion::default() };
-        let suggest = Request::Suggest { class: "small".into(), days: 7 };
-        assert_eq!(call(&path, &suggest).await.unwrap(), Answer::Suggest { suggestion });
     })
     .await;
 }

@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::config::{Config, Span};
 use crate::control::{ControlHandler, KillOutcome, Opened, ShellWish};
 use crate::gitlab::JobId;
-use crate::history::{Consoles, End, History, Suggestion};
+use crate::history::{Consoles, End, History};
 use crate::job::journal::JobKey;
 use crate::job::{JobView, Parts};
 use crate::metrics::{Form, ImageTime, Metrics, RunnerGauges, Snapshot, Usage};
@@ -361,10 +361,6 @@ impl ControlHandler for Handler {
 
     fn caches(&self) -> Option<Caches> {
         self.caches.clone()
-    }
-
-    fn suggest<'a>(&'a self, class: &'a str, days: u32) -> BoxFuture<'a, Suggestion> {
-        Box::pin(self.history.suggest(class, days))
     }
 
     fn status_is_not_served(&self, why: Option<String>) {

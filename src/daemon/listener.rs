@@ -114,7 +114,7 @@ mod tests {
     use crate::cache::Caches;
     use crate::control::{KillOutcome, Opened, ShellWish};
     use crate::gitlab::JobId;
-    use crate::history::{End, Suggestion};
+    use crate::history::End;
     use crate::metrics::Form;
     use crate::shell::ShellOutcome;
     use crate::status::{ConsoleFound, JobFound, Reports, StatusReport};
@@ -157,9 +157,6 @@ mod tests {
         }
         fn caches(&self) -> Option<Caches> {
             None
-        }
-        fn suggest<'a>(&'a self, _: &'a str, _: u32) -> BoxFuture<'a, Suggestion> {
-            Box::pin(async { Suggestion::default() })
         }
         fn status_is_not_served(&self, why: Option<String>) {
             *self.0.lock().unwrap() = why;

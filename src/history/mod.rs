@@ -12,16 +12,13 @@
 //! ```
 
 mod consoles;
-mod reached;
 mod store;
 
 pub use consoles::{ConsoleBounds, ConsoleLog, Consoles};
-pub use reached::{DESTINATIONS_MAX, Reached, Row, Suggestion};
 pub use store::{Bounds, History};
 
 use crate::cache::Note;
 use crate::gitlab::{JobId, JobStatus};
-use dayfly_egress::audit::Destination;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -83,9 +80,6 @@ pub struct End {
     /// What it had of the caches.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cache: Vec<Note>,
-    /// What it has reached outside of its machine, without what its log masks; at most [`DESTINATIONS_MAX`]. Not in lists.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub reached: Vec<Destination>,
     /// Rows that its console printed in all.
     #[serde(default)]
     pub console_rows: u64,

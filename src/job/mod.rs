@@ -40,6 +40,7 @@ use crate::awake::Awake;
 use crate::cache::Caches;
 use crate::capacity::Held;
 use crate::clock::Clock;
+use crate::clones::Clones;
 use crate::config;
 use crate::files::Files;
 use crate::gitlab::{JobPayload, JobStatus, Reach, RunnerApi, Transport};
@@ -47,7 +48,6 @@ use crate::guest;
 use crate::history::{Consoles, History, MachineWas, Step};
 use crate::image::store::Images;
 use crate::metrics::Metrics;
-use crate::network::ForwardConfig;
 use crate::rng::Rng;
 use crate::rules::Rule;
 use crate::supply::Supply;
@@ -90,6 +90,8 @@ pub struct Parts {
     pub images: Arc<dyn Images>,
     /// What jobs leave for later ones; `None`: nothing.
     pub caches: Option<Caches>,
+    /// What is here of repositories; `None`: nothing is kept.
+    pub clones: Option<Clones>,
     /// Deadlines.
     pub limits: Arc<config::Limits>,
     /// Limits of doors.
@@ -117,8 +119,6 @@ pub struct Runner {
     pub class: config::Class,
     /// The rules that may fit its jobs, in order.
     pub rules: Arc<[Rule]>,
-    /// What machines may reach beside their doors.
-    pub forwards: Arc<[ForwardConfig]>,
     /// The classes that they may give.
     pub classes: Vec<config::Class>,
     /// Its GitLab.

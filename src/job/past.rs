@@ -136,8 +136,6 @@ pub(super) fn end_of(record: &Record, now: Timestamp) -> End {
         log_bytes: 0,
         machine: machine_was(record),
         steps: Vec::new(),
-        // With names that the log masks, and what those are is not known here.
-        reached: Vec::new(),
         console_rows: 0,
         console: None,
         cache: Vec::new(),

@@ -6,7 +6,6 @@
 
 mod glob;
 
-use crate::network::EgressChange;
 use serde::{Deserialize, Serialize};
 
 /// Characters of a rule's line for authors at most: it stands in one line of the log.
@@ -59,9 +58,6 @@ pub struct Rule {
     /// It is taken, in this class.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub class: Option<String>,
-    /// What this changes of what its class lets it reach.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub egress: Option<EgressChange>,
     /// It is only logged and counted that the rule fits; the next ones decide.
     pub dry_run: bool,
 }
@@ -190,9 +186,6 @@ impl Rule {
                 let what = format!("is no line of up to {DENY_CHARS_MAX} printable characters");
                 flaw("deny", what, "shorten it, without line breaks");
             }
-        }
-        if self.egress.is_some() && self.deny.is_some() {
-            flaw("egress", "is of a rule that denies, whose jobs reach nothing".into(), "leave it away");
         }
         let lists = [
             ("project", &self.project),

@@ -94,7 +94,7 @@ pub struct Machine {
 impl Machine {
     /// Starts `new`, unless it runs already. `None`: it must run.
     pub(super) fn start(supply: Supply, claim: Claim, new: Option<NewVm>) -> Self {
-        let Claim { id, lease } = claim;
+        let Claim { id, lease, .. } = claim;
         Self::spawn(supply, id, Some(lease), move |driver| async move { driver.run(new).await })
     }
 

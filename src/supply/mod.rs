@@ -25,6 +25,7 @@ mod wires;
 pub use machine::{Binding, Machine, MachineEvent, Screen};
 
 use crate::clock::Clock;
+use crate::clones::Attached;
 use crate::image::store::Image;
 use crate::latest::Latest;
 use crate::machine_spec::MachineSpec;
@@ -32,7 +33,10 @@ use crate::metrics::Metrics;
 use crate::network::{DoorKind, Entrance, Lease, LeaseError, Mode, Network, PortRange};
 use crate::rng::Rng;
 use crate::vm::sockets::DoorSocket;
-use crate::vm::{Accel, Host, Hypervisor, InstallationId, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use crate::vm::{
+    Accel, Host, Hypervisor, InstallationId, ReadOnlyDisk, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+};
+use dayfly_guest_config::{CLONE_SLOT_SERIAL, clone_serial};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -55,6 +59,9 @@ pub struct Claim {
     pub id: VmId,
     /// What it holds of the host's network, its door among that.
     pub lease: Lease,
+    /// Disks with what the host has of its job's repository.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone: Option<Attached>,
 }
 
 /// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
@@ -162,7 +169,7 @@ impl Supply {
     /// # Errors
     /// [`LeaseError`].
     pub async fn claim(&self, network: Mode, door: DoorKind) -> Result<Claim, LeaseError> {
-        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network, door).await? })
+        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network, door).await?, clone: None })
     }
 
     /// Takes a recorded claim up again, after a restart: nobody else is given its lease.
@@ -196,6 +203,7 @@ impl Supply {
                 overlay: self.overlay(&claim.id),
                 base: image.disk,
                 attachment: claim.lease.attachment(),
+                read_only: read_only(claim.clone.as_ref()),
                 nested: spec.nested,
                 socket_dir: setup.socket_dir.clone(),
             },
@@ -373,6 +381,15 @@ impl Supply {
             }
         }
     }
+}
+
+/// The disks of a clone, as its guest finds them.
+fn read_only(clone: Option<&Attached>) -> Vec<ReadOnlyDisk> {
+    let disks = clone.into_iter().flat_map(|clone| clone.disks.iter().enumerate());
+    let disks = disks.map(|(n, path)| ReadOnlyDisk { serial: clone_serial(n), path: path.clone() });
+    let slot = clone.and_then(|clone| clone.slot.as_ref());
+    let slot = slot.map(|path| ReadOnlyDisk { serial: CLONE_SLOT_SERIAL.to_owned(), path: path.clone() });
+    disks.chain(slot).collect()
 }
 
 /// Path of a VM's overlay. Parses back by [`overlay_id`].

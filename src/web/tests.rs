@@ -81,7 +81,6 @@ fn end() -> End {
         machine: None,
         steps: vec![Step { what: "disk ready".into(), at_ms: 120 }],
         cache: Vec::new(),
-        reached: Vec::new(),
         console_rows: 2,
         console: Some("first row\n<img src=x>\n".into()),
     }

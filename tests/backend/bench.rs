@@ -123,6 +123,7 @@ impl Bench {
             overlay: self.overlay(&id),
             base: self.base(),
             attachment: Attachment::User,
+            read_only: Vec::new(),
             nested: false,
             socket_dir: self.sockets(),
             id,

@@ -15,8 +15,7 @@
     reason = "shared by several test binaries, each of which uses a part"
 )]
 mod canary;
-mod caches;
-mod forwards;
+mod clones;
 mod lab;
 mod leaks;
 mod restarts;
@@ -43,6 +42,30 @@ async fn a_job_clones_uploads_an_artifact_and_succeeds() {
         assert!(trace.contains(text), "no {text:?}\n{trace}");
     }
     assert_eq!(found.artifacts.len(), 1, "{trace}");
+    lab.assert_clean().await;
+}
+
+/// What a job has cached is in the next one's fresh machine: nothing was set up for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_is_there_in_the_next_jobs_machine() {
+    let mut lab = Lab::start(Options::default()).await;
+    let cache = serde_json::json!([{"key": "deps", "paths": ["deps/"], "policy": "pull-push", "when": "on_success"}]);
+    let with_cache = |mut spec: JobSpec| {
+        spec.cache = Some(cache.clone());
+        spec
+    };
+    let make = ["test ! -e deps", "mkdir deps", "head -c 3000000 /dev/urandom >deps/blob", "sha256sum deps/blob"];
+    let first = lab.enqueue(with_cache(lab.spec(&make)));
+    lab.until(first, JobState::Success).await;
+    let second = lab.enqueue(with_cache(lab.spec(&["sha256sum deps/blob"])));
+    lab.until(second, JobState::Success).await;
+    let digest = |trace: &str| {
+        trace.lines().find_map(|line| {
+            line.split("  deps/blob").next()?.rsplit(' ').next().filter(|word| word.len() == 64).map(str::to_owned)
+        })
+    };
+    let (made, found) = (lab.trace(first), lab.trace(second));
+    assert!(digest(&made).is_some() && digest(&made) == digest(&found), "{made}\n{found}");
     lab.assert_clean().await;
 }
 
@@ -215,7 +238,7 @@ async fn look_inside(lab: &Lab, job: dayfly::gitlab::JobId, trace: &str) {
     assert_eq!(recordings.len(), 1);
     assert!(fs::read_to_string(recordings[0].path()).unwrap().contains("no-42-runner"));
     let (done, console) = lab.dayfly(&["console", "--all", &id], "").await;
-    assert!(done && console.contains("runner for http://192.0.2.1"), "{console}");
+    assert!(done && console.contains("gitlab-runner"), "{console}");
     let (done, killed) = lab.dayfly(&["kill", &id], "").await;
     assert!(done, "{killed}");
 }

@@ -31,12 +31,7 @@ pub(crate) const OUTPUT: &str = "isolation: ";
 /// Between two looks.
 const GLANCE: Duration = Duration::from_millis(20);
 
-/// The line of a script that writes the guest's client, which is told this, to `/tmp/client.py`. What it does is its
-/// argument.
-pub(crate) fn client(told: &str) -> String {
-    let parts = [include_str!("client.py"), include_str!("site.py")].join("\n");
-    format!("cat > /tmp/client.py <<'CLIENT'\n{told}{parts}\nglobals()[sys.argv[1]]()\nCLIENT")
-}
+const CLIENT: &str = include_str!("client.py");
 
 /// The machine, which ends with this.
 pub(crate) struct Machine {
@@ -50,7 +45,7 @@ pub(crate) struct Machine {
     _tasks: JoinSet<()>,
 }
 
-pub(crate) fn required(name: &str) -> String {
+fn required(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `scripts/test isolation`, which prepares it"))
 }
 
@@ -111,7 +106,7 @@ impl Machine {
 
     /// Queues a job of this script, as root, with the client in `/tmp/client.py`.
     pub(crate) fn begin(&self, script: &[&str]) -> JobId {
-        let client = client(&World::told());
+        let client = format!("cat > /tmp/client.py <<'CLIENT'\n{}{CLIENT}\nCLIENT", World::told());
         let script = std::iter::once(client.as_str()).chain(script.iter().copied());
         let spec = JobSpec::script(script).with_variable(Variable::new("GIT_STRATEGY", "none"));
         self.standin.enqueue(self.project, spec)
@@ -238,7 +233,6 @@ fn config(token: &str) -> GuestConfig {
             dns: vec![[192, 0, 2, 1].into()],
             relay: true,
         },
-        forwards: Vec::new(),
         runner: GuestRunner {
             config_toml: toml,
             ca_pem: None,
@@ -246,6 +240,7 @@ fn config(token: &str) -> GuestConfig {
             user: "root".into(),
             wait_timeout_s: LIMIT.as_secs(),
         },
+        clone: None,
         door_patience_s: 60,
         power_off_after_s: LIMIT.as_secs(),
     }

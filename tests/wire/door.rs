@@ -7,7 +7,6 @@ mod artifacts;
 mod caches;
 mod calls;
 mod client;
-mod forwards;
 mod greeting;
 mod hygiene;
 mod limits;

@@ -264,8 +264,7 @@ impl Pattern {
     }
 
     /// Whether it names all that the other one does.
-    #[must_use]
-    pub fn covers(&self, other: &Self) -> bool {
+    pub(crate) fn covers(&self, other: &Self) -> bool {
         self.to.covers(&other.to) && (self.port.is_none() || self.port == other.port)
     }
 }

@@ -6,7 +6,6 @@ use crate::config::{Class, Config, Runner};
 use crate::machine_spec::Size;
 use crate::network::{Choice, EgressConfig, always};
 use crate::rules::{Rule, are_patterns};
-use dayfly_egress::policy::PolicyError;
 use std::time::Duration;
 
 /// Images of a class at most: each is looked at before each poll.
@@ -100,38 +99,6 @@ fn keep_failed(i: usize, class: &Class, report: &mut Report<'_>) {
     report.not_zero(&key("keep_failed_max"), class.keep_failed_max == 0);
 }
 
-/// What `error` says, as what is wrong and the remedy.
-fn split(error: &PolicyError) -> (String, String) {
-    let text = error.to_string();
-    let (what, remedy) = text.rsplit_once(": ").unwrap_or((&text, "config.example.toml shows its form"));
-    (format!("makes no sense: {what}"), remedy.to_owned())
-}
-
-/// Whether what a rule changes makes sense with each class whose jobs it may fit, and has an effect with one of them.
-fn rule_egress(i: usize, rule: &Rule, config: &Config, report: &mut Report<'_>) {
-    let Some(change) = rule.egress.as_ref().filter(|_| rule.deny.is_none()) else { return };
-    let key = format!("rule.{i}.egress");
-    let (mut met, mut effect) = (false, false);
-    for runner in config.runner.iter().filter(|runner| rule.is_of(&runner.name)) {
-        let name = rule.class.as_ref().unwrap_or(&runner.class);
-        let Some(class) = config.class.iter().find(|class| class.name == *name) else { continue };
-        met = true;
-        if class.network == Some(Choice::User) {
-            continue;
-        }
-        effect = true;
-        let urls = [&runner.url].into_iter().chain(&runner.clone_url);
-        if let Err(error) = class.egress.changed(change).validate(always(urls, &[])) {
-            let (what, remedy) = split(&error);
-            return report.error(&key, format!("{what} (with class `{}`)", class.name), remedy);
-        }
-    }
-    if met && !effect {
-        let what = "has no effect in the network `user`, where a job reaches what this host reaches";
-        report.error(&key, what, "leave it away, or set `network = \"relay\"` in the class");
-    }
-}
-
 /// Whether the policy of a class makes sense, and leaves the GitLabs of its jobs to be reached.
 fn egress(i: usize, class: &Class, config: &Config, report: &mut Report<'_>) {
     let has_it = |runner: &&Runner| {
@@ -141,8 +108,9 @@ fn egress(i: usize, class: &Class, config: &Config, report: &mut Report<'_>) {
         config.runner.iter().filter(has_it).flat_map(|runner| [&runner.url].into_iter().chain(&runner.clone_url));
     let key = format!("class.{i}.egress");
     if let Err(error) = class.egress.validate(always(urls, &[])) {
-        let (what, remedy) = split(&error);
-        report.error(&key, what, remedy);
+        let text = error.to_string();
+        let (what, remedy) = text.rsplit_once(": ").unwrap_or((&text, "config.example.toml shows its form"));
+        report.error(&key, format!("makes no sense: {what}"), remedy);
     }
     if class.network == Some(Choice::User) && class.egress != EgressConfig::default() {
         let what = "has no effect in the network `user`, where a job reaches what this host reaches";
@@ -169,14 +137,7 @@ pub(super) fn rules(config: &Config, report: &mut Report<'_>) {
 /// Whether it decides on every job that it meets.
 fn fits_all(rule: &Rule) -> bool {
     let Rule { name, allow, deny, class, dry_run: false, .. } = rule else { return false };
-    let open = Rule {
-        name: name.clone(),
-        allow: *allow,
-        deny: deny.clone(),
-        class: class.clone(),
-        egress: rule.egress.clone(),
-        ..Rule::default()
-    };
+    let open = Rule { name: name.clone(), allow: *allow, deny: deny.clone(), class: class.clone(), ..Rule::default() };
     *rule == open
 }
 
@@ -193,7 +154,6 @@ fn one_rule(i: usize, rule: &Rule, config: &Config, report: &mut Report<'_>) {
             report.error(&key(&format!("runner.{n}")), format!("is no runner: `{}`", name.escape_debug()), remedy);
         }
     }
-    rule_egress(i, rule, config, report);
     let Some(wanted) = &rule.class else { return };
     let Some(class) = config.class.iter().find(|class| class.name == *wanted) else {
         let known = config.class.iter().map(|class| class.name.as_str());

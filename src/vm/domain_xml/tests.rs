@@ -21,6 +21,7 @@ fn spec() -> VmSpec {
         overlay: directory.join("overlays/df-abcdefghijklmnop.qcow2"),
         base: directory.join("images/d/disk.qcow2"),
         attachment: Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         socket_dir: "/run/dayfly".into(),
     }

@@ -205,6 +205,7 @@ pub async fn prove(
         overlay: places.disks.join(format!("df-{id}.qcow2")),
         base: places.disks.join(format!("proof-{id}.qcow2")),
         attachment: Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         socket_dir: places.sockets.to_owned(),
         id,

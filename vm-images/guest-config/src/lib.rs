@@ -57,10 +57,6 @@ pub const PROOF_LINE: &str = "dayfly-init: a guest runs here";
 /// From TEST-NET-1 (RFC 5737), so it collides with no real network.
 pub const RELAY_ADDRESS: &str = "192.0.2.1:80";
 
-/// Ports of the relay's address that are the guest program's own: name servers, relay, and the listener to which what a
-/// machine without a network card sends out is redirected, at all addresses.
-pub const PORTS_TAKEN: [u16; 3] = [53, 80, 9999];
-
 /// The URL that the guest runner's config.toml names.
 pub const RELAY_URL: &str = "http://192.0.2.1";
 
@@ -71,7 +67,7 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
 /// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`]; it may ask for the time ([`ClockQuestion`]) |
-/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without; it may be told to stay when its runner has ended ([`Stay`]) and asked for a shell ([`SHELL_PORT_NAME`]), if it has said that it can; it may have forwards ([`GuestConfig::forwards`]) |
+/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without; it may be told to stay when its runner has ended ([`Stay`]) and asked for a shell ([`SHELL_PORT_NAME`]), if it has said that it can |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
@@ -79,6 +75,28 @@ pub const CONTRACT: u32 = 3;
 
 /// The oldest contract that is spoken.
 pub const CONTRACT_OLDEST: u32 = CONTRACT - 1;
+
+/// Where a guest puts what its host has of the job's repository: a repository without branches, on memory, whose packs are
+/// those of the disks. Below it, the disks.
+pub const CLONE_DIR: &str = "/run/dayfly/clone";
+
+/// What git in a job is told by `GIT_ALTERNATE_OBJECT_DIRECTORIES`.
+pub const CLONE_OBJECTS: &str = "/run/dayfly/clone/objects";
+
+/// The serial number of the `n`th disk with a part of the repository: it has 20 bytes at most.
+#[must_use]
+pub fn clone_serial(n: usize) -> String {
+    format!("dayfly-clone-{n}")
+}
+
+/// The serial number of the disk that is empty at first, and may be written until the job is handed out.
+pub const CLONE_SLOT_SERIAL: &str = "dayfly-clone-slot";
+
+/// In the root of such a disk: a line `<name> <bytes>` for each pack that the disk's [`CLONE_REFS`] need, wherever it is.
+pub const CLONE_PACKS: &str = "packs";
+
+/// In the root of such a disk: what git's `packed-refs` holds.
+pub const CLONE_REFS: &str = "packed-refs";
 
 /// Bytes of one guest config at most, its line break included.
 pub const CONFIG_BYTES_MAX: usize = 256 * 1024;
@@ -110,12 +128,11 @@ pub struct GuestConfig {
     pub clock_us: i64,
     /// Address and name servers.
     pub network: GuestNetwork,
-    /// Ports of the relay's address, beside its own, at which the guest listens for whatever wants to reach what the host
-    /// forwards there: a stream of the door's wire each, by `dayfly_wire::forward_authority`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub forwards: Vec<u16>,
     /// The guest runner.
     pub runner: GuestRunner,
+    /// What the host has of the job's repository. Only for a guest whose [`Report::Contract`] says that it knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone: Option<GuestClone>,
     /// Seconds that the relay waits for a door that refuses, before it gives a connection up.
     pub door_patience_s: u64,
     /// Seconds after which a guest whose door has not answered powers off by itself.
@@ -124,6 +141,16 @@ pub struct GuestConfig {
     /// [`Report::Contract`] says that it can.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub may_stay: bool,
+}
+
+/// The disks with what the host has of the job's repository, found by their serial numbers ([`clone_serial`]). Whatever
+/// of it is missing costs the job time and nothing else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestClone {
+    /// How many there are.
+    pub disks: usize,
+    /// Whether there is one more ([`CLONE_SLOT_SERIAL`]), which may be written while the machine boots.
+    pub slot: bool,
 }
 
 /// The guest's side of its network.
@@ -224,7 +251,7 @@ mod tests {
         (3, include_str!("../golden/contract-3.json")),
         (3, include_str!("../golden/contract-3-relay.json")),
         (3, include_str!("../golden/contract-3-stay.json")),
-        (3, include_str!("../golden/contract-3-forwards.json")),
+        (3, include_str!("../golden/contract-3-clone.json")),
     ];
 
     fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
@@ -253,7 +280,7 @@ mod tests {
             let again = config.to_line();
             assert_eq!(members_of(&again), members_of(line.as_bytes()), "contract {contract}");
             assert_eq!(config.network.relay, line.contains("\"relay\":true"));
-            assert_eq!(config.forwards, if line.contains("\"forwards\"") { vec![3142, 5000] } else { vec![] });
+            assert_eq!(config.clone.is_some(), line.contains("\"clone\""));
         }
     }
 

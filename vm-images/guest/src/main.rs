@@ -6,11 +6,12 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use dayfly_guest::apply::{self, ApplyError};
 use dayfly_guest::channel::{self, Line, Reporter};
+use dayfly_guest::clone;
 use dayfly_guest::console::{chain, say};
 use dayfly_guest::egress::{self, EgressError, Places};
 use dayfly_guest::netfilter::rules::Rules;
 use dayfly_guest::relay::port::{Device, RareDevice};
-use dayfly_guest::relay::{Door, Limits, Relay, Target, forward};
+use dayfly_guest::relay::{Door, Limits, Relay, Target};
 use dayfly_guest::{host_clock, machine, runner, shell, stay, users};
 use dayfly_guest_config::{
     CONFIG_BYTES_MAX, CONTRACT, Can, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, EGRESS_PORT_NAME, GuestConfig, PORT_NAME,
@@ -71,8 +72,6 @@ enum GuestError {
     NoEgress,
     #[error("do without a network card")]
     Egress(#[from] EgressError),
-    #[error("listen on 192.0.2.1:{0} for what the host forwards there")]
-    Forward(u16, #[source] io::Error),
     #[error("the door has not answered for {0} s")]
     DoorSilent(u64),
 }
@@ -149,7 +148,7 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let early = !apply::has_card() && egress::is_possible();
     let rules = if early { Some(egress::prepare()?) } else { None };
     let (config, lines) = read_config(reporter)?;
-    let mut target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
+    let target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
     let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
 
     let clock = lines.as_ref().and_then(|lines| host_clock::ask(reporter, lines));
@@ -163,6 +162,9 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     }
     apply::files(Path::new("/"), &config, &user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
+    if let Some(disks) = &config.clone {
+        clone::prepare(disks);
+    }
     if let Err(error) = runner::make_room(&user) {
         say(&format!("make room for the runner's temporary files: {error}"));
     }
@@ -170,7 +172,6 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
 
     let (events, inbox) = sync_channel(4);
     let listener = TcpListener::bind(RELAY_ADDRESS).map_err(|error| GuestError::Io("listen on 192.0.2.1:80", error))?;
-    target.forwards = forward::listen(&config.forwards).map_err(|(port, error)| GuestError::Forward(port, error))?;
     let connected = events.clone();
     let relay = Relay::start(listener, Limits::default(), move || {
         // The main thread has gone on to power off if nobody listens.
@@ -271,15 +272,14 @@ fn supervise(
                 say(&format!("gitlab-runner ended with code {code}"));
                 reporter.report(Report::RunnerExited(code));
                 // Its host may want it looked at.
-                if let Some(first) = config.may_stay.then(|| stay::word(inbox, STAY_WORD_DEADLINE, of_stay)).flatten() {
-                    stay::stay(first, inbox, of_stay);
-                }
-                return Ok(());
+                return match config.may_stay.then(|| stay::word(inbox, STAY_WORD_DEADLINE, of_stay)).flatten() {
+                    Some(first) => Ok(stay::stay(first, inbox, of_stay)),
+                    None => Ok(()),
+                };
             }
             Ok(Event::Stay(first)) => {
                 runner::end(runner);
-                stay::stay(first, inbox, of_stay);
-                return Ok(());
+                return Ok(stay::stay(first, inbox, of_stay));
             }
             Ok(Event::DoorSilent) | Err(_) => return Err(GuestError::DoorSilent(config.power_off_after_s)),
         }
@@ -304,7 +304,7 @@ fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line
             reporter.report(Report::Ready);
             reporter.report(Report::Contract {
                 contract: CONTRACT,
-                can: Can { relay: egress::is_possible(), stay: true, shell: true },
+                can: Can { relay: egress::is_possible(), stay: true, shell: true, clone: true },
             });
             let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
             Ok((config, Some(inbox)))
@@ -346,7 +346,7 @@ fn target(config: &GuestConfig, wire: impl FnOnce() -> Option<PathBuf>) -> Resul
         Door::Address(config.door.parse().map_err(|_| ApplyError::Member("door", "address:port, or `wire`"))?)
     };
     let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
-    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s), forwards: Vec::new() })
+    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s) })
 }
 
 #[cfg(test)]

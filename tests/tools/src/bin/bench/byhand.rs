@@ -45,7 +45,6 @@ impl Told {
             nested: false,
             network: Mode::User,
             egress: None,
-            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "runner".into(),
                 token: self.token.clone(),
@@ -67,6 +66,7 @@ impl Told {
             power_off_after: PATIENCE,
             log_mib_max: 4,
             cache: false,
+            clone: None,
         };
         guest_config(&parts, &Clock::system(), rng)
     }
