@@ -15,19 +15,18 @@ pub mod uploader; // what has GitLab got of it, what is still owed?
 pub mod machine_spec; // what machine does it get?
 pub mod guest_config; // what is its guest told?
 pub mod supply; // where does its machine come from, who takes it down?
+pub mod golden; // which machines are frozen, for others to be restored from?
 pub mod image; // which disk does the VM start from?
 pub mod boot_test; // does an image boot and ask for a job?
 pub mod vm; // how is a machine started, watched, ended?
 pub mod network; // which address and port has this machine?
 pub mod guest; // what may a guest say to us?
 pub mod cache; // what have jobs left for later ones?
-pub mod clones; // what have we of a job's repository already?
 pub mod gitlab; // how do we speak the runner API?
 pub mod recovery; // what exists, what should exist?
 pub mod history; // which jobs have ended here, and how?
 pub mod status; // how are we doing?
 pub mod control; // what may the operator tell a running daemon?
-pub mod shell; // what does an operator see and do inside of a machine?
 pub mod web; // what does the status listener answer?
 pub mod files; // how do bytes get to disk for good?
 pub mod process; // how do we run another program?

@@ -34,6 +34,9 @@ pub struct MachineSpec {
     /// Whether its guest may run VMs of its own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
+    /// Where its machine may come from.
+    #[serde(default, skip_serializing_if = "Start::is_auto")]
+    pub start: Start,
     /// What the guest's network is.
     pub network: network::Mode,
     /// What its job may reach, where it has no network card.
@@ -41,22 +44,30 @@ pub struct MachineSpec {
     pub egress: Option<Policy>,
     /// What the guest's runner is called and told.
     pub runner: GuestRunnerSpec,
-    /// For how long it is kept when its job has failed; none: not at all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub keep_failed: Option<KeepFailed>,
     /// What its author is told of how it was chosen, a line each: what was asked for, and what came of that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
 
-/// That a machine is kept when its job has failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct KeepFailed {
-    /// For how long, seconds.
-    pub for_s: u64,
-    /// So many of its class at once at most.
-    pub at_once: u32,
+/// Where a job's machine comes from. Its job does not know the difference.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Start {
+    /// The quickest way that this host has proven.
+    #[default]
+    Auto,
+    /// It boots.
+    Cold,
+    /// It is restored from one that was frozen while it waited for a job; until there is one, it boots.
+    Restored,
+}
+
+impl Start {
+    /// Whether nothing else was asked for.
+    #[must_use]
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 /// How large a machine is.
@@ -227,6 +238,7 @@ impl MachineSpec {
             disk_gib: 10,
             run_as_root: false,
             nested: false,
+            start: Start::Auto,
             network: network::Mode::User,
             egress: None,
             runner: GuestRunnerSpec {
@@ -237,7 +249,6 @@ impl MachineSpec {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
-            keep_failed: None,
             notes: Vec::new(),
         }
     }

@@ -325,7 +325,6 @@ mod tests {
                 overlay: "/o.qcow2".into(),
                 base: "/b.qcow2".into(),
                 attachment: Attachment::User,
-                read_only: Vec::new(),
                 nested: false,
                 socket_dir: "/s".into(),
             };

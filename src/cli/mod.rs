@@ -4,7 +4,6 @@
 //! wrong command line, 78 for configuration (and journal), 1 for the rest; `exec` has its own.
 //! An error is printed once, here, with its causes.
 
-mod cache;
 mod check;
 pub mod doctor;
 mod exec;
@@ -18,7 +17,6 @@ mod register;
 mod run;
 mod runners;
 mod scratch;
-mod shell;
 
 use crate::config::ConfigError;
 use crate::daemon::{Connect, DaemonError};
@@ -112,13 +110,6 @@ enum Command {
     },
     /// Show what a job's machine prints on its console, or had printed last
     Console(jobs::Console),
-    /// Look at what jobs have left for later ones (`cache:`), or throw it away
-    Cache {
-        #[command(subcommand)]
-        command: cache::Cache,
-    },
-    /// Open a root shell in the machine of a job under way, or of one that failed and is kept; recorded
-    Shell(jobs::Which),
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
     /// Print the completions of a shell: `dayfly completion bash > /etc/bash_completion.d/dayfly`
@@ -219,8 +210,6 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Jobs(args) => wait_for(jobs::jobs(&config, &args))?,
         Command::Job { command } => wait_for(jobs::job(&config, command))?,
         Command::Console(args) => wait_for(jobs::console(&config, args))?,
-        Command::Cache { command } => wait_for(cache::cache(&config, command))?,
-        Command::Shell(which) => wait_for(shell::shell(&config, which))?,
         Command::Metrics => wait_for(operate::metrics(&config))?,
         Command::Drain { wait } => wait_for(operate::drain(&config, wait))?,
         Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,

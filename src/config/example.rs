@@ -8,7 +8,7 @@ pub const EXAMPLE: &str = include_str!("../../config.example.toml");
 mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span, UnknownImage};
-    use crate::machine_spec::EnvironmentLine;
+    use crate::machine_spec::{EnvironmentLine, Start};
     use crate::network::{Choice, EgressConfig};
     use crate::rules::Rule;
     use serde_json::Value;
@@ -56,9 +56,7 @@ mod tests {
             privileged_containers: true,
             allow_standin_runner: true,
             nested: true,
-            keep_failed: Some(Span::from_secs(1)),
-            keep_failed_projects: vec!["a".into()],
-            keep_failed_max: 1,
+            start: Start::Cold,
             network: Some(Choice::Relay),
             egress: EgressConfig::default(),
         };

@@ -4,7 +4,6 @@
 //! are defined next to the code that obeys them; here they are put together. Unknown keys are
 //! errors. Secrets come from files only, so a `Config` may be printed.
 
-mod cache;
 mod duration;
 mod example;
 mod foreign;
@@ -15,7 +14,6 @@ mod origin;
 mod schema;
 mod validate;
 
-pub use cache::{Cache, CacheUpstream};
 pub use duration::Span;
 pub use example::EXAMPLE;
 pub use history::History;
@@ -26,7 +24,7 @@ pub use schema::schema;
 pub use validate::{Problem, Problems};
 
 use crate::image::store::VERSIONS_KEPT;
-use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size};
+use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size, Start};
 use crate::rules::Rule;
 use crate::{capacity, control, network, telemetry, vm, web};
 use serde::{Deserialize, Serialize};
@@ -64,8 +62,8 @@ pub struct Config {
     pub capacity: capacity::Config,
     /// Section `[cache]`.
     pub cache: Cache,
-    /// Section `[clones]`.
-    pub clones: Clones,
+    /// Section `[goldens]`.
+    pub goldens: Goldens,
     /// Section `[limits]`.
     pub limits: Limits,
     /// Section `[history]`.
@@ -94,7 +92,7 @@ impl Default for Config {
             network: network::Config::default(),
             capacity: capacity::Config::default(),
             cache: Cache::default(),
-            clones: Clones::default(),
+            goldens: Goldens::default(),
             limits: Limits::default(),
             history: History::default(),
             class: Vec::new(),
@@ -177,15 +175,9 @@ pub struct Class {
     /// Whether guests may run VMs of their own, where the host's KVM lets them.
     #[serde(default)]
     pub nested: bool,
-    /// For how long the machine of a job that has failed is kept for an operator; none: it goes at once.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub keep_failed: Option<Span>,
-    /// The projects of whose jobs that is so: patterns, as in rules.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub keep_failed_projects: Vec<String>,
-    /// So many machines of the class are kept at once at most.
-    #[serde(default = "defaults::keep_failed_max")]
-    pub keep_failed_max: u32,
+    /// Where their machines come from.
+    #[serde(default, skip_serializing_if = "Start::is_auto")]
+    pub start: Start,
     /// What network its jobs have; none: `relay` where the image can, else `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<network::Choice>,
@@ -194,34 +186,37 @@ pub struct Class {
     pub egress: network::EgressConfig,
 }
 
-/// Section `[clones]`: what is kept of projects' repositories, see [`crate::clones`].
+/// Section `[cache]`: what jobs leave for later ones, see [`crate::cache`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Clones {
-    /// Whether anything is kept, and given to machines.
+pub struct Cache {
+    /// Whether guests have a cache at all.
     pub enabled: bool,
-    /// GiB of all projects together, mirrors and disks.
+    /// GiB of all projects together.
     pub size_gib: u64,
-    /// GiB of one project; a mirror that has grown to that is made anew.
+    /// GiB of one project.
     pub project_gib: u64,
-    /// MiB that one fetch may bring.
-    pub fetch_mib: u64,
-    /// How long one fetch may take.
-    pub fetch_deadline: Span,
-    /// A mirror that is older is made anew: it has what was deleted at GitLab since.
+    /// After so long without a save an entry is gone.
     pub max_age: Span,
 }
 
-impl Default for Clones {
+impl Default for Cache {
     fn default() -> Self {
-        Self {
-            enabled: false,
-            size_gib: 40,
-            project_gib: 10,
-            fetch_mib: 4096,
-            fetch_deadline: Span::from_secs(120),
-            max_age: Span::from_secs(14 * 24 * 3600),
-        }
+        Self { enabled: true, size_gib: 20, project_gib: 5, max_age: Span::from_secs(30 * 24 * 3600) }
+    }
+}
+
+/// Section `[goldens]`: frozen machines, which others are restored from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Goldens {
+    /// GiB of their files; 0: none is made.
+    pub disk_gib: u64,
+}
+
+impl Default for Goldens {
+    fn default() -> Self {
+        Self { disk_gib: 8 }
     }
 }
 
@@ -257,9 +252,7 @@ impl Class {
             privileged_containers: false,
             allow_standin_runner: false,
             nested: false,
-            keep_failed: None,
-            keep_failed_projects: Vec::new(),
-            keep_failed_max: defaults::keep_failed_max(),
+            start: Start::Auto,
             network: None,
             egress: network::EgressConfig::default(),
         }
@@ -421,10 +414,6 @@ mod defaults {
 
     pub(super) fn disk_gib() -> u64 {
         20
-    }
-
-    pub(super) fn keep_failed_max() -> u32 {
-        1
     }
 
     pub(super) fn poll_interval() -> Span {

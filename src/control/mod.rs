@@ -7,25 +7,20 @@
 //! ```text
 //! {"command":"status"}   {"command":"metrics"}   {"command":"drain"}   {"command":"kill","job":42,"runner":"ci"}
 //! {"command":"jobs","ended_max":100}   {"command":"job","job":42}   {"command":"console","job":42,"from":0}
-//! {"command":"caches"}   {"command":"cache_show","whose":"group/project"}   {"command":"cache_clear","whose":"42","key":"deps"}
-//! {"command":"console_log","job":42}   {"command":"shell","job":42,"rows":24,"columns":80,"term":"xterm"}
 //! ```
 //!
 //! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
-//! worst that a stuck client can do is to delay the next one by [`EXCHANGE_DEADLINE`]. A shell goes on behind its answer,
-//! beside the others' exchanges: see [`crate::shell`].
+//! worst that a stuck client can do is to delay the next one by [`EXCHANGE_DEADLINE`].
 
 mod client;
 mod group;
 mod server;
 
-pub use client::{ControlError, call, open};
-pub use group::{Config, OPEN_TO_GROUP, group_id, user_id};
-pub use server::{ControlHandler, ControlSocket, Opened, ServeError, ShellWish, bind, serve};
+pub use client::{ControlError, call};
+pub use group::{Config, OPEN_TO_GROUP, group_id};
+pub use server::{ControlHandler, ControlSocket, ServeError, bind, serve};
 
-use crate::cache::{CacheList, CachesFound};
 use crate::gitlab::JobId;
-use crate::shell::ShellOutcome;
 use crate::status::{ConsoleFound, JobFound, JobList, StatusReport};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -82,44 +77,6 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         from: Option<u64>,
     },
-    /// What is kept for later jobs (`cache:`)?
-    Caches,
-    /// What is kept for jobs of this project?
-    CacheShow {
-        /// Its path, its number, the name of several, or an id of the list.
-        whose: String,
-    },
-    /// Throw caches away.
-    CacheClear {
-        /// As above; none: everybody's.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        whose: Option<String>,
-        /// Only those of this key.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        key: Option<String>,
-    },
-    /// What is kept of all that its machine's console has said?
-    ConsoleLog {
-        /// The job.
-        job: JobId,
-        /// As above.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        runner: Option<String>,
-    },
-    /// A shell in its machine, on this connection.
-    Shell {
-        /// The job.
-        job: JobId,
-        /// As above.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        runner: Option<String>,
-        /// Rows of the operator's terminal.
-        rows: u16,
-        /// Columns of it.
-        columns: u16,
-        /// Its `TERM`.
-        term: String,
-    },
     /// Take no more jobs, finish those you have, then end.
     Drain,
     /// End this job now, with an honest verdict.
@@ -167,29 +124,8 @@ pub enum Answer {
         #[serde(flatten)]
         found: ConsoleFound,
     },
-    /// To `caches`; none: none are kept here.
-    Caches {
-        /// What is kept.
-        list: Option<Box<CacheList>>,
-    },
-    /// To `cache_show` and `cache_clear`.
-    Cache {
-        /// What was found, or became of it.
-        #[serde(flatten)]
-        found: CachesFound,
-    },
-    /// To `shell`: what follows, if it is opened, is the shell's.
-    Shell {
-        /// What becomes of it.
-        #[serde(flatten)]
-        outcome: ShellOutcome,
-    },
     /// To `drain`: it has begun, or had begun before.
-    Draining {
-        /// Jobs whose machines were kept for an operator: the drain ends them.
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        kept: Vec<JobId>,
-    },
+    Draining,
     /// To `kill`.
     Kill {
         /// What became of it.

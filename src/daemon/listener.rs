@@ -111,12 +111,10 @@ impl Listener {
 mod tests {
     use super::*;
     use crate::BoxFuture;
-    use crate::cache::Caches;
-    use crate::control::{KillOutcome, Opened, ShellWish};
+    use crate::control::KillOutcome;
     use crate::gitlab::JobId;
     use crate::history::End;
     use crate::metrics::Form;
-    use crate::shell::ShellOutcome;
     use crate::status::{ConsoleFound, JobFound, Reports, StatusReport};
     use std::path::PathBuf;
     use std::sync::Mutex;
@@ -137,26 +135,15 @@ mod tests {
         fn job<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
             Box::pin(async { JobFound::Unknown })
         }
-        fn console_log<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, ConsoleFound> {
-            Box::pin(async { ConsoleFound::Unknown })
-        }
         fn console<'a>(&'a self, _: JobId, _: Option<&'a str>, _: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
             Box::pin(async { ConsoleFound::Unknown })
         }
     }
 
     impl ControlHandler for Fake {
-        fn drain(&self) -> Vec<JobId> {
-            Vec::new()
-        }
-        fn shell<'a>(&'a self, _wish: ShellWish<'a>) -> BoxFuture<'a, Opened> {
-            Box::pin(async { Opened::No(ShellOutcome::Unknown) })
-        }
+        fn drain(&self) {}
         fn kill(&self, _job: JobId, _runner: Option<&str>, _reason: Option<String>) -> KillOutcome {
             KillOutcome::Unknown
-        }
-        fn caches(&self) -> Option<Caches> {
-            None
         }
         fn status_is_not_served(&self, why: Option<String>) {
             *self.0.lock().unwrap() = why;

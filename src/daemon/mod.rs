@@ -10,11 +10,9 @@
 //! | drain (SIGQUIT) | none | run to their end |
 //! | end (second signal of a drain) | none | ended with an honest verdict |
 
-mod caches;
-mod clones;
-mod consoles;
 mod disk;
 mod error;
+mod goldens;
 mod handler;
 mod installation;
 mod listener;
@@ -23,7 +21,6 @@ mod problems;
 mod process;
 mod reload;
 mod setup;
-mod shells;
 mod shutdown;
 mod sweeper;
 mod tokens;
@@ -38,24 +35,24 @@ pub use setup::endpoint;
 pub use shutdown::{Mode, Shutdown};
 
 use crate::awake::Awake;
+use crate::cache::Caches;
 use crate::capacity::{Capacity, Held, Resources};
 use crate::clock::Clock;
-use crate::clones::workshop::Workshop;
 use crate::config::Config;
 use crate::control::ControlHandler;
 use crate::files::Files;
 use crate::gitlab::OpenTransport;
 use crate::guest;
-use crate::history::{Consoles, History};
+use crate::history::History;
 use crate::image::store::Images;
 use crate::job::journal::{JobKey, Journal, Record};
-use crate::job::{self, Jobs, Keeps, Parts, Runner, Started};
+use crate::job::{self, Jobs, Parts, Runner, Started};
 use crate::metrics::Metrics;
 use crate::network::{Egress, Listen, Network};
 use crate::recovery;
 use crate::repeats::Repeats;
 use crate::rng::Rng;
-use crate::shell::Recordings;
+use crate::supply::goldens::Goldens;
 use crate::supply::{Setup, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
@@ -110,8 +107,6 @@ pub struct Backends {
     pub rng: Rng,
     /// Base images.
     pub images: Arc<dyn Images>,
-    /// Git, and the disks that are made of repositories.
-    pub workshop: Arc<dyn Workshop>,
     /// Limits of doors.
     pub door_limits: guest::Limits,
 }
@@ -218,23 +213,11 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         metrics.clone(),
         stop.clone(),
     );
-    // Of these the guests may be in the middle of a cache.
-    let readers = loaded.records.iter().map(|record| record.key.directory()).collect();
-    let caches = caches::open(&config, &backends, &readers).await?;
-    let clones = clones::open(&config, &backends, &metrics).await?;
+    let caches = caches(&config, &backends).await?;
     let history =
         History::open(files.clone(), backends.clock.clone(), &config.state_directory, config.history.bounds());
-    let consoles =
-        Consoles::new(files.clone(), backends.clock.clone(), &config.state_directory, config.history.console_bounds());
-    let recordings = Recordings::new(
-        files.clone(),
-        backends.clock.clone(),
-        &config.state_directory,
-        config.history.shell_keep.get(),
-    );
     let parts = Parts {
         history: history.await,
-        consoles,
         files,
         clock: backends.clock.clone(),
         rng: backends.rng.clone(),
@@ -242,14 +225,11 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         journal,
         images: backends.images.clone(),
         caches,
-        clones,
         limits: Arc::new(config.limits.clone()),
         door_limits: backends.door_limits.clone(),
         metrics,
         machine_id: installation.machine_id.clone(),
         awake: Awake::default(),
-        keeps: Keeps::default(),
-        drain: CancellationToken::new(),
         leave,
     };
     let runners = runners(&config, &backends, &installation, &parts.metrics, &BTreeMap::new()).await?;
@@ -274,18 +254,21 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let disk_is_found = disk.found.clone();
     background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
-    let (kept, keeper, stops) = (jobs.clone(), parts.consoles.clone(), stop.clone());
-    background.spawn(async move {
-        consoles::keep(kept, keeper, stops).await;
-        "keeper of consoles"
-    });
+    let on_host = host.map(|host| (host.version, overhead));
+    if let Some(keeper) = goldens::keeper(&config, &backends, &parts, &capacity, on_host).await {
+        let stops = stop.clone();
+        background.spawn(async move {
+            keeper.keep(stops).await;
+            "keeper of frozen machines"
+        });
+    }
     let sweeper = Sweeper {
         parts: parts.clone(),
         jobs: jobs.clone(),
         kept: adopted.kept,
         capacity: capacity.clone(),
         unknown,
-        image_directory: config.image_directory.clone(),
+        workspaces: [config.image_directory.clone(), goldens::directory(&config)],
         hypervisor: config.hypervisor.clone(),
         unseen: Repeats::new("look for orphans; trying again in a minute"),
     };
@@ -314,9 +297,8 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let views = wiring.poll(&runners, &parts, &stop_polling, &close_polls, &mut pollers);
     let (reloader, reloads) = reload::channel();
-    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), recordings, &parts));
+    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts));
     handler.set_image_max_age(wiring.config.image_max_age);
-    handler.set_shells(&wiring.config);
     Ok(Daemon {
         parts,
         jobs,
@@ -337,6 +319,19 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     })
 }
 
+/// The caches that jobs have left, if there are to be any.
+async fn caches(config: &Config, backends: &Backends) -> Result<Option<Caches>, DaemonError> {
+    if !config.cache.enabled {
+        return Ok(None);
+    }
+    let directory = config.state_directory.join("cache");
+    let reserve = config.capacity.disk_reserve_gib.saturating_mul(1 << 30);
+    let (files, clock, rng) = (backends.files.clone(), backends.clock.clone(), backends.rng.clone());
+    let caches = Caches::open(files, directory.clone(), (config.cache.clone(), reserve), clock, rng).await;
+    let unread = |source| DaemonError::Files { what: "look for caches at", path: directory, source };
+    caches.map(Some).map_err(unread)
+}
+
 impl Daemon {
     /// What the control socket serves.
     #[must_use]
@@ -348,6 +343,12 @@ impl Daemon {
     #[must_use]
     pub fn reloader(&self) -> Reloader {
         self.reloader.clone()
+    }
+
+    /// What its machines are restored from.
+    #[must_use]
+    pub fn goldens(&self) -> Goldens {
+        self.parts.supply.goldens().clone()
     }
 
     /// The jobs under way.
@@ -377,13 +378,11 @@ impl Daemon {
                 }
                 Mode::Drain => {
                     self.stop_polling.cancel();
-                    self.parts.drain.cancel();
                     let timeout = self.parts.limits.drain_timeout.map(|span| Instant::now() + span.get());
                     drain_by = drain_by.or(timeout);
                 }
                 Mode::End => {
                     self.stop_polling.cancel();
-                    self.parts.drain.cancel();
                     self.close_polls.cancel();
                     // Again with each round: a poll that was under way may have brought another.
                     self.jobs.kill_all();
@@ -435,11 +434,7 @@ impl Daemon {
         };
         let mut pollers = std::mem::take(&mut self.pollers);
         let runners: Vec<Arc<Runner>> = self.runners.values().cloned().collect();
-        let clones = self.parts.clones.clone();
         let quiet = async {
-            if let Some(clones) = &clones {
-                clones.stop().await;
-            }
             while pollers.join_next().await.is_some() {}
             self.join_all(&mut tasks, patience).await;
             tokens::settled(&runners).await;

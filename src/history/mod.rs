@@ -4,20 +4,15 @@
 //! them in memory, without the consoles. Age, number and bytes are bounded, whatever jobs come. Nothing follows from
 //! what is kept: a disk that does not take it costs the job nothing, and a file that cannot be read is left out.
 //!
-//! Beside them the whole of each console ([`consoles`](Consoles)).
-//!
 //! ```text
 //! job ── End ──► History::keep ──► <state>/ended/<when it came>-<job>.json
 //!                     └─► list ──► control socket, status page
 //! ```
 
-mod consoles;
 mod store;
 
-pub use consoles::{ConsoleBounds, ConsoleLog, Consoles};
 pub use store::{Bounds, History};
 
-use crate::cache::Note;
 use crate::gitlab::{JobId, JobStatus};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -77,9 +72,6 @@ pub struct End {
     /// What it went through, oldest first.
     #[serde(default)]
     pub steps: Vec<Step>,
-    /// What it had of the caches.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub cache: Vec<Note>,
     /// Rows that its console printed in all.
     #[serde(default)]
     pub console_rows: u64,

@@ -4,7 +4,7 @@
 //! keys are errors: a newer format has a newer `format_version`, and is refused by that.
 
 use crate::machine_spec::{DockerSettings, Executor};
-use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST, Can, WIRE_CONTRACT};
+use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST, WIRE_CONTRACT};
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
 use serde::{Deserialize, Serialize};
@@ -20,6 +20,9 @@ pub const MANIFEST_FILE: &str = "image.toml";
 
 /// The word of [`Manifest::networks`] for an image whose machines can do without a network card.
 const RELAY: &str = "relay";
+
+/// The word of [`Manifest::starts`] for an image whose guests can be frozen.
+const RESTORED: &str = "restored";
 
 /// An image in words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,9 +47,10 @@ pub struct Manifest {
     /// The networks that it can be given besides one with a card: `relay`. Learnt by the boot test.
     #[serde(default)]
     pub networks: Vec<String>,
-    /// What its guest program can besides its contract: [`Ability`]. Learnt likewise.
+    /// Ways to a machine besides a boot: `restored`, if its guests can be frozen while they wait for a job. Learnt by the
+    /// boot test.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub abilities: Vec<String>,
+    pub starts: Vec<String>,
     /// What the image's runner sends as `info` when it asks for a job, raw JSON; learnt by the boot
     /// test. Without it the image has not been tested and takes no jobs.
     #[serde(default)]
@@ -163,29 +167,10 @@ pub struct Learnt {
     pub info: String,
     /// The guest contract that its guest program speaks.
     pub contract: u32,
-    /// What it can besides.
-    pub can: Can,
-}
-
-/// Something that not all guest programs of a contract can.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ability {
-    /// To stay when its runner has ended.
-    Stay,
-    /// To give its host a shell.
-    Shell,
-    /// To put what its host has of a job's repository where git finds it.
-    Clone,
-}
-
-impl Ability {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Stay => "stay",
-            Self::Shell => "shell",
-            Self::Clone => "clone",
-        }
-    }
+    /// Whether it can do without a network card.
+    pub relay: bool,
+    /// Whether its guests can be frozen while they wait for a job.
+    pub hold: bool,
 }
 
 /// One file of an image.
@@ -239,23 +224,20 @@ impl Manifest {
     pub fn learn(&mut self, learnt: Learnt) {
         self.info = Some(learnt.info);
         self.contract = learnt.contract;
-        self.networks = learnt.can.relay.then(|| RELAY.to_owned()).into_iter().collect();
-        let can =
-            [(Ability::Stay, learnt.can.stay), (Ability::Shell, learnt.can.shell), (Ability::Clone, learnt.can.clone)];
-        self.abilities =
-            can.into_iter().filter(|(_, can)| *can).map(|(ability, _)| ability.word().to_owned()).collect();
-    }
-
-    /// Whether its guest program can do this.
-    #[must_use]
-    pub fn can(&self, ability: Ability) -> bool {
-        self.abilities.iter().any(|word| word == ability.word())
+        self.networks = learnt.relay.then(|| RELAY.to_owned()).into_iter().collect();
+        self.starts = learnt.hold.then(|| RESTORED.to_owned()).into_iter().collect();
     }
 
     /// Whether a machine of it can do without a network card.
     #[must_use]
     pub fn can_relay(&self) -> bool {
         self.contract >= WIRE_CONTRACT && self.networks.iter().any(|network| network == RELAY)
+    }
+
+    /// Whether its guests can be frozen while they wait for a job, for others to be restored from them.
+    #[must_use]
+    pub fn can_hold(&self) -> bool {
+        self.contract >= WIRE_CONTRACT && self.starts.iter().any(|start| start == RESTORED)
     }
 
     /// Why no job can run in it, if that is so by the contract of its guest program.
@@ -360,10 +342,11 @@ impl Manifest {
         optional(&mut document, "cmdline", self.cmdline.as_deref());
         document["contract"] = value(i64::from(self.contract));
         document["executor"] = value(self.executor.to_string());
-        for (key, words) in [("networks", &self.networks), ("abilities", &self.abilities)] {
-            if !words.is_empty() {
-                document[key] = value(words.iter().collect::<toml_edit::Array>());
-            }
+        if !self.networks.is_empty() {
+            document["networks"] = value(self.networks.iter().collect::<toml_edit::Array>());
+        }
+        if !self.starts.is_empty() {
+            document["starts"] = value(self.starts.iter().collect::<toml_edit::Array>());
         }
         optional(&mut document, "info", self.info.as_deref());
 
@@ -433,7 +416,7 @@ pub(crate) mod tests {
             contract: dayfly_guest_config::CONTRACT,
             executor: ExecutorKind::Shell,
             networks: vec![RELAY.into()],
-            abilities: Vec::new(),
+            starts: vec![RESTORED.into()],
             info: Some(r#"{"name":"gitlab-runner","features":{"trace_reset":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),
@@ -461,16 +444,13 @@ pub(crate) mod tests {
         let mut manifest = example();
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
         assert!(manifest.to_text().contains("\nnetworks = [\"relay\"]\n") && manifest.can_relay());
+        assert!(manifest.to_text().contains("\nstarts = [\"restored\"]\n") && manifest.can_hold());
         manifest.boot = BootKind::Disk;
         (manifest.cmdline, manifest.kernel, manifest.initrd, manifest.info, manifest.runner.revision) =
             (None, None, None, None, None);
-        let can = Can { shell: true, ..Can::default() };
-        manifest.learn(Learnt { info: "{}".into(), contract: 2, can });
+        manifest.learn(Learnt { info: "{}".into(), contract: 2, relay: false, hold: false });
         assert!(!manifest.to_text().contains("networks") && !manifest.can_relay());
-        assert!(manifest.can(Ability::Shell) && !manifest.can(Ability::Stay));
-        assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
-        manifest.learn(Learnt { info: "{}".into(), contract: 2, can: Can::default() });
-        assert!(!manifest.to_text().contains("abilities"), "as images of before were written");
+        assert!(!manifest.to_text().contains("starts") && !manifest.can_hold());
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
     }
 

@@ -6,7 +6,6 @@
 pub mod alike;
 pub mod build;
 pub mod difference;
-pub mod gpt;
 pub mod manifest;
 pub mod qcow2;
 pub mod stamp;

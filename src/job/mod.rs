@@ -16,7 +16,6 @@ mod forget;
 pub mod journal;
 mod jobs;
 pub mod keeper;
-mod keeps;
 mod lines;
 mod machinery;
 mod networks;
@@ -30,7 +29,6 @@ pub mod wishes;
 pub use forget::forget;
 pub use jobs::Jobs;
 pub(crate) use jobs::Started;
-pub use keeps::Keeps;
 pub use networks::{network_of, weaker_network};
 pub use past::Looks;
 pub use resolve::Refusal;
@@ -40,18 +38,16 @@ use crate::awake::Awake;
 use crate::cache::Caches;
 use crate::capacity::Held;
 use crate::clock::Clock;
-use crate::clones::Clones;
 use crate::config;
 use crate::files::Files;
 use crate::gitlab::{JobPayload, JobStatus, Reach, RunnerApi, Transport};
 use crate::guest;
-use crate::history::{Consoles, History, MachineWas, Step};
+use crate::history::{History, MachineWas, Step};
 use crate::image::store::Images;
 use crate::metrics::Metrics;
 use crate::rng::Rng;
 use crate::rules::Rule;
 use crate::supply::Supply;
-use jiff::Timestamp;
 use journal::{JobKey, Journal};
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,14 +80,10 @@ pub struct Parts {
     pub journal: Journal,
     /// What is kept of jobs that have ended.
     pub history: History,
-    /// Their consoles, on disk.
-    pub consoles: Consoles,
     /// Base images.
     pub images: Arc<dyn Images>,
     /// What jobs leave for later ones; `None`: nothing.
     pub caches: Option<Caches>,
-    /// What is here of repositories; `None`: nothing is kept.
-    pub clones: Option<Clones>,
     /// Deadlines.
     pub limits: Arc<config::Limits>,
     /// Limits of doors.
@@ -102,10 +94,6 @@ pub struct Parts {
     pub machine_id: String,
     /// How long this process did not run.
     pub awake: Awake,
-    /// How many machines of failed jobs are kept.
-    pub keeps: Keeps,
-    /// A drain: no machine is kept any longer.
-    pub drain: CancellationToken,
     /// Hand-over: every job task lets go and ends.
     pub leave: CancellationToken,
 }
@@ -182,8 +170,6 @@ pub struct JobView {
     pub phase: String,
     /// Its VM.
     pub vm: Option<String>,
-    /// When GitLab gave it out.
-    pub received: Timestamp,
     /// When the task began.
     pub since: Instant,
     /// How long after GitLab's 201 that was: more than nothing after a restart.

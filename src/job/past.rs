@@ -6,7 +6,6 @@
 
 use super::journal::Record;
 use super::lines;
-use crate::cache::Note;
 use crate::history::{self, AtGitlab, CONSOLE_BYTES_MAX, End, MachineWas, Outcome, Step};
 use crate::secret::Secret;
 use crate::supply::Screen;
@@ -54,15 +53,6 @@ impl Looks {
         Some(Rows { text, ..rows })
     }
 
-    /// What follows on `from`, whole rows or not: the machine prints no more.
-    #[must_use]
-    pub fn rest_from(&self, from: u64) -> Option<Rows> {
-        let shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Shown { screen, masks } = shown.as_ref()?;
-        let rows = screen.look(|ring| ring.rows_from(from, RING_BYTES_MAX, true));
-        Some(Rows { text: lines::masked(&rows.text, masks), ..rows })
-    }
-
     /// The end of it, for whoever asks when the job has ended; with the rows that were ended in all.
     pub(super) fn kept(&self) -> Option<(String, u64)> {
         let shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -85,8 +75,6 @@ pub(super) struct Past {
     pub(super) why: Option<String>,
     /// The hypervisor's name of the last machine.
     pub(super) vm: Option<String>,
-    /// What it has had of the caches, before a hand-over.
-    pub(super) cache: Vec<Note>,
 }
 
 impl Past {
@@ -138,7 +126,6 @@ pub(super) fn end_of(record: &Record, now: Timestamp) -> End {
         steps: Vec::new(),
         console_rows: 0,
         console: None,
-        cache: Vec::new(),
     }
 }
 

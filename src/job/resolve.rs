@@ -12,15 +12,15 @@ use super::{Parts, Runner};
 use crate::capacity::Resources;
 use crate::config::{self, Class, UnknownImage};
 use crate::gitlab::{Containers, JobPayload};
-use crate::image::manifest::{Ability, ExecutorKind};
+use crate::image::manifest::ExecutorKind;
 use crate::image::store::{Image, ImageError};
-use crate::machine_spec::{GuestRunnerSpec, ImageRef, KeepFailed, MachineSpec, Size};
+use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
 use crate::network::{self, Mode};
-use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use dayfly_egress::policy::{HostPort, Policy};
+use sha2::{Digest as _, Sha256};
 
 /// Why a job gets no machine.
 #[derive(Debug)]
@@ -93,9 +93,7 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
     let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
     let needed = || needed(&runner.config, &payload.registries);
     let egress = (network == Mode::Relay).then(|| class.egress.policy(needed()));
-    let kept = keep_failed(class, &image, payload.source.project_at(&runner.config.url));
-    let told = told(runner, &parts.rng);
-    Ok(MachineSpec { keep_failed: kept, ..spec(class, &image, size, (network, egress), told, notes) })
+    Ok(spec(class, &image, size, (network, egress), told(runner, &parts.machine_id), notes))
 }
 
 /// The rule that decides, logged and counted like those that are tried out.
@@ -212,25 +210,12 @@ fn spec(
         disk_gib: size.disk_gib,
         run_as_root: class.run_as_root,
         nested: class.nested,
+        start: class.start,
         network,
         egress,
         runner,
-        keep_failed: None,
         notes,
     }
-}
-
-/// Whether the machine of a job of this project is kept when that has failed.
-fn keep_failed(class: &Class, image: &Image, project: Option<&str>) -> Option<KeepFailed> {
-    let keep = class.keep_failed.filter(|_| rules::is_among(&class.keep_failed_projects, project))?;
-    if !image.manifest.can(Ability::Stay) {
-        tracing::warn!(
-            image = image.name,
-            "this image was built before the machines of failed jobs could be kept; rebuild it for `keep_failed`"
-        );
-        return None;
-    }
-    Some(KeepFailed { for_s: keep.get().as_secs(), at_once: class.keep_failed_max })
 }
 
 /// What no job of a runner entry can do without.
@@ -238,8 +223,12 @@ fn needed(entry: &config::Runner, registries: &[String]) -> Vec<HostPort> {
     network::always([&entry.url].into_iter().chain(&entry.clone_url), registries)
 }
 
-fn told(runner: &Runner, rng: &Rng) -> GuestRunnerSpec {
-    let random: String = rng.bytes::<12>().iter().map(|b| format!("{b:02x}")).collect();
+/// What the guest's runner is told is the same for all jobs of an entry, so that a runner may have been told before its job
+/// is known: its token, too, which only looks right, and opens nothing (decision D9). `machine_id`: the installation's.
+fn told(runner: &Runner, machine_id: &str) -> GuestRunnerSpec {
+    let own = Sha256::new().chain_update(b"dayfly guest token\0").chain_update(machine_id);
+    let own = own.chain_update(b"\0").chain_update(&runner.config.name).finalize();
+    let random: String = own[..12].iter().map(|b| format!("{b:02x}")).collect();
     GuestRunnerSpec {
         name: runner.config.name.clone(),
         token: Secret::new(runner.api.token().guest_token(&random)),

@@ -195,8 +195,10 @@ impl Rule {
             ("container", &self.container),
         ];
         for (key, patterns) in lists {
-            if let Err((what, remedy)) = are_patterns(patterns) {
-                flaw(key, what, remedy);
+            if patterns.iter().any(|p| p.is_empty() || p.chars().count() > glob::PATTERN_CHARS_MAX) {
+                let what =
+                    format!("has a pattern that is empty, or longer than {} characters", glob::PATTERN_CHARS_MAX);
+                flaw(key, what, "write patterns like \"group/**\", or leave the key away");
             }
         }
         if self.group.iter().any(|group| group.contains(['*', '?'])) {
@@ -204,30 +206,6 @@ impl Rule {
         }
         flaws
     }
-}
-
-/// Whether a project's whole path fits this pattern, whatever the case.
-#[must_use]
-pub fn path_fits(pattern: &str, path: &str) -> bool {
-    glob::fits(pattern, path, true)
-}
-
-/// Whether these may be patterns at all.
-///
-/// # Errors
-/// What is wrong with one of them, and the remedy.
-pub fn are_patterns(patterns: &[String]) -> Result<(), (String, &'static str)> {
-    if patterns.iter().any(|p| p.is_empty() || p.chars().count() > glob::PATTERN_CHARS_MAX) {
-        let what = format!("has a pattern that is empty, or longer than {} characters", glob::PATTERN_CHARS_MAX);
-        return Err((what, "write patterns like \"group/**\", or leave the key away"));
-    }
-    Ok(())
-}
-
-/// Whether a project's path fits one of these patterns, whatever the case; one that is not known fits none.
-#[must_use]
-pub fn is_among(patterns: &[String], project: Option<&str>) -> bool {
-    project.is_some_and(|path| patterns.iter().any(|pattern| glob::fits(pattern, path, true)))
 }
 
 /// Whether a project of this path lies in this group, however deep.

@@ -5,10 +5,8 @@
 //! carries it; `dayfly status` prints it, as text or as JSON. Names and projects come from GitLab:
 //! the text escapes control characters, so that none can drive the operator's terminal.
 
-mod caches;
 mod jobs;
 
-pub use caches::{CachesText, EntriesText};
 pub use jobs::{ConsoleFound, JobDetail, JobFound, JobList, why};
 
 use crate::BoxFuture;
@@ -32,8 +30,6 @@ pub trait Reports: Send + Sync + 'static {
     fn job<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, JobFound>;
     /// Its console, of a job under way from where so many bytes were printed, or its end. Likewise.
     fn console<'a>(&'a self, id: JobId, runner: Option<&'a str>, from: Option<u64>) -> BoxFuture<'a, ConsoleFound>;
-    /// All that is kept of its console on disk, of a job under way too. Likewise.
-    fn console_log<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, ConsoleFound>;
 }
 
 /// A daemon, as it stands at one moment. New members may come; none goes away within a version.
@@ -50,6 +46,22 @@ pub struct StatusReport {
     /// The images of the runners' classes.
     #[serde(default)]
     pub images: Vec<ImageStatus>,
+    /// The frozen machines from which jobs' machines are restored.
+    #[serde(default)]
+    pub goldens: Vec<GoldenStatus>,
+}
+
+/// A frozen machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GoldenStatus {
+    /// Its image.
+    pub image: String,
+    /// The runner entry whose jobs it is for.
+    pub runner: String,
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// Seconds since it was made.
+    pub age_s: u64,
 }
 
 /// A base image that a class uses.
@@ -201,6 +213,13 @@ impl fmt::Display for StatusReport {
         });
         table(f, ["RUNNER", "GITLAB", "CLASS", "JOBS", "ANSWERED", "STATE"], runners)?;
         writeln!(f)?;
+        if !self.goldens.is_empty() {
+            let goldens = self.goldens.iter().map(|g| {
+                [g.image.clone(), g.runner.clone(), format!("{} MiB", g.bytes >> 20), format!("{} ago", age(g.age_s))]
+            });
+            table(f, ["FROZEN", "FOR RUNNER", "SIZE", "MADE"], goldens)?;
+            writeln!(f)?;
+        }
         if self.jobs.is_empty() {
             return writeln!(f, "no jobs");
         }
@@ -311,6 +330,7 @@ mod tests {
                 age_s: 7_500,
             }],
             images: vec![ImageStatus { name: "debian".into(), age_s: 90_000 }],
+            goldens: vec![GoldenStatus { image: "debian".into(), runner: "ci".into(), bytes: 300 << 20, age_s: 60 }],
         }
     }
 
@@ -325,6 +345,9 @@ promised: 1 of 4 jobs, 2 of 8 CPUs, 2048 of 15000 MiB memory, 20 of 400 GiB disk
 RUNNER  GITLAB                       CLASS  JOBS  ANSWERED  STATE
 ci      https://gitlab.example.com/  small  1     3 s ago   polling
 other   https://git.example.org/     large  0     never     waiting for room: 4 CPUs
+
+FROZEN  FOR RUNNER  SIZE     MADE
+debian  ci          300 MiB  1 min ago
 
 JOB  RUNNER  AGE        STATE    PHASE        VM                   WHAT
 42   ci      2 h 5 min  running  trace 4 KiB  df-abcdefghijklmnop  group/app: test\\u{1b}[2J\\nforged

@@ -12,10 +12,14 @@
 //! | [`take_down`](Machine::take_down) | takes it down, for ever trying | nothing; the record names it still |
 //! | [`release`](Supply::release) | gives the lease back, when no record names it | nothing |
 //!
+//! Where a guest comes from, a boot or a machine that was frozen ([`goldens`]), shows in the events alone: one that cannot be
+//! restored boots, and its owner hears of a line.
+//!
 //! Each VM has a task of its own ([`machine`]), which alone calls the hypervisor for it, so a call that hangs holds up
 //! that one and nobody else. What exists is asked of the hypervisor in one list for all VMs.
 
 mod egress;
+pub mod goldens;
 mod losses;
 mod machine;
 mod silence;
@@ -25,7 +29,6 @@ mod wires;
 pub use machine::{Binding, Machine, MachineEvent, Screen};
 
 use crate::clock::Clock;
-use crate::clones::Attached;
 use crate::image::store::Image;
 use crate::latest::Latest;
 use crate::machine_spec::MachineSpec;
@@ -34,9 +37,9 @@ use crate::network::{DoorKind, Entrance, Lease, LeaseError, Mode, Network, PortR
 use crate::rng::Rng;
 use crate::vm::sockets::DoorSocket;
 use crate::vm::{
-    Accel, Host, Hypervisor, InstallationId, ReadOnlyDisk, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    Accel, Frozen, Host, Hypervisor, InstallationId, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
 };
-use dayfly_guest_config::{CLONE_SLOT_SERIAL, clone_serial};
+use dayfly_guest_config::GuestConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -47,6 +50,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::goldens::{Goldens, Key};
 use self::losses::Losses;
 use self::machine::NewVm;
 use self::silence::Silence;
@@ -59,9 +63,6 @@ pub struct Claim {
     pub id: VmId,
     /// What it holds of the host's network, its door among that.
     pub lease: Lease,
-    /// Disks with what the host has of its job's repository.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clone: Option<Attached>,
 }
 
 /// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
@@ -84,6 +85,7 @@ struct Shared {
     driven: Mutex<BTreeMap<VmId, Driven>>,
     losses: Losses,
     silence: Silence,
+    goldens: Goldens,
 }
 
 /// The tasks of one VM in this daemon, of which one is at work: a second one waits for the call under way of a first
@@ -139,6 +141,7 @@ impl Supply {
             driven: Mutex::default(),
             losses: Losses::default(),
             silence: Silence::default(),
+            goldens: Goldens::default(),
         });
         let supply = Self(shared);
         let lister = supply.clone();
@@ -148,7 +151,7 @@ impl Supply {
     }
 
     /// The same supply with another setup, whose VMs it takes down. No list is kept of those.
-    fn at(&self, host: Host, setup: Setup) -> Self {
+    pub(crate) fn at(&self, host: Host, setup: Setup) -> Self {
         let Shared { clock, rng, network, metrics, .. } = &*self.0;
         Self(Arc::new(Shared {
             host,
@@ -161,6 +164,8 @@ impl Supply {
             driven: Mutex::default(),
             losses: Losses::default(),
             silence: Silence::default(),
+            // Whoever has a place of its own says itself what is restored there.
+            goldens: Goldens::default(),
         }))
     }
 
@@ -169,7 +174,7 @@ impl Supply {
     /// # Errors
     /// [`LeaseError`].
     pub async fn claim(&self, network: Mode, door: DoorKind) -> Result<Claim, LeaseError> {
-        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network, door).await?, clone: None })
+        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network, door).await? })
     }
 
     /// Takes a recorded claim up again, after a restart: nobody else is given its lease.
@@ -187,9 +192,41 @@ impl Supply {
     }
 
     /// Makes a VM for this job of a runner entry, from this image, or goes on with it if it runs already. Returns at
-    /// once; the machine's events tell how it went.
+    /// once; the machine's events tell how it went. `config`: what its guest will be told ([`Machine::bind`]).
     #[must_use]
-    pub fn start(&self, claim: Claim, spec: &MachineSpec, image: Image, job: (String, u64)) -> Machine {
+    pub fn start(
+        &self,
+        claim: Claim,
+        spec: &MachineSpec,
+        image: Image,
+        job: (String, u64),
+        config: &GuestConfig,
+    ) -> Machine {
+        let golden = self.0.goldens.find(spec, config, image.manifest.can_hold());
+        self.start_from(claim, spec, image, job, golden)
+    }
+
+    /// The same from what was frozen here and stands in no list yet: the first to be restored from it.
+    #[must_use]
+    pub(crate) fn start_of(
+        &self,
+        claim: Claim,
+        spec: &MachineSpec,
+        image: Image,
+        job: (String, u64),
+        (key, frozen): (Key, Frozen),
+    ) -> Machine {
+        self.start_from(claim, spec, image, job, Some((key, frozen)))
+    }
+
+    fn start_from(
+        &self,
+        claim: Claim,
+        spec: &MachineSpec,
+        image: Image,
+        job: (String, u64),
+        golden: Option<(Key, Frozen)>,
+    ) -> Machine {
         let setup = &self.0.setup;
         let new = NewVm {
             spec: VmSpec {
@@ -202,13 +239,14 @@ impl Supply {
                 boot: image.boot,
                 overlay: self.overlay(&claim.id),
                 base: image.disk,
+                frozen: None,
                 attachment: claim.lease.attachment(),
-                read_only: read_only(claim.clone.as_ref()),
                 nested: spec.nested,
                 socket_dir: setup.socket_dir.clone(),
             },
             disk_gib: spec.disk_gib,
             stamp: image.stamp,
+            golden,
         };
         Machine::start(self.clone(), claim, Some(new))
     }
@@ -250,6 +288,12 @@ impl Supply {
     #[must_use]
     pub fn setup(&self) -> &Setup {
         &self.0.setup
+    }
+
+    /// What machines are restored from.
+    #[must_use]
+    pub fn goldens(&self) -> &Goldens {
+        &self.0.goldens
     }
 
     /// The hypervisor.
@@ -381,15 +425,6 @@ impl Supply {
             }
         }
     }
-}
-
-/// The disks of a clone, as its guest finds them.
-fn read_only(clone: Option<&Attached>) -> Vec<ReadOnlyDisk> {
-    let disks = clone.into_iter().flat_map(|clone| clone.disks.iter().enumerate());
-    let disks = disks.map(|(n, path)| ReadOnlyDisk { serial: clone_serial(n), path: path.clone() });
-    let slot = clone.and_then(|clone| clone.slot.as_ref());
-    let slot = slot.map(|path| ReadOnlyDisk { serial: CLONE_SLOT_SERIAL.to_owned(), path: path.clone() });
-    disks.chain(slot).collect()
 }
 
 /// Path of a VM's overlay. Parses back by [`overlay_id`].

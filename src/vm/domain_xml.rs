@@ -24,9 +24,6 @@ pub const DOOR_NAME: &str = "org.dayfly.door.0";
 /// Name of the one that carries what its guest sends out, where it has no network card.
 pub const EGRESS_NAME: &str = "org.dayfly.egress.0";
 
-/// Name of the one by which its guest is asked for a shell.
-pub const SHELL_NAME: &str = "org.dayfly.shell.0";
-
 /// Features of a CPU by which it runs VMs: Intel's and AMD's.
 pub(super) const NESTING: [&str; 2] = ["vmx", "svm"];
 
@@ -58,7 +55,7 @@ pub struct BadSpec {
 pub struct Ownership {
     /// User that QEMU runs as.
     pub qemu_uid: u32,
-    /// Group that may connect to the sockets of channel, door, console, shell and egress: the daemon's own.
+    /// Group that may connect to the sockets of channel, door, console and egress: the daemon's own.
     pub socket_gid: u32,
 }
 
@@ -121,10 +118,8 @@ fn absolute(what: &'static str, path: &Path) -> Result<String, BadSpec> {
 struct Texts {
     overlay: String,
     base: String,
-    read_only: Vec<(String, String)>,
     channel: String,
     door: String,
-    shell: String,
     console: String,
     direct: Option<[String; 3]>,
     network: Network,
@@ -142,14 +137,8 @@ impl Texts {
         Ok(Self {
             overlay: absolute("overlay", &spec.overlay)?,
             base: absolute("base image", &spec.base)?,
-            read_only: spec
-                .read_only
-                .iter()
-                .map(|disk| Ok((carried("serial number", &disk.serial)?, absolute("read-only disk", &disk.path)?)))
-                .collect::<Result<_, BadSpec>>()?,
             channel: absolute("channel socket", &VmSpec::channel_socket(&spec.socket_dir, &spec.id))?,
             door: absolute("door's socket", &VmSpec::door_socket(&spec.socket_dir, &spec.id))?,
-            shell: absolute("shell's socket", &VmSpec::shell_socket(&spec.socket_dir, &spec.id))?,
             console: absolute("console socket", &VmSpec::console_socket(&spec.socket_dir, &spec.id))?,
             direct: match &spec.boot {
                 Boot::Direct { kernel, initrd, cmdline } => Some([
@@ -278,11 +267,6 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
     w.create_element("disk")
         .with_attributes([("type", "file"), ("device", "disk")])
         .write_inner_content(|w| disk(w, texts, ownership))?;
-    for (n, (serial, path)) in texts.read_only.iter().enumerate() {
-        w.create_element("disk")
-            .with_attributes([("type", "file"), ("device", "disk")])
-            .write_inner_content(|w| read_only_disk(w, n, (serial, path), ownership))?;
-    }
     interface(w, &spec.id, &texts.network)?;
     for (element, target) in [("serial", [("port", "0")].as_slice()), ("console", &[("type", "serial"), ("port", "0")])]
     {
@@ -295,8 +279,7 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
         Network::Egress { socket } => Some((socket, EGRESS_NAME)),
         Network::User | Network::Bridge { .. } => None,
     };
-    let ports = [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)].into_iter().chain(egress);
-    for (path, name) in ports.chain([(&texts.shell, SHELL_NAME)]) {
+    for (path, name) in [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)].into_iter().chain(egress) {
         w.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|w| {
             socket(w, path, ownership)?;
             empty(w, "target", &[("type", "virtio"), ("name", name)])
@@ -359,25 +342,6 @@ fn disk(w: &mut Xml, texts: &Texts, ownership: Option<Ownership>) -> io::Result<
         empty(w, "backingStore", &[])
     })?;
     empty(w, "target", &[("dev", DISK), ("bus", "virtio")])
-}
-
-/// A disk that others read, too: it is nobody's to write, and its file stays whose it is.
-fn read_only_disk(w: &mut Xml, n: usize, (serial, path): (&str, &str), ownership: Option<Ownership>) -> io::Result<()> {
-    empty(w, "driver", &[("name", "qemu"), ("type", "raw"), ("error_policy", "report")])?;
-    w.create_element("source").with_attribute(("file", path)).write_inner_content(|w| {
-        if ownership.is_some() { empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")]) } else { Ok(()) }
-    })?;
-    empty(w, "backingStore", &[])?;
-    empty(w, "target", &[("dev", &disk_name(n)), ("bus", "virtio")])?;
-    empty(w, "readonly", &[])?;
-    empty(w, "shareable", &[])?;
-    text(w, "serial", serial)
-}
-
-/// What libvirt calls the `n`th of them: `vdb`, and so on.
-fn disk_name(n: usize) -> String {
-    let last = b'b'.saturating_add(u8::try_from(n).unwrap_or(u8::MAX));
-    format!("vd{}", char::from(last.min(b'z')))
 }
 
 fn socket(w: &mut Xml, path: &str, ownership: Option<Ownership>) -> io::Result<()> {

@@ -192,6 +192,18 @@ pub enum Attachment {
     },
 }
 
+/// A VM that was frozen, from which others are restored. Its files are ours, and nobody writes to them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frozen {
+    /// All that it was, memory and devices, as the hypervisor wrote it ([`Hypervisor::freeze`]). Nobody but us opens it: each
+    /// restored VM is sent its own copy.
+    pub state: PathBuf,
+    /// The digest of that: one bit more or less, and no VM goes on from it.
+    pub sha256: [u8; 32],
+    /// Its disk as it was then (qcow2), between the overlay and the base image; opened for reading only.
+    pub disk: PathBuf,
+}
+
 /// Everything that a VM is started from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmSpec {
@@ -213,23 +225,14 @@ pub struct VmSpec {
     pub overlay: PathBuf,
     /// The overlay's base image (qcow2): named, so that no header has to be believed.
     pub base: PathBuf,
+    /// What it is restored from; `None`: it boots.
+    pub frozen: Option<Frozen>,
     /// Its network.
     pub attachment: Attachment,
-    /// Disks that it reads and never writes, in this order behind its own.
-    pub read_only: Vec<ReadOnlyDisk>,
     /// Whether its guest may run VMs of its own, where the host's KVM lets it.
     pub nested: bool,
-    /// Directory for the unix sockets of channel, door, console, shell and egress.
+    /// Directory for the unix sockets of channel, door, console and egress.
     pub socket_dir: PathBuf,
-}
-
-/// A raw disk that several VMs may read at once, readable to QEMU's user as it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReadOnlyDisk {
-    /// What the guest finds it by: letters, digits and `-`, at most 20 bytes.
-    pub serial: String,
-    /// Its file.
-    pub path: PathBuf,
 }
 
 impl VmSpec {
@@ -251,12 +254,6 @@ impl VmSpec {
         socket_dir.join(format!("df-{id}.egress"))
     }
 
-    /// Socket of the port by which its guest is asked for a shell.
-    #[must_use]
-    pub fn shell_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
-        socket_dir.join(format!("df-{id}.shell"))
-    }
-
     /// Socket of the serial console.
     #[must_use]
     pub fn console_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
@@ -266,7 +263,7 @@ impl VmSpec {
     /// All of them. What its hypervisor binds, and what goes with it.
     #[must_use]
     pub fn sockets(&self) -> Vec<PathBuf> {
-        let mut all = [Self::channel_socket, Self::door_socket, Self::console_socket, Self::shell_socket]
+        let mut all = [Self::channel_socket, Self::door_socket, Self::console_socket]
             .map(|of| of(&self.socket_dir, &self.id))
             .to_vec();
         if self.attachment == Attachment::Egress {
@@ -327,6 +324,12 @@ pub enum VmError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// What it is to be restored from is not what was frozen.
+    #[error("restore VM `{name}`: what was frozen is not what it was")]
+    Damaged {
+        /// VM.
+        name: String,
+    },
     /// No answer within the deadline; the call may still take effect.
     #[error("{what} `{name}`: no answer within {seconds} s")]
     Deadline {
@@ -372,7 +375,7 @@ pub trait Hypervisor: Send + Sync + 'static {
     fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>>;
 
     /// Starts a transient VM. Deadline 60 s. One of this name and installation that runs already
-    /// counts as started.
+    /// counts as started. One that is [restored](VmSpec::frozen) stands still until [`Hypervisor::go_on`].
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>>;
     /// State of one VM; of one that has ended also how, where that was seen. Deadline 10 s.
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>>;
@@ -384,6 +387,20 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// What a VM that runs has used so far, as far as is known. Deadline 10 s; whoever asks may drop it before.
     fn usage<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Usage> {
         Box::pin(std::future::ready(Usage::default()))
+    }
+    /// Whether VMs can be frozen here, and others restored from them.
+    fn can_freeze(&self) -> bool {
+        false
+    }
+    /// Stops a VM for good and writes all that it is, memory and devices, into a new file; its digest. It is there until it is
+    /// destroyed. Nobody may be connected to its channel. Deadline 120 s.
+    fn freeze<'a>(&'a self, name: &'a VmName, _state: &'a Path) -> BoxFuture<'a, Result<[u8; 32], VmError>> {
+        Box::pin(std::future::ready(Err(VmError::refused("freeze VM", name, "this back end cannot"))))
+    }
+    /// Lets a VM go on that was restored and stands still. One that runs counts; one that was not restored to its end is
+    /// refused. Deadline 10 s.
+    fn go_on<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(std::future::ready(Ok(())))
     }
     /// Ends a VM at once, and removes what is left of one that has ended; one that is gone counts as ended. Deadline 30 s.
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>>;

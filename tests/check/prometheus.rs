@@ -15,6 +15,7 @@ fn metrics() -> String {
     metrics.job().begin_runner("ci");
     metrics.job().phase(Phase::Run, Duration::from_secs(1));
     metrics.job().boot_step("hand-out", Duration::from_secs(1));
+    metrics.job().start("restored", Duration::from_secs(1));
     metrics.gitlab().request("ci", Some(204));
     let guest = metrics.guest();
     let labelled = [&guest.greetings_failed, &guest.connections_closed, &guest.sessions_failed, &guest.sessions_ended];
@@ -24,9 +25,6 @@ fn metrics() -> String {
     metrics.guest().requests.inc("trace");
     metrics.guest().refused.inc("rate");
     metrics.guest().cache.inc("hit");
-    metrics.clones().jobs.inc("hit");
-    metrics.clones().fetches.inc("fetched");
-    metrics.clones().wiped.inc("age");
     metrics.job().begin_rule("rest", "deny");
     metrics.egress().count("default", &[]);
     let usage = Usage { promised: 1, bound: Some(2) };
@@ -40,7 +38,6 @@ fn metrics() -> String {
         runners: vec![RunnerGauges { name: "ci".into(), answered_s: Some(1.0), ..RunnerGauges::default() }],
         jobs_by_state: vec![("ci".into(), "running")],
         machines: vec![("running", 1)],
-        cache: Some((1, 2)),
         images: vec![ImageTime { name: "debian-12-shell".into(), age_s: 1.0 }],
         ..Snapshot::default()
     };

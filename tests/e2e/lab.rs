@@ -207,24 +207,6 @@ impl Lab {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// What `dayfly` prints for these arguments, with this as standard input, and whether it did it.
-    pub async fn dayfly(&self, arguments: &[&str], input: &str) -> (bool, String) {
-        let mut command = Command::new(dayfly());
-        command.arg("--config").arg(self.dir.path().join("config.toml")).args(arguments);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let input = input.to_owned();
-        let done = tokio::task::spawn_blocking(move || {
-            use std::io::Write as _;
-            let mut child = command.spawn().expect("dayfly starts");
-            // It may have said no before it read.
-            let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
-            child.wait_with_output().unwrap()
-        });
-        let output = tokio::time::timeout(LIMIT, done).await.expect("dayfly ends").unwrap();
-        let text = [output.stdout, output.stderr].concat();
-        (output.status.success(), String::from_utf8_lossy(&text).into_owned())
-    }
-
     fn log_path(&self) -> PathBuf {
         self.dir.path().join("log")
     }

@@ -240,9 +240,9 @@ fn config(token: &str) -> GuestConfig {
             user: "root".into(),
             wait_timeout_s: LIMIT.as_secs(),
         },
-        clone: None,
         door_patience_s: 60,
         power_off_after_s: LIMIT.as_secs(),
+        hold: false,
     }
 }
 

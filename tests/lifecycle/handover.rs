@@ -244,8 +244,8 @@ fn spec(id: &str, installation: VmId) -> VmSpec {
         accel: Accel::Tcg,
         boot: Boot::Disk,
         base: "/images/test/disk.qcow2".into(),
+        frozen: None,
         attachment: Attachment::User,
-        read_only: Vec::new(),
         nested: false,
         socket_dir: "/run/vm".into(),
     }

@@ -19,11 +19,11 @@ use dayfly::job::Jobs;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::status::{ConsoleFound, JobFound, StatusReport};
+use dayfly::supply::goldens::Goldens;
 use dayfly::vm::paths::Paths;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine, Timing};
 use dayfly_doubles::files::MemoryFiles;
 use dayfly_doubles::images::{self, OneImage};
-use dayfly_doubles::workshop::FakeWorkshop;
 use dayfly_exec::standin::{Job, JobSpec, JobState, ProjectId, Recorded, Route, Standin};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -54,8 +54,6 @@ pub struct World {
     pub standin: Standin,
     pub hypervisor: FakeHypervisor,
     pub files: MemoryFiles,
-    /// Git, and disks of repositories.
-    pub workshop: FakeWorkshop,
     pub rng: Rng,
     /// The host's; GitLab has another, which goes the same way.
     pub clock: Clock,
@@ -87,6 +85,7 @@ struct Running {
     jobs: Jobs,
     handler: Arc<dyn ControlHandler>,
     reloader: Reloader,
+    goldens: Goldens,
     life: Life,
 }
 
@@ -141,13 +140,11 @@ impl World {
         };
         config.hypervisor.accel = dayfly::vm::AccelChoice::Tcg;
         config.capacity.memory_mib = Some(100_000);
-        let files = MemoryFiles::default();
         let mut world = Self {
-            workshop: FakeWorkshop::new(Arc::new(files.clone())),
             gitlabs: Gitlabs([(GITLAB.to_owned(), standin.clone())].into()),
             standin,
             hypervisor,
-            files,
+            files: MemoryFiles::default(),
             rng,
             clock,
             gitlab_clock,
@@ -243,7 +240,6 @@ impl World {
             clock: self.clock.clone(),
             rng: self.rng.clone(),
             images: self.images.clone(),
-            workshop: Arc::new(self.workshop.through(life.files(Arc::new(self.files.clone())))),
             door_limits: Limits::default(),
         }
     }
@@ -269,7 +265,7 @@ impl World {
         let task = tokio::spawn(async move {
             match daemon::start(config, backends, switch).await {
                 Ok(daemon) => {
-                    let _ = tell.send(Ok((daemon.jobs(), daemon.handler(), daemon.reloader())));
+                    let _ = tell.send(Ok((daemon.jobs(), daemon.handler(), daemon.reloader(), daemon.goldens())));
                     daemon.run().await;
                 }
                 Err(error) => drop(tell.send(Err(error))),
@@ -280,8 +276,8 @@ impl World {
             () = life.over() => return Ok(()),
             started = told => started,
         };
-        let (jobs, handler, reloader) = started.expect("a daemon starts or says why not")?;
-        self.daemon = Some(Running { task, shutdown, jobs, handler, reloader, life });
+        let (jobs, handler, reloader, goldens) = started.expect("a daemon starts or says why not")?;
+        self.daemon = Some(Running { task, shutdown, jobs, handler, reloader, goldens, life });
         Ok(())
     }
 
@@ -294,6 +290,11 @@ impl World {
     /// Whether the daemon has died; then the next may be started.
     pub fn is_dead(&self) -> bool {
         self.daemon.as_ref().is_none_or(|running| running.life.is_over())
+    }
+
+    /// What the daemon restores machines from.
+    pub fn goldens(&self) -> Goldens {
+        self.daemon.as_ref().expect("a daemon runs").goldens.clone()
     }
 
     /// The life of the daemon.

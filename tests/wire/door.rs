@@ -13,5 +13,4 @@ mod limits;
 mod malformed;
 mod matrix;
 mod sessions;
-mod store;
 pub(crate) mod support;

@@ -12,7 +12,6 @@
 )]
 mod support;
 
-mod clones;
 mod door;
 mod gitlab_client;
 mod gitlab_connections;

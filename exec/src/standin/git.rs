@@ -8,11 +8,9 @@ use super::Standin;
 use super::answer::Answer;
 use super::artifacts::FileBody;
 use super::auth;
-use super::git_smart;
 use super::model::Model;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
 use http_body_util::BodyExt as _;
 use jiff::Timestamp;
@@ -21,8 +19,8 @@ use std::path::PathBuf;
 /// Larger files are not served; a pack of that size has no place in an `exec` or a test.
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
-/// What a request may have: a repository, and what of it is asked for.
-fn find(model: &Model, path: &str, headers: &HeaderMap, now: Timestamp) -> Result<(PathBuf, String), Answer> {
+/// The file that a request may have.
+fn find(model: &Model, path: &str, headers: &HeaderMap, now: Timestamp) -> Result<(PathBuf, PathBuf), Answer> {
     let not_found = || Answer::message(StatusCode::NOT_FOUND, "404 Not Found");
     let challenge = || {
         let answer = Answer::message(StatusCode::UNAUTHORIZED, "HTTP Basic: Access denied");
@@ -38,7 +36,11 @@ fn find(model: &Model, path: &str, headers: &HeaderMap, now: Timestamp) -> Resul
         return Err(challenge());
     }
     let root = project.repository.clone().ok_or_else(not_found)?;
-    Ok((root, file.to_owned()))
+    if !is_served(file) {
+        return Err(not_found());
+    }
+    let file = root.join(file);
+    Ok((root, file))
 }
 
 /// The password of `Authorization: Basic` for the user that GitLab gives to jobs.
@@ -74,24 +76,13 @@ fn is_served(file: &str) -> bool {
 }
 
 /// Answers one request.
-pub(super) async fn serve(standin: &Standin, request: &http::request::Parts, body: Bytes) -> Answer {
-    let (now, method, query) = (standin.now(), &request.method, request.uri.query());
-    let found = standin.read(|model| {
-        let found = find(model, request.uri.path(), &request.headers, now);
-        found.map(|(root, file)| (root, file, model.settings.smart_git))
-    });
-    let (root, file, smart) = match found {
+pub(super) async fn serve(standin: &Standin, method: &Method, path: &str, headers: &HeaderMap) -> Answer {
+    let now = standin.now();
+    let (root, path) = match standin.read(|model| find(model, path, headers, now)) {
         Ok(found) => found,
         Err(answer) => return answer,
     };
     let not_found = || Answer::message(StatusCode::NOT_FOUND, "404 Not Found");
-    if smart && git_smart::is_asked(method, &file, query) {
-        return git_smart::serve(standin, method, (&root, &file, query), &request.headers, body).await;
-    }
-    if !is_served(&file) {
-        return not_found();
-    }
-    let path = root.join(&file);
     if method != Method::GET && method != Method::HEAD {
         return Answer::refusal(StatusCode::FORBIDDEN, None);
     }

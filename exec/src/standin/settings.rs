@@ -23,8 +23,6 @@ pub struct Settings {
     pub migrations_backoff: bool,
     /// Registry host, if there is a container registry.
     pub registry: Option<String>,
-    /// Whether repositories are served by git's own protocol, too: else as files only, and a fetch has all of a history.
-    pub smart_git: bool,
     /// Whether artifacts are on at all (else 405).
     pub artifacts_enabled: bool,
     /// Whether new artifacts go to object storage.
@@ -97,7 +95,6 @@ impl Default for Settings {
             rate_limits: BTreeMap::new(),
             migrations_backoff: false,
             registry: None,
-            smart_git: false,
             artifacts_enabled: true,
             remote_artifacts: false,
             max_artifacts_size_mib: 100,

@@ -5,14 +5,10 @@ use crate::config::origin::nearest_name;
 use crate::config::{Class, Config, Runner};
 use crate::machine_spec::Size;
 use crate::network::{Choice, EgressConfig, always};
-use crate::rules::{Rule, are_patterns};
-use std::time::Duration;
+use crate::rules::Rule;
 
 /// Images of a class at most: each is looked at before each poll.
 const IMAGES_MAX: usize = 32;
-
-/// A machine is kept for so long at most.
-const KEEP_FAILED_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Rules at most: each may be looked at for each job, and is a line of the metrics.
 const RULES_MAX: usize = 256;
@@ -65,38 +61,9 @@ fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
             report.error(&key(&format!("max_{name}")), what, format!("raise it, or lower `{name}`"));
         }
     }
-    keep_failed(i, class, report);
     if class.network == Some(Choice::Bridge) {
         report.error(&key("network"), BRIDGE, BRIDGE_REMEDY);
     }
-}
-
-/// Whether it is said whose machines are kept, and for a time that ends.
-fn keep_failed(i: usize, class: &Class, report: &mut Report<'_>) {
-    let key = |name: &str| format!("class.{i}.{name}");
-    let projects = &class.keep_failed_projects;
-    match class.keep_failed {
-        Some(keep) if keep.get() > KEEP_FAILED_MAX => {
-            report.error(&key("keep_failed"), "is more than a day", "keep machines for minutes or hours");
-        }
-        Some(keep) if keep.get().is_zero() => {
-            report.error(&key("keep_failed"), "is nothing", "leave it away, and no machine is kept");
-        }
-        Some(_) if projects.is_empty() => {
-            let remedy = "name projects like [\"group/**\"], or all of them by [\"**\"]";
-            report.error(&key("keep_failed"), "is for no project: `keep_failed_projects` is not set", remedy);
-        }
-        Some(_) => {}
-        None if !projects.is_empty() => {
-            let what = "has no effect without `keep_failed`";
-            report.warning(&key("keep_failed_projects"), what, "set that to a time like \"30m\"");
-        }
-        None => {}
-    }
-    if let Err((what, remedy)) = are_patterns(projects) {
-        report.error(&key("keep_failed_projects"), what, remedy);
-    }
-    report.not_zero(&key("keep_failed_max"), class.keep_failed_max == 0);
 }
 
 /// Whether the policy of a class makes sense, and leaves the GitLabs of its jobs to be reached.

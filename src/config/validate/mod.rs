@@ -3,7 +3,6 @@
 //! [`validate`] looks at the values only, so that it can judge a file before it is written;
 //! [`Loaded::check_for_running`] also looks at the files that they name, as `run` and `check` need.
 
-mod caches;
 mod classes;
 mod status;
 
@@ -116,7 +115,6 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
         &mut report,
     );
     status::judge(config, &mut report);
-    caches::judge(config, &mut report);
     limits(config, &mut report);
     classes::classes(config, &mut report);
     classes::rules(config, &mut report);
@@ -152,24 +150,11 @@ fn general(config: &Config, report: &mut Report<'_>) {
     report.not_zero("concurrent", config.concurrent == 0);
     report.not_zero("image_versions", config.image_versions == 0);
     report.not_zero("image_max_age", config.image_max_age.is_some_and(|age| age.get().is_zero()));
-    let clones = &config.clones;
-    report.not_zero("clones.project_gib", clones.project_gib == 0);
-    report.not_zero("clones.fetch_mib", clones.fetch_mib == 0);
-    report.not_zero("clones.fetch_deadline", clones.fetch_deadline.get().is_zero());
-    report.not_zero("clones.max_age", clones.max_age.get().is_zero());
-    if clones.size_gib < clones.project_gib {
-        let what = format!("is less than one project may have, {} GiB", clones.project_gib);
-        report.error("clones.size_gib", what, "raise it, or lower `clones.project_gib`");
-    }
     report.not_zero("capacity.cpus", config.capacity.cpus == Some(0));
     report.not_zero("capacity.memory_mib", config.capacity.memory_mib == Some(0));
     report.not_zero("capacity.disk_gib", config.capacity.disk_gib == Some(0));
     if config.control.group.as_deref().is_some_and(|group| group.trim().is_empty()) {
         report.error("control.group", "is empty", "name a group, or leave the key away");
-    }
-    if config.control.group.is_none() && !config.control.shell_users.is_empty() {
-        let remedy = "set `control.group` to a group that they are members of";
-        report.warning("control.shell_users", "names users who do not reach the control socket", remedy);
     }
     if let Err(error) = config.log.filter() {
         report.error("log.level", chain(&error), "use error, warn, info, debug or trace");
@@ -253,8 +238,6 @@ fn limits(config: &Config, report: &mut Report<'_>) {
     report.not_zero("limits.spool_mib", l.spool_mib == 0);
     report.not_zero("history.keep", config.history.keep.get().is_zero());
     report.not_zero("history.mib", config.history.mib == 0);
-    report.not_zero("history.console_keep", config.history.console_keep.get().is_zero());
-    report.not_zero("history.shell_keep", config.history.shell_keep.get().is_zero());
     if config.history.jobs > HISTORY_JOBS_MAX {
         report.error("history.jobs", format!("is {}", config.history.jobs), format!("use up to {HISTORY_JOBS_MAX}"));
     }
@@ -411,7 +394,6 @@ impl Loaded {
             );
             report.error("control.group", format!("cannot be used: {error}"), remedy);
         }
-        caches::judge_files(&self.config, &mut report);
         let mut tokens: Vec<(&Runner, RunnerToken)> = Vec::new();
         for (i, runner) in self.config.runner.iter().enumerate() {
             let key = |name: &str| format!("runner.{i}.{name}");

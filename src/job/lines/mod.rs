@@ -5,12 +5,10 @@
 //! GitLab decides from the first line whether a log has timestamps, so ours must have them
 //! (decision D20). Lines name no host, no path and no secret: the CI user reads them.
 
-mod clone;
 mod ends;
 mod machine;
 mod reached;
 
-pub(super) use clone::clone;
 pub(super) use ends::{Hints, console, failure, kernel_words, masked, runner_words};
 pub(super) use machine::Section;
 pub(super) use reached::reached;
@@ -57,16 +55,6 @@ pub(super) fn no_containers(asked: &Containers, images: Option<&str>) -> Option<
             "{keys} has no effect here: this runner's jobs run in the virtual machine itself, not in a container{images}"
         )
     })
-}
-
-/// What the author of a job that failed reads of its machine.
-#[must_use]
-pub(super) fn kept(now: Timestamp, job: u64, length: Duration) -> String {
-    let text = format!(
-        "dayfly: the job failed, and its machine is kept for {}: who operates this runner can look inside, by `dayfly shell {job}`.",
-        people(length)
-    );
-    line(now, &text)
 }
 
 /// A plain line.

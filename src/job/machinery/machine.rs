@@ -1,11 +1,11 @@
 //! The machine of one job and its door: planned, written down, made, adopted, taken down.
 
-use super::{Machinery, cached};
+use super::Machinery;
+use crate::cache::{JobCache, Tenant};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{self, Admission};
 use crate::guest_config::{GuestParts, guest_config, guest_token};
-use crate::image::manifest::Ability;
 use crate::job::journal::Record;
 use crate::job::lines;
 use crate::job::state::Event;
@@ -69,21 +69,19 @@ impl Machinery {
         // One of a former daemon may be half made.
         let adopted = self.record.machine.is_some();
         let (claim, config, entrance) = match (self.record.machine.clone(), &made_of) {
-            (Some(mut claim), made_of) => {
-                self.adopt_clone(&mut claim).await;
-                self.known_machine(claim, made_of.as_ref().map(|(spec, _)| spec)).await?
-            }
-            (None, Some((spec, image))) => self.new_machine(spec, image.manifest.can(Ability::Clone)).await?,
+            (Some(claim), made_of) => self.known_machine(claim, made_of.as_ref().map(|(spec, _)| spec)).await?,
+            (None, Some((spec, _))) => self.new_machine(spec).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
         self.open_door(&claim, &config, entrance)?;
         self.machine_task_lost = None;
+        self.came_from = "cold";
         if made_of.is_some() && !adopted {
             self.begin_phase(Phase::Overlay);
         }
         let job = (self.record.key.runner.clone(), self.record.key.id.0);
         let machine = match made_of {
-            Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job),
+            Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job, &config),
             None => self.parts.supply.resume(claim),
         };
         machine.bind(Binding { egress: self.terms(&config), config: config.to_line() });
@@ -114,7 +112,7 @@ impl Machinery {
             dependencies: self.payload.as_ref().map(|payload| payload.dependencies.clone()).unwrap_or_default(),
             spool: self.trace.spool.writer(),
             client: self.trace.client.clone(),
-            cache: self.cache.clone(),
+            cache: self.cache(),
             direct_download: self.record.machine_spec.as_ref().is_some_and(|spec| spec.runner.direct_download),
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),
@@ -124,6 +122,13 @@ impl Machinery {
             metrics: self.parts.metrics.clone(),
         }));
         Ok(())
+    }
+
+    /// What the job may have of the caches, by what its payload says of it. A project that GitLab does not name has none.
+    fn cache(&self) -> Option<JobCache> {
+        let source = &self.payload.as_ref()?.source;
+        let tenant = Tenant::new(&self.record.gitlab, source.project_id?, source.protected);
+        Some(self.parts.caches.as_ref()?.of(tenant, self.record.key.id.0))
     }
 
     /// The job of a newer 201 takes the place of the one that no guest has been given yet; the
@@ -149,7 +154,6 @@ impl Machinery {
         self.trace.debug_trace.send_replace(self.record.debug_trace);
         self.trace.client.renew(payload.token.clone());
         self.payload = Some(payload);
-        self.cache = cached::of(&self.parts, &self.record, self.payload.as_ref());
         // The door holds its guest to the token of before. Its relay waits meanwhile.
         if let (Some(machine), true, false) = (self.record.machine.clone(), self.door.is_some(), self.another) {
             self.close_door().await;
@@ -216,15 +220,11 @@ impl Machinery {
     }
 
     /// A new machine: names and door, record, guest config, in this order.
-    async fn new_machine(
-        &mut self,
-        spec: &MachineSpec,
-        takes_clone: bool,
-    ) -> Result<(Claim, GuestConfig, Entrance), Event> {
+    async fn new_machine(&mut self, spec: &MachineSpec) -> Result<(Claim, GuestConfig, Entrance), Event> {
         if !self.gone.is_empty() && !self.put().await {
             return Err(Event::HostDiskFailed);
         }
-        let mut machine = self.parts.supply.claim(spec.network, spec.door()).await.map_err(|error| match error {
+        let machine = self.parts.supply.claim(spec.network, spec.door()).await.map_err(|error| match error {
             LeaseError::NoFreePort(_) => {
                 tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
                 Event::NoDoor
@@ -235,21 +235,15 @@ impl Machinery {
             }
         })?;
         reached(Point::K7);
-        self.begin_clone(&mut machine, takes_clone);
-        let begun = self.begin_machine(&mut machine, spec).await;
+        let begun = self.begin_machine(&machine, spec).await;
         if begun.is_err() {
-            self.release_clone().await;
             self.let_go().await;
         }
         let (config, entrance) = begun?;
         Ok((machine, config, entrance))
     }
 
-    async fn begin_machine(
-        &mut self,
-        machine: &mut Claim,
-        spec: &MachineSpec,
-    ) -> Result<(GuestConfig, Entrance), Event> {
+    async fn begin_machine(&mut self, machine: &Claim, spec: &MachineSpec) -> Result<(GuestConfig, Entrance), Event> {
         self.record.machine = Some(machine.clone());
         self.past.vm = Some(VmName::from(machine.id.clone()).to_string());
         if !self.put().await {
@@ -257,7 +251,6 @@ impl Machinery {
         }
         // The record names a machine now, and nothing of it is there.
         reached(Point::K4);
-        self.prepare_clone(machine).await;
         let config = self.write_config(machine, spec).await?;
         reached(Point::K6);
         let entrance = self.parts.supply.listen(machine).await.map_err(|error| {
@@ -297,8 +290,7 @@ impl Machinery {
                 door_patience: limits.door_patience.get(),
                 power_off_after: limits.guest_power_off.get(),
                 log_mib_max: limits.spool_mib,
-                cache: self.cache.is_some(),
-                clone: machine.clone.as_ref(),
+                cache: self.cache().is_some(),
             },
             &self.parts.clock,
             &self.parts.rng,
@@ -318,22 +310,6 @@ impl Machinery {
             return true;
         }
         false
-    }
-
-    /// Leaves the machine as it is for an operator, until then. It must exist: one of a former daemon is only watched.
-    pub(in crate::job) fn keep_machine(&mut self, until: Instant) -> Result<(), Event> {
-        if self.machine.is_none() {
-            let Some(claim) = self.record.machine.clone() else { return Err(Event::MachineReleased) };
-            let machine = self.parts.supply.resume(claim);
-            if let Some(payload) = &self.payload {
-                self.looks.at(machine.console(), payload.masks.clone());
-            }
-            self.machine = Some(machine);
-        }
-        if let Some(machine) = &self.machine {
-            machine.stay(until);
-        }
-        Ok(())
     }
 
     /// Has the machine taken down. `false`: there is none.
@@ -363,7 +339,6 @@ impl Machinery {
         self.past.console = self.console_kept().filter(|_| !self.another);
         self.machine = None;
         self.end_phase(Phase::CleanUp);
-        self.release_clone().await;
         self.close_door().await;
         if self.another {
             self.let_go().await;
@@ -374,8 +349,7 @@ impl Machinery {
         std::mem::take(&mut self.another)
     }
 
-    /// Closes the guest's door.
-    pub(in crate::job) async fn close_door(&mut self) {
+    async fn close_door(&mut self) {
         if let Some(door) = self.door.take() {
             door.revoke().await;
         }

@@ -1,7 +1,5 @@
 //! The moving parts of one job: spool, uploader, machine, door, record. `task` decides, this acts.
 
-mod cached;
-mod clone;
 mod machine;
 mod past;
 mod phases;
@@ -21,8 +19,6 @@ use super::past::{Looks, Past};
 use super::state::State;
 use super::{Parts, Runner, forget};
 use crate::awake::Moment;
-use crate::cache::JobCache;
-use crate::clones::JobClone;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobPayload, JobStatus};
 use crate::guest::{DoorHandle, GuestEvent, GuestView};
@@ -65,8 +61,6 @@ pub(super) struct Machinery {
     pub(super) last_spoke: Moment,
     runner: Arc<Runner>,
     payload: Option<JobPayload>,
-    /// What it may have of the caches.
-    cache: Option<JobCache>,
     /// The image that could not be used when the job came.
     image: Option<String>,
     times: Times,
@@ -77,8 +71,6 @@ pub(super) struct Machinery {
     guest_in: mpsc::Receiver<GuestEvent>,
     guest_view: watch::Sender<GuestView>,
     machine: Option<Machine>,
-    /// What its machine has of the job's repository.
-    clone: Option<JobClone>,
     /// Machines that are gone, and whose leases a record on disk may still name.
     gone: Vec<Claim>,
     /// The task of the machine died of a bug: when that is news for the job.
@@ -95,6 +87,8 @@ pub(super) struct Machinery {
     pub(super) past: Past,
     /// Where others look at the machine's console.
     looks: Looks,
+    /// How its machine came to be, as far as is known: `cold`, `restored`.
+    pub(super) came_from: &'static str,
 }
 
 impl Machinery {
@@ -111,12 +105,7 @@ impl Machinery {
         let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
         let update_interval = parts.limits.guest_update_interval.get();
         let (guest_view, _) = watch::channel(GuestView { status: JobStatus::Running, verdict: None, update_interval });
-        let cache = cached::of(&parts, &record, payload.as_ref());
-        if let Some(cache) = &cache {
-            cache.go_on(past.cache.clone());
-        }
         Self {
-            cache,
             times: Times::of(&parts, &record),
             phases: Phases::default(),
             trace: Trace::begin(&parts, &runner, &record, spool),
@@ -126,7 +115,6 @@ impl Machinery {
             guest_in,
             guest_view,
             machine: None,
-            clone: None,
             gone: Vec::new(),
             machine_task_lost: None,
             another: false,
@@ -135,6 +123,7 @@ impl Machinery {
             repeated: Repeated::default(),
             past,
             looks,
+            came_from: "cold",
             parts,
             record,
             journalled,
@@ -267,7 +256,6 @@ impl Machinery {
 
     /// Removes all that is kept of the job.
     pub(super) async fn finish(&mut self) {
-        self.let_caches_go().await;
         if self.journalled.leaves_files() && forget(&self.parts, &self.record.key).await {
             reached(Point::K18);
         }

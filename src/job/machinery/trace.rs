@@ -141,21 +141,12 @@ impl Machinery {
         let (now, sections) = (self.parts.clock.now(), self.record.trace_sections);
         // What the log masks is not known any more after a restart of the host.
         let masks = self.payload.as_ref().map(|payload| payload.masks.as_slice());
-        let mut section = lines::Section::of(&usage);
-        self.add_cache_rows(&mut section);
-        let mut text = masks.map_or_else(String::new, |masks| section.text(now, sections, masks));
+        let mut text = masks.map_or_else(String::new, |masks| lines::Section::of(&usage).text(now, sections, masks));
         text.push_str(&self.reached_section(now));
-        text.extend(self.kept_line(now));
         // Else there would be a record of no lines.
         if !text.is_empty() {
             self.plan_last_lines(|_| text).await;
         }
-    }
-
-    /// What the author reads of a machine that is kept, if it is.
-    pub(in crate::job) fn kept_line(&self, now: Timestamp) -> Option<String> {
-        let keep = self.record.machine_spec.as_ref()?.keep_failed.filter(|_| self.record.state.is_kept())?;
-        Some(lines::kept(now, self.record.key.id.0, Duration::from_secs(keep.for_s)))
     }
 
     /// The lines that the record names, if they are not in the spool yet, and that to disk.
@@ -226,11 +217,11 @@ impl Machinery {
         if self.record.guest_base.is_some() {
             return;
         }
-        self.close_clone().await;
         let elapsed = self.elapsed();
         self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
         self.end_boot_section().await;
         self.parts.metrics.job().boot_step("hand-out", elapsed);
+        self.parts.metrics.job().start(self.came_from, elapsed);
         self.begin_phase(Phase::Run);
         tracing::info!(elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX), "job handed to its guest");
         self.record.guest_base = Some(self.trace.spool.begin_guest().await);

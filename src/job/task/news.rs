@@ -32,8 +32,7 @@ impl Job {
                 self.hear(Event::GuestAsked(self.ask()), Some(Asking::Job(reply))).await;
             }
             GuestEvent::Verdict { verdict, reply } => {
-                let event = self.keeping(Event::GuestVerdict(verdict));
-                self.hear(event, Some(Asking::Verdict(reply))).await;
+                self.hear(Event::GuestVerdict(verdict), Some(Asking::Verdict(reply))).await;
             }
         }
     }
@@ -46,8 +45,22 @@ impl Job {
             }
             MachineEvent::Started => {
                 self.m.begin_phase(Phase::Boot);
-                self.m.clone_is_up();
                 self.phase("machine started").await;
+            }
+            MachineEvent::Restored(took) => {
+                self.m.came_from = "restored";
+                tracing::info!(
+                    took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+                    "the machine was restored"
+                );
+                // Its guest is up.
+                self.m.begin_phase(Phase::Boot);
+                self.m.begin_phase(Phase::PickUp);
+                self.phase("machine restored").await;
+            }
+            MachineEvent::NotRestored => {
+                self.m.came_from = "cold";
+                self.phase("machine could not be restored; it boots").await;
             }
             MachineEvent::Report(report) => self.report(report).await,
             MachineEvent::Failed(error) => {
@@ -96,16 +109,12 @@ impl Job {
             }
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
-            Report::Contract { .. } | Report::RunnerConnected => tracing::debug!(%report, "guest reports"),
+            Report::Contract { .. } | Report::Held | Report::RunnerConnected => {
+                tracing::debug!(%report, "guest reports")
+            }
             Report::RunnerExited(code) => {
                 tracing::debug!(code, "guest reports the end of its runner");
                 self.seen.runner_exited = Some(code);
-                let spec = self.m.record.machine_spec.as_ref();
-                let waits = spec.is_some_and(|spec| spec.keep_failed.is_some());
-                if waits && matches!(self.m.record.state, State::Releasing { .. }) {
-                    // It does not power off before it has heard whether it is to stay.
-                    self.feed(Event::GuestIdle).await;
-                }
             }
             Report::Failed(text) => {
                 self.m.repeated.failures.log(|line| tracing::warn!(text, "{line}"));

@@ -20,8 +20,8 @@ fn spec() -> VmSpec {
         },
         overlay: directory.join("overlays/df-abcdefghijklmnop.qcow2"),
         base: directory.join("images/d/disk.qcow2"),
+        frozen: None,
         attachment: Attachment::User,
-        read_only: Vec::new(),
         nested: false,
         socket_dir: "/run/dayfly".into(),
     }
@@ -107,6 +107,7 @@ fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
         bound: None,
         accel: Accel::Kvm,
         boot: Boot::Disk,
+        frozen: None,
         attachment: Attachment::Bridge { network: "dayfly".into(), tap: "dfabcdefghijkl".into() },
         ..spec()
     };
@@ -201,9 +202,9 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
                     let cards = tree.0.iter().filter(|e| e.0 == "domain/devices/interface").count();
                     let ports = tree.0.iter().filter(|e| e.0 == "domain/devices/channel").count();
                     if spec.attachment == Attachment::Egress {
-                        assert_eq!((cards, ports), (0, 4));
+                        assert_eq!((cards, ports), (0, 3));
                     } else {
-                        assert_eq!((cards, ports), (1, 3));
+                        assert_eq!((cards, ports), (1, 2));
                         let user = tree.attribute("domain/devices/interface", "type") == "user";
                         assert_eq!(user, spec.attachment == Attachment::User);
                     }

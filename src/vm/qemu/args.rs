@@ -1,7 +1,7 @@
 //! QEMU's command line for a [`VmSpec`]: the machine that libvirt makes of [`domain_xml`](crate::vm::domain_xml), device
 //! by device, and no others. Pure text, no I/O. Everybody on the host can read it: it holds no secret.
 
-use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, NESTING, SHELL_NAME, TB_CACHE_MIB, uuid};
+use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, NESTING, TB_CACHE_MIB, uuid};
 use crate::vm::{Accel, Attachment, Boot, VmName, VmSpec};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -40,6 +40,10 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     let mut add = |option: &str, text: String| all.extend([option.to_owned(), text]);
     add("-name", format!("guest={name},debug-threads=on"));
     add("-uuid", uuid(&spec.id));
+    if spec.frozen.is_some() {
+        // What it is restored from is sent to it.
+        add("-incoming", "defer".into());
+    }
     add("-display", "none".into());
     add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     add("-machine", "q35,usb=off,dump-guest-core=off".into());
@@ -71,25 +75,14 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     let socket = |id: &str, path: &str| format!("socket,id={id},path={},server=on,wait=off", value(path));
     add("-chardev", socket("qmp", absolute("QMP socket", qmp)?));
     add("-mon", "chardev=qmp,mode=control".into());
-    for node in disk(absolute("base image", &spec.base)?, absolute("overlay", &spec.overlay)?) {
+    let frozen = spec.frozen.as_ref().map(|frozen| absolute("frozen disk", &frozen.disk)).transpose()?;
+    for node in disk(absolute("base image", &spec.base)?, frozen, absolute("overlay", &spec.overlay)?) {
         add("-blockdev", node.to_string());
     }
     // Devices on the root bus would offer the old interface, too; behind libvirt's ports they do not.
     let virtio = |device: &str, rest: &str| format!("virtio-{device}-pci,disable-legacy=on{rest}");
     // A failing host disk pauses the guest, which we see, instead of failing its job (V11).
     add("-device", virtio("blk", ",drive=disk,bootindex=1,write-cache=on,werror=stop,rerror=stop"));
-    for (n, read_only) in spec.read_only.iter().enumerate() {
-        let (file, node) = (format!("read-only-{n}-file"), format!("read-only-{n}"));
-        let path = absolute("read-only disk", &read_only.path)?;
-        add(
-            "-blockdev",
-            json!({ "driver": "file", "node-name": file, "filename": path, "read-only": true }).to_string(),
-        );
-        add("-blockdev", json!({ "driver": "raw", "node-name": node, "file": file, "read-only": true }).to_string());
-        // Not ours to stop the machine for: its guest does without.
-        let serial = value(&read_only.serial);
-        add("-device", virtio("blk", &format!(",drive={node},serial={serial},werror=report,rerror=report")));
-    }
     match &spec.attachment {
         Attachment::Egress => add("-nic", "none".into()),
         Attachment::User => {
@@ -110,33 +103,45 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
         add("-chardev", socket("egress", absolute("egress port", &VmSpec::egress_socket(&spec.socket_dir, &spec.id))?));
         add("-device", format!("virtserialport,chardev=egress,name={EGRESS_NAME}"));
     }
-    add("-chardev", socket("shell", absolute("shell's port", &VmSpec::shell_socket(&spec.socket_dir, &spec.id))?));
-    add("-device", format!("virtserialport,chardev=shell,name={SHELL_NAME}"));
     add("-object", "rng-random,id=rng,filename=/dev/urandom".into());
     add("-device", virtio("rng", ",rng=rng"));
     add("-device", PANIC_PORT.into());
+    // By this a guest's kernel learns that it is another machine than the one that was frozen.
+    add("-device", format!("vmgenid,guid={}", uuid(&spec.id)));
     Ok(all)
 }
 
 /// The disk's nodes. The whole chain is spelt out, with its formats: no image's header decides what the host opens
-/// (T16), and the base image is opened for reading only (T17).
-fn disk(base: &str, overlay: &str) -> [Value; 4] {
+/// (T16), and base image and frozen disk are opened for reading only (T17).
+fn disk(base: &str, frozen: Option<&str>, overlay: &str) -> Vec<Value> {
     // No overlay outlives its VM, so nothing in it need ever reach the platters.
     let unsafe_cache = json!({ "direct": false, "no-flush": true });
-    [
+    let mut nodes = vec![
         json!({ "driver": "file", "node-name": "base-file", "filename": base, "read-only": true }),
         json!({ "driver": "qcow2", "node-name": "base", "file": "base-file", "read-only": true, "backing": null }),
+    ];
+    let mut below = "base";
+    if let Some(frozen) = frozen {
+        below = "frozen";
+        nodes.extend([
+            json!({ "driver": "file", "node-name": "frozen-file", "filename": frozen, "read-only": true }),
+            json!({ "driver": "qcow2", "node-name": "frozen", "file": "frozen-file", "read-only": true,
+                "backing": "base" }),
+        ]);
+    }
+    nodes.extend([
         json!({ "driver": "file", "node-name": "disk-file", "filename": overlay, "discard": "unmap",
             "cache": unsafe_cache.clone() }),
-        json!({ "driver": "qcow2", "node-name": "disk", "file": "disk-file", "backing": "base", "discard": "unmap",
+        json!({ "driver": "qcow2", "node-name": "disk", "file": "disk-file", "backing": below, "discard": "unmap",
             "cache": unsafe_cache }),
-    ]
+    ]);
+    nodes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::ReadOnlyDisk;
+    use crate::vm::Frozen;
 
     fn spec() -> VmSpec {
         VmSpec {
@@ -153,8 +158,8 @@ mod tests {
             },
             overlay: "/var/lib/dayfly/overlays/df-abcdefghijklmnop.qcow2".into(),
             base: "/var/lib/dayfly/images/d/disk.qcow2".into(),
+            frozen: None,
             attachment: Attachment::User,
-            read_only: Vec::new(),
             nested: false,
             socket_dir: "/run/dayfly".into(),
         }
@@ -176,23 +181,28 @@ mod tests {
         insta::assert_snapshot!(text);
     }
 
+    /// A restored machine is the one that was frozen, device by device, but for its names and the disk between its own and
+    /// the base image, which it cannot write to.
+    #[test]
+    fn a_restored_machine_differs_by_what_it_is_sent_and_by_a_disk() {
+        let frozen = Frozen { state: "/g/state".into(), sha256: [0; 32], disk: "/g/disk.qcow2".into() };
+        let restored = lines(&VmSpec { frozen: Some(frozen), ..spec() });
+        let booted = lines(&spec());
+        let more: Vec<&str> = restored.lines().filter(|line| !booted.contains(line)).collect();
+        assert_eq!(more.len(), 5, "{more:#?}");
+        assert!(
+            more[..2] == ["-incoming", "defer"] && more[2].contains("/g/disk.qcow2") && !restored.contains("/g/state")
+        );
+        assert!(more[2..4].iter().all(|line| line.contains("\"read-only\":true")), "{more:#?}");
+        assert!(more[3].contains("\"backing\":\"base\"") && more[4].contains("\"backing\":\"frozen\""));
+    }
+
     #[test]
     fn a_disk_boot_under_kvm_names_no_kernel() {
         let text = lines(&VmSpec { accel: Accel::Kvm, boot: Boot::Disk, ..spec() });
         assert!(text.contains("-accel\nkvm\n\n-cpu\nhost,-vmx,-svm\n") && !text.contains("-kernel"), "{text}");
         let text = lines(&VmSpec { accel: Accel::Kvm, nested: true, ..spec() });
         assert!(text.contains("-cpu\nhost\n"), "{text}");
-    }
-
-    #[test]
-    fn disks_that_are_only_read_come_behind_its_own() {
-        let disk = |n: usize, path: &str| ReadOnlyDisk { serial: format!("dayfly-clone-{n}"), path: path.into() };
-        let read_only = vec![disk(0, "/var/lib/dayfly/clones/a/0.img"), disk(1, "/var/lib/dayfly/clones/a/1,x.img")];
-        let text = lines(&VmSpec { read_only, ..spec() });
-        let own = text.find("drive=disk,").unwrap();
-        let first = text.find("drive=read-only-0,serial=dayfly-clone-0,werror=report,rerror=report").unwrap();
-        assert!(own < first && first < text.find("drive=read-only-1,").unwrap(), "{text}");
-        assert!(text.contains(r#"{"driver":"file","node-name":"read-only-1-file","filename":"/var/lib/dayfly/clones/a/1,x.img","read-only":true}"#), "{text}");
     }
 
     /// T16: no path is read as an option.

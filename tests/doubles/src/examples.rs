@@ -6,7 +6,7 @@ use dayfly::capacity::Resources;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::{JobKey, RECORD_VERSION, Record};
 use dayfly::job::state::State;
-use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec, Start};
 use dayfly::network::Mode;
 use dayfly::secret::Secret;
 
@@ -51,6 +51,7 @@ pub fn machine_spec() -> MachineSpec {
         disk_gib: 10,
         run_as_root: false,
         nested: false,
+        start: Start::Auto,
         network: Mode::User,
         egress: None,
         runner: GuestRunnerSpec {
@@ -61,7 +62,6 @@ pub fn machine_spec() -> MachineSpec {
             direct_download: false,
             settings: GuestSettings::default(),
         },
-        keep_failed: None,
         notes: Vec::new(),
     }
 }

@@ -1,7 +1,6 @@
 //! A whole daemon on real clock and real files.
 
 use dayfly::clock::Clock;
-use dayfly::clones::RealWorkshop;
 use dayfly::config::{Class, Config, Runner, Span};
 use dayfly::daemon::{self, Backends, DaemonError, Shutdown};
 use dayfly::files::Files;
@@ -62,6 +61,8 @@ pub enum HostError {
 pub struct Choice {
     /// Machines, and what lies beside them.
     pub host: vm::Host,
+    /// What they are made by.
+    pub hypervisor: vm::Config,
     /// How they run.
     pub accel: AccelChoice,
     /// The images; the machine class uses the one of this name.
@@ -102,7 +103,6 @@ impl Host {
             files: choice.files,
             clock: Clock::system(),
             rng: Rng::system(),
-            workshop: Arc::new(RealWorkshop::default()),
             images: choice.images.0,
             door_limits: Limits::default(),
         };
@@ -156,7 +156,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
         std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700).create(below)?;
     }
     config.network.guest_ports = choice.ports;
-    config.hypervisor.accel = choice.accel;
+    config.hypervisor = vm::Config { accel: choice.accel, ..choice.hypervisor.clone() };
     // The tool says how many VMs there are, so the host's size is no bound.
     config.capacity.cpus = Some(u32::MAX);
     config.capacity.memory_mib = Some(1 << 30);

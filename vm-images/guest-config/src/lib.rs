@@ -12,16 +12,12 @@ mod greeting;
 mod identity;
 mod report;
 mod session;
-mod shell;
-mod stay;
 
 pub use clock::{ClockAnswer, ClockQuestion};
 pub use greeting::{GREETING_LINE_MAX, Greeting, GreetingError, Nonce, PASS_BYTES, Pass};
 pub use identity::system_id;
-pub use report::{Can, REPORT_LINE_MAX, Report};
+pub use report::{REPORT_LINE_MAX, Report};
 pub use session::{PROOF_BYTES, SessionProofs};
-pub use shell::{BadFrame, ShellFrame, ShellFrames, TYPED_BYTES_MAX, TerminalSize, plain_term};
-pub use stay::{STAY_MAX_S, Stay};
 
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -34,9 +30,6 @@ pub const DOOR_PORT_NAME: &str = "org.dayfly.door.0";
 
 /// Name of the virtio-serial port over which what a job sends out leaves a VM without a network card.
 pub const EGRESS_PORT_NAME: &str = "org.dayfly.egress.0";
-
-/// Name of the virtio-serial port over which a host asks for a shell. Nobody has to be behind it.
-pub const SHELL_PORT_NAME: &str = "org.dayfly.shell.0";
 
 /// What [`GuestConfig::door`] says where the door is behind [`DOOR_PORT_NAME`].
 pub const DOOR_WIRE: &str = "wire";
@@ -67,7 +60,7 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
 /// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`]; it may ask for the time ([`ClockQuestion`]) |
-/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without; it may be told to stay when its runner has ended ([`Stay`]) and asked for a shell ([`SHELL_PORT_NAME`]), if it has said that it can |
+/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without; a guest may say that it can be frozen ([`GuestConfig::hold`]) |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
@@ -75,28 +68,6 @@ pub const CONTRACT: u32 = 3;
 
 /// The oldest contract that is spoken.
 pub const CONTRACT_OLDEST: u32 = CONTRACT - 1;
-
-/// Where a guest puts what its host has of the job's repository: a repository without branches, on memory, whose packs are
-/// those of the disks. Below it, the disks.
-pub const CLONE_DIR: &str = "/run/dayfly/clone";
-
-/// What git in a job is told by `GIT_ALTERNATE_OBJECT_DIRECTORIES`.
-pub const CLONE_OBJECTS: &str = "/run/dayfly/clone/objects";
-
-/// The serial number of the `n`th disk with a part of the repository: it has 20 bytes at most.
-#[must_use]
-pub fn clone_serial(n: usize) -> String {
-    format!("dayfly-clone-{n}")
-}
-
-/// The serial number of the disk that is empty at first, and may be written until the job is handed out.
-pub const CLONE_SLOT_SERIAL: &str = "dayfly-clone-slot";
-
-/// In the root of such a disk: a line `<name> <bytes>` for each pack that the disk's [`CLONE_REFS`] need, wherever it is.
-pub const CLONE_PACKS: &str = "packs";
-
-/// In the root of such a disk: what git's `packed-refs` holds.
-pub const CLONE_REFS: &str = "packed-refs";
 
 /// Bytes of one guest config at most, its line break included.
 pub const CONFIG_BYTES_MAX: usize = 256 * 1024;
@@ -130,27 +101,15 @@ pub struct GuestConfig {
     pub network: GuestNetwork,
     /// The guest runner.
     pub runner: GuestRunner,
-    /// What the host has of the job's repository. Only for a guest whose [`Report::Contract`] says that it knows it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clone: Option<GuestClone>,
     /// Seconds that the relay waits for a door that refuses, before it gives a connection up.
     pub door_patience_s: u64,
     /// Seconds after which a guest whose door has not answered powers off by itself.
     pub power_off_after_s: u64,
-    /// Its host may say [`Stay`]: when its runner has ended it waits a moment for that. Only for a guest whose
-    /// [`Report::Contract`] says that it can.
+    /// This is not the guest's own yet: it starts the runner that this config describes, takes no identity, reports
+    /// [`Report::Held`], and waits to be frozen and, as whatever is restored from that, for a config of its own, which
+    /// has the same [`GuestConfig::runner`]. Only for a guest whose [`Report::Contract`] says that it can.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub may_stay: bool,
-}
-
-/// The disks with what the host has of the job's repository, found by their serial numbers ([`clone_serial`]). Whatever
-/// of it is missing costs the job time and nothing else.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuestClone {
-    /// How many there are.
-    pub disks: usize,
-    /// Whether there is one more ([`CLONE_SLOT_SERIAL`]), which may be written while the machine boots.
-    pub slot: bool,
+    pub hold: bool,
 }
 
 /// The guest's side of its network.
@@ -171,7 +130,7 @@ pub struct GuestNetwork {
 }
 
 /// How the guest starts its runner.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestRunner {
     /// Whole text of the runner's config.toml.
     pub config_toml: String,
@@ -246,12 +205,11 @@ mod tests {
     use std::collections::BTreeSet;
 
     /// The configs of each contract, as its daemons write them: never edited, only added to.
-    const GOLDEN: [(u32, &str); 5] = [
+    const GOLDEN: [(u32, &str); 4] = [
         (2, include_str!("../golden/contract-2.json")),
         (3, include_str!("../golden/contract-3.json")),
         (3, include_str!("../golden/contract-3-relay.json")),
-        (3, include_str!("../golden/contract-3-stay.json")),
-        (3, include_str!("../golden/contract-3-clone.json")),
+        (3, include_str!("../golden/contract-3-hold.json")),
     ];
 
     fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
@@ -280,7 +238,7 @@ mod tests {
             let again = config.to_line();
             assert_eq!(members_of(&again), members_of(line.as_bytes()), "contract {contract}");
             assert_eq!(config.network.relay, line.contains("\"relay\":true"));
-            assert_eq!(config.clone.is_some(), line.contains("\"clone\""));
+            assert_eq!(config.hold, line.contains("\"hold\":true"));
         }
     }
 

@@ -8,36 +8,11 @@ use std::fmt;
 /// Bytes of one report line at most, its line break not counted.
 pub const REPORT_LINE_MAX: usize = 4096;
 
-/// What a guest can besides its contract: a word each, of which a later guest may have more. The default: nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Can {
-    /// Its kernel can give a machine without a card its network ([`crate::GuestNetwork::relay`]).
-    pub relay: bool,
-    /// It stays when its runner has ended, if its host says so ([`crate::Stay`]).
-    pub stay: bool,
-    /// It gives its host a shell ([`crate::SHELL_PORT_NAME`]).
-    pub shell: bool,
-    /// It puts what its host has of a job's repository where git finds it ([`crate::GuestClone`]).
-    pub clone: bool,
-}
+/// What a guest adds to its contract if it can do without a network card.
+const RELAY_WORD: &str = "relay";
 
-impl Can {
-    fn words(self) -> impl Iterator<Item = &'static str> {
-        [("relay", self.relay), ("stay", self.stay), ("shell", self.shell), ("clone", self.clone)]
-            .into_iter()
-            .filter_map(|(w, can)| can.then_some(w))
-    }
-
-    fn of<'a>(words: impl Iterator<Item = &'a str>) -> Self {
-        words.fold(Self::default(), |can, word| match word {
-            "relay" => Self { relay: true, ..can },
-            "stay" => Self { stay: true, ..can },
-            "shell" => Self { shell: true, ..can },
-            "clone" => Self { clone: true, ..can },
-            _ => can,
-        })
-    }
-}
+/// What it adds if it can be frozen while it waits for a job.
+const HOLD_WORD: &str = "hold";
 
 /// One report of the guest program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,9 +23,13 @@ pub enum Report {
     Contract {
         /// The contract that it speaks.
         contract: u32,
-        /// And what it can besides.
-        can: Can,
+        /// Whether its kernel can give a machine without a card its network ([`crate::GuestNetwork::relay`]).
+        relay: bool,
+        /// Whether it can wait for a job without being anybody ([`crate::GuestConfig::hold`]).
+        hold: bool,
     },
+    /// The guest runner has been started and waits at the relay; the machine is nobody yet, and may be frozen.
+    Held,
     /// Identity, network and files are in place.
     Applied,
     /// The guest runner has been started.
@@ -72,9 +51,11 @@ impl Report {
             "ready" => Self::Ready,
             "contract" => {
                 // A later guest may say more.
-                let mut words = rest.split(' ');
-                Self::Contract { contract: words.next()?.parse().ok()?, can: Can::of(words) }
+                let (contract, words) = rest.split_once(' ').unwrap_or((rest, ""));
+                let says = |word| words.split(' ').any(|said| said == word);
+                Self::Contract { contract: contract.parse().ok()?, relay: says(RELAY_WORD), hold: says(HOLD_WORD) }
             }
+            "held" => Self::Held,
             "applied" => Self::Applied,
             "runner-started" => Self::RunnerStarted,
             "runner-connected" => Self::RunnerConnected,
@@ -89,10 +70,12 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ready => f.write_str("ready"),
-            Self::Contract { contract, can } => {
+            Self::Contract { contract, relay, hold } => {
                 write!(f, "contract {contract}")?;
-                can.words().try_for_each(|word| write!(f, " {word}"))
+                let words = [(relay, RELAY_WORD), (hold, HOLD_WORD)];
+                words.iter().filter(|(says, _)| **says).try_for_each(|(_, word)| write!(f, " {word}"))
             }
+            Self::Held => f.write_str("held"),
             Self::Applied => f.write_str("applied"),
             Self::RunnerStarted => f.write_str("runner-started"),
             Self::RunnerConnected => f.write_str("runner-connected"),
@@ -113,10 +96,11 @@ mod tests {
     fn a_report_reads_back_as_it_was_written() {
         for report in [
             Report::Ready,
-            Report::Contract { contract: 2, can: Can::default() },
-            Report::Contract { contract: 3, can: Can { relay: true, ..Can::default() } },
-            Report::Contract { contract: 3, can: Can { stay: true, shell: true, ..Can::default() } },
-            Report::Contract { contract: 3, can: Can { clone: true, ..Can::default() } },
+            Report::Contract { contract: 2, relay: false, hold: false },
+            Report::Contract { contract: 3, relay: true, hold: false },
+            Report::Contract { contract: 3, relay: false, hold: true },
+            Report::Contract { contract: 3, relay: true, hold: true },
+            Report::Held,
             Report::Applied,
             Report::RunnerStarted,
             Report::RunnerConnected,
@@ -135,10 +119,10 @@ mod tests {
     #[test]
     fn words_that_are_not_known_are_passed_over() {
         let relay = |line| match Report::parse(line) {
-            Some(Report::Contract { contract: 3, can }) => can.relay,
+            Some(Report::Contract { contract: 3, relay, hold: false }) => relay,
             other => panic!("{line}: {other:?}"),
         };
-        assert!(relay("contract 3 bridge relay clones tap") && !relay("contract 3 relays") && !relay("contract 3 "));
+        assert!(relay("contract 3 bridge relay tap") && !relay("contract 3 relays") && !relay("contract 3 "));
     }
 
     #[test]

@@ -109,8 +109,7 @@ impl Default for Limits {
             pong: Duration::from_secs(30),
             silence: Duration::from_secs(40),
             host: Held { window: 256 * 1024, unsent: 256 * 1024 },
-            // More than a port and its socket hold, so that they never run empty while an update is on its way.
-            guest: Held { window: 1024 * 1024, unsent: 256 * 1024 },
+            guest: Held { window: 256 * 1024, unsent: 256 * 1024 },
             few: None,
         }
     }

@@ -15,12 +15,13 @@ pub enum Op {
     RemoveOverlay,
     ListOverlays,
     Start,
+    Freeze,
+    GoOn,
     State,
     Destroy,
     List,
     OpenChannel,
     OpenDoor,
-    OpenShell,
     OpenConsole,
     RemoveSockets,
     Listen,
@@ -31,18 +32,19 @@ pub enum Op {
 
 impl Op {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Probe,
         Self::CreateOverlay,
         Self::RemoveOverlay,
         Self::ListOverlays,
         Self::Start,
+        Self::Freeze,
+        Self::GoOn,
         Self::State,
         Self::Destroy,
         Self::List,
         Self::OpenChannel,
         Self::OpenDoor,
-        Self::OpenShell,
         Self::OpenConsole,
         Self::RemoveSockets,
         Self::Listen,
@@ -57,7 +59,6 @@ impl Op {
         let op = match socket.extension()?.to_str()? {
             "guest" => Self::OpenChannel,
             "door" => Self::OpenDoor,
-            "shell" => Self::OpenShell,
             "con" => Self::OpenConsole,
             _ => return None,
         };
@@ -68,6 +69,7 @@ impl Op {
     #[must_use]
     pub fn deadline(self) -> Duration {
         Duration::from_secs(match self {
+            Self::Freeze => 120,
             Self::CreateOverlay | Self::Start => 60,
             Self::Probe | Self::Destroy => 30,
             _ => 10,
@@ -77,7 +79,7 @@ impl Op {
     /// Whether libvirtd has a hand in it; the others are files and sockets.
     #[must_use]
     pub fn needs_libvirtd(self) -> bool {
-        matches!(self, Self::Probe | Self::Start | Self::State | Self::Destroy | Self::List)
+        matches!(self, Self::Probe | Self::Start | Self::Freeze | Self::GoOn | Self::State | Self::Destroy | Self::List)
     }
 
     /// The call in words, as errors say it.
@@ -88,12 +90,13 @@ impl Op {
             Self::RemoveOverlay => "remove overlay",
             Self::ListOverlays => "list overlays in",
             Self::Start => "start VM",
+            Self::Freeze => "freeze VM",
+            Self::GoOn => "go on with VM",
             Self::State => "read state of VM",
             Self::Destroy => "destroy VM",
             Self::List => "list VMs of",
             Self::OpenChannel => "open channel of VM",
             Self::OpenDoor => "open door's port of VM",
-            Self::OpenShell => "open shell's port of VM",
             Self::OpenConsole => "open console of VM",
             Self::RemoveSockets => "remove sockets of VM",
             Self::Listen => "listen at",

@@ -34,7 +34,6 @@ fn spec(texts: &[&str]) -> VmSpec {
             1 => Attachment::Egress,
             _ => Attachment::User,
         },
-        read_only: Vec::new(),
         nested: texts.len() % 2 == 1,
         socket_dir: path(8),
     }

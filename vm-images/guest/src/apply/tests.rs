@@ -31,10 +31,9 @@ fn config() -> GuestConfig {
             user: "ci".into(),
             wait_timeout_s: 60,
         },
-        clone: None,
         door_patience_s: 60,
         power_off_after_s: 1800,
-        may_stay: false,
+        hold: false,
     }
 }
 
@@ -57,6 +56,7 @@ fn all_files_are_written_and_a_second_time_changes_nothing() {
     config.runner.ca_pem = Some(PEM.into());
     let read = |path: &str| fs::read_to_string(below(root.path(), path)).unwrap();
     for _ in 0..2 {
+        names(root.path(), &config).unwrap();
         files(root.path(), &config, &me()).unwrap();
         assert_eq!(read("/etc/hostname"), "df-abc\n");
         assert!(read("/etc/hosts").contains("127.0.1.1 df-abc\n"));
@@ -81,7 +81,7 @@ fn a_ca_file_that_the_runner_would_miss_is_an_error() {
 #[test]
 fn a_disk_that_cannot_be_written_is_an_error_with_its_path() {
     let root = tempfile::tempdir().unwrap(); // has no /etc
-    let error = files(root.path(), &config(), &me()).unwrap_err();
+    let error = names(root.path(), &config()).unwrap_err();
     assert!(error.to_string().ends_with("/etc/hostname"), "{error}");
 }
 
@@ -116,21 +116,4 @@ fn addresses_macs_and_hex_are_read_strictly() {
     }
     assert_eq!(from_hex("00fF"), Some(vec![0, 255]));
     assert_eq!(from_hex("0"), None);
-}
-
-#[test]
-fn a_card_is_found_whatever_udev_calls_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let device = |name: &str, hardware: bool| {
-        let path = dir.path().join(name);
-        fs::create_dir_all(if hardware { path.join("device") } else { path }).unwrap();
-    };
-    assert_eq!(card(dir.path()), None);
-    device("lo", false);
-    device("docker0", false);
-    assert_eq!(card(dir.path()), None);
-    device("enp0s2", true);
-    assert_eq!(card(dir.path()).as_deref(), Some("enp0s2"));
-    device("eth0", true);
-    assert_eq!(card(dir.path()).as_deref(), Some("eth0"));
 }

@@ -3,7 +3,7 @@
 
 use dayfly::clock::Clock;
 use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec, Start};
 use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -43,6 +43,7 @@ impl Told {
             disk_gib: DISK_GIB,
             run_as_root: false,
             nested: false,
+            start: Start::Cold,
             network: Mode::User,
             egress: None,
             runner: GuestRunnerSpec {
@@ -53,7 +54,6 @@ impl Told {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
-            keep_failed: None,
             notes: Vec::new(),
         };
         let parts = GuestParts {
@@ -66,7 +66,6 @@ impl Told {
             power_off_after: PATIENCE,
             log_mib_max: 4,
             cache: false,
-            clone: None,
         };
         guest_config(&parts, &Clock::system(), rng)
     }

@@ -15,7 +15,7 @@ pub(crate) struct Places {
 }
 
 /// What may always be there, below each of the directories.
-const STATE: [&str; 7] = ["installation.json", "jobs", "overlays", "lock", "ended", "consoles", "shells"];
+const STATE: [&str; 5] = ["installation.json", "jobs", "overlays", "lock", "ended"];
 const RUNTIME: [&str; 4] = ["control.sock", "jobs", "status.sock", "vm"];
 const MACHINES: [&str; 2] = ["guest", "guest.log"];
 

@@ -66,6 +66,7 @@ impl Scene {
         let choice = Choice {
             host: RealDirectories(hypervisor.clone()).host(),
             listen: Arc::new(Tcp),
+            hypervisor: dayfly::vm::Config::default(),
             accel: AccelChoice::Tcg,
             images: no_image(),
             transport: gitlab.standin.opener(),

@@ -15,7 +15,6 @@
 mod args;
 mod batch;
 mod check;
-mod clones;
 mod dice;
 mod event;
 mod guest;

@@ -3,7 +3,6 @@
 use crate::dice::Dice;
 use crate::kinds::Kind;
 use crate::planted::Bug;
-use dayfly_doubles::workshop::Mood;
 use std::time::Duration;
 
 /// One run.
@@ -24,10 +23,6 @@ pub(crate) struct Plan {
     pub(crate) bug: Option<Bug>,
     /// The image's guests are of the contract before, whose doors are ports.
     pub(crate) by_port: bool,
-    /// For so many seconds the machine of a job that failed is kept.
-    pub(crate) keep_s: Option<u64>,
-    /// Repositories are kept on the host, and what fetches come to, one after the other.
-    pub(crate) clones: Option<Vec<(Mood, Duration)>>,
 }
 
 /// Deadlines and bounds of the daemon.
@@ -327,11 +322,6 @@ impl Plan {
             heals,
             bug: None,
             by_port: Dice::new(seed, 9).chance(350),
-            keep_s: {
-                let mut dice = Dice::new(seed, 11);
-                if dice.chance(250) { Some(*dice.pick(&[15, 60, 200])) } else { None }
-            },
-            clones: fetches(seed, 300),
         }
     }
 }
@@ -345,9 +335,6 @@ impl Plan {
             &[Kind::RateLimited, Kind::OverAtFirstWord, Kind::FinalLost, Kind::DestroyFails, Kind::SyncFails];
         let (mut plan, mut dice) = (Self { bug, ..Self::draw(seed) }, Dice::new(seed, 3));
         plan.by_port |= bug == Some(Bug::DoorLeftOpen);
-        if matches!(bug, Some(Bug::ForeignClone | Bug::SlotKept)) {
-            (plan.clones, plan.by_port) = (fetches(seed, 1000), false);
-        }
         for kind in [*dice.pick(RARE), Kind::HandOver] {
             if let Some((_, from, to)) = ACTION_KINDS.iter().find(|(of, _, _)| *of == kind) {
                 let at = dice.time(0, u64::try_from(plan.heals.as_millis()).unwrap_or(u64::MAX));
@@ -369,21 +356,6 @@ impl Plan {
         }
         plan
     }
-}
-
-/// What becomes of fetches, in so many runs of a thousand.
-fn fetches(seed: u64, per_mille: u64) -> Option<Vec<(Mood, Duration)>> {
-    let mut dice = Dice::new(seed, 11);
-    if !dice.chance(per_mille) {
-        return None;
-    }
-    let moods = [Mood::Well, Mood::Well, Mood::Well, Mood::Refused, Mood::Broken, Mood::Full];
-    let count = dice.range(1, 8);
-    let mut fetch = || {
-        let longest = *dice.pick(&[500, 3_000, 200_000]);
-        (*dice.pick(&moods), dice.time(0, longest))
-    };
-    Some((0..count).map(|_| fetch()).collect())
 }
 
 impl Script {

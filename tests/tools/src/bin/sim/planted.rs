@@ -22,7 +22,6 @@ use dayfly::rng::Rng;
 use dayfly::vm::Hypervisor;
 use dayfly::vm::paths::Paths;
 use dayfly_doubles::fake::FakeHypervisor;
-use dayfly_doubles::workshop::FakeWorkshop;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -88,10 +87,6 @@ bugs! {
     DoorLeftOpen breaks 13,
     /// A machine that could not be destroyed at once counts as gone.
     DestroyGivenUp breaks 16,
-    /// What a machine is given of its project's repository is another's.
-    ForeignClone breaks 12,
-    /// The disk that one machine had alone stays when that is gone.
-    SlotKept breaks 13,
     /// One job more than configured.
     OneJobTooMany breaks 14,
     /// Machines of other installations are taken for ours.
@@ -116,8 +111,6 @@ bugs! {
     CapIgnored breaks 18,
     /// A guest that was told to end, or has said its last word, may live as long as it likes.
     GraceNeverOver breaks 18,
-    /// A machine that is kept after its job failed is kept for a month.
-    KeptForEver breaks 18,
     /// The hypervisor's list is not looked at: a paused machine goes unnoticed.
     ListIgnored breaks 18,
     /// After an outage of GitLab it is minutes until the next poll.
@@ -174,14 +167,6 @@ impl Planted {
             not_made: Mutex::default(),
         });
         (host.clone(), host)
-    }
-
-    /// Git, and the disks of repositories.
-    pub(crate) fn workshop(&self, workshop: FakeWorkshop) -> FakeWorkshop {
-        if self.bug == Some(Bug::ForeignClone) {
-            workshop.mix_up();
-        }
-        workshop
     }
 
     /// Where doors are opened.

@@ -17,9 +17,6 @@ use tokio::time::{sleep, timeout};
 /// Nothing takes longer than this, in virtual time, once nothing new goes wrong.
 const PATIENCE: Duration = Duration::from_secs(8 * 3600);
 
-/// What a machine has alone goes with it, or with a sweep soon after; what has not gone by then is left behind.
-const SLOT_PATIENCE: Duration = Duration::from_secs(2 * 3600);
-
 /// Between two looks at the whole.
 const LOOK: Duration = Duration::from_millis(1000);
 
@@ -118,7 +115,6 @@ impl World {
                 self.over(kind);
             }
             self.look_after_outage();
-            self.look_at_clones();
             if !self.is_alive() {
                 self.begin().await;
                 continue;
@@ -139,10 +135,6 @@ impl World {
                 self.story.heal();
             }
             if healed && next_job.is_none() && lasting.is_empty() && self.is_done() {
-                if !self.slots().is_empty() && now < plan.heals + SLOT_PATIENCE {
-                    sleep(LOOK).await;
-                    continue;
-                }
                 return;
             }
             let wake =
@@ -242,7 +234,6 @@ impl World {
             path.ends_with("installation.json")
                 || path.starts_with("/state/set-aside")
                 || path.starts_with("/state/ended")
-                || path.starts_with("/state/clones") && !path.starts_with("/state/clones/slots")
         };
         let files: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|path| !usual(path)).collect();
         if !files.is_empty() {

@@ -11,7 +11,6 @@ mod service;
 use crate::byhand::Told;
 use crate::figures::{Spread, figure, say};
 use crate::start::Wanted;
-use bytes::Bytes;
 use dayfly::clock::Clock;
 use dayfly::image::store::{ImageStore, Images as _};
 use dayfly::rng::Rng;
@@ -20,7 +19,7 @@ use dayfly::vm::libvirt::Libvirt;
 use dayfly::vm::{Accel, AccelChoice, Attachment, Config, VmId, VmSpec};
 use dayfly_exec::standin::{JobSpec, Standin, Variable, serve};
 use machine::{Measured, Side};
-use service::{Service, What};
+use service::What;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -38,11 +37,8 @@ const CONNECTIONS: usize = 100;
 /// The machines' size.
 const MEMORY_MIB: u64 = 1024;
 
-/// The job's script: fetches the client and runs it.
-const SCRIPT: &str = "curl -sSf -o client http://192.0.2.1/bench/client && chmod +x client && ./client";
-
-/// The client's program, beside ours.
-const CLIENT: &str = "dayfly-bench-client";
+/// The job's script: the client, from a file, for the runner's shell reads its own from standard input.
+const SCRIPT: &str = concat!("cat >client.py <<'CLIENT'\n", include_str!("client.py"), "\nCLIENT\npython3 client.py");
 
 const SIDES: [Side; 2] = [Side::Wire, Side::Tcp];
 
@@ -75,12 +71,11 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         boot: image.boot.clone(),
         overlay: PathBuf::new(),
         base: image.disk.clone(),
+        frozen: None,
         attachment: Attachment::User,
-        read_only: Vec::new(),
         nested: false,
         socket_dir: PathBuf::new(),
     };
-    let client = client().await?;
     let mut machines = Vec::new();
     for side in SIDES {
         let project = standin.add_project(&format!("group/{}", name(side)));
@@ -90,7 +85,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
             token: standin.runner_token(runner).ok_or("the runner has no token")?,
             executor: image.manifest.executor_of(&dayfly::machine_spec::DockerSettings::default()),
         };
-        let machine = Measured::start(side, &vms, &like, &told, Service::new(served.address(), client.clone())).await?;
+        let machine = Measured::start(side, &vms, &like, &told, served.address()).await?;
         let script = JobSpec::script([SCRIPT]).with_variable(Variable::new("GIT_STRATEGY", "none"));
         machines.push((side, standin.enqueue(project, script), machine));
     }
@@ -102,12 +97,6 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         machine.end().await?;
     }
     report(&measured?)
-}
-
-async fn client() -> Result<Bytes, String> {
-    let here = std::env::current_exe().map_err(|error| error.to_string())?.with_file_name(CLIENT);
-    let program = tokio::fs::read(&here).await.map_err(|error| format!("{}: {error}", here.display()))?;
-    Ok(program.into())
 }
 
 async fn rounds(runs: u16, machines: &mut [(Side, dayfly::gitlab::JobId, Measured)]) -> Result<Rounds, String> {

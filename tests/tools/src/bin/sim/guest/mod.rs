@@ -30,7 +30,6 @@ pub(crate) struct Guest {
     pub(crate) token: String,
     pub(crate) script: Arc<Script>,
     pub(crate) wait: Duration,
-    pub(crate) may_stay: bool,
 }
 
 /// The life of one VM's inside.
@@ -119,8 +118,7 @@ async fn boot(
     let who = (story.clone(), vm.to_owned(), job);
     let line = Line::new(way, &config.pass, patience, who, dice);
     line.tell(GuestDoes::Configured { pass: &config.pass });
-    let (wait, may_stay) = (Duration::from_secs(config.runner.wait_timeout_s), config.may_stay);
-    Some(Guest { machine, line, token, script, wait, may_stay })
+    Some(Guest { machine, line, token, script, wait: Duration::from_secs(config.runner.wait_timeout_s) })
 }
 
 impl Guest {
@@ -135,9 +133,6 @@ impl Guest {
     /// Ends, as the guest program does when its runner has ended.
     pub(crate) async fn power_off(mut self) {
         report(&mut self.machine.channel, &Report::RunnerExited(0)).await;
-        if self.may_stay {
-            boot::stay(&mut self.machine.channel).await;
-        }
         self.machine.power.off();
         std::future::pending::<()>().await;
     }
