@@ -34,40 +34,19 @@ pub struct MachineSpec {
     /// Whether its guest may run VMs of its own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
-    /// Where its machine may come from.
-    #[serde(default, skip_serializing_if = "Start::is_auto")]
-    pub start: Start,
     /// What the guest's network is.
     pub network: network::Mode,
     /// What its job may reach, where it has no network card.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<Policy>,
+    /// What of this host's network it reaches beside its door.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forwards: Vec<network::Forward>,
     /// What the guest's runner is called and told.
     pub runner: GuestRunnerSpec,
     /// What its author is told of how it was chosen, a line each: what was asked for, and what came of that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
-}
-
-/// Where a job's machine comes from. Its job does not know the difference.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Start {
-    /// The quickest way that this host has proven.
-    #[default]
-    Auto,
-    /// It boots.
-    Cold,
-    /// It is restored from one that was frozen while it waited for a job; until there is one, it boots.
-    Restored,
-}
-
-impl Start {
-    /// Whether nothing else was asked for.
-    #[must_use]
-    pub fn is_auto(&self) -> bool {
-        *self == Self::Auto
-    }
 }
 
 /// How large a machine is.
@@ -238,9 +217,9 @@ impl MachineSpec {
             disk_gib: 10,
             run_as_root: false,
             nested: false,
-            start: Start::Auto,
             network: network::Mode::User,
             egress: None,
+            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "linux \"vm\"/1".into(),
                 token: Secret::new("glrt-123456789abcdef"),

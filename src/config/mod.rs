@@ -24,7 +24,7 @@ pub use schema::schema;
 pub use validate::{Problem, Problems};
 
 use crate::image::store::VERSIONS_KEPT;
-use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size, Start};
+use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size};
 use crate::rules::Rule;
 use crate::{capacity, control, network, telemetry, vm, web};
 use serde::{Deserialize, Serialize};
@@ -62,14 +62,14 @@ pub struct Config {
     pub capacity: capacity::Config,
     /// Section `[cache]`.
     pub cache: Cache,
-    /// Section `[goldens]`.
-    pub goldens: Goldens,
     /// Section `[limits]`.
     pub limits: Limits,
     /// Section `[history]`.
     pub history: History,
     /// `[[class]]`: machine classes.
     pub class: Vec<Class>,
+    /// `[[forward]]`: what of this host's network jobs reach beside their doors.
+    pub forward: Vec<network::ForwardConfig>,
     /// `[[rule]]`: which jobs are taken, and in which class; in order.
     pub rule: Vec<Rule>,
     /// `[[runner]]`: registered runners.
@@ -92,10 +92,10 @@ impl Default for Config {
             network: network::Config::default(),
             capacity: capacity::Config::default(),
             cache: Cache::default(),
-            goldens: Goldens::default(),
             limits: Limits::default(),
             history: History::default(),
             class: Vec::new(),
+            forward: Vec::new(),
             rule: Vec::new(),
             runner: Vec::new(),
         }
@@ -175,9 +175,6 @@ pub struct Class {
     /// Whether guests may run VMs of their own, where the host's KVM lets them.
     #[serde(default)]
     pub nested: bool,
-    /// Where their machines come from.
-    #[serde(default, skip_serializing_if = "Start::is_auto")]
-    pub start: Start,
     /// What network its jobs have; none: `relay` where the image can, else `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<network::Choice>,
@@ -203,20 +200,6 @@ pub struct Cache {
 impl Default for Cache {
     fn default() -> Self {
         Self { enabled: true, size_gib: 20, project_gib: 5, max_age: Span::from_secs(30 * 24 * 3600) }
-    }
-}
-
-/// Section `[goldens]`: frozen machines, which others are restored from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Goldens {
-    /// GiB of their files; 0: none is made.
-    pub disk_gib: u64,
-}
-
-impl Default for Goldens {
-    fn default() -> Self {
-        Self { disk_gib: 8 }
     }
 }
 
@@ -252,7 +235,6 @@ impl Class {
             privileged_containers: false,
             allow_standin_runner: false,
             nested: false,
-            start: Start::Auto,
             network: None,
             egress: network::EgressConfig::default(),
         }

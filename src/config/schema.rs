@@ -9,8 +9,12 @@ use serde_json::{Map, Value, json};
 use toml_edit::DocumentMut;
 
 /// Keys without which an entry means nothing.
-const REQUIRED: [(&str, &[&str]); 3] =
-    [("class", &["name", "image"]), ("rule", &[]), ("runner", &["name", "url", "token_file", "class"])];
+const REQUIRED: [(&str, &[&str]); 4] = [
+    ("class", &["name", "image"]),
+    ("forward", &["name", "address", "port", "classes"]),
+    ("rule", &[]),
+    ("runner", &["name", "url", "token_file", "class"]),
+];
 
 /// A key as the example has it.
 struct Key {

@@ -12,7 +12,6 @@
 
 mod disk;
 mod error;
-mod goldens;
 mod handler;
 mod installation;
 mod listener;
@@ -52,7 +51,6 @@ use crate::network::{Egress, Listen, Network};
 use crate::recovery;
 use crate::repeats::Repeats;
 use crate::rng::Rng;
-use crate::supply::goldens::Goldens;
 use crate::supply::{Setup, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
@@ -254,21 +252,13 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let disk_is_found = disk.found.clone();
     background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
-    let on_host = host.map(|host| (host.version, overhead));
-    if let Some(keeper) = goldens::keeper(&config, &backends, &parts, &capacity, on_host).await {
-        let stops = stop.clone();
-        background.spawn(async move {
-            keeper.keep(stops).await;
-            "keeper of frozen machines"
-        });
-    }
     let sweeper = Sweeper {
         parts: parts.clone(),
         jobs: jobs.clone(),
         kept: adopted.kept,
         capacity: capacity.clone(),
         unknown,
-        workspaces: [config.image_directory.clone(), goldens::directory(&config)],
+        image_directory: config.image_directory.clone(),
         hypervisor: config.hypervisor.clone(),
         unseen: Repeats::new("look for orphans; trying again in a minute"),
     };
@@ -343,12 +333,6 @@ impl Daemon {
     #[must_use]
     pub fn reloader(&self) -> Reloader {
         self.reloader.clone()
-    }
-
-    /// What its machines are restored from.
-    #[must_use]
-    pub fn goldens(&self) -> Goldens {
-        self.parts.supply.goldens().clone()
     }
 
     /// The jobs under way.

@@ -21,9 +21,6 @@ pub const MANIFEST_FILE: &str = "image.toml";
 /// The word of [`Manifest::networks`] for an image whose machines can do without a network card.
 const RELAY: &str = "relay";
 
-/// The word of [`Manifest::starts`] for an image whose guests can be frozen.
-const RESTORED: &str = "restored";
-
 /// An image in words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -47,10 +44,6 @@ pub struct Manifest {
     /// The networks that it can be given besides one with a card: `relay`. Learnt by the boot test.
     #[serde(default)]
     pub networks: Vec<String>,
-    /// Ways to a machine besides a boot: `restored`, if its guests can be frozen while they wait for a job. Learnt by the
-    /// boot test.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub starts: Vec<String>,
     /// What the image's runner sends as `info` when it asks for a job, raw JSON; learnt by the boot
     /// test. Without it the image has not been tested and takes no jobs.
     #[serde(default)]
@@ -169,8 +162,6 @@ pub struct Learnt {
     pub contract: u32,
     /// Whether it can do without a network card.
     pub relay: bool,
-    /// Whether its guests can be frozen while they wait for a job.
-    pub hold: bool,
 }
 
 /// One file of an image.
@@ -225,19 +216,12 @@ impl Manifest {
         self.info = Some(learnt.info);
         self.contract = learnt.contract;
         self.networks = learnt.relay.then(|| RELAY.to_owned()).into_iter().collect();
-        self.starts = learnt.hold.then(|| RESTORED.to_owned()).into_iter().collect();
     }
 
     /// Whether a machine of it can do without a network card.
     #[must_use]
     pub fn can_relay(&self) -> bool {
         self.contract >= WIRE_CONTRACT && self.networks.iter().any(|network| network == RELAY)
-    }
-
-    /// Whether its guests can be frozen while they wait for a job, for others to be restored from them.
-    #[must_use]
-    pub fn can_hold(&self) -> bool {
-        self.contract >= WIRE_CONTRACT && self.starts.iter().any(|start| start == RESTORED)
     }
 
     /// Why no job can run in it, if that is so by the contract of its guest program.
@@ -345,9 +329,6 @@ impl Manifest {
         if !self.networks.is_empty() {
             document["networks"] = value(self.networks.iter().collect::<toml_edit::Array>());
         }
-        if !self.starts.is_empty() {
-            document["starts"] = value(self.starts.iter().collect::<toml_edit::Array>());
-        }
         optional(&mut document, "info", self.info.as_deref());
 
         let mut runner = Table::new();
@@ -416,7 +397,6 @@ pub(crate) mod tests {
             contract: dayfly_guest_config::CONTRACT,
             executor: ExecutorKind::Shell,
             networks: vec![RELAY.into()],
-            starts: vec![RESTORED.into()],
             info: Some(r#"{"name":"gitlab-runner","features":{"trace_reset":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),
@@ -444,13 +424,11 @@ pub(crate) mod tests {
         let mut manifest = example();
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
         assert!(manifest.to_text().contains("\nnetworks = [\"relay\"]\n") && manifest.can_relay());
-        assert!(manifest.to_text().contains("\nstarts = [\"restored\"]\n") && manifest.can_hold());
         manifest.boot = BootKind::Disk;
         (manifest.cmdline, manifest.kernel, manifest.initrd, manifest.info, manifest.runner.revision) =
             (None, None, None, None, None);
-        manifest.learn(Learnt { info: "{}".into(), contract: 2, relay: false, hold: false });
+        manifest.learn(Learnt { info: "{}".into(), contract: 2, relay: false });
         assert!(!manifest.to_text().contains("networks") && !manifest.can_relay());
-        assert!(!manifest.to_text().contains("starts") && !manifest.can_hold());
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
     }
 

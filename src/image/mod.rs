@@ -8,6 +8,7 @@ pub mod build;
 pub mod difference;
 pub mod manifest;
 pub mod qcow2;
+pub mod registry;
 pub mod stamp;
 pub mod store;
 mod tar;

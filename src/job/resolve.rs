@@ -15,12 +15,13 @@ use crate::gitlab::{Containers, JobPayload};
 use crate::image::manifest::ExecutorKind;
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
-use crate::network::{self, Mode};
+use crate::network::{self, Forward, ForwardConfig, Mode};
+use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use dayfly_egress::policy::{HostPort, Policy};
-use sha2::{Digest as _, Sha256};
+use dayfly_guest_config::{RELAY_URL, WIRE_CONTRACT};
 
 /// Why a job gets no machine.
 #[derive(Debug)]
@@ -90,10 +91,12 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
         rule.filter(|rule| rule.class.is_some())
             .map(|_| format!("machine class {}, by a rule of this runner", class.name)),
     );
+    let (forwards, told_of) = forwards_of(runner, class, &image);
+    notes.extend(told_of);
     let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
     let needed = || needed(&runner.config, &payload.registries);
     let egress = (network == Mode::Relay).then(|| class.egress.policy(needed()));
-    Ok(spec(class, &image, size, (network, egress), told(runner, &parts.machine_id), notes))
+    Ok(MachineSpec { forwards, ..spec(class, &image, size, (network, egress), told(runner, &parts.rng), notes) })
 }
 
 /// The rule that decides, logged and counted like those that are tried out.
@@ -210,12 +213,29 @@ fn spec(
         disk_gib: size.disk_gib,
         run_as_root: class.run_as_root,
         nested: class.nested,
-        start: class.start,
         network,
         egress,
+        forwards: Vec::new(),
         runner,
         notes,
     }
+}
+
+/// What machines of this class reach beside their door, and what their authors are told of that. A guest of the contract
+/// before has no wire that it could go over.
+fn forwards_of(runner: &Runner, class: &Class, image: &Image) -> (Vec<Forward>, Option<String>) {
+    let of_class = |forward: &&ForwardConfig| forward.classes.contains(&class.name);
+    let forwards: Vec<Forward> = runner.forwards.iter().filter(of_class).map(ForwardConfig::forward).collect();
+    if forwards.is_empty() {
+        return (forwards, None);
+    }
+    if image.manifest.contract < WIRE_CONTRACT {
+        return (Vec::new(), Some("no forwards: this machine's image is too old for them".into()));
+    }
+    let relay = RELAY_URL.trim_start_matches("http://");
+    let told: Vec<String> =
+        forwards.iter().map(|forward| format!("{relay}:{} ({})", forward.port, forward.name)).collect();
+    (forwards, Some(format!("within reach: {}", told.join(", "))))
 }
 
 /// What no job of a runner entry can do without.
@@ -223,12 +243,8 @@ fn needed(entry: &config::Runner, registries: &[String]) -> Vec<HostPort> {
     network::always([&entry.url].into_iter().chain(&entry.clone_url), registries)
 }
 
-/// What the guest's runner is told is the same for all jobs of an entry, so that a runner may have been told before its job
-/// is known: its token, too, which only looks right, and opens nothing (decision D9). `machine_id`: the installation's.
-fn told(runner: &Runner, machine_id: &str) -> GuestRunnerSpec {
-    let own = Sha256::new().chain_update(b"dayfly guest token\0").chain_update(machine_id);
-    let own = own.chain_update(b"\0").chain_update(&runner.config.name).finalize();
-    let random: String = own[..12].iter().map(|b| format!("{b:02x}")).collect();
+fn told(runner: &Runner, rng: &Rng) -> GuestRunnerSpec {
+    let random: String = rng.bytes::<12>().iter().map(|b| format!("{b:02x}")).collect();
     GuestRunnerSpec {
         name: runner.config.name.clone(),
         token: Secret::new(runner.api.token().guest_token(&random)),

@@ -43,8 +43,6 @@ const TRIES: u32 = 3;
 pub enum Owner {
     /// The boot test of an image.
     BootTest,
-    /// A machine that is being frozen, and the first that is restored from it.
-    Golden,
 }
 
 /// What is known of such a VM, durable.

@@ -15,7 +15,6 @@ fn metrics() -> String {
     metrics.job().begin_runner("ci");
     metrics.job().phase(Phase::Run, Duration::from_secs(1));
     metrics.job().boot_step("hand-out", Duration::from_secs(1));
-    metrics.job().start("restored", Duration::from_secs(1));
     metrics.gitlab().request("ci", Some(204));
     let guest = metrics.guest();
     let labelled = [&guest.greetings_failed, &guest.connections_closed, &guest.sessions_failed, &guest.sessions_ended];
@@ -25,6 +24,7 @@ fn metrics() -> String {
     metrics.guest().requests.inc("trace");
     metrics.guest().refused.inc("rate");
     metrics.guest().cache.inc("hit");
+    metrics.guest().begin_forward("apt-cache");
     metrics.job().begin_rule("rest", "deny");
     metrics.egress().count("default", &[]);
     let usage = Usage { promised: 1, bound: Some(2) };

@@ -233,6 +233,7 @@ fn config(token: &str) -> GuestConfig {
             dns: vec![[192, 0, 2, 1].into()],
             relay: true,
         },
+        forwards: Vec::new(),
         runner: GuestRunner {
             config_toml: toml,
             ca_pem: None,
@@ -242,7 +243,6 @@ fn config(token: &str) -> GuestConfig {
         },
         door_patience_s: 60,
         power_off_after_s: LIMIT.as_secs(),
-        hold: false,
     }
 }
 

@@ -244,7 +244,6 @@ fn spec(id: &str, installation: VmId) -> VmSpec {
         accel: Accel::Tcg,
         boot: Boot::Disk,
         base: "/images/test/disk.qcow2".into(),
-        frozen: None,
         attachment: Attachment::User,
         nested: false,
         socket_dir: "/run/vm".into(),

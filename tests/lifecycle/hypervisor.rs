@@ -486,7 +486,6 @@ fn foreign_spec(id: VmId) -> VmSpec {
         accel: dayfly::vm::Accel::Tcg,
         boot: dayfly::vm::Boot::Disk,
         base: "/images/test/disk.qcow2".into(),
-        frozen: None,
         attachment: dayfly::vm::Attachment::User,
         nested: false,
         socket_dir: "/elsewhere".into(),

@@ -4,6 +4,7 @@
 //! [`Loaded::check_for_running`] also looks at the files that they name, as `run` and `check` need.
 
 mod classes;
+mod forwards;
 mod status;
 
 use super::origin::nearest_name;
@@ -118,6 +119,7 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
     limits(config, &mut report);
     classes::classes(config, &mut report);
     classes::rules(config, &mut report);
+    forwards::judge(config, &mut report);
     for (i, runner) in config.runner.iter().enumerate() {
         one_runner(i, runner, config, &mut report);
     }

@@ -16,6 +16,7 @@ mod import;
 mod initrd;
 mod preload;
 mod programs;
+mod pull;
 mod recipe;
 mod rootfs;
 mod sealed;
@@ -26,11 +27,13 @@ pub use download::{DownloadError, Downloaded, RUNNER_DOWNLOADS, Release, opener}
 pub use import::{export, import};
 pub use preload::HelperSource;
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
+pub use pull::pull;
 pub use recipe::{Found, RECIPE_DIRECTORIES, Recipes};
 
 use super::manifest::{
     BootKind, BuildInputs, DockerInside, FORMAT_VERSION, ImageRunner, Learnt, MANIFEST_FILE, Manifest,
 };
+use super::registry::RegistryError;
 use super::store::{Image, ImageError, ImageStore};
 use crate::process::ProcessError;
 use crate::vm::AccelChoice;
@@ -74,6 +77,9 @@ pub struct BuildRequest {
 /// Why an image could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
+    /// A registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// No such recipe.
     #[error("find recipe `{name}`{extended_by}; there are: {there_are}")]
     Recipe {
@@ -381,7 +387,6 @@ async fn fill(
         executor: inputs.executor,
         // As `info`, the boot test learns it.
         networks: Vec::new(),
-        starts: Vec::new(),
         info: None,
         runner,
         disk,

@@ -75,13 +75,12 @@ impl Machinery {
         };
         self.open_door(&claim, &config, entrance)?;
         self.machine_task_lost = None;
-        self.came_from = "cold";
         if made_of.is_some() && !adopted {
             self.begin_phase(Phase::Overlay);
         }
         let job = (self.record.key.runner.clone(), self.record.key.id.0);
         let machine = match made_of {
-            Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job, &config),
+            Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job),
             None => self.parts.supply.resume(claim),
         };
         machine.bind(Binding { egress: self.terms(&config), config: config.to_line() });
@@ -113,6 +112,7 @@ impl Machinery {
             spool: self.trace.spool.writer(),
             client: self.trace.client.clone(),
             cache: self.cache(),
+            forwards: self.record.machine_spec.as_ref().map(|spec| spec.forwards.clone()).unwrap_or_default(),
             direct_download: self.record.machine_spec.as_ref().is_some_and(|spec| spec.runner.direct_download),
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),

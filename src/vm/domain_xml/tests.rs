@@ -20,7 +20,6 @@ fn spec() -> VmSpec {
         },
         overlay: directory.join("overlays/df-abcdefghijklmnop.qcow2"),
         base: directory.join("images/d/disk.qcow2"),
-        frozen: None,
         attachment: Attachment::User,
         nested: false,
         socket_dir: "/run/dayfly".into(),
@@ -107,7 +106,6 @@ fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
         bound: None,
         accel: Accel::Kvm,
         boot: Boot::Disk,
-        frozen: None,
         attachment: Attachment::Bridge { network: "dayfly".into(), tap: "dfabcdefghijkl".into() },
         ..spec()
     };

@@ -204,7 +204,6 @@ pub async fn prove(
         boot,
         overlay: places.disks.join(format!("df-{id}.qcow2")),
         base: places.disks.join(format!("proof-{id}.qcow2")),
-        frozen: None,
         attachment: Attachment::User,
         nested: false,
         socket_dir: places.sockets.to_owned(),

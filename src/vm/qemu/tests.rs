@@ -38,7 +38,6 @@ impl Bench {
             boot: Boot::Disk,
             overlay: self.dir.path().join("overlay"),
             base: self.dir.path().join("base"),
-            frozen: None,
             attachment: Attachment::User,
             nested: false,
             socket_dir: self.dir.path().to_owned(),

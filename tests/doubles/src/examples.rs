@@ -6,7 +6,7 @@ use dayfly::capacity::Resources;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::{JobKey, RECORD_VERSION, Record};
 use dayfly::job::state::State;
-use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec, Start};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use dayfly::network::Mode;
 use dayfly::secret::Secret;
 
@@ -51,9 +51,9 @@ pub fn machine_spec() -> MachineSpec {
         disk_gib: 10,
         run_as_root: false,
         nested: false,
-        start: Start::Auto,
         network: Mode::User,
         egress: None,
+        forwards: Vec::new(),
         runner: GuestRunnerSpec {
             name: "linux \"vm\"/1".into(),
             token: Secret::new("glrt-123456789abcdef"),

@@ -61,8 +61,6 @@ pub enum HostError {
 pub struct Choice {
     /// Machines, and what lies beside them.
     pub host: vm::Host,
-    /// What they are made by.
-    pub hypervisor: vm::Config,
     /// How they run.
     pub accel: AccelChoice,
     /// The images; the machine class uses the one of this name.
@@ -156,7 +154,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
         std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700).create(below)?;
     }
     config.network.guest_ports = choice.ports;
-    config.hypervisor = vm::Config { accel: choice.accel, ..choice.hypervisor.clone() };
+    config.hypervisor.accel = choice.accel;
     // The tool says how many VMs there are, so the host's size is no bound.
     config.capacity.cpus = Some(u32::MAX);
     config.capacity.memory_mib = Some(1 << 30);

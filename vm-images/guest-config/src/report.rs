@@ -11,9 +11,6 @@ pub const REPORT_LINE_MAX: usize = 4096;
 /// What a guest adds to its contract if it can do without a network card.
 const RELAY_WORD: &str = "relay";
 
-/// What it adds if it can be frozen while it waits for a job.
-const HOLD_WORD: &str = "hold";
-
 /// One report of the guest program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
@@ -25,11 +22,7 @@ pub enum Report {
         contract: u32,
         /// Whether its kernel can give a machine without a card its network ([`crate::GuestNetwork::relay`]).
         relay: bool,
-        /// Whether it can wait for a job without being anybody ([`crate::GuestConfig::hold`]).
-        hold: bool,
     },
-    /// The guest runner has been started and waits at the relay; the machine is nobody yet, and may be frozen.
-    Held,
     /// Identity, network and files are in place.
     Applied,
     /// The guest runner has been started.
@@ -51,11 +44,9 @@ impl Report {
             "ready" => Self::Ready,
             "contract" => {
                 // A later guest may say more.
-                let (contract, words) = rest.split_once(' ').unwrap_or((rest, ""));
-                let says = |word| words.split(' ').any(|said| said == word);
-                Self::Contract { contract: contract.parse().ok()?, relay: says(RELAY_WORD), hold: says(HOLD_WORD) }
+                let mut words = rest.split(' ');
+                Self::Contract { contract: words.next()?.parse().ok()?, relay: words.any(|word| word == RELAY_WORD) }
             }
-            "held" => Self::Held,
             "applied" => Self::Applied,
             "runner-started" => Self::RunnerStarted,
             "runner-connected" => Self::RunnerConnected,
@@ -70,12 +61,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ready => f.write_str("ready"),
-            Self::Contract { contract, relay, hold } => {
-                write!(f, "contract {contract}")?;
-                let words = [(relay, RELAY_WORD), (hold, HOLD_WORD)];
-                words.iter().filter(|(says, _)| **says).try_for_each(|(_, word)| write!(f, " {word}"))
-            }
-            Self::Held => f.write_str("held"),
+            Self::Contract { contract, relay: false } => write!(f, "contract {contract}"),
+            Self::Contract { contract, relay: true } => write!(f, "contract {contract} {RELAY_WORD}"),
             Self::Applied => f.write_str("applied"),
             Self::RunnerStarted => f.write_str("runner-started"),
             Self::RunnerConnected => f.write_str("runner-connected"),
@@ -96,11 +83,8 @@ mod tests {
     fn a_report_reads_back_as_it_was_written() {
         for report in [
             Report::Ready,
-            Report::Contract { contract: 2, relay: false, hold: false },
-            Report::Contract { contract: 3, relay: true, hold: false },
-            Report::Contract { contract: 3, relay: false, hold: true },
-            Report::Contract { contract: 3, relay: true, hold: true },
-            Report::Held,
+            Report::Contract { contract: 2, relay: false },
+            Report::Contract { contract: 3, relay: true },
             Report::Applied,
             Report::RunnerStarted,
             Report::RunnerConnected,
@@ -119,7 +103,7 @@ mod tests {
     #[test]
     fn words_that_are_not_known_are_passed_over() {
         let relay = |line| match Report::parse(line) {
-            Some(Report::Contract { contract: 3, relay, hold: false }) => relay,
+            Some(Report::Contract { contract: 3, relay }) => relay,
             other => panic!("{line}: {other:?}"),
         };
         assert!(relay("contract 3 bridge relay tap") && !relay("contract 3 relays") && !relay("contract 3 "));

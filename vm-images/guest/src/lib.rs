@@ -12,8 +12,6 @@
 //!                          └──► power off: runner gone, door silent, or anything failed
 //! ```
 //!
-//! A machine that is to be frozen starts its runner first and becomes somebody later ([`hold`]).
-//!
 //! Std threads, but for the wire to the door and the egress, which have a runtime on a thread each. Nothing here protects
 //! itself from the job: a job may
 //! be root, and the VM is the wall. `vm-images/README.md` has the contract in words.
@@ -22,7 +20,6 @@ pub mod apply;
 pub mod channel;
 pub mod console;
 pub mod egress;
-pub mod hold;
 pub mod host_clock;
 pub mod machine;
 pub mod modules;

@@ -10,9 +10,8 @@ use dayfly_guest::console::{chain, say};
 use dayfly_guest::egress::{self, EgressError, Places};
 use dayfly_guest::netfilter::rules::Rules;
 use dayfly_guest::relay::port::Device;
-use dayfly_guest::relay::{Door, Limits, Relay, Target};
-use dayfly_guest::users::User;
-use dayfly_guest::{hold, host_clock, machine, runner, users};
+use dayfly_guest::relay::{Door, Limits, Relay, Target, forward};
+use dayfly_guest::{host_clock, machine, runner, users};
 use dayfly_guest_config::{
     CONFIG_BYTES_MAX, CONTRACT, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, EGRESS_PORT_NAME, GuestConfig, PORT_NAME, Pass,
     RELAY_ADDRESS, Report,
@@ -42,9 +41,6 @@ const CONFIG_DEADLINE: Duration = Duration::from_secs(30 * 60);
 /// After a line that is no config, a host that means it writes a whole one.
 const SECOND_LINE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// From the runner's start to its first request, in a machine that is nobody yet: 3 s under TCG on an idle host.
-const RUNNER_DEADLINE: Duration = Duration::from_secs(120);
-
 /// From a failure to the end of the machine: time for the host to read report and console.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -72,12 +68,8 @@ enum GuestError {
     NoEgress,
     #[error("do without a network card")]
     Egress(#[from] EgressError),
-    #[error("wait for a job without being anybody")]
-    Hold(#[from] hold::HoldError),
-    #[error("gitlab-runner ended with code {0} while the machine waited to be frozen")]
-    RunnerGone(i32),
-    #[error("gitlab-runner did not connect within {} s", RUNNER_DEADLINE.as_secs())]
-    RunnerSilent,
+    #[error("listen on 192.0.2.1:{0} for what the host forwards there")]
+    Forward(u16, #[source] io::Error),
     #[error("the door has not answered for {0} s")]
     DoorSilent(u64),
 }
@@ -149,124 +141,53 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let early = !apply::has_card() && egress::is_possible();
     let rules = if early { Some(egress::prepare()?) } else { None };
     let (config, lines) = read_config(reporter)?;
+    let mut target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
     let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
-    if config.hold {
-        return hold_and_run(reporter, &config, &lines.ok_or(GuestError::NoSource)?, &user, rules, files);
-    }
-    let target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
 
     let clock = lines.and_then(|lines| host_clock::ask(reporter, &lines));
-    apply::seed(&config)?;
     apply::identity(&config, clock)?;
-    be_reached(&config, rules)?;
-    write_files(&config, &user)?;
-    reporter.report(Report::Applied);
-    let runner = start_runner(&config, files, reporter)?;
-    watch_the_door(&config, &runner)?;
-    in_background("disk", grow_root)?;
-    supervise(&config, reporter, &runner, Some(target))
-}
-
-/// Starts the runner, is frozen while it waits, perhaps, and goes on as whoever it is told to be.
-fn hold_and_run(
-    reporter: &Reporter,
-    held: &GuestConfig,
-    lines: &Receiver<Line>,
-    user: &User,
-    rules: Option<Rules>,
-    files: runner::OpenFiles,
-) -> Result<(), GuestError> {
-    apply::loopback()?;
-    hold::warm_up(&user.name);
-    grow_root();
-    write_files(held, user)?;
-    let runner = start_runner(held, files, reporter)?;
-    match runner.inbox.recv_timeout(RUNNER_DEADLINE) {
-        Ok(Event::RunnerConnected) => {}
-        Ok(Event::RunnerExited(code)) => return Err(GuestError::RunnerGone(code)),
-        _ => return Err(GuestError::RunnerSilent),
-    }
-    reporter.report(Report::Held);
-
-    let config = hold::config(lines, held, CONFIG_DEADLINE)?;
-    let target = target(&config, || find_port(DOOR_PORT_NAME))?;
-    // Nothing random is read before this.
-    apply::seed_anew(&config)?;
-    apply::identity(&config, host_clock::ask(reporter, lines))?;
-    be_reached(&config, rules)?;
-    apply::names(Path::new("/"), &config)?;
-    reporter.report(Report::Applied);
-    become_own(&config, reporter, &runner.relay, Some(target))?;
-    watch_the_door(&config, &runner)?;
-    supervise(&config, reporter, &runner, None)
-}
-
-/// The network of the machine, whatever carries it.
-fn be_reached(config: &GuestConfig, rules: Option<Rules>) -> Result<(), GuestError> {
     apply::network(&config.network)?;
     if config.network.relay {
         let rules = rules.map_or_else(egress::prepare, Ok)?;
-        carry(config, rules)?;
+        carry(&config, rules)?;
+    } else {
+        drop(rules);
     }
-    Ok(())
-}
-
-/// What the runner reads, and what others read of the machine.
-fn write_files(config: &GuestConfig, user: &User) -> Result<(), GuestError> {
-    apply::names(Path::new("/"), config)?;
-    apply::files(Path::new("/"), config, user)?;
+    apply::files(Path::new("/"), &config, &user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
-    if let Err(error) = runner::make_room(user) {
+    if let Err(error) = runner::make_room(&user) {
         say(&format!("make room for the runner's temporary files: {error}"));
     }
-    Ok(())
-}
+    reporter.report(Report::Applied);
 
-/// A runner that was started, and the relay that it speaks to.
-struct Runner {
-    relay: Relay,
-    events: SyncSender<Event>,
-    inbox: Receiver<Event>,
-}
-
-/// Starts relay and runner; the relay has no door yet.
-fn start_runner(config: &GuestConfig, files: runner::OpenFiles, reporter: &Reporter) -> Result<Runner, GuestError> {
     let (events, inbox) = sync_channel(4);
     let listener = TcpListener::bind(RELAY_ADDRESS).map_err(|error| GuestError::Io("listen on 192.0.2.1:80", error))?;
+    target.forwards = forward::listen(&config.forwards).map_err(|(port, error)| GuestError::Forward(port, error))?;
     let connected = events.clone();
     let relay = Relay::start(listener, Limits::default(), move || {
         // The main thread has gone on to power off if nobody listens.
         let _ = connected.try_send(Event::RunnerConnected);
     })
     .map_err(|error| GuestError::Io("start the relay", error))?;
-    let mut child =
-        runner::start(&config.runner, files).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
-    reporter.report(Report::RunnerStarted);
-    let exited = events.clone();
-    in_background("runner", move || {
-        let code = child.wait().map_or(-1, runner::exit_code);
-        let _ = exited.try_send(Event::RunnerExited(code));
-    })?;
-    Ok(Runner { relay, events, inbox })
-}
-
-/// Sees to it that a machine ends whose door is silent for longer than it may be.
-fn watch_the_door(config: &GuestConfig, runner: &Runner) -> Result<(), GuestError> {
-    let (relay, events) = (runner.relay.clone(), runner.events.clone());
+    let watchdog = events.clone();
     let silence_max = Duration::from_secs(config.power_off_after_s);
-    in_background("watchdog", move || {
-        while relay.silent_for() < silence_max {
-            thread::sleep(WATCHDOG_PERIOD);
+    in_background("watchdog", {
+        let relay = relay.clone();
+        move || {
+            while relay.silent_for() < silence_max {
+                thread::sleep(WATCHDOG_PERIOD);
+            }
+            let _ = watchdog.try_send(Event::DoorSilent);
         }
-        let _ = events.try_send(Event::DoorSilent);
-    })
-}
-
-/// A job may do with the small disk; the host sees why if it does not.
-fn grow_root() {
-    if let Err(error) = machine::grow_root() {
-        say(&format!("grow the root file system: {error}"));
-    }
+    })?;
+    start_runner(&config, files, reporter, events)?;
+    in_background("disk", || {
+        // A job may do with the small disk; the host sees why if it does not.
+        if let Err(error) = machine::grow_root() {
+            say(&format!("grow the root file system: {error}"));
+        }
+    })?;
+    supervise(&config, reporter, &relay, target, &inbox)
 }
 
 /// Begins to carry what the machine sends out, before anything of the job runs.
@@ -276,16 +197,41 @@ fn carry(config: &GuestConfig, rules: Rules) -> Result<(), GuestError> {
     Ok(egress::start(rules, Places::default(), Box::new(Device(port)), pass.for_egress())?)
 }
 
+fn start_runner(
+    config: &GuestConfig,
+    files: runner::OpenFiles,
+    reporter: &Reporter,
+    events: SyncSender<Event>,
+) -> Result<(), GuestError> {
+    let mut child =
+        runner::start(&config.runner, files).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
+    reporter.report(Report::RunnerStarted);
+    in_background("runner", move || {
+        let code = child.wait().map_or(-1, runner::exit_code);
+        let _ = events.try_send(Event::RunnerExited(code));
+    })
+}
+
 fn supervise(
     config: &GuestConfig,
     reporter: &Reporter,
-    runner: &Runner,
-    mut target: Option<Target>,
+    relay: &Relay,
+    target: Target,
+    inbox: &Receiver<Event>,
 ) -> Result<(), GuestError> {
     // Each kind comes once, and watchdog and runner between them always send one: this ends.
+    let mut target = Some(target);
     loop {
-        match runner.inbox.recv() {
-            Ok(Event::RunnerConnected) => become_own(config, reporter, &runner.relay, target.take())?,
+        match inbox.recv() {
+            Ok(Event::RunnerConnected) => {
+                // It has read its files and made its system id: now the machine becomes itself, and
+                // last of all the relay opens (`vm-images/README.md`).
+                apply::machine_id(Path::new("/"), &config.machine_id)?;
+                if let Some(target) = target.take() {
+                    relay.hand_over(target).map_err(|error| GuestError::Io("open the relay", error))?;
+                }
+                reporter.report(Report::RunnerConnected);
+            }
             Ok(Event::RunnerExited(code)) => {
                 say(&format!("gitlab-runner ended with code {code}"));
                 reporter.report(Report::RunnerExited(code));
@@ -294,22 +240,6 @@ fn supervise(
             Ok(Event::DoorSilent) | Err(_) => return Err(GuestError::DoorSilent(config.power_off_after_s)),
         }
     }
-}
-
-/// The runner has connected: it has read its files and made its system id. Now the machine becomes itself, and last of
-/// all the relay opens (`vm-images/README.md`).
-fn become_own(
-    config: &GuestConfig,
-    reporter: &Reporter,
-    relay: &Relay,
-    target: Option<Target>,
-) -> Result<(), GuestError> {
-    apply::machine_id(Path::new("/"), &config.machine_id)?;
-    if let Some(target) = target {
-        relay.hand_over(target).map_err(|error| GuestError::Io("open the relay", error))?;
-    }
-    reporter.report(Report::RunnerConnected);
-    Ok(())
 }
 
 fn in_background(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), GuestError> {
@@ -323,11 +253,7 @@ fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line
     match channel::read_lines(reporter, lines) {
         Ok(()) => {
             reporter.report(Report::Ready);
-            reporter.report(Report::Contract {
-                contract: CONTRACT,
-                relay: egress::is_possible(),
-                hold: hold::is_possible(),
-            });
+            reporter.report(Report::Contract { contract: CONTRACT, relay: egress::is_possible() });
             let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
             Ok((config, Some(inbox)))
         }
@@ -368,7 +294,7 @@ fn target(config: &GuestConfig, wire: impl FnOnce() -> Option<PathBuf>) -> Resul
         Door::Address(config.door.parse().map_err(|_| ApplyError::Member("door", "address:port, or `wire`"))?)
     };
     let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
-    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s) })
+    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s), forwards: Vec::new() })
 }
 
 #[cfg(test)]

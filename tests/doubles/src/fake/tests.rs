@@ -21,7 +21,6 @@ fn spec(id: &str) -> VmSpec {
         boot: Boot::Disk,
         overlay: PathBuf::from(format!("/o/df-{id}.qcow2")),
         base: "/b.qcow2".into(),
-        frozen: None,
         attachment: Attachment::User,
         nested: false,
         socket_dir: DIRECTORY.into(),

@@ -3,7 +3,7 @@
 
 use dayfly::clock::Clock;
 use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec, Start};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
 use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -43,9 +43,9 @@ impl Told {
             disk_gib: DISK_GIB,
             run_as_root: false,
             nested: false,
-            start: Start::Cold,
             network: Mode::User,
             egress: None,
+            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "runner".into(),
                 token: self.token.clone(),

@@ -238,7 +238,6 @@ impl World {
             boot: Boot::Disk,
             overlay: overlay.clone(),
             base: "/images/test/disk.qcow2".into(),
-            frozen: None,
             attachment: Attachment::User,
             nested: false,
             socket_dir: "/run/vm".into(),

@@ -71,7 +71,6 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         boot: image.boot.clone(),
         overlay: PathBuf::new(),
         base: image.disk.clone(),
-        frozen: None,
         attachment: Attachment::User,
         nested: false,
         socket_dir: PathBuf::new(),
