@@ -189,7 +189,6 @@ impl BootTest<'_> {
             nested: false,
             network: network::Mode::User,
             egress: None,
-            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "boot test".into(),
                 token: runner_token,
@@ -232,7 +231,6 @@ impl BootTest<'_> {
             spool: spool.writer(),
             client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
             cache: None,
-            forwards: Vec::new(),
             direct_download: spec.runner.direct_download,
             events,
             view,

@@ -81,7 +81,6 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         seed: hex(&rng.bytes::<64>()),
         clock_us: clock.now().as_microsecond(),
         network: parts.lease.guest_network(),
-        forwards: parts.spec.forwards.iter().map(|forward| forward.port).collect(),
         runner: GuestRunner {
             config_toml: config_toml(parts, user),
             ca_pem: parts.spec.runner.ca_pem.clone(),

@@ -39,9 +39,6 @@ pub struct MachineSpec {
     /// What its job may reach, where it has no network card.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<Policy>,
-    /// What of this host's network it reaches beside its door.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub forwards: Vec<network::Forward>,
     /// What the guest's runner is called and told.
     pub runner: GuestRunnerSpec,
     /// What its author is told of how it was chosen, a line each: what was asked for, and what came of that.
@@ -219,7 +216,6 @@ impl MachineSpec {
             nested: false,
             network: network::Mode::User,
             egress: None,
-            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "linux \"vm\"/1".into(),
                 token: Secret::new("glrt-123456789abcdef"),

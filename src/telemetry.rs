@@ -133,6 +133,17 @@ pub fn chain(error: &dyn Error) -> String {
     text
 }
 
+/// Bytes in the words of people: `640.0 KiB`, `1.5 GiB`.
+#[must_use]
+pub fn sized(bytes: u64) -> String {
+    const UNITS: [(&str, u32); 3] = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    let unit = UNITS.iter().find(|(_, shift)| bytes >= 1 << shift);
+    // Of a number beyond 2^53 a hundredth matters to nobody.
+    #[expect(clippy::cast_precision_loss, reason = "rounded to a tenth anyway")]
+    let shown = |shift: u32| bytes as f64 / (1_u64 << shift) as f64;
+    unit.map_or_else(|| format!("{bytes} bytes"), |(name, shift)| format!("{:.1} {name}", shown(*shift)))
+}
+
 /// How long something has lasted, for people: `7 s`, `12 min`, `3 h 5 min`, `2 d 4 h`.
 #[must_use]
 pub fn lasting(duration: Duration) -> String {

@@ -8,20 +8,47 @@
 //! So nothing that a job of an unprotected ref has written is ever read by one of a protected ref. A plain key is one
 //! without GitLab's own ending (`-protected`, `-non_protected`, which it appends where a project keeps the two apart) that
 //! the runner has not hashed: where they are apart, or nobody can tell, a job reads what its own kind wrote, and nothing
-//! else. Each tenant is a project of one GitLab; no key leads out of it.
+//! else. Each tenant is a project of one GitLab, or those of one GitLab that the operator has named together; no key leads
+//! out of it.
 
+use crate::rules::path_fits;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::fmt::Write as _;
 use url::Url;
 
+/// Characters of a tenant's name at most.
+const NAME_CHARS_MAX: usize = 32;
+
 /// Bytes of a key as it stands in a URL.
 const KEY_BYTES_MAX: usize = 2048;
+
+/// `[[cache.tenant]]`: projects of one GitLab that share a cache.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheTenant {
+    /// Its name, which its directory has: see [`CacheTenant::is_name`].
+    pub name: String,
+    /// Patterns of projects' whole paths, whatever the case, or ids.
+    pub projects: Vec<String>,
+}
+
+impl CacheTenant {
+    /// Whether that can be a tenant's name: small letters, digits, `-` and `_`.
+    #[must_use]
+    pub fn is_name(name: &str) -> bool {
+        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_".contains(&byte);
+        (1..=NAME_CHARS_MAX).contains(&name.len()) && name.bytes().all(fits)
+    }
+}
 
 /// Whose cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tenant {
-    /// GitLab's id of the project.
+    /// GitLab's id of the job's project.
     pub project: u64,
+    /// For people: the project's path, or the name by which the operator has named several together.
+    pub name: String,
     /// A name for its directory: the same for the same project of the same GitLab.
     directory: String,
     /// Whether the job's ref is protected, by GitLab's word.
@@ -32,10 +59,24 @@ impl Tenant {
     /// The project's, at the GitLab of this URL. `protected`: `git_info.protected`.
     #[must_use]
     pub fn new(gitlab: &Url, project: u64, protected: Option<bool>) -> Self {
-        // Two GitLabs may both have a project 42.
-        let digest = Sha256::digest(gitlab.as_str().trim_end_matches('/').as_bytes());
-        let directory = format!("{}-{project}", &hex(&digest)[..8]);
-        Self { project, directory, protected: protected == Some(true) }
+        let directory = format!("{}-{project}", of_gitlab(gitlab));
+        Self { project, name: project.to_string(), directory, protected: protected == Some(true) }
+    }
+
+    /// The same, by the project's whole path too: the first of these tenants that has the project is whose it is.
+    #[must_use]
+    pub fn among(self, tenants: &[CacheTenant], gitlab: &Url, path: Option<&str>) -> Self {
+        let has = |entry: &String| match entry.parse::<u64>() {
+            Ok(id) => id == self.project,
+            Err(_) => path.is_some_and(|path| path_fits(entry, path)),
+        };
+        match tenants.iter().find(|tenant| tenant.projects.iter().any(has)) {
+            // No project's directory has a word in it.
+            Some(CacheTenant { name, .. }) => {
+                Self { directory: format!("{}-tenant-{name}", of_gitlab(gitlab)), name: name.clone(), ..self }
+            }
+            None => Self { name: path.map_or(self.name, str::to_owned), ..self },
+        }
     }
 
     /// Its directory's name.
@@ -61,8 +102,15 @@ impl Tenant {
     }
 }
 
+/// Two GitLabs may both have a project 42.
+fn of_gitlab(gitlab: &Url) -> String {
+    let digest = Sha256::digest(gitlab.as_str().trim_end_matches('/').as_bytes());
+    hex(&digest)[..8].to_owned()
+}
+
 /// A part of a tenant's entries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Space {
     /// Written by jobs of protected refs.
     Protected,
@@ -204,6 +252,36 @@ mod tests {
         assert_eq!(tenant(42, Some(true)).directory(), tenant(42, None).directory());
         let slash = Tenant::new(&"https://gitlab.example/".parse().unwrap(), 42, None);
         assert_eq!(slash.directory(), tenant(42, None).directory());
+    }
+
+    /// T18: projects that the operator names together share, by path or id, at one GitLab, and nobody else does.
+    #[test]
+    fn projects_share_as_the_operator_names_them() {
+        let of = |name: &str, projects: &[&str]| CacheTenant {
+            name: name.into(),
+            projects: projects.iter().map(|project| (*project).to_owned()).collect(),
+        };
+        let tenants = [of("web", &["shop/*", "77"]), of("late", &["shop/**"])];
+        let (here, there): (Url, Url) =
+            ("https://gitlab.example".parse().unwrap(), "https://other.example".parse().unwrap());
+        let directory = |gitlab: &Url, project: u64, path: Option<&str>| {
+            Tenant::new(gitlab, project, None).among(&tenants, gitlab, path).directory().to_owned()
+        };
+        let web = directory(&here, 1, Some("shop/front"));
+        assert_eq!(web, directory(&here, 2, Some("SHOP/back")));
+        assert_eq!(web, directory(&here, 77, None));
+        assert_ne!(web, directory(&there, 1, Some("shop/front")), "another GitLab's");
+        assert_ne!(web, directory(&here, 1, Some("shop/sub/front")), "a star stops at a slash");
+        assert_eq!(directory(&here, 5, Some("shop/sub/front")), directory(&here, 6, Some("shop/sub/back")));
+        for (project, path) in [(1, Some("shop")), (7, Some("other/x")), (777, None), (42, Some("77"))] {
+            let own = Tenant::new(&here, project, None).directory().to_owned();
+            assert_eq!(directory(&here, project, path), own, "{project} {path:?}");
+        }
+        let tenant = Tenant::new(&here, 1, Some(true)).among(&tenants, &here, Some("shop/front"));
+        assert_eq!((tenant.writes(), tenant.name.as_str(), tenant.project), (Space::Protected, "web", 1));
+        for (name, is) in [("web", true), ("a_b-1", true), ("", false), ("../x", false), ("A", false), ("a/b", false)] {
+            assert_eq!(CacheTenant::is_name(name), is, "{name}");
+        }
     }
 
     /// T7: no path leads anywhere else.

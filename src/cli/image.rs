@@ -1,8 +1,8 @@
 //! `dayfly image`: build, take in, test, list, put into use and remove base images.
 
 mod build;
+mod cloud;
 mod inspect;
-mod registry;
 mod transfer;
 
 use super::Interrupted;
@@ -47,10 +47,16 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         recipes: Option<PathBuf>,
     },
-    /// Take in an image that `export` has made on another host, boot-test it, and put it into use
+    /// Take in an image that `export` has made on another host, or a cloud image (https:// address or file of a disk with
+    /// cloud-init, which is booted once to make it ready); boot-test it, and put it into use
     Import(transfer::Import),
-    /// Write an image for other hosts: to a directory, a file, or a container registry
-    Export(transfer::Export),
+    /// Write an image for other hosts, to a new directory or to a new file that ends in .tar
+    Export {
+        /// Name of the image, or NAME@VERSION
+        name: String,
+        /// Where to
+        to: PathBuf,
+    },
     /// Boot an image once and keep what its runner says of itself
     Test {
         /// Name of the image, or NAME@VERSION
@@ -111,7 +117,7 @@ pub(super) async fn image(config: &Path, args: Args) -> anyhow::Result<()> {
         Command::Build(args) => build::build(&config, store, args).await?,
         Command::Refresh(args) => build::refresh(&config, &store, args).await?,
         Command::Import(args) => transfer::import(&config, store, args).await?,
-        Command::Export(args) => transfer::export(&store, args).await?,
+        Command::Export { name, to } => transfer::export(&store, &name, &to)?,
         Command::Recipes { recipes } => {
             for recipe in Recipes::default().before_others(recipes).all() {
                 let place = recipe.directory.map_or("inside dayfly".to_owned(), |path| path.display().to_string());

@@ -4,6 +4,7 @@
 //! wrong command line, 78 for configuration (and journal), 1 for the rest; `exec` has its own.
 //! An error is printed once, here, with its causes.
 
+mod cache;
 mod check;
 pub mod doctor;
 mod exec;
@@ -110,6 +111,11 @@ enum Command {
     },
     /// Show what a job's machine prints on its console, or had printed last
     Console(jobs::Console),
+    /// Look at what jobs have left for later ones (`cache:`), or throw it away
+    Cache {
+        #[command(subcommand)]
+        command: cache::Cache,
+    },
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
     /// Print the completions of a shell: `dayfly completion bash > /etc/bash_completion.d/dayfly`
@@ -210,6 +216,7 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Jobs(args) => wait_for(jobs::jobs(&config, &args))?,
         Command::Job { command } => wait_for(jobs::job(&config, command))?,
         Command::Console(args) => wait_for(jobs::console(&config, args))?,
+        Command::Cache { command } => wait_for(cache::cache(&config, command))?,
         Command::Metrics => wait_for(operate::metrics(&config))?,
         Command::Drain { wait } => wait_for(operate::drain(&config, wait))?,
         Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,

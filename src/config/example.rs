@@ -9,7 +9,7 @@ mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span, UnknownImage};
     use crate::machine_spec::EnvironmentLine;
-    use crate::network::{Choice, EgressConfig, ForwardConfig};
+    use crate::network::{Choice, EgressConfig};
     use crate::rules::Rule;
     use serde_json::Value;
     use std::collections::BTreeSet;
@@ -128,9 +128,6 @@ mod tests {
             }
         }
         known.extend(object(class).keys().map(|key| format!("class.{key}")));
-        let forward =
-            ForwardConfig { name: "n".into(), address: ([127, 0, 0, 1], 1).into(), port: 1, classes: vec!["n".into()] };
-        known.extend(object(forward).keys().map(|key| format!("forward.{key}")));
         known.extend(object(rule()).keys().map(|key| format!("rule.{key}")));
         known.extend(object(runner).keys().map(|key| format!("runner.{key}")));
         let mut found: BTreeSet<String> = BTreeSet::new();

@@ -155,7 +155,9 @@ impl Config {
         let status = &mut self.status;
         let status =
             [&mut status.token_file, &mut status.tls_cert_file, &mut status.tls_key_file, &mut status.fleet_ca_file];
-        for path in own.into_iter().chain(runners).chain(status.into_iter().flatten()) {
+        let upstream = self.cache.upstream.iter_mut();
+        let upstream = upstream.flat_map(|of| of.tls_ca_file.iter_mut().chain([&mut of.secret_key_file]));
+        for path in own.into_iter().chain(runners).chain(status.into_iter().flatten()).chain(upstream) {
             // An empty path stays one, for validation to name it.
             if path.as_os_str().is_empty() {
                 continue;

@@ -4,6 +4,7 @@
 //! are defined next to the code that obeys them; here they are put together. Unknown keys are
 //! errors. Secrets come from files only, so a `Config` may be printed.
 
+mod cache;
 mod duration;
 mod example;
 mod foreign;
@@ -14,6 +15,7 @@ mod origin;
 mod schema;
 mod validate;
 
+pub use cache::{Cache, CacheUpstream};
 pub use duration::Span;
 pub use example::EXAMPLE;
 pub use history::History;
@@ -68,8 +70,6 @@ pub struct Config {
     pub history: History,
     /// `[[class]]`: machine classes.
     pub class: Vec<Class>,
-    /// `[[forward]]`: what of this host's network jobs reach beside their doors.
-    pub forward: Vec<network::ForwardConfig>,
     /// `[[rule]]`: which jobs are taken, and in which class; in order.
     pub rule: Vec<Rule>,
     /// `[[runner]]`: registered runners.
@@ -95,7 +95,6 @@ impl Default for Config {
             limits: Limits::default(),
             history: History::default(),
             class: Vec::new(),
-            forward: Vec::new(),
             rule: Vec::new(),
             runner: Vec::new(),
         }
@@ -181,26 +180,6 @@ pub struct Class {
     /// What they may reach without a network card.
     #[serde(default)]
     pub egress: network::EgressConfig,
-}
-
-/// Section `[cache]`: what jobs leave for later ones, see [`crate::cache`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Cache {
-    /// Whether guests have a cache at all.
-    pub enabled: bool,
-    /// GiB of all projects together.
-    pub size_gib: u64,
-    /// GiB of one project.
-    pub project_gib: u64,
-    /// After so long without a save an entry is gone.
-    pub max_age: Span,
-}
-
-impl Default for Cache {
-    fn default() -> Self {
-        Self { enabled: true, size_gib: 20, project_gib: 5, max_age: Span::from_secs(30 * 24 * 3600) }
-    }
 }
 
 /// What becomes of a job whose `image:` names no image of its class, on machines whose runner makes no containers.

@@ -10,8 +10,8 @@ use toml_edit::DocumentMut;
 
 /// Keys without which an entry means nothing.
 const REQUIRED: [(&str, &[&str]); 4] = [
+    ("cache.tenant", &["name", "projects"]),
     ("class", &["name", "image"]),
-    ("forward", &["name", "address", "port", "classes"]),
     ("rule", &[]),
     ("runner", &["name", "url", "token_file", "class"]),
 ];
@@ -61,11 +61,13 @@ fn object(about: &str) -> Map<String, Value> {
 fn properties_of<'a>(root: &'a mut Map<String, Value>, section: &str) -> &'a mut Map<String, Value> {
     const KNOWN: &str = "made by `object`";
     let mut properties = root["properties"].as_object_mut().expect(KNOWN);
+    let mut path = String::new();
     for (depth, name) in section.split('.').filter(|name| !name.is_empty()).enumerate() {
-        let required = REQUIRED.iter().find(|(known, _)| depth == 0 && *known == name).map(|(_, keys)| *keys);
+        path = if depth == 0 { name.to_owned() } else { format!("{path}.{name}") };
+        let required = REQUIRED.iter().find(|(known, _)| *known == path).map(|(_, keys)| *keys);
         let of_section = properties.entry(name).or_insert_with(|| {
             let mut one = object(&format!("[{name}]"));
-            if depth > 0 {
+            if depth > 0 && required.is_none() {
                 // The example need not show all that may stand in there.
                 one.insert("additionalProperties".into(), true.into());
             }

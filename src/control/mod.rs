@@ -7,6 +7,7 @@
 //! ```text
 //! {"command":"status"}   {"command":"metrics"}   {"command":"drain"}   {"command":"kill","job":42,"runner":"ci"}
 //! {"command":"jobs","ended_max":100}   {"command":"job","job":42}   {"command":"console","job":42,"from":0}
+//! {"command":"caches"}   {"command":"cache_show","whose":"group/project"}   {"command":"cache_clear","whose":"42","key":"deps"}
 //! ```
 //!
 //! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
@@ -20,6 +21,7 @@ pub use client::{ControlError, call};
 pub use group::{Config, OPEN_TO_GROUP, group_id};
 pub use server::{ControlHandler, ControlSocket, ServeError, bind, serve};
 
+use crate::cache::{CacheList, CachesFound};
 use crate::gitlab::JobId;
 use crate::status::{ConsoleFound, JobFound, JobList, StatusReport};
 use serde::{Deserialize, Serialize};
@@ -77,6 +79,22 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         from: Option<u64>,
     },
+    /// What is kept for later jobs (`cache:`)?
+    Caches,
+    /// What is kept for jobs of this project?
+    CacheShow {
+        /// Its path, its number, the name of several, or an id of the list.
+        whose: String,
+    },
+    /// Throw caches away.
+    CacheClear {
+        /// As above; none: everybody's.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        whose: Option<String>,
+        /// Only those of this key.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        key: Option<String>,
+    },
     /// Take no more jobs, finish those you have, then end.
     Drain,
     /// End this job now, with an honest verdict.
@@ -123,6 +141,17 @@ pub enum Answer {
         /// What it says.
         #[serde(flatten)]
         found: ConsoleFound,
+    },
+    /// To `caches`; none: none are kept here.
+    Caches {
+        /// What is kept.
+        list: Option<Box<CacheList>>,
+    },
+    /// To `cache_show` and `cache_clear`.
+    Cache {
+        /// What was found, or became of it.
+        #[serde(flatten)]
+        found: CachesFound,
     },
     /// To `drain`: it has begun, or had begun before.
     Draining,

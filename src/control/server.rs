@@ -4,6 +4,7 @@ use super::group;
 use super::{
     ANSWER_BYTES_MAX, Answer, EXCHANGE_DEADLINE, KillOutcome, REASON_CHARACTERS_MAX, REQUEST_BYTES_MAX, Request,
 };
+use crate::cache::{Caches, CachesFound};
 use crate::gitlab::JobId;
 use crate::metrics::Form;
 use crate::status::{JobList, Reports};
@@ -25,6 +26,8 @@ pub trait ControlHandler: Reports {
     fn drain(&self);
     /// Tells the job to end; `runner` is the name of a runner entry, `reason` a line that its author reads.
     fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome;
+    /// The caches that are kept; `None`: none are to be.
+    fn caches(&self) -> Option<Caches>;
     /// Why nobody is served the status elsewhere, for the status; `None`: all is well with that.
     fn status_is_not_served(&self, why: Option<String>);
 }
@@ -156,6 +159,19 @@ async fn obey(request: Request, handler: &dyn ControlHandler) -> Answer {
         Request::Job { job, runner } => Answer::Job { found: handler.job(job, runner.as_deref()).await },
         Request::Console { job, runner, from } => {
             Answer::Console { found: handler.console(job, runner.as_deref(), from).await }
+        }
+        Request::Caches => Answer::Caches { list: handler.caches().map(|caches| Box::new(caches.list())) },
+        Request::CacheShow { whose } => {
+            let found = handler.caches().map_or(CachesFound::Disabled, |caches| caches.show(&whose));
+            Answer::Cache { found }
+        }
+        Request::CacheClear { whose, key } => {
+            tracing::info!(whose, key, "the operator throws caches away");
+            let found = match handler.caches() {
+                Some(caches) => caches.clear(whose.as_deref(), key.as_deref()).await,
+                None => CachesFound::Disabled,
+            };
+            Answer::Cache { found }
         }
         Request::Drain => {
             tracing::info!("the operator asks for a drain");

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::BoxFuture;
+use crate::cache::Caches;
 use crate::history::End;
 use crate::metrics::Form;
 use crate::status::{DaemonStatus, Reports};
@@ -52,6 +53,9 @@ impl ControlHandler for Fake {
     fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome {
         self.killed.lock().unwrap().push((job, runner.map(str::to_owned), reason));
         KillOutcome::Told { runner: runner.unwrap_or("ci").to_owned() }
+    }
+    fn caches(&self) -> Option<Caches> {
+        None
     }
     fn status_is_not_served(&self, _why: Option<String>) {}
 }

@@ -56,6 +56,9 @@ pub enum DaemonError {
         "use KVM: {0}; set `hypervisor.accel = \"tcg\"` for a trial without hardware virtualisation, which isolates nothing"
     )]
     NoKvm(String),
+    /// The operator's store of caches.
+    #[error("set up the store of `cache.upstream`")]
+    CacheStore(#[source] OpenError),
     /// A runner's token file.
     #[error("set up runner `{runner}` by its `token_file`")]
     Token {
@@ -87,6 +90,7 @@ impl DaemonError {
             | Self::Journal(JournalError::Newer { .. } | JournalError::Foreign { .. })
             | Self::Token { .. }
             | Self::Endpoint { .. }
+            | Self::CacheStore(_)
             | Self::NoKvm(_) => 78,
             Self::Journal(JournalError::Files { source, .. }) | Self::Files { source, .. }
                 if !remedy(source.kind()).is_empty() =>

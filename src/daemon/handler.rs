@@ -4,6 +4,7 @@ use super::problems::{problems, too_old};
 use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
 use crate::BoxFuture;
+use crate::cache::Caches;
 use crate::capacity::Capacity;
 use crate::clock::Clock;
 use crate::config::Span;
@@ -35,6 +36,7 @@ pub(super) struct Handler {
     capacity: Capacity,
     supply: Supply,
     history: History,
+    caches: Option<Caches>,
     /// Exchanged at a reload; held for a few lines.
     runners: Mutex<Vec<View>>,
     /// Why nothing serves the status; held for a few lines.
@@ -54,6 +56,7 @@ impl Handler {
             capacity,
             supply: parts.supply.clone(),
             history: parts.history.clone(),
+            caches: parts.caches.clone(),
             runners: Mutex::new(runners),
             not_served: Mutex::default(),
             image_max_age: Mutex::default(),
@@ -167,6 +170,7 @@ impl Handler {
             runners: runners.iter().map(gauges).collect(),
             jobs_by_state: self.jobs.views().into_iter().map(|view| (view.key.runner, view.state)).collect(),
             machines: self.supply.states(),
+            cache: self.caches.as_ref().map(Caches::usage),
             images: images.into_iter().map(|(name, age)| ImageTime { name, age_s: age.as_secs_f64() }).collect(),
         }
     }
@@ -296,6 +300,10 @@ impl ControlHandler for Handler {
 
     fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome {
         self.jobs.kill(job, runner, reason)
+    }
+
+    fn caches(&self) -> Option<Caches> {
+        self.caches.clone()
     }
 
     fn status_is_not_served(&self, why: Option<String>) {

@@ -111,6 +111,7 @@ impl Listener {
 mod tests {
     use super::*;
     use crate::BoxFuture;
+    use crate::cache::Caches;
     use crate::control::KillOutcome;
     use crate::gitlab::JobId;
     use crate::history::End;
@@ -144,6 +145,9 @@ mod tests {
         fn drain(&self) {}
         fn kill(&self, _job: JobId, _runner: Option<&str>, _reason: Option<String>) -> KillOutcome {
             KillOutcome::Unknown
+        }
+        fn caches(&self) -> Option<Caches> {
+            None
         }
         fn status_is_not_served(&self, why: Option<String>) {
             *self.0.lock().unwrap() = why;

@@ -10,6 +10,7 @@
 //! | drain (SIGQUIT) | none | run to their end |
 //! | end (second signal of a drain) | none | ended with an honest verdict |
 
+mod caches;
 mod disk;
 mod error;
 mod handler;
@@ -34,7 +35,6 @@ pub use setup::endpoint;
 pub use shutdown::{Mode, Shutdown};
 
 use crate::awake::Awake;
-use crate::cache::Caches;
 use crate::capacity::{Capacity, Held, Resources};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -211,7 +211,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         metrics.clone(),
         stop.clone(),
     );
-    let caches = caches(&config, &backends).await?;
+    // Of these the guests may be in the middle of a cache.
+    let readers = loaded.records.iter().map(|record| record.key.directory()).collect();
+    let caches = caches::open(&config, &backends, &readers).await?;
     let history =
         History::open(files.clone(), backends.clock.clone(), &config.state_directory, config.history.bounds());
     let parts = Parts {
@@ -307,19 +309,6 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         reloader,
         reloads,
     })
-}
-
-/// The caches that jobs have left, if there are to be any.
-async fn caches(config: &Config, backends: &Backends) -> Result<Option<Caches>, DaemonError> {
-    if !config.cache.enabled {
-        return Ok(None);
-    }
-    let directory = config.state_directory.join("cache");
-    let reserve = config.capacity.disk_reserve_gib.saturating_mul(1 << 30);
-    let (files, clock, rng) = (backends.files.clone(), backends.clock.clone(), backends.rng.clone());
-    let caches = Caches::open(files, directory.clone(), (config.cache.clone(), reserve), clock, rng).await;
-    let unread = |source| DaemonError::Files { what: "look for caches at", path: directory, source };
-    caches.map(Some).map_err(unread)
 }
 
 impl Daemon {

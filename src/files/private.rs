@@ -4,7 +4,10 @@
 //! directory of the service's own, as root's, and gives the service's user the right to read by an ACL. The mask of that
 //! ACL shows as the group's bits, so that the mode reads 0440 although nobody but the service can.
 
+use super::plain;
+use crate::secret::Secret;
 use std::fs::Metadata;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +23,30 @@ pub fn too_open(path: &Path, found: &Metadata) -> Option<u32> {
     let own = std::env::var_os(CREDENTIALS_VARIABLE).map(PathBuf::from).filter(|path| path.is_absolute());
     let places: Vec<PathBuf> = own.into_iter().chain([ALL_CREDENTIALS.into()]).collect();
     judge(path, found, &places)
+}
+
+/// Bytes of a key's file at most.
+const LINE_BYTES_MAX: u64 = 4096;
+
+/// Reads a secret of one line.
+///
+/// # Errors
+/// The file's; `PermissionDenied` if others may read it, `InvalidData` if it holds no such line.
+pub fn read_line(path: &Path) -> io::Result<Secret> {
+    use std::io::Read as _;
+    // Mode and content are those of one open file, whatever happens to the name meanwhile.
+    let file = plain::open_chosen(path)?;
+    if let Some(mode) = too_open(path, &file.metadata()?) {
+        let text = format!("mode {mode:o} lets others read it; chmod 0600 it");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    let mut bytes = Vec::new();
+    file.take(LINE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    let text = std::str::from_utf8(&bytes).unwrap_or_default().trim();
+    if text.is_empty() || bytes.len() as u64 > LINE_BYTES_MAX || text.chars().any(|c| c.is_control() || c == ' ') {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "it does not hold one line with a key"));
+    }
+    Ok(Secret::new(text))
 }
 
 /// `places`: directories below which credentials are.

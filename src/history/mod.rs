@@ -13,6 +13,7 @@ mod store;
 
 pub use store::{Bounds, History};
 
+use crate::cache::Note;
 use crate::gitlab::{JobId, JobStatus};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -72,6 +73,9 @@ pub struct End {
     /// What it went through, oldest first.
     #[serde(default)]
     pub steps: Vec<Step>,
+    /// What it had of the caches.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cache: Vec<Note>,
     /// Rows that its console printed in all.
     #[serde(default)]
     pub console_rows: u64,

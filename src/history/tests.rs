@@ -40,6 +40,7 @@ fn end(id: u64, clock: &Clock) -> End {
         log_bytes: 1000,
         machine: None,
         steps: vec![Step { what: "disk ready".into(), at_ms: 120 }],
+        cache: Vec::new(),
         console_rows: 1,
         console: Some(format!("row of {id}\n")),
     }

@@ -6,9 +6,9 @@
 pub mod alike;
 pub mod build;
 pub mod difference;
+pub mod gpt;
 pub mod manifest;
 pub mod qcow2;
-pub mod registry;
 pub mod stamp;
 pub mod store;
 mod tar;

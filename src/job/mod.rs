@@ -45,7 +45,6 @@ use crate::guest;
 use crate::history::{History, MachineWas, Step};
 use crate::image::store::Images;
 use crate::metrics::Metrics;
-use crate::network::ForwardConfig;
 use crate::rng::Rng;
 use crate::rules::Rule;
 use crate::supply::Supply;
@@ -108,8 +107,6 @@ pub struct Runner {
     pub class: config::Class,
     /// The rules that may fit its jobs, in order.
     pub rules: Arc<[Rule]>,
-    /// What machines may reach beside their doors.
-    pub forwards: Arc<[ForwardConfig]>,
     /// The classes that they may give.
     pub classes: Vec<config::Class>,
     /// Its GitLab.

@@ -6,6 +6,7 @@
 
 use super::journal::Record;
 use super::lines;
+use crate::cache::Note;
 use crate::history::{self, AtGitlab, CONSOLE_BYTES_MAX, End, MachineWas, Outcome, Step};
 use crate::secret::Secret;
 use crate::supply::Screen;
@@ -75,6 +76,8 @@ pub(super) struct Past {
     pub(super) why: Option<String>,
     /// The hypervisor's name of the last machine.
     pub(super) vm: Option<String>,
+    /// What it has had of the caches, before a hand-over.
+    pub(super) cache: Vec<Note>,
 }
 
 impl Past {
@@ -126,6 +129,7 @@ pub(super) fn end_of(record: &Record, now: Timestamp) -> End {
         steps: Vec::new(),
         console_rows: 0,
         console: None,
+        cache: Vec::new(),
     }
 }
 

@@ -15,13 +15,12 @@ use crate::gitlab::{Containers, JobPayload};
 use crate::image::manifest::ExecutorKind;
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
-use crate::network::{self, Forward, ForwardConfig, Mode};
+use crate::network::{self, Mode};
 use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use dayfly_egress::policy::{HostPort, Policy};
-use dayfly_guest_config::{RELAY_URL, WIRE_CONTRACT};
 
 /// Why a job gets no machine.
 #[derive(Debug)]
@@ -91,12 +90,10 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
         rule.filter(|rule| rule.class.is_some())
             .map(|_| format!("machine class {}, by a rule of this runner", class.name)),
     );
-    let (forwards, told_of) = forwards_of(runner, class, &image);
-    notes.extend(told_of);
     let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
     let needed = || needed(&runner.config, &payload.registries);
     let egress = (network == Mode::Relay).then(|| class.egress.policy(needed()));
-    Ok(MachineSpec { forwards, ..spec(class, &image, size, (network, egress), told(runner, &parts.rng), notes) })
+    Ok(spec(class, &image, size, (network, egress), told(runner, &parts.rng), notes))
 }
 
 /// The rule that decides, logged and counted like those that are tried out.
@@ -215,27 +212,9 @@ fn spec(
         nested: class.nested,
         network,
         egress,
-        forwards: Vec::new(),
         runner,
         notes,
     }
-}
-
-/// What machines of this class reach beside their door, and what their authors are told of that. A guest of the contract
-/// before has no wire that it could go over.
-fn forwards_of(runner: &Runner, class: &Class, image: &Image) -> (Vec<Forward>, Option<String>) {
-    let of_class = |forward: &&ForwardConfig| forward.classes.contains(&class.name);
-    let forwards: Vec<Forward> = runner.forwards.iter().filter(of_class).map(ForwardConfig::forward).collect();
-    if forwards.is_empty() {
-        return (forwards, None);
-    }
-    if image.manifest.contract < WIRE_CONTRACT {
-        return (Vec::new(), Some("no forwards: this machine's image is too old for them".into()));
-    }
-    let relay = RELAY_URL.trim_start_matches("http://");
-    let told: Vec<String> =
-        forwards.iter().map(|forward| format!("{relay}:{} ({})", forward.port, forward.name)).collect();
-    (forwards, Some(format!("within reach: {}", told.join(", "))))
 }
 
 /// What no job of a runner entry can do without.

@@ -36,6 +36,8 @@ pub struct Snapshot {
     pub jobs_by_state: Vec<(String, &'static str)>,
     /// VMs of jobs by state: `starting`, `running`, `paused`, `ended`.
     pub machines: Vec<(&'static str, u64)>,
+    /// Bytes of caches that are kept, saves under way included; `None`: none are to be.
+    pub cache: Option<(u64, u64)>,
     /// The images of the runners' classes.
     pub images: Vec<ImageTime>,
 }
@@ -94,6 +96,10 @@ impl Snapshot {
                 let name = format!("room_{name}_bound{unit}");
                 whole(&mut registry, &name, &format!("{what} that may be promised"), bound);
             }
+        }
+        if let Some((bytes, bound)) = self.cache {
+            whole(&mut registry, "cache_bytes", "Bytes of caches that are kept, saves under way included", bytes);
+            whole(&mut registry, "cache_bound_bytes", "Bytes that they may be at most", bound);
         }
         self.of_runners(&mut registry);
         let jobs = Family::<Labels, Gauge>::default();

@@ -32,6 +32,7 @@ pub(crate) fn full() -> (Metrics, Snapshot) {
         }],
         jobs_by_state: vec![("ci".into(), "running")],
         machines: vec![("running", 1)],
+        cache: Some((3 << 30, 20 << 30)),
         images: vec![ImageTime { name: "debian".into(), age_s: 86_400.0 }],
     };
     (metrics, snapshot)

@@ -208,6 +208,12 @@ impl Rule {
     }
 }
 
+/// Whether a project's whole path fits this pattern, whatever the case.
+#[must_use]
+pub fn path_fits(pattern: &str, path: &str) -> bool {
+    glob::fits(pattern, path, true)
+}
+
 /// Whether a project of this path lies in this group, however deep.
 fn lies_in(path: &str, group: &str) -> bool {
     let group = group.trim_matches('/');

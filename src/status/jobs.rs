@@ -202,6 +202,7 @@ impl End {
         writeln!(f, "  came     {}", self.received.strftime("%Y-%m-%dT%H:%M:%SZ"))?;
         machine(f, &self.class, self.machine.as_ref())?;
         steps(f, &self.steps)?;
+        self.cache.iter().try_for_each(|note| writeln!(f, "  {}", note.words()))?;
         match self.console.as_deref() {
             None => writeln!(f, "no console of it is kept"),
             Some("") => writeln!(f, "its console printed nothing"),

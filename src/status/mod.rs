@@ -5,8 +5,10 @@
 //! carries it; `dayfly status` prints it, as text or as JSON. Names and projects come from GitLab:
 //! the text escapes control characters, so that none can drive the operator's terminal.
 
+mod caches;
 mod jobs;
 
+pub use caches::{CachesText, EntriesText};
 pub use jobs::{ConsoleFound, JobDetail, JobFound, JobList, why};
 
 use crate::BoxFuture;

@@ -77,6 +77,7 @@ fn end() -> End {
         log_bytes: 2000,
         machine: None,
         steps: vec![Step { what: "disk ready".into(), at_ms: 120 }],
+        cache: Vec::new(),
         console_rows: 2,
         console: Some("first row\n<img src=x>\n".into()),
     }

@@ -24,7 +24,6 @@ fn metrics() -> String {
     metrics.guest().requests.inc("trace");
     metrics.guest().refused.inc("rate");
     metrics.guest().cache.inc("hit");
-    metrics.guest().begin_forward("apt-cache");
     metrics.job().begin_rule("rest", "deny");
     metrics.egress().count("default", &[]);
     let usage = Usage { promised: 1, bound: Some(2) };
@@ -38,6 +37,7 @@ fn metrics() -> String {
         runners: vec![RunnerGauges { name: "ci".into(), answered_s: Some(1.0), ..RunnerGauges::default() }],
         jobs_by_state: vec![("ci".into(), "running")],
         machines: vec![("running", 1)],
+        cache: Some((1, 2)),
         images: vec![ImageTime { name: "debian-12-shell".into(), age_s: 1.0 }],
         ..Snapshot::default()
     };

@@ -49,12 +49,8 @@ pub struct Options {
     pub backend: &'static str,
     /// Lines for section `[limits]`.
     pub limits: &'static str,
-    /// The class's network.
-    pub network: &'static str,
     /// Lines for the class.
     pub class: &'static str,
-    /// Whole sections.
-    pub sections: String,
     /// No other test may run beside it.
     pub alone: bool,
 }
@@ -67,10 +63,7 @@ impl Default for Options {
             concurrent: 1,
             backend: "libvirt",
             limits: "",
-            // GitLab is on this host's loopback, at 10.0.2.2 for a guest.
-            network: "user",
             class: "",
-            sections: String::new(),
             alone: false,
         }
     }
@@ -160,7 +153,8 @@ impl Lab {
             options.image
         )
         .unwrap();
-        writeln!(text, "allow_standin_runner = true\nnetwork = \"{}\"\n{}", options.network, options.class).unwrap();
+        // GitLab is on this host's loopback, at 10.0.2.2 for a guest.
+        writeln!(text, "allow_standin_runner = true\nnetwork = \"user\"\n{}", options.class).unwrap();
         writeln!(
             text,
             "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\""
@@ -168,7 +162,7 @@ impl Lab {
         .unwrap();
         writeln!(text, "class = \"small\"\ntls_ca_file = \"{dir}/ca.pem\"\nclone_url = \"https://10.0.2.2:{port}\"")
             .unwrap();
-        writeln!(text, "poll_interval = \"1s\"\n{}", options.sections).unwrap();
+        writeln!(text, "poll_interval = \"1s\"").unwrap();
         fs::write(self.dir.path().join("config.toml"), text).unwrap();
     }
 

@@ -15,7 +15,6 @@
     reason = "shared by several test binaries, each of which uses a part"
 )]
 mod canary;
-mod forwards;
 mod lab;
 mod leaks;
 mod restarts;

@@ -233,7 +233,6 @@ fn config(token: &str) -> GuestConfig {
             dns: vec![[192, 0, 2, 1].into()],
             relay: true,
         },
-        forwards: Vec::new(),
         runner: GuestRunner {
             config_toml: toml,
             ca_pem: None,

@@ -26,7 +26,6 @@ mod ends;
 mod exactness;
 mod exec;
 mod faults;
-mod forwards;
 mod found_by_sim;
 mod gitlab;
 mod handover;

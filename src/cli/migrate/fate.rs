@@ -177,7 +177,7 @@ pub(super) fn of_runner(path: &str, item: &Item) -> Fate {
         "debug_trace_disabled" => {
             left("CI_DEBUG_TRACE is its job's own affair: GitLab shows such logs to developers only")
         }
-        "cache" => left("there is no shared cache yet: what jobs cache goes with their machine"),
+        "cache" => left("`cache:` needs no store here; `[cache.upstream]` names one that is there"),
         "machine" | "autoscaler" | "instance" | "ssh" | "parallels" | "virtualbox" | "custom" => left(MADE_HERE),
         "referees" | "monitoring" | "labels" => left("these are gitlab-runner's own"),
         _ => left("dayfly knows no such key"),

@@ -50,7 +50,7 @@ const FAMILIES: &[(&str, &str)] = &[
     ("virtualbox-", NO_MACHINES),
     ("ssh-", NO_MACHINES),
     ("custom-", NO_MACHINES),
-    ("cache-", "not used: there is no shared cache yet"),
+    ("cache-", "not needed: `cache:` works without a store, and `[cache.upstream]` names one that is there"),
     ("referees-", "not used: there are no referees"),
 ];
 
@@ -168,7 +168,7 @@ mod tests {
         }
         assert!(of("--executor docker").contains("the shell executor"));
         assert!(of("--docker-image").contains("--class") && of("--docker-privileged").contains("--class"));
-        assert!(of("--cache-s3-bucket-name").contains("no shared cache"));
+        assert!(of("--cache-s3-bucket-name").contains("[cache.upstream]"));
         assert_eq!(notes.len(), 9);
         assert!(taken(&["register", "--executor", "shell"]).0[0].contains("so it is"));
     }

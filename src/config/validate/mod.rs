@@ -3,8 +3,8 @@
 //! [`validate`] looks at the values only, so that it can judge a file before it is written;
 //! [`Loaded::check_for_running`] also looks at the files that they name, as `run` and `check` need.
 
+mod caches;
 mod classes;
-mod forwards;
 mod status;
 
 use super::origin::nearest_name;
@@ -116,10 +116,10 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
         &mut report,
     );
     status::judge(config, &mut report);
+    caches::judge(config, &mut report);
     limits(config, &mut report);
     classes::classes(config, &mut report);
     classes::rules(config, &mut report);
-    forwards::judge(config, &mut report);
     for (i, runner) in config.runner.iter().enumerate() {
         one_runner(i, runner, config, &mut report);
     }
@@ -396,6 +396,7 @@ impl Loaded {
             );
             report.error("control.group", format!("cannot be used: {error}"), remedy);
         }
+        caches::judge_files(&self.config, &mut report);
         let mut tokens: Vec<(&Runner, RunnerToken)> = Vec::new();
         for (i, runner) in self.config.runner.iter().enumerate() {
             let key = |name: &str| format!("runner.{i}.{name}");

@@ -37,7 +37,7 @@ pub fn import(
     let mut manifest = if found.is_dir() {
         let path = from.join(MANIFEST_FILE);
         let manifest = read_manifest(plain::open(&path).map_err(file_error("read", &path))?, from)?;
-        has_room(image_directory, &manifest, from, 0)?;
+        has_room(image_directory, &manifest, from)?;
         for file in manifest.files() {
             let path = from.join(&file.file);
             progress(&format!("{}, {} MiB", file.file, file.bytes >> 20));
@@ -53,7 +53,7 @@ pub fn import(
             return Err(refused(format!("its first file is no {MANIFEST_FILE}")));
         };
         let manifest = read_manifest(files.content(bytes), from)?;
-        has_room(image_directory, &manifest, from, 0)?;
+        has_room(image_directory, &manifest, from)?;
         let mut missing: Vec<&ImageFile> = manifest.files().collect();
         while let Some((name, bytes)) = next(&mut files)? {
             let Some(at) = missing.iter().position(|file| file.file == name) else {
@@ -85,15 +85,9 @@ fn read_manifest(from: impl Read, path: &Path) -> Result<Manifest, BuildError> {
     Manifest::parse(&text).map_err(|source| ImageError::Manifest { name, path, source }.into())
 }
 
-/// Whether there is room for what the manifest says is to come, and `beside` that; no more than that is read.
-pub(super) fn has_room(
-    image_directory: &Path,
-    manifest: &Manifest,
-    from: &Path,
-    beside: u64,
-) -> Result<(), BuildError> {
-    let spare = SPARE_BYTES.saturating_add(beside);
-    let wanted = manifest.files().fold(spare, |sum, file| sum.saturating_add(file.bytes));
+/// Whether there is room for what the manifest says is to come; no more than that is read.
+fn has_room(image_directory: &Path, manifest: &Manifest, from: &Path) -> Result<(), BuildError> {
+    let wanted = manifest.files().fold(SPARE_BYTES, |sum, file| sum.saturating_add(file.bytes));
     let found =
         rustix::fs::statvfs(image_directory).map_err(|error| file_error("look at", image_directory)(error.into()))?;
     let free = found.f_bavail.saturating_mul(found.f_frsize);

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! recipe ─► packages (mmdebstrap, with runner, guest program and units) ─► ext4 ─► disk.qcow2
-//!                └─► kernel package ─► vmlinuz, modules + dayfly-init ─► initrd
+//!                └─► kernel package ─► vmlinuz, modules + dayfly-init ─► initrd; or, with `boot = "disk"`,
+//!                    kernel and boot loader inside, the ext4 a partition behind it
 //!                                                                          │
 //!     Staged (beside the images) ◄── image.toml, digests ◄─────────────────┘
 //!        └─► the boot test learns `info` ─► Staged::promote
@@ -11,35 +12,35 @@
 //! Two or three minutes, without root. One build at a time in an image directory; a build that fails or is
 //! dropped leaves nothing, one that is killed is cleaned up by the next.
 
+mod cloud;
+mod disk;
 mod download;
 mod import;
 mod initrd;
 mod preload;
 mod programs;
-mod pull;
 mod recipe;
 mod rootfs;
 mod sealed;
 mod sources;
 mod staging;
 
-pub use download::{DownloadError, Downloaded, RUNNER_DOWNLOADS, Release, opener};
+pub use cloud::{CloudError, CloudRequest, DEADLINE as CLOUD_DEADLINE, DiskFormat, name_of, take_in};
+pub use download::{DownloadError, Downloaded, FetchedDisk, RUNNER_DOWNLOADS, Release, fetch_disk, opener};
 pub use import::{export, import};
 pub use preload::HelperSource;
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
-pub use pull::pull;
 pub use recipe::{Found, RECIPE_DIRECTORIES, Recipes};
 
 use super::manifest::{
-    BootKind, BuildInputs, DockerInside, FORMAT_VERSION, ImageRunner, Learnt, MANIFEST_FILE, Manifest,
+    BootKind, BuildInputs, DockerInside, FORMAT_VERSION, ImageFile, ImageRunner, Learnt, MANIFEST_FILE, Manifest,
 };
-use super::registry::RegistryError;
 use super::store::{Image, ImageError, ImageStore};
 use crate::process::ProcessError;
 use crate::vm::AccelChoice;
 use preload::Machine;
-use recipe::Recipe;
-use rootfs::{Privilege, Work};
+use recipe::{Inputs, Recipe};
+use rootfs::{Privilege, Start, Work};
 use staging::Staging;
 use std::fs;
 use std::io;
@@ -77,9 +78,6 @@ pub struct BuildRequest {
 /// Why an image could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// A registry.
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
     /// No such recipe.
     #[error("find recipe `{name}`{extended_by}; there are: {there_are}")]
     Recipe {
@@ -125,6 +123,11 @@ pub enum BuildError {
         "read recipe `{0}`: it wants containers (executor docker, or preload), and has no Docker; extend `debian-12-docker`, or put docker.io among its packages"
     )]
     RecipeDocker(String),
+    /// It wants containers inside, and the hypervisor does not load its kernel.
+    #[error(
+        "read recipe `{0}`: `preload` is for images whose kernel the hypervisor loads; leave it out, or leave `boot = \"disk\"` out"
+    )]
+    RecipePreload(String),
     /// It leaves out what is not there.
     #[error("read recipe `{name}`: `without` names {package}, which none that it extends has")]
     RecipeWithout {
@@ -169,6 +172,9 @@ pub enum BuildError {
     /// Another build is at work here.
     #[error("build in {}: another build is running there", .0.display())]
     Busy(PathBuf),
+    /// A cloud image cannot be taken in.
+    #[error(transparent)]
+    Cloud(#[from] CloudError),
     /// A program of the host failed.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -191,6 +197,9 @@ pub enum BuildError {
     /// The kernel's package is not what it should be.
     #[error("take the kernel out of its package: {0}")]
     Kernel(&'static str),
+    /// The boot loader that the recipe's steps have made.
+    #[error("put the boot loader on the disk: {0}")]
+    Loader(&'static str),
     /// The kernel's package lacks a module.
     #[error("find module `{0}` in the kernel's package")]
     Module(String),
@@ -298,6 +307,9 @@ pub async fn build(request: &BuildRequest, progress: &mut Progress<'_>) -> Resul
     }
     if let Some(helper) = &request.helper {
         let why = match (recipe.inputs.has_docker, helper.path.is_file()) {
+            _ if recipe.inputs.boot == BootKind::Disk => {
+                Some("it is put in where the hypervisor loads the kernel, and this recipe says `boot = \"disk\"`")
+            }
             (false, _) => Some("the recipe has no Docker; leave --helper-image out"),
             (true, false) => Some("it is no file"),
             (true, true) => None,
@@ -347,26 +359,34 @@ async fn fill(
     let packages = rootfs::packages(work, recipe, progress).await?;
 
     progress(&format!("kernel: {}", packages.kernel_version));
-    let kernel = staging.copy(KERNEL_FILE, &packages.kernel).await?;
-    let found =
-        initrd::find_modules(&packages.modules, &inputs.modules).map_err(file_error("read", &packages.modules))?;
-    let modules = found.map_err(BuildError::Module)?;
-    let initrd = initrd::make(&request.init, &modules).and_then(|bytes| staging.write(INITRD_FILE, bytes.as_slice()));
-    let initrd = initrd.map_err(file_error("write", &staging.path().join(INITRD_FILE)))?;
-
-    progress("disk: ext4, then qcow2");
+    let beside = match &packages.start {
+        Start::Direct { kernel, modules } => Some(beside(request, inputs, staging, kernel, modules).await?),
+        Start::Loader(_) => None,
+    };
+    progress(match beside {
+        Some(_) => "disk: ext4, then qcow2",
+        None => "disk: a boot loader and ext4 in partitions, then qcow2",
+    });
     let raw = rootfs::file_system(work, &packages, inputs.disk_gib).await?;
     let helper_name = preload::helper_name(&runner.version);
     let helper = request.helper.as_ref().map(|source| (source, helper_name.as_str()));
-    let machine = Machine {
-        disk: &raw,
-        kernel: &staging.path().join(KERNEL_FILE),
-        initrd: &staging.path().join(INITRD_FILE),
-        cmdline: &inputs.cmdline,
-        accel: request.accel,
+    let images = match &packages.start {
+        Start::Loader(loader) => {
+            disk::make_bootable(&raw, loader)?;
+            Vec::new()
+        }
+        Start::Direct { .. } => {
+            let machine = Machine {
+                disk: &raw,
+                kernel: &staging.path().join(KERNEL_FILE),
+                initrd: &staging.path().join(INITRD_FILE),
+                cmdline: &inputs.cmdline,
+                accel: request.accel,
+            };
+            preload::run(work, recipe, helper, &machine, progress).await?
+        }
     };
-    let images = preload::run(work, recipe, helper, &machine, progress).await?;
-    sealed::check(&raw).await?;
+    sealed::check(&raw, inputs.root_offset()).await?;
     let made = work.path(DISK_FILE);
     rootfs::compress(&raw, &made).await?;
     let disk = staging.copy(DISK_FILE, &made).await?;
@@ -376,12 +396,14 @@ async fn fill(
         images,
     });
 
+    let cmdline = beside.is_some().then(|| inputs.cmdline.clone());
+    let (kernel, initrd) = beside.unzip();
     Ok(Manifest {
         format_version: FORMAT_VERSION,
         name: request.recipe.clone(),
         architecture: inputs.architecture.clone(),
-        boot: BootKind::Direct,
-        cmdline: Some(inputs.cmdline.clone()),
+        boot: inputs.boot,
+        cmdline,
         // The guest program is of this installation, and the boot test asks it.
         contract: dayfly_guest_config::CONTRACT,
         executor: inputs.executor,
@@ -390,8 +412,8 @@ async fn fill(
         info: None,
         runner,
         disk,
-        kernel: Some(kernel),
-        initrd: Some(initrd),
+        kernel,
+        initrd,
         docker,
         build: BuildInputs {
             suite: format!("debian {}", inputs.suite),
@@ -404,6 +426,21 @@ async fn fill(
                 .collect(),
         },
     })
+}
+
+/// Kernel and initial RAM disk of an image that the hypervisor loads them for.
+async fn beside(
+    request: &BuildRequest,
+    inputs: &Inputs,
+    staging: &Staging,
+    kernel: &Path,
+    modules: &Path,
+) -> Result<(ImageFile, ImageFile), BuildError> {
+    let kernel = staging.copy(KERNEL_FILE, kernel).await?;
+    let found = initrd::find_modules(modules, &inputs.modules).map_err(file_error("read", modules))?;
+    let modules = found.map_err(BuildError::Module)?;
+    let initrd = initrd::make(&request.init, &modules).and_then(|bytes| staging.write(INITRD_FILE, bytes.as_slice()));
+    Ok((kernel, initrd.map_err(file_error("write", &staging.path().join(INITRD_FILE)))?))
 }
 
 /// Puts what the image gets from us below `files`, as it will lie below its root.

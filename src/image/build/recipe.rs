@@ -12,7 +12,8 @@ pub(super) use files::{Overlay, write_text};
 use carried::{CARRIED, CUSTOMIZE, SEAL, SHARED_FILES};
 
 use super::{BuildError, file_error};
-use crate::image::manifest::ExecutorKind;
+use crate::image::gpt;
+use crate::image::manifest::{BootKind, ExecutorKind};
 use crate::image::store::valid;
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
@@ -55,6 +56,8 @@ pub(super) struct Recipe {
 pub(super) struct Inputs {
     pub(super) suite: String,
     pub(super) architecture: String,
+    /// Who loads the kernel.
+    pub(super) boot: BootKind,
     pub(super) executor: ExecutorKind,
     /// What the guest needs.
     pub(super) packages: Vec<String>,
@@ -92,6 +95,7 @@ struct Written {
     extends: Option<String>,
     suite: Option<String>,
     architecture: Option<String>,
+    boot: Option<BootKind>,
     executor: Option<ExecutorKind>,
     packages: Vec<String>,
     tools: Vec<String>,
@@ -276,10 +280,15 @@ fn put_together(name: &str, chain: &[Link]) -> Result<Recipe, BuildError> {
     if !has_docker && (executor == ExecutorKind::Docker || !preload.is_empty()) {
         return Err(BuildError::RecipeDocker(name.to_owned()));
     }
+    let boot = chain.iter().rev().find_map(|link| link.written.boot).unwrap_or(BootKind::Direct);
+    if boot == BootKind::Disk && !preload.is_empty() {
+        return Err(BuildError::RecipePreload(name.to_owned()));
+    }
     let disk_gib = chain.iter().rev().find_map(|link| link.written.disk_gib);
     let inputs = Inputs {
         suite,
         architecture: last(|written| written.architecture.clone(), "architecture")?,
+        boot,
         executor,
         packages,
         tools,
@@ -345,7 +354,17 @@ impl Written {
 impl Inputs {
     /// All that is to be installed, as mmdebstrap's `--include` takes it.
     pub(super) fn all_packages(&self) -> impl Iterator<Item = &str> {
-        self.packages.iter().chain(&self.tools).map(String::as_str)
+        // A disk with a boot loader has its kernel inside.
+        let kernel = (self.boot == BootKind::Disk).then_some(&self.kernel_package);
+        self.packages.iter().chain(&self.tools).chain(kernel).map(String::as_str)
+    }
+
+    /// Where the root file system begins on the disk, in bytes.
+    pub(super) fn root_offset(&self) -> u64 {
+        match self.boot {
+            BootKind::Direct => 0,
+            BootKind::Disk => gpt::ROOT_START * gpt::SECTOR,
+        }
     }
 }
 

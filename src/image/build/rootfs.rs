@@ -2,12 +2,14 @@
 //!
 //! An unprivileged user's steps run in user namespaces with the user's sub-ids, root's own steps run
 //! plainly (root seldom has sub-ids). Files of sub-ids cannot be removed by the user, so the work
-//! directory is emptied in such a namespace, too. Kernel and modules come out of the downloaded
-//! package, never from the host's `/boot`.
+//! directory is emptied in such a namespace, too. Kernel, modules and boot loader come out of downloaded
+//! packages, never from the host's `/boot`.
 
 use super::recipe::Recipe;
 use super::{BuildError, Progress, file_error};
 use crate::files::plain;
+use crate::image::gpt;
+use crate::image::manifest::BootKind;
 use crate::process::Program;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -20,6 +22,9 @@ const PACKAGES_DEADLINE: Duration = Duration::from_secs(10 * 60);
 
 /// Unpacking, mke2fs and qemu-img take 2 to 8 s each.
 const STEP_DEADLINE: Duration = Duration::from_secs(3 * 60);
+
+/// Bytes of a block of the root file system.
+const FS_BLOCK: u64 = 4096;
 
 /// Reading apt's configuration.
 const CONFIG_DEADLINE: Duration = Duration::from_secs(10);
@@ -138,10 +143,29 @@ pub(super) struct Packages {
     pub(super) list: String,
     /// Package and version of the kernel.
     pub(super) kernel_version: String,
-    /// The kernel's image.
-    pub(super) kernel: PathBuf,
-    /// Its modules.
-    pub(super) modules: PathBuf,
+    /// Who loads the kernel.
+    pub(super) start: Start,
+}
+
+/// What a machine of the image starts by.
+pub(super) enum Start {
+    /// The hypervisor loads them.
+    Direct {
+        /// The kernel's image.
+        kernel: PathBuf,
+        /// Its modules.
+        modules: PathBuf,
+    },
+    /// The disk's own boot loader.
+    Loader(Loader),
+}
+
+/// GRUB for a PC's BIOS, as the recipe's steps have made it.
+pub(super) struct Loader {
+    /// The first sector's program.
+    pub(super) boot: PathBuf,
+    /// What that one loads.
+    pub(super) core: PathBuf,
 }
 
 /// Runs mmdebstrap with all that is in `work`'s `files`.
@@ -161,7 +185,10 @@ pub(super) async fn packages(
         let path = write(&format!("customize-{number}.sh"), script, 0o755)?;
         hooks.push(format!("--customize-hook={}", path.display()));
     }
-    write("kernel-package", &recipe.inputs.kernel_package, 0o644)?;
+    match recipe.inputs.boot {
+        BootKind::Direct => write("kernel-package", &recipe.inputs.kernel_package, 0o644)?,
+        BootKind::Disk => write("cmdline", &recipe.inputs.cmdline, 0o644)?,
+    };
     let modules: String = recipe.inputs.guest_modules.iter().map(|module| format!("{module}\n")).collect();
     write("guest-modules", &modules, 0o644)?;
     write("executor", &recipe.inputs.executor.to_string(), 0o644)?;
@@ -193,7 +220,7 @@ pub(super) async fn packages(
         mmdebstrap = mmdebstrap.arg(write("host.sources", &sources, 0o644)?);
     }
     mmdebstrap.run_lines(progress).await?;
-    take_kernel(work, tar).await
+    take_kernel(work, recipe, tar).await
 }
 
 /// The host's proxies and date checks, as apt.conf lines: mmdebstrap does not read the host's.
@@ -212,7 +239,7 @@ async fn host_apt_options() -> Vec<String> {
         .collect()
 }
 
-async fn take_kernel(work: &Work, tar: PathBuf) -> Result<Packages, BuildError> {
+async fn take_kernel(work: &Work, recipe: &Recipe, tar: PathBuf) -> Result<Packages, BuildError> {
     Program::new("tar", STEP_DEADLINE)
         .arg("-C")
         .arg(&work.path)
@@ -224,6 +251,17 @@ async fn take_kernel(work: &Work, tar: PathBuf) -> Result<Packages, BuildError> 
         .await?;
     let record = work.path(".dayfly");
     let list = fs::read_to_string(record.join("packages")).map_err(file_error("read", &record.join("packages")))?;
+    if recipe.inputs.boot == BootKind::Disk {
+        let (boot, core) = (record.join("boot.img"), record.join("core.img"));
+        if !boot.is_file() || !core.is_file() {
+            return Err(BuildError::Loader("no step of the recipe has left .dayfly/boot.img and .dayfly/core.img"));
+        }
+        // `linux-image-cloud-amd64` depends on the one that it is.
+        let is_kernel = |line: &&str| line.starts_with("linux-image-") && line.contains(|c: char| c.is_ascii_digit());
+        let kernel = list.lines().filter(is_kernel).find(|line| !line.starts_with(&recipe.inputs.kernel_package));
+        let kernel_version = kernel.ok_or(BuildError::Kernel("no package of the image is a kernel"))?.to_owned();
+        return Ok(Packages { tar, list, kernel_version, start: Start::Loader(Loader { boot, core }) });
+    }
     let package =
         find(&record, |name| name.ends_with(".deb"))?.ok_or(BuildError::Kernel("no kernel package was downloaded"))?;
     let kernel_version = Program::new("dpkg-deb", STEP_DEADLINE)
@@ -239,7 +277,7 @@ async fn take_kernel(work: &Work, tar: PathBuf) -> Result<Packages, BuildError> 
     let modules =
         ["usr/lib/modules", "lib/modules"].map(|path| kernel_dir.join(path)).into_iter().find(|path| path.is_dir());
     let modules = modules.ok_or(BuildError::Kernel("it holds no modules"))?;
-    Ok(Packages { tar, list, kernel_version, kernel, modules })
+    Ok(Packages { tar, list, kernel_version, start: Start::Direct { kernel, modules } })
 }
 
 fn find(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Option<PathBuf>, BuildError> {
@@ -249,15 +287,23 @@ fn find(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<Option<PathBu
     Ok(paths.into_iter().find(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(&wanted)))
 }
 
-/// tar to ext4: the root file system, as a plain disk of the user's.
+/// tar to ext4: the root file system, as a plain disk of the user's, or as what will be a partition of it.
 pub(super) async fn file_system(work: &Work, packages: &Packages, disk_gib: u64) -> Result<PathBuf, BuildError> {
+    let disk_bytes = disk_gib << 30;
+    let (offset, blocks) = match packages.start {
+        Start::Direct { .. } => (0, disk_bytes / FS_BLOCK),
+        Start::Loader(_) => {
+            let sectors = gpt::root_sectors(disk_bytes).ok_or(BuildError::Loader("the disk is too small"))?;
+            (gpt::ROOT_START * gpt::SECTOR, sectors * gpt::SECTOR / FS_BLOCK)
+        }
+    };
     // Names of files go in as arguments, never into the text of a script. The label and the missing
     // journal: the guest's disk is thrown away, a journal would only be written twice.
     const SCRIPT: &str = r#"
         mkdir "$1"
         tar -C "$1" --numeric-owner --xattrs --exclude='./dev/*' --exclude=./.dayfly -xf "$2"
         truncate -s "$4" "$3"
-        mke2fs -q -t ext4 -L root -m 0 -O ^has_journal -d "$1" "$3"
+        mke2fs -q -t ext4 -b 4096 -L root -m 0 -O ^has_journal -E offset="$5" -d "$1" "$3" "$6"
         rm -rf "$1"
     "#;
     let raw = work.path("root.raw");
@@ -267,7 +313,7 @@ pub(super) async fn file_system(work: &Work, packages: &Packages, disk_gib: u64)
         .arg(work.path("tree"))
         .arg(&packages.tar)
         .arg(&raw)
-        .arg(format!("{disk_gib}G"))
+        .args([format!("{disk_gib}G"), offset.to_string(), blocks.to_string()])
         .run()
         .await?;
     Ok(raw)

@@ -28,11 +28,15 @@ const NEVER: [&str; 14] = [
     "/home/gitlab-runner/.netrc",
 ];
 
-/// Looks into the ext4 of `disk`, without mounting it.
+/// Looks into the ext4 that begins at this byte of `disk`, without mounting it.
 ///
 /// # Errors
 /// [`BuildError::Secret`] names what is there.
-pub(super) async fn check(disk: &Path) -> Result<(), BuildError> {
+pub(super) async fn check(disk: &Path, offset: u64) -> Result<(), BuildError> {
+    // So libext2fs takes a file system that does not begin with its file: behind the first `?` come options.
+    let mut at = disk.as_os_str().to_owned();
+    at.push(format!("?offset={offset}"));
+    let disk = Path::new(&at);
     let shadow = ask(disk, "cat /etc/shadow").await?;
     let users = with_password(&shadow);
     if shadow.is_empty() || !users.is_empty() {
@@ -83,6 +87,12 @@ mod tests {
     use std::fs;
 
     async fn found(files: &[(&str, &str)]) -> Result<(), String> {
+        let whole = found_at(0, files).await;
+        assert_eq!(whole, found_at(2 << 20, files).await, "in a partition the same");
+        whole
+    }
+
+    async fn found_at(offset: u64, files: &[(&str, &str)]) -> Result<(), String> {
         let dir = tempfile::tempdir().unwrap();
         let (tree, disk) = (dir.path().join("tree"), dir.path().join("disk"));
         for (path, text) in
@@ -92,10 +102,11 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, text).unwrap();
         }
-        fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
-        let made = Program::new("mke2fs", DEADLINE).args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&disk).run().await;
-        made.unwrap();
-        check(&disk).await.map_err(|error| crate::telemetry::chain(&error))
+        fs::File::create(&disk).unwrap().set_len(10 << 20).unwrap();
+        let mke2fs =
+            Program::new("mke2fs", DEADLINE).args(["-q", "-t", "ext4", "-E", &format!("offset={offset}"), "-d"]);
+        mke2fs.arg(&tree).arg(&disk).arg("8M").run().await.unwrap();
+        check(&disk, offset).await.map_err(|error| crate::telemetry::chain(&error))
     }
 
     #[tokio::test]
@@ -119,6 +130,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
         fs::write(&disk, vec![0; 1 << 20]).unwrap();
-        assert!(check(&disk).await.is_err());
+        assert!(check(&disk, 0).await.is_err());
     }
 }

@@ -7,27 +7,19 @@
 use super::{BuildError, file_error};
 use crate::files::plain;
 use crate::image::manifest::ImageFile;
-use crate::image::registry::format::Piece;
 use crate::image::store::digest_of;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use std::fs::{self, File, Permissions, TryLockError};
 use std::io::{self, Read, Seek as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Held while a build runs in an image directory.
 pub(super) const LOCK_FILE: &str = ".build.lock";
 
 /// Beginning of the names of staged images.
 const STAGING_PREFIX: &str = ".staging-";
-
-/// Beginning of the names of what has come from a registry of images that are not whole yet.
-const PULL_PREFIX: &str = ".pull-";
-
-/// What a pull has left that was given up goes with the next build or import after this time.
-const PULL_KEPT: Duration = Duration::from_secs(24 * 3600);
 
 /// A directory that is being filled. Dropped, it is removed.
 #[derive(Debug)]
@@ -50,10 +42,16 @@ impl Staging {
             Err(TryLockError::Error(source)) => return Err(file_error("lock", &lock_path)(source)),
         }
         let user = rustix::process::geteuid().as_raw();
-        let is_over = |name: &str, age: Duration| {
-            name.starts_with(STAGING_PREFIX) || name.starts_with(PULL_PREFIX) && age > PULL_KEPT
-        };
-        sweep(image_directory, is_over).map_err(file_error("remove what was left in", image_directory))?;
+        let owner = fs::metadata(image_directory).map_err(file_error("read", image_directory))?.uid();
+        for entry in fs::read_dir(image_directory).map_err(file_error("read", image_directory))?.flatten() {
+            let (name, path) = (entry.file_name(), entry.path());
+            // A stranger's is no build of ours, and what is no directory none at all.
+            let is_build =
+                || path.symlink_metadata().is_ok_and(|found| found.is_dir() && [user, owner].contains(&found.uid()));
+            if name.to_str().is_some_and(|name| name.starts_with(STAGING_PREFIX)) && is_build() {
+                fs::remove_dir_all(&path).map_err(file_error("remove", &path))?;
+            }
+        }
         let directory = tempfile::Builder::new().prefix(STAGING_PREFIX).tempdir_in(image_directory);
         let directory = directory.map_err(file_error("make a directory in", image_directory))?;
         let opened = plain::open_directory(directory.path()).and_then(|open| {
@@ -77,11 +75,6 @@ impl Staging {
         write(&self.open, name, content)
     }
 
-    /// A new file of this name, readable by all, in place of one that was written before.
-    pub(super) fn create(&self, name: &str) -> io::Result<File> {
-        create(&self.open, name)
-    }
-
     /// A copy of the file at `from`, written on a blocking thread: a disk has hundreds of MiB.
     pub(super) async fn copy(&self, name: &'static str, from: &Path) -> Result<ImageFile, BuildError> {
         let (open, path) = (Arc::clone(&self.open), from.to_owned());
@@ -91,115 +84,15 @@ impl Staging {
     }
 }
 
-/// Removes directories of ours, by their names and ages.
-fn sweep(image_directory: &Path, is_over: impl Fn(&str, Duration) -> bool) -> io::Result<()> {
-    let user = rustix::process::geteuid().as_raw();
-    let owner = fs::metadata(image_directory)?.uid();
-    for entry in fs::read_dir(image_directory)?.flatten() {
-        let (name, path) = (entry.file_name(), entry.path());
-        let Ok(found) = path.symlink_metadata() else { continue };
-        // A stranger's is no build of ours, and what is no directory none at all.
-        let is_ours = found.is_dir() && [user, owner].contains(&found.uid());
-        let age = found.modified().ok().and_then(|made| made.elapsed().ok()).unwrap_or_default();
-        if is_ours && name.to_str().is_some_and(|name| is_over(name, age)) {
-            fs::remove_dir_all(&path)?;
-        }
-    }
-    Ok(())
-}
-
-/// What has come of an image from a registry: its pieces, each under its digest. It outlives the process.
-#[derive(Debug)]
-pub(super) struct PullArea {
-    path: PathBuf,
-    open: File,
-}
-
-impl PullArea {
-    /// That of the image with this manifest; what there was of others goes. To be made by whoever has a [`Staging`].
-    pub(super) fn new(image_directory: &Path, digest: &str) -> io::Result<Self> {
-        let digits: String = digest.chars().filter(char::is_ascii_hexdigit).rev().take(16).collect();
-        let own = format!("{PULL_PREFIX}{digits}");
-        sweep(image_directory, |name, _| name.starts_with(PULL_PREFIX) && name != own)?;
-        let path = image_directory.join(own);
-        match fs::DirBuilder::new().mode(0o700).create(&path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
-        let open = plain::open_directory(&path)?;
-        let found = open.metadata()?;
-        if found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 {
-            let why = format!("{} is somebody else's; remove it", path.display());
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-        }
-        Ok(Self { path, open })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// A piece that came whole, before. That it is the right one, its content tells.
-    pub(super) fn kept(&self, piece: &Piece) -> io::Result<Option<File>> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let mut file = match rustix::fs::openat(&self.open, name_of(piece), flags, Mode::empty()) {
-            Ok(file) => File::from(file),
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let found = file.metadata()?;
-        if found.is_file() && found.len() == piece.packed && format!("sha256:{}", digest_of(&mut file)?) == piece.digest
-        {
-            file.rewind()?;
-            return Ok(Some(file));
-        }
-        rustix::fs::unlinkat(&self.open, name_of(piece), AtFlags::empty())?;
-        Ok(None)
-    }
-
-    /// What came of a piece so far.
-    pub(super) fn part(&self, piece: &Piece) -> io::Result<File> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let part = rustix::fs::openat(&self.open, part_of(piece), flags, Mode::RUSR | Mode::WUSR)?;
-        Ok(File::from(part))
-    }
-
-    /// It is whole.
-    pub(super) fn keep(&self, piece: &Piece) -> io::Result<()> {
-        Ok(rustix::fs::renameat(&self.open, part_of(piece), &self.open, name_of(piece))?)
-    }
-
-    /// Nobody goes on with it.
-    pub(super) fn remove(self) {
-        if let Err(error) = fs::remove_dir_all(&self.path) {
-            tracing::warn!(path = %self.path.display(), error = %error, "remove what came of an image");
-        }
-    }
-}
-
-/// Its digest's digits.
-fn name_of(piece: &Piece) -> String {
-    piece.digest.trim_start_matches("sha256:").to_owned()
-}
-
-fn part_of(piece: &Piece) -> String {
-    format!("{}.part", name_of(piece))
-}
-
-fn create(directory: &File, name: &str) -> io::Result<File> {
+fn write(directory: &File, name: &str, mut content: impl Read) -> io::Result<ImageFile> {
     match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
         Ok(()) | Err(rustix::io::Errno::NOENT) => {}
         Err(error) => return Err(error.into()),
     }
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::openat(directory, name, flags, Mode::RUSR | Mode::WUSR)?);
+    let mut file = File::from(rustix::fs::openat(directory, name, flags, Mode::RUSR | Mode::WUSR)?);
     // Whatever our umask says.
     file.set_permissions(Permissions::from_mode(0o644))?;
-    Ok(file)
-}
-
-fn write(directory: &File, name: &str, mut content: impl Read) -> io::Result<ImageFile> {
-    let mut file = create(directory, name)?;
     let bytes = io::copy(&mut content, &mut file)?;
     file.rewind()?;
     Ok(ImageFile { file: name.into(), bytes, sha256: digest_of(&mut file)? })

@@ -6,6 +6,7 @@
 
 use super::{line, people, stamp};
 use crate::secret::Secret;
+use crate::telemetry::sized;
 use crate::vm::Usage;
 use jiff::Timestamp;
 
@@ -28,22 +29,22 @@ impl Section {
     pub(in crate::job) fn of(usage: &Usage) -> Self {
         let mut section = Self::default();
         match (usage.memory_peak_bytes, usage.memory_bytes) {
-            (Some(peak), _) => section.row(&format!("memory, at most: {}", bytes(peak))),
-            (None, Some(now)) => section.row(&format!("memory at the end: {}", bytes(now))),
+            (Some(peak), _) => section.row(&format!("memory, at most: {}", sized(peak))),
+            (None, Some(now)) => section.row(&format!("memory at the end: {}", sized(now))),
             (None, None) => {}
         }
         if let Some(cpu) = usage.cpu {
             section.row(&format!("processors: {:.1} s ({})", cpu.as_secs_f64(), people(cpu)));
         }
         if let Some(written) = usage.disk_written_bytes {
-            section.row(&format!("written to its disk: {}", bytes(written)));
+            section.row(&format!("written to its disk: {}", sized(written)));
         }
         match (usage.network_received_bytes, usage.network_sent_bytes) {
             (Some(received), Some(sent)) => {
-                section.row(&format!("network: {} received, {} sent", bytes(received), bytes(sent)));
+                section.row(&format!("network: {} received, {} sent", sized(received), sized(sent)));
             }
-            (Some(received), None) => section.row(&format!("network: {} received", bytes(received))),
-            (None, Some(sent)) => section.row(&format!("network: {} sent", bytes(sent))),
+            (Some(received), None) => section.row(&format!("network: {} received", sized(received))),
+            (None, Some(sent)) => section.row(&format!("network: {} sent", sized(sent))),
             (None, None) => {}
         }
         section
@@ -83,16 +84,6 @@ impl Section {
         }
         text
     }
-}
-
-/// `640 KiB`, `1.5 GiB`.
-fn bytes(bytes: u64) -> String {
-    const UNITS: [(&str, u32); 3] = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
-    let unit = UNITS.iter().find(|(_, shift)| bytes >= 1 << shift);
-    // Of a number beyond 2^53 a hundredth matters to nobody.
-    #[expect(clippy::cast_precision_loss, reason = "rounded to a tenth anyway")]
-    let shown = |shift: u32| bytes as f64 / (1_u64 << shift) as f64;
-    unit.map_or_else(|| format!("{bytes} bytes"), |(name, shift)| format!("{:.1} {name}", shown(*shift)))
 }
 
 #[cfg(test)]

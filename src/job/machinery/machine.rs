@@ -1,7 +1,6 @@
 //! The machine of one job and its door: planned, written down, made, adopted, taken down.
 
-use super::Machinery;
-use crate::cache::{JobCache, Tenant};
+use super::{Machinery, cached};
 use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{self, Admission};
@@ -111,8 +110,7 @@ impl Machinery {
             dependencies: self.payload.as_ref().map(|payload| payload.dependencies.clone()).unwrap_or_default(),
             spool: self.trace.spool.writer(),
             client: self.trace.client.clone(),
-            cache: self.cache(),
-            forwards: self.record.machine_spec.as_ref().map(|spec| spec.forwards.clone()).unwrap_or_default(),
+            cache: self.cache.clone(),
             direct_download: self.record.machine_spec.as_ref().is_some_and(|spec| spec.runner.direct_download),
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),
@@ -122,13 +120,6 @@ impl Machinery {
             metrics: self.parts.metrics.clone(),
         }));
         Ok(())
-    }
-
-    /// What the job may have of the caches, by what its payload says of it. A project that GitLab does not name has none.
-    fn cache(&self) -> Option<JobCache> {
-        let source = &self.payload.as_ref()?.source;
-        let tenant = Tenant::new(&self.record.gitlab, source.project_id?, source.protected);
-        Some(self.parts.caches.as_ref()?.of(tenant, self.record.key.id.0))
     }
 
     /// The job of a newer 201 takes the place of the one that no guest has been given yet; the
@@ -154,6 +145,7 @@ impl Machinery {
         self.trace.debug_trace.send_replace(self.record.debug_trace);
         self.trace.client.renew(payload.token.clone());
         self.payload = Some(payload);
+        self.cache = cached::of(&self.parts, &self.record, self.payload.as_ref());
         // The door holds its guest to the token of before. Its relay waits meanwhile.
         if let (Some(machine), true, false) = (self.record.machine.clone(), self.door.is_some(), self.another) {
             self.close_door().await;
@@ -290,7 +282,7 @@ impl Machinery {
                 door_patience: limits.door_patience.get(),
                 power_off_after: limits.guest_power_off.get(),
                 log_mib_max: limits.spool_mib,
-                cache: self.cache().is_some(),
+                cache: self.cache.is_some(),
             },
             &self.parts.clock,
             &self.parts.rng,

@@ -1,5 +1,6 @@
 //! The moving parts of one job: spool, uploader, machine, door, record. `task` decides, this acts.
 
+mod cached;
 mod machine;
 mod past;
 mod phases;
@@ -19,6 +20,7 @@ use super::past::{Looks, Past};
 use super::state::State;
 use super::{Parts, Runner, forget};
 use crate::awake::Moment;
+use crate::cache::JobCache;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobPayload, JobStatus};
 use crate::guest::{DoorHandle, GuestEvent, GuestView};
@@ -61,6 +63,8 @@ pub(super) struct Machinery {
     pub(super) last_spoke: Moment,
     runner: Arc<Runner>,
     payload: Option<JobPayload>,
+    /// What it may have of the caches.
+    cache: Option<JobCache>,
     /// The image that could not be used when the job came.
     image: Option<String>,
     times: Times,
@@ -103,7 +107,12 @@ impl Machinery {
         let (guest_out, guest_in) = mpsc::channel(EVENTS_MAX);
         let update_interval = parts.limits.guest_update_interval.get();
         let (guest_view, _) = watch::channel(GuestView { status: JobStatus::Running, verdict: None, update_interval });
+        let cache = cached::of(&parts, &record, payload.as_ref());
+        if let Some(cache) = &cache {
+            cache.go_on(past.cache.clone());
+        }
         Self {
+            cache,
             times: Times::of(&parts, &record),
             phases: Phases::default(),
             trace: Trace::begin(&parts, &runner, &record, spool),
@@ -253,6 +262,7 @@ impl Machinery {
 
     /// Removes all that is kept of the job.
     pub(super) async fn finish(&mut self) {
+        self.let_caches_go().await;
         if self.journalled.leaves_files() && forget(&self.parts, &self.record.key).await {
             reached(Point::K18);
         }

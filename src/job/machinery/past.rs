@@ -36,6 +36,7 @@ impl Machinery {
             log_bytes: self.trace.spool.view().length,
             machine: machine_was(&self.record).map(|was| history::MachineWas { vm: self.past.vm.clone(), ..was }),
             steps: self.past.steps.clone(),
+            cache: self.cache_notes(),
             console_rows: console.as_ref().map_or(0, |(_, rows)| *rows),
             console: console.map(|(text, _)| text),
             ..end_of(&self.record, self.parts.clock.now())
@@ -48,7 +49,7 @@ impl Machinery {
         if self.record.state == State::Ended || !self.journalled.is_there() {
             return;
         }
-        let past = Past { console: self.console_kept(), ..self.past.clone() };
+        let past = Past { console: self.console_kept(), cache: self.cache_notes(), ..self.past.clone() };
         let written = match serde_json::to_vec(&past) {
             Ok(past) => self.parts.journal.put_past(&self.record.key, past).await,
             Err(error) => Err(error.into()),

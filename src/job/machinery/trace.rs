@@ -141,7 +141,9 @@ impl Machinery {
         let (now, sections) = (self.parts.clock.now(), self.record.trace_sections);
         // What the log masks is not known any more after a restart of the host.
         let masks = self.payload.as_ref().map(|payload| payload.masks.as_slice());
-        let mut text = masks.map_or_else(String::new, |masks| lines::Section::of(&usage).text(now, sections, masks));
+        let mut section = lines::Section::of(&usage);
+        self.add_cache_rows(&mut section);
+        let mut text = masks.map_or_else(String::new, |masks| section.text(now, sections, masks));
         text.push_str(&self.reached_section(now));
         // Else there would be a record of no lines.
         if !text.is_empty() {

@@ -156,7 +156,8 @@ impl Job {
         };
         let reason = self.seen.kill_reason.take();
         self.m.look_at_reached().await;
-        let reached = self.m.reached_section(self.m.parts.clock.now());
+        let mut reached = self.m.cache_section(self.m.parts.clock.now());
+        reached.push_str(&self.m.reached_section(self.m.parts.clock.now()));
         let tail = console.filter(|_| lost && (booting || !self.m.guest_has_written()));
         if let Some(tail) = &tail {
             let what = if booting { "the machine that never asked for its job" } else { "a machine that wrote no log" };

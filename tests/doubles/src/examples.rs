@@ -53,7 +53,6 @@ pub fn machine_spec() -> MachineSpec {
         nested: false,
         network: Mode::User,
         egress: None,
-        forwards: Vec::new(),
         runner: GuestRunnerSpec {
             name: "linux \"vm\"/1".into(),
             token: Secret::new("glrt-123456789abcdef"),

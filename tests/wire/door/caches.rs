@@ -1,7 +1,7 @@
 //! `cache:` as the runner's helper asks for it, and as a hostile job would.
 
 use super::support::{Door, Setup, request};
-use dayfly::cache::{Caches, Tenant};
+use dayfly::cache::{Caches, Settings, Tenant};
 use dayfly::clock::Clock;
 use dayfly::config::Cache;
 use dayfly::rng::Rng;
@@ -13,14 +13,20 @@ use std::time::Duration;
 /// Caches of a host, in memory.
 async fn caches() -> (Caches, Arc<MemoryFiles>) {
     let files = Arc::new(MemoryFiles::default());
-    let config = (Cache::default(), 0);
-    let caches = Caches::open(files.clone(), "/cache".into(), config, Clock::system(), Rng::seeded(3)).await.unwrap();
+    let config = (Cache::default().settings(), 0);
+    let caches = reopened(&files, config).await;
     (caches, files)
+}
+
+/// As the next daemon finds them, whose job 42 goes on.
+async fn reopened(files: &Arc<MemoryFiles>, config: (Settings, u64)) -> Caches {
+    let parts = (Clock::system(), Rng::system());
+    Caches::open(files.clone(), "/cache".into(), config, parts, &["job-42".to_owned()].into()).await.unwrap()
 }
 
 async fn door(caches: &Caches, project: u64, protected: bool) -> Door {
     let tenant = Tenant::new(&"https://gitlab.example".parse().unwrap(), project, Some(protected));
-    Setup { cache: Some(caches.of(tenant, 42)), ..Setup::default() }.open().await
+    Setup { cache: Some(caches.of(tenant, 42, "job-42")), ..Setup::default() }.open().await
 }
 
 /// As the helper's URL: signed by nobody that matters.
@@ -75,6 +81,41 @@ async fn what_one_job_saves_another_one_fetches() {
     assert_eq!((first.metrics.guest().cache.get("saved"), first.metrics.guest().cache.get("miss")), (1, 1));
 }
 
+/// T18: the poisoning matrix, by the doors of real jobs: who has written, by which key, and who reads it then.
+#[tokio::test]
+async fn the_poisoning_matrix_holds_at_the_door() {
+    let hashed = "ab/ab12345678901234567890123456789012345678901234567890123456789012";
+    let keys = ["deps-1", "deps-1-protected", "deps-1-non_protected", "a/b%20c", hashed];
+    let (mut cells, mut wrong) = (0, Vec::new());
+    for key in keys {
+        for writer in [Some(true), Some(false), None] {
+            for reader in [Some(true), Some(false), None] {
+                let (caches, _) = caches().await;
+                let at = |protected: Option<bool>| {
+                    let tenant = Tenant::new(&"https://gitlab.example".parse().unwrap(), 7, protected);
+                    Setup { cache: Some(caches.of(tenant, 42, "job-42")), ..Setup::default() }.open()
+                };
+                let (writer_door, reader_door) = (at(writer).await, at(reader).await);
+                assert_eq!(ask(&writer_door, "PUT", &url(7, key), &[], "bytes").await.0, 200);
+                let reads = ask(&reader_door, "GET", &url(7, key), &[], "").await.0 == 200;
+                let plain = matches!(key, "deps-1" | "a/b%20c");
+                let expected = match (writer == Some(true), reader == Some(true)) {
+                    (true, true) | (false, false) => true,
+                    // Never what somebody unprotected has written.
+                    (false, true) => false,
+                    (true, false) => plain,
+                };
+                cells += 1;
+                if reads != expected {
+                    wrong.push((key, writer, reader, reads));
+                }
+            }
+        }
+    }
+    println!("figure cache.poison_cells {cells}\nfigure cache.poison_wrong {}", wrong.len());
+    assert!(cells >= 40 && wrong.is_empty(), "{wrong:?}");
+}
+
 /// T18: keys, paths, buckets and projects that are not the job's: nothing is read, and nothing is written.
 #[tokio::test]
 async fn a_job_that_forges_reaches_nothing_of_others() {
@@ -116,6 +157,51 @@ async fn a_job_that_forges_reaches_nothing_of_others() {
     assert_eq!(ask(&unprotected, "PUT", &url(7, "k-protected"), &[], "poison").await.0, 200);
     let protected = door(&caches, 7, true).await;
     assert_eq!(ask(&protected, "GET", &url(7, "k-protected"), &[], "").await, (200, b"secret".to_vec()));
+}
+
+/// A large entry is fetched in ranges: all of one version, whoever saves meanwhile, and whichever daemon answers.
+#[tokio::test]
+async fn ranges_of_one_job_are_of_one_version_over_a_restart() {
+    let (caches, files) = caches().await;
+    let writer = door(&caches, 7, true).await;
+    assert_eq!(ask(&writer, "PUT", &url(7, "k"), &[], "the first one").await.0, 200);
+    let reader = door(&caches, 7, true).await;
+    let part = |range: &'static str| [("Range", range)];
+    assert_eq!(ask(&reader, "GET", &url(7, "k"), &part("bytes=0-3"), "").await, (206, b"the ".to_vec()));
+    let other = JobName { job: 43, name: "job-43" };
+    let other = other.door(&caches).await;
+    assert_eq!(ask(&other, "PUT", &url(7, "k"), &[], "SOMETHING ELSE").await.0, 200);
+    assert_eq!(ask(&reader, "GET", &url(7, "k"), &part("bytes=4-8"), "").await, (206, b"first".to_vec()));
+    drop((reader, writer, other, caches));
+    let caches = reopened(&files, (Cache::default().settings(), 0)).await;
+    let reader = door(&caches, 7, true).await;
+    assert_eq!(ask(&reader, "GET", &url(7, "k"), &part("bytes=9-"), "").await, (206, b" one".to_vec()));
+    let other = JobName { job: 44, name: "job-44" }.door(&caches).await;
+    assert_eq!(ask(&other, "GET", &url(7, "k"), &[], "").await, (200, b"SOMETHING ELSE".to_vec()), "another job");
+    // It ends, and nothing of the first version is left.
+    drop((reader, other));
+    caches.let_go("job-42").await;
+    let gone = async {
+        while caches_files(&files) > 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            caches.sweep().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), gone).await.expect("what nobody reads goes");
+    assert_eq!(caches_files(&files), 2);
+}
+
+/// A job of another name.
+struct JobName {
+    job: u64,
+    name: &'static str,
+}
+
+impl JobName {
+    async fn door(&self, caches: &Caches) -> Door {
+        let tenant = Tenant::new(&"https://gitlab.example".parse().unwrap(), 7, Some(true));
+        Setup { cache: Some(caches.of(tenant, self.job, self.name)), ..Setup::default() }.open().await
+    }
 }
 
 /// R15: a body that breaks off, or has no length, is no entry; the one of before stays.

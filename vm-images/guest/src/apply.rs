@@ -17,8 +17,11 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-/// The only network card; `net.ifnames=0` keeps its name.
+/// The only network card, where `net.ifnames=0` keeps its name; elsewhere udev gives it another.
 const DEVICE: &str = "eth0";
+
+/// Where the kernel shows its network devices.
+const DEVICES: &str = "/sys/class/net";
 
 /// The card's driver is loaded by the initrd, so it is there long before us.
 const DEVICE_DEADLINE: Duration = Duration::from_secs(5);
@@ -42,7 +45,7 @@ pub enum ApplyError {
     #[error("{0}")]
     System(&'static str, #[source] io::Error),
     /// No network card.
-    #[error("no {DEVICE} within {} s", DEVICE_DEADLINE.as_secs())]
+    #[error("no network card within {} s", DEVICE_DEADLINE.as_secs())]
     NoDevice,
     /// Address, MAC or route.
     #[error("set up the network")]
@@ -78,7 +81,19 @@ pub fn identity(config: &GuestConfig, clock: Option<HostClock>) -> Result<(), Ap
 /// Whether there is a network card.
 #[must_use]
 pub fn has_card() -> bool {
-    Netlink::open().is_ok_and(|netlink| netlink.index(DEVICE).is_some())
+    card(Path::new(DEVICES)).is_some()
+}
+
+/// The network card's name: `eth0`, or else that of the only device with hardware behind it.
+fn card(devices: &Path) -> Option<String> {
+    let mut cards: Vec<String> = fs::read_dir(devices)
+        .ok()?
+        .flatten()
+        .filter(|device| device.path().join("device").exists())
+        .filter_map(|device| device.file_name().into_string().ok())
+        .collect();
+    cards.sort_by_key(|name| (name != DEVICE, name.clone()));
+    cards.into_iter().next()
 }
 
 /// Loopback with the relay's address, then MAC, address and route of the card, or, in a machine without one, address and
@@ -105,7 +120,8 @@ pub fn network(network: &GuestNetwork) -> Result<(), ApplyError> {
         return Ok(());
     }
 
-    let device = wait_for(DEVICE_DEADLINE, || netlink.index(DEVICE)).ok_or(ApplyError::NoDevice)?;
+    let index = || netlink.index(&card(Path::new(DEVICES))?);
+    let device = wait_for(DEVICE_DEADLINE, index).ok_or(ApplyError::NoDevice)?;
     if let Some(mac) = mac {
         netlink.set_mac(device, mac)?;
     }

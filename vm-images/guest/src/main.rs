@@ -10,7 +10,7 @@ use dayfly_guest::console::{chain, say};
 use dayfly_guest::egress::{self, EgressError, Places};
 use dayfly_guest::netfilter::rules::Rules;
 use dayfly_guest::relay::port::Device;
-use dayfly_guest::relay::{Door, Limits, Relay, Target, forward};
+use dayfly_guest::relay::{Door, Limits, Relay, Target};
 use dayfly_guest::{host_clock, machine, runner, users};
 use dayfly_guest_config::{
     CONFIG_BYTES_MAX, CONTRACT, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, EGRESS_PORT_NAME, GuestConfig, PORT_NAME, Pass,
@@ -68,8 +68,6 @@ enum GuestError {
     NoEgress,
     #[error("do without a network card")]
     Egress(#[from] EgressError),
-    #[error("listen on 192.0.2.1:{0} for what the host forwards there")]
-    Forward(u16, #[source] io::Error),
     #[error("the door has not answered for {0} s")]
     DoorSilent(u64),
 }
@@ -141,7 +139,7 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let early = !apply::has_card() && egress::is_possible();
     let rules = if early { Some(egress::prepare()?) } else { None };
     let (config, lines) = read_config(reporter)?;
-    let mut target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
+    let target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
     let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
 
     let clock = lines.and_then(|lines| host_clock::ask(reporter, &lines));
@@ -162,7 +160,6 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
 
     let (events, inbox) = sync_channel(4);
     let listener = TcpListener::bind(RELAY_ADDRESS).map_err(|error| GuestError::Io("listen on 192.0.2.1:80", error))?;
-    target.forwards = forward::listen(&config.forwards).map_err(|(port, error)| GuestError::Forward(port, error))?;
     let connected = events.clone();
     let relay = Relay::start(listener, Limits::default(), move || {
         // The main thread has gone on to power off if nobody listens.
@@ -294,7 +291,7 @@ fn target(config: &GuestConfig, wire: impl FnOnce() -> Option<PathBuf>) -> Resul
         Door::Address(config.door.parse().map_err(|_| ApplyError::Member("door", "address:port, or `wire`"))?)
     };
     let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
-    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s), forwards: Vec::new() })
+    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s) })
 }
 
 #[cfg(test)]

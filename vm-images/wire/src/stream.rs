@@ -253,15 +253,26 @@ impl Writing {
 impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Self { halves: Some(halves), came, .. } = &mut *self else { return Poll::Ready(Ok(())) };
-        if came.is_empty() {
-            *came = ready!(halves.reading.poll_bytes(cx))?;
+        let mut taken = 0;
+        // All that is there: whoever copies pays for each piece, and a frame is a small one.
+        while into.remaining() > 0 {
+            if came.is_empty() {
+                match halves.reading.poll_bytes(cx) {
+                    Poll::Ready(Ok(bytes)) if !bytes.is_empty() => *came = bytes,
+                    // The end and an error are met again by the next call.
+                    ended if taken == 0 => {
+                        ready!(ended)?;
+                        return Poll::Ready(Ok(()));
+                    }
+                    _ => break,
+                }
+            }
+            let count = came.len().min(into.remaining());
+            into.put_slice(&came[..count]);
+            came.advance(count);
+            taken += count;
         }
-        let count = came.len().min(into.remaining());
-        into.put_slice(&came[..count]);
-        came.advance(count);
-        if count > 0 {
-            halves.reading.release(count);
-        }
+        halves.reading.release(taken);
         Poll::Ready(Ok(()))
     }
 }

@@ -11,7 +11,7 @@ pub(super) struct Carried {
     pub(super) files: &'static [(&'static str, &'static str)],
 }
 
-pub(super) const CARRIED: [Carried; 4] = [
+pub(super) const CARRIED: [Carried; 5] = [
     Carried {
         name: "debian-12-docker",
         text: include_str!("../../../../vm-images/debian-12-docker/recipe.toml"),
@@ -22,6 +22,12 @@ pub(super) const CARRIED: [Carried; 4] = [
         name: "debian-12-shell",
         text: include_str!("../../../../vm-images/debian-12-shell/recipe.toml"),
         customize: None,
+        files: &[],
+    },
+    Carried {
+        name: "debian-13-disk",
+        text: include_str!("../../../../vm-images/debian-13-disk/recipe.toml"),
+        customize: Some(include_str!("../../../../vm-images/debian-13-disk/customize.sh")),
         files: &[],
     },
     Carried {

@@ -48,6 +48,23 @@ fn every_recipe_of_ours_can_be_read_and_is_whole() {
     assert_eq!(Inputs { suite: "bookworm".into(), ..both[1].clone() }, both[0]);
 }
 
+#[test]
+fn a_disk_with_a_boot_loader_has_its_kernel_inside() {
+    let inputs = |name: &str| Recipes(Vec::new()).find(name).unwrap().inputs;
+    let (direct, disk) = (inputs("debian-13-shell"), inputs("debian-13-disk"));
+    assert_eq!((direct.boot, direct.root_offset()), (BootKind::Direct, 0));
+    assert!(!direct.all_packages().any(|package| package.starts_with("linux-image")));
+    assert_eq!((disk.boot, disk.root_offset()), (BootKind::Disk, 2 << 20));
+    for package in ["linux-image-cloud-amd64", "grub-pc-bin", "fdisk", "git", "jq"] {
+        assert!(disk.all_packages().any(|name| name == package), "{package}");
+    }
+    assert!(disk.cmdline.contains(" root=/dev/vda2 ") && direct.cmdline.contains(" root=/dev/vda "));
+    let why = fails(&[("x/recipe.toml", "extends = \"debian-12-docker\"\nboot = \"disk\"\npreload = [\"a:1\"]")], "x");
+    assert!(why.contains("`preload` is for images whose kernel the hypervisor loads"), "{why}");
+    let why = fails(&[("x/recipe.toml", "extends = \"debian-12-shell\"\nboot = \"floppy\"")], "x");
+    assert!(why.contains("floppy") && why.contains("`direct` or `disk`"), "{why}");
+}
+
 /// U49: what a CI image is expected to have is asked for, by names of packages and nothing else.
 #[test]
 fn tools_are_packages_and_the_expected_ones_are_among_them() {
@@ -151,6 +168,7 @@ fn an_operators_recipe_comes_before_ours_and_may_extend_it_by_its_own_name() {
         [
             ("debian-12-docker".into(), false),
             ("debian-12-shell".into(), true),
+            ("debian-13-disk".into(), false),
             ("debian-13-docker".into(), false),
             ("debian-13-shell".into(), false),
             ("more".into(), true)
@@ -168,12 +186,12 @@ fn what_is_wrong_with_a_recipe_is_one_sentence_that_names_it() {
         ),
         (
             "extends = \"y\"",
-            "find recipe `y`, which `x` extends; there are: debian-12-docker, debian-12-shell, debian-13-docker, debian-13-shell, x",
+            "find recipe `y`, which `x` extends; there are: debian-12-docker, debian-12-shell, debian-13-disk, debian-13-docker, debian-13-shell, x",
         ),
         ("extends = \"../x\"", "`../x` is no image name (lower-case letters, digits, `-`, `_`, `.`; at most 64)"),
         (
             "extends = \"x\"",
-            "find recipe `x`, which `x` extends; there are: debian-12-docker, debian-12-shell, debian-13-docker, debian-13-shell, x",
+            "find recipe `x`, which `x` extends; there are: debian-12-docker, debian-12-shell, debian-13-disk, debian-13-docker, debian-13-shell, x",
         ),
         (
             "extends = \"debian-12-shell\"\nwithout = [\"emacs\"]",
@@ -212,7 +230,7 @@ fn what_is_wrong_with_a_recipe_is_one_sentence_that_names_it() {
     let missing = fails(&[], "plan9");
     assert_eq!(
         missing,
-        "find recipe `plan9`; there are: debian-12-docker, debian-12-shell, debian-13-docker, debian-13-shell"
+        "find recipe `plan9`; there are: debian-12-docker, debian-12-shell, debian-13-disk, debian-13-docker, debian-13-shell"
     );
     let long = "#".repeat(1024 * 1024 + 1);
     assert_eq!(with(&long), "read DIR/x/recipe.toml: longer than 1048576 bytes");

@@ -1,10 +1,11 @@
-//! What an image says of itself: its manifest, and the header of its disk.
+//! What an image says of itself: its manifest, the header of its disk, and the partitions in there.
 
+use dayfly::image::gpt;
 use dayfly::image::manifest::{BootKind, Manifest};
 use dayfly::image::qcow2;
 
 /// A disk's header leads to no other file; a manifest is read as it would be written, and names files of its own
-/// directory only.
+/// directory only; a table of partitions has no more of them than there is room for.
 pub fn image(input: &[u8]) {
     let number = |from: usize, bytes: usize| {
         input
@@ -16,6 +17,13 @@ pub fn image(input: &[u8]) {
         assert_eq!((number(8, 8), number(16, 4), number(32, 4)), (Some(0), Some(0), Some(0)), "backing file or cipher");
         let external = number(4, 4) == Some(3) && number(72, 8).is_none_or(|features| features & 0b100 != 0);
         assert!(!external, "its data is in another file");
+    }
+    if let Some(partitions) = gpt::read(input) {
+        assert!(input[512..].starts_with(b"EFI PART") && partitions.len() <= 128);
+        for partition in partitions {
+            assert!(partition.offset() % gpt::SECTOR == 0 || partition.offset() == u64::MAX);
+            assert!(!(partition.is_bios_boot() && partition.root_of().is_some()));
+        }
     }
     let Ok(text) = std::str::from_utf8(input) else { return };
     let Ok(manifest) = Manifest::parse(text) else { return };

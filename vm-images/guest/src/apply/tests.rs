@@ -24,7 +24,6 @@ fn config() -> GuestConfig {
             dns: vec!["10.0.2.3".parse().unwrap()],
             relay: false,
         },
-        forwards: Vec::new(),
         runner: GuestRunner {
             config_toml: "concurrent = 1\n".into(),
             ca_pem: None,
@@ -115,4 +114,21 @@ fn addresses_macs_and_hex_are_read_strictly() {
     }
     assert_eq!(from_hex("00fF"), Some(vec![0, 255]));
     assert_eq!(from_hex("0"), None);
+}
+
+#[test]
+fn a_card_is_found_whatever_udev_calls_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = |name: &str, hardware: bool| {
+        let path = dir.path().join(name);
+        fs::create_dir_all(if hardware { path.join("device") } else { path }).unwrap();
+    };
+    assert_eq!(card(dir.path()), None);
+    device("lo", false);
+    device("docker0", false);
+    assert_eq!(card(dir.path()), None);
+    device("enp0s2", true);
+    assert_eq!(card(dir.path()).as_deref(), Some("enp0s2"));
+    device("eth0", true);
+    assert_eq!(card(dir.path()).as_deref(), Some("eth0"));
 }

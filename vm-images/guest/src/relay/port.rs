@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -21,6 +22,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// Between two looks at a port with nobody at its other end: what a session's beginning waits at worst, and a quarter
 /// of what looks each 5 ms cost (0.09 of a processor, translated).
 const HUNG_UP_PAUSE: Duration = Duration::from_millis(20);
+
+/// What is read at once. The kernel gives a page with each read, and whoever reads here asks for what a frame still
+/// lacks, which is less.
+const READ_BYTES: usize = 64 * 1024;
 
 /// One host's bytes.
 pub trait Pipe: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -54,7 +59,7 @@ impl Port for Device {
                 reason = "its successor is `unsafe`; a `File` keeps its descriptor, which is all that it asks"
             )]
             let registered = AsyncFd::new(file)?;
-            Ok(Box::new(Opened(registered)) as Box<dyn Pipe>)
+            Ok(Box::new(Opened::new(registered)) as Box<dyn Pipe>)
         })
     }
 }
@@ -67,35 +72,61 @@ fn hung_up(file: &File) -> bool {
 }
 
 /// The port, for one host.
-struct Opened(AsyncFd<File>);
+struct Opened {
+    port: AsyncFd<File>,
+    /// Read, and not taken yet: [`Opened::came`] of it.
+    buffer: Box<[u8]>,
+    came: Range<usize>,
+}
+
+impl Opened {
+    fn new(port: AsyncFd<File>) -> Self {
+        Self { port, buffer: vec![0; READ_BYTES].into(), came: 0..0 }
+    }
+}
+
+/// Reads until the buffer is full or nothing more is there; an end or an error behind something is met by the next call.
+fn fill(mut port: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut count = port.read(buffer)?;
+    while count > 0 && count < buffer.len() {
+        match port.read(&mut buffer[count..]) {
+            Ok(0) | Err(_) => break,
+            Ok(more) => count += more,
+        }
+    }
+    Ok(count)
+}
 
 impl AsyncRead for Opened {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        loop {
-            let mut ready = ready!(self.0.poll_read_ready(cx))?;
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Self { port, buffer, came } = &mut *self;
+        while came.start == came.end {
+            let mut ready = ready!(port.poll_read_ready(cx))?;
             let closed = ready.ready().is_read_closed();
-            match ready.try_io(|port| port.get_ref().read(into.initialize_unfilled())) {
-                Ok(count) => {
-                    into.advance(count?);
-                    return Poll::Ready(Ok(()));
-                }
+            match ready.try_io(|port| fill(port.get_ref(), buffer)) {
+                Ok(Ok(0)) => return Poll::Ready(Ok(())),
+                Ok(count) => *came = 0..count?,
                 // It hung up once, and there is nothing to read because the next host is there already.
                 Err(_) if closed => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
                 Err(_) => {}
             }
         }
+        let count = came.len().min(into.remaining());
+        into.put_slice(&buffer[came.start..came.start + count]);
+        came.start += count;
+        Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncWrite for Opened {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         loop {
-            let mut ready = ready!(self.0.poll_write_ready(cx))?;
+            let mut ready = ready!(self.port.poll_write_ready(cx))?;
             let closed = ready.ready().is_write_closed();
             match ready.try_io(|port| port.get_ref().write(bytes)) {
                 Ok(written) => return Poll::Ready(written),
                 // A port with nobody behind it is full, and nothing will tell us that it is not any more.
-                Err(_) if closed || hung_up(self.0.get_ref()) => {
+                Err(_) if closed || hung_up(self.port.get_ref()) => {
                     return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
                 }
                 Err(_) => {}

@@ -45,7 +45,6 @@ impl Told {
             nested: false,
             network: Mode::User,
             egress: None,
-            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "runner".into(),
                 token: self.token.clone(),

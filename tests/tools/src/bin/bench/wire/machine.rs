@@ -8,7 +8,6 @@ use dayfly::rng::Rng;
 use dayfly::vm::{Host, Stream, VmSpec};
 use dayfly_guest_config::Pass;
 use dayfly_wire::{Limits, host_handshake};
-use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -37,7 +36,7 @@ impl Measured {
         host: &Host,
         like: &VmSpec,
         told: &Told,
-        gitlab: SocketAddr,
+        (service, orders): (Service, Orders),
     ) -> Result<Self, String> {
         let rng = Rng::system();
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(|error| format!("listen: {error}"))?;
@@ -54,7 +53,6 @@ impl Measured {
         })
         .await?;
         let pass = pass.ok_or("a config without a pass")?;
-        let (service, orders) = Service::new(gitlab);
         let mut door = JoinSet::new();
         match side {
             Side::Wire => door.spawn(wire(host.clone(), machine.spec().clone(), pass, service, rng)),

@@ -11,6 +11,7 @@ mod service;
 use crate::byhand::Told;
 use crate::figures::{Spread, figure, say};
 use crate::start::Wanted;
+use bytes::Bytes;
 use dayfly::clock::Clock;
 use dayfly::image::store::{ImageStore, Images as _};
 use dayfly::rng::Rng;
@@ -19,7 +20,7 @@ use dayfly::vm::libvirt::Libvirt;
 use dayfly::vm::{Accel, AccelChoice, Attachment, Config, VmId, VmSpec};
 use dayfly_exec::standin::{JobSpec, Standin, Variable, serve};
 use machine::{Measured, Side};
-use service::What;
+use service::{Service, What};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -37,8 +38,11 @@ const CONNECTIONS: usize = 100;
 /// The machines' size.
 const MEMORY_MIB: u64 = 1024;
 
-/// The job's script: the client, from a file, for the runner's shell reads its own from standard input.
-const SCRIPT: &str = concat!("cat >client.py <<'CLIENT'\n", include_str!("client.py"), "\nCLIENT\npython3 client.py");
+/// The job's script: fetches the client and runs it.
+const SCRIPT: &str = "curl -sSf -o client http://192.0.2.1/bench/client && chmod +x client && ./client";
+
+/// The client's program, beside ours.
+const CLIENT: &str = "dayfly-bench-client";
 
 const SIDES: [Side; 2] = [Side::Wire, Side::Tcp];
 
@@ -75,6 +79,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         nested: false,
         socket_dir: PathBuf::new(),
     };
+    let client = client().await?;
     let mut machines = Vec::new();
     for side in SIDES {
         let project = standin.add_project(&format!("group/{}", name(side)));
@@ -84,7 +89,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
             token: standin.runner_token(runner).ok_or("the runner has no token")?,
             executor: image.manifest.executor_of(&dayfly::machine_spec::DockerSettings::default()),
         };
-        let machine = Measured::start(side, &vms, &like, &told, served.address()).await?;
+        let machine = Measured::start(side, &vms, &like, &told, Service::new(served.address(), client.clone())).await?;
         let script = JobSpec::script([SCRIPT]).with_variable(Variable::new("GIT_STRATEGY", "none"));
         machines.push((side, standin.enqueue(project, script), machine));
     }
@@ -96,6 +101,12 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         machine.end().await?;
     }
     report(&measured?)
+}
+
+async fn client() -> Result<Bytes, String> {
+    let here = std::env::current_exe().map_err(|error| error.to_string())?.with_file_name(CLIENT);
+    let program = tokio::fs::read(&here).await.map_err(|error| format!("{}: {error}", here.display()))?;
+    Ok(program.into())
 }
 
 async fn rounds(runs: u16, machines: &mut [(Side, dayfly::gitlab::JobId, Measured)]) -> Result<Rounds, String> {

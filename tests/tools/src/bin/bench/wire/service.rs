@@ -2,6 +2,7 @@
 //!
 //! HTTP/1.1 with one request a connection, written here, so that no library of a server's is measured.
 
+use bytes::Bytes;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -43,6 +44,7 @@ impl What {
 #[derive(Clone)]
 pub(super) struct Service {
     gitlab: SocketAddr,
+    client: Bytes,
     orders: Arc<Mutex<mpsc::Receiver<String>>>,
     times: mpsc::Sender<Vec<f64>>,
 }
@@ -75,11 +77,11 @@ impl Orders {
 }
 
 impl Service {
-    /// One guest's, before the stand-in GitLab at `gitlab`.
-    pub(super) fn new(gitlab: SocketAddr) -> (Self, Orders) {
+    /// One guest's, before the stand-in GitLab at `gitlab`; `client` is its program.
+    pub(super) fn new(gitlab: SocketAddr, client: Bytes) -> (Self, Orders) {
         let (orders, taken) = mpsc::channel(1);
         let (sender, times) = mpsc::channel(1);
-        (Self { gitlab, orders: Arc::new(Mutex::new(taken)), times: sender }, Orders { orders, times })
+        (Self { gitlab, client, orders: Arc::new(Mutex::new(taken)), times: sender }, Orders { orders, times })
     }
 
     /// One connection of the guest's.
@@ -100,6 +102,7 @@ impl Service {
             return tokio::io::copy_bidirectional(&mut stream, &mut gitlab).await.map(drop);
         };
         match request.path {
+            "client" => answer(&mut stream, &self.client).await,
             "next" => {
                 // Whoever gives orders has gone: so has the measurement.
                 let order = self.orders.lock().await.recv().await.unwrap_or_else(|| "end 0 0".into());
@@ -188,9 +191,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_gets_its_orders_and_says_how_long_it_took() {
-        let (service, mut orders) = Service::new(([127, 0, 0, 1], 1).into());
+        let (service, mut orders) = Service::new(([127, 0, 0, 1], 1).into(), Bytes::from_static(b"program"));
         let limit = Duration::from_secs(10);
         let client = async {
+            assert!(asked(&service, "GET /bench/client HTTP/1.1\r\n\r\n").await.ends_with("\r\n\r\nprogram"));
             assert!(asked(&service, "GET /bench/next HTTP/1.1\r\n\r\n").await.ends_with("\r\n\r\ndown 2 5"));
             let bytes = asked(&service, "GET /bench/down/5 HTTP/1.1\r\n\r\n").await;
             assert!(bytes.ends_with("Content-Length: 5\r\n\r\n\0\0\0\0\0"));
