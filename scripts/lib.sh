@@ -39,7 +39,7 @@ need_packages() {
 
 # What building needs, and what running guests and making images needs.
 build_packages=(build-essential pkg-config libvirt-dev)
-guest_packages=(qemu-system-x86 qemu-utils mmdebstrap uidmap e2fsprogs mtools cpio git ca-certificates)
+guest_packages=(qemu-system-x86 qemu-utils mmdebstrap uidmap e2fsprogs cpio git ca-certificates)
 host_packages=("${guest_packages[@]}" libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-clients
     dbus)
 # What tests have in network namespaces of their own.

@@ -23,7 +23,7 @@ use crate::supply::{Binding, Machine, MachineEvent, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::{self, ProofError};
 use crate::vm::{self, Accel, AccelChoice, Host, Pause, VmError, VmId};
-use dayfly_guest_config::{Pass, Report};
+use dayfly_guest_config::{Can, Pass, Report};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,8 +73,8 @@ pub struct Booted {
     pub info: RunnerInfo,
     /// The guest contract that its guest program speaks.
     pub contract: u32,
-    /// Whether it can do without a network card.
-    pub relay: bool,
+    /// And what it can besides.
+    pub can: Can,
     /// From the order to the guest's first request.
     pub took: Duration,
 }
@@ -83,7 +83,7 @@ impl Booted {
     /// What goes into the image's manifest.
     #[must_use]
     pub fn learnt(&self) -> Learnt {
-        Learnt { info: self.info.0.get().to_owned(), contract: self.contract, relay: self.relay }
+        Learnt { info: self.info.0.get().to_owned(), contract: self.contract, can: self.can }
     }
 }
 
@@ -189,6 +189,7 @@ impl BootTest<'_> {
             nested: false,
             network: network::Mode::User,
             egress: None,
+            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "boot test".into(),
                 token: runner_token,
@@ -197,6 +198,7 @@ impl BootTest<'_> {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            keep_failed: None,
             notes: Vec::new(),
         };
         let claim = supply.claim(spec.network, spec.door()).await.map_err(no_door)?;
@@ -231,6 +233,7 @@ impl BootTest<'_> {
             spool: spool.writer(),
             client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
             cache: None,
+            forwards: Vec::new(),
             direct_download: spec.runner.direct_download,
             events,
             view,
@@ -250,7 +253,7 @@ impl BootTest<'_> {
             machine.leave().await;
         }
         match booted {
-            Ok(Ok((info, Spoken { contract, relay }))) => Ok(Booted { info, contract, relay, took: since.elapsed() }),
+            Ok(Ok((info, Spoken { contract, can }))) => Ok(Booted { info, contract, can, took: since.elapsed() }),
             Ok(Err(Early::Failed(error))) => Err(BootTestError::Start(error)),
             Ok(Err(Early::Ended)) => Err(BootTestError::Ended(console)),
             Ok(Err(Early::NoInfo)) => Err(BootTestError::NoInfo),
@@ -262,7 +265,7 @@ impl BootTest<'_> {
 /// What a guest has said that it can.
 struct Spoken {
     contract: u32,
-    relay: bool,
+    can: Can,
 }
 
 enum Early {
@@ -278,7 +281,7 @@ async fn wait(
     progress: &mut (dyn FnMut(&str) + Send),
 ) -> Result<(RunnerInfo, Spoken), Early> {
     // What a guest speaks that does not say.
-    let mut spoken = Spoken { contract: 1, relay: false };
+    let mut spoken = Spoken { contract: 1, can: Can::default() };
     loop {
         let phase = tokio::select! {
             biased;
@@ -298,8 +301,8 @@ async fn wait(
                 Some(MachineEvent::Report(Report::Ready)) => "guest is up",
                 Some(MachineEvent::Report(Report::Applied)) => "guest has its identity",
                 Some(MachineEvent::Report(Report::RunnerStarted)) => "gitlab-runner started",
-                Some(MachineEvent::Report(Report::Contract { contract, relay })) => {
-                    spoken = Spoken { contract, relay };
+                Some(MachineEvent::Report(Report::Contract { contract, can })) => {
+                    spoken = Spoken { contract, can };
                     continue;
                 }
                 Some(MachineEvent::Report(Report::Failed(text))) => {

@@ -29,6 +29,7 @@ pub enum Point {
     K16,
     K17,
     K18,
+    K19,
 }
 
 /// What happens at a place: set once, by the program of a test.

@@ -81,6 +81,7 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         seed: hex(&rng.bytes::<64>()),
         clock_us: clock.now().as_microsecond(),
         network: parts.lease.guest_network(),
+        forwards: parts.spec.forwards.iter().map(|forward| forward.port).collect(),
         runner: GuestRunner {
             config_toml: config_toml(parts, user),
             ca_pem: parts.spec.runner.ca_pem.clone(),
@@ -90,6 +91,7 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         },
         door_patience_s: parts.door_patience.as_secs(),
         power_off_after_s: parts.power_off_after.as_secs(),
+        may_stay: parts.spec.keep_failed.is_some(),
     }
 }
 

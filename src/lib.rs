@@ -26,6 +26,7 @@ pub mod recovery; // what exists, what should exist?
 pub mod history; // which jobs have ended here, and how?
 pub mod status; // how are we doing?
 pub mod control; // what may the operator tell a running daemon?
+pub mod shell; // what does an operator see and do inside of a machine?
 pub mod web; // what does the status listener answer?
 pub mod files; // how do bytes get to disk for good?
 pub mod process; // how do we run another program?

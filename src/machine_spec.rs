@@ -39,11 +39,27 @@ pub struct MachineSpec {
     /// What its job may reach, where it has no network card.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<Policy>,
+    /// What of this host's network it reaches beside its door.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forwards: Vec<network::Forward>,
     /// What the guest's runner is called and told.
     pub runner: GuestRunnerSpec,
+    /// For how long it is kept when its job has failed; none: not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_failed: Option<KeepFailed>,
     /// What its author is told of how it was chosen, a line each: what was asked for, and what came of that.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+}
+
+/// That a machine is kept when its job has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeepFailed {
+    /// For how long, seconds.
+    pub for_s: u64,
+    /// So many of its class at once at most.
+    pub at_once: u32,
 }
 
 /// How large a machine is.
@@ -216,6 +232,7 @@ impl MachineSpec {
             nested: false,
             network: network::Mode::User,
             egress: None,
+            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "linux \"vm\"/1".into(),
                 token: Secret::new("glrt-123456789abcdef"),
@@ -224,6 +241,7 @@ impl MachineSpec {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            keep_failed: None,
             notes: Vec::new(),
         }
     }

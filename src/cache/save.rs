@@ -3,6 +3,7 @@
 use super::access::{Key, hex};
 use super::job::JobCache;
 use super::store::{CacheError, Entry, Meta, Place, Version};
+use crate::failpoint::{Point, reached};
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use std::sync::Arc;
@@ -38,6 +39,7 @@ impl Save {
         self.unsynced += bytes.len() as u64;
         files.write_at(&self.version.path, self.at, bytes).await?;
         self.at = next;
+        reached(Point::K19);
         Ok(())
     }
 
@@ -61,6 +63,8 @@ impl Save {
         }
         let caches = self.of.caches().clone();
         caches.0.files.sync(&self.version.path).await?;
+        // All of it is on disk, and nothing names it.
+        reached(Point::K19);
         let sha256 = hex(&std::mem::take(&mut self.digest).finalize());
         let now = caches.0.clock.now();
         let meta = Meta {
@@ -77,6 +81,7 @@ impl Save {
             Arc::new(Version { path: self.version.path.clone(), bytes: self.at, sha256: sha256.clone(), saved: now });
         let _turn = caches.0.turn.lock().await;
         caches.write(&self.place, &meta).await?;
+        reached(Point::K19);
         self.is_over = true;
         {
             let mut index = caches.index();

@@ -77,6 +77,9 @@ fn mac(key: &[u8], text: &str) -> Vec<u8> {
 mod tests {
     use super::*;
 
+    /// Method, path, query, headers, the payload's digest, the signature.
+    type Case<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, &'a str)], &'a str, &'a str);
+
     /// "Signature Calculations for the Authorization Header: Transferring Payload in a Single Chunk" in AWS's reference
     /// of S3's API.
     #[test]
@@ -89,7 +92,7 @@ mod tests {
         let (host, date) = (("host", "examplebucket.s3.amazonaws.com"), ("x-amz-date", "20130524T000000Z"));
         let empty = ("x-amz-content-sha256", EMPTY_PAYLOAD);
         let put = "44ce7dd67c959e0d3524ffac1771dfbba87d2b6b4b4e99e42034a8b803f8b072";
-        let cases: [(&str, &str, &str, &[(&str, &str)], &str, &str); 4] = [
+        let cases: [Case<'_>; 4] = [
             (
                 "GET",
                 "/test.txt",

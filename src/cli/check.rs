@@ -1,6 +1,7 @@
 //! `dayfly check`: would the daemon start with this configuration, and what would it go by?
 
 use super::fit::{Size, TooLarge};
+use super::resolved::unresolved;
 use crate::config::{Config, Loaded};
 use crate::image::alike::told;
 use crate::image::store::{Image, ImageError, ImageStore};
@@ -28,10 +29,14 @@ pub(super) fn check(config: &Path, json: bool) -> anyhow::Result<()> {
     networks(&loaded.config)?;
     // Of this host: a file may be checked elsewhere than where it is for.
     let never = Size::of_host(&loaded.config).map(|size| size.too_large(&loaded.config)).unwrap_or_default();
+    let unresolved = unresolved(&loaded.config);
     if json {
-        return Ok(super::print(&format!("{}\n", serde_json::to_string_pretty(&facts(&loaded, &never))?))?);
+        return Ok(super::print(&format!(
+            "{}\n",
+            serde_json::to_string_pretty(&facts(&loaded, &never, &unresolved))?
+        ))?);
     }
-    conclude(&never, &mut io::stdout().lock())?;
+    conclude(&never, &unresolved, &mut io::stdout().lock())?;
     Ok(())
 }
 
@@ -64,20 +69,24 @@ fn networks(config: &Config) -> Result<(), UnfitImage> {
 }
 
 /// What is shown, for programs.
-fn facts(loaded: &Loaded, never: &[TooLarge]) -> serde_json::Value {
+fn facts(loaded: &Loaded, never: &[TooLarge], unresolved: &[String]) -> serde_json::Value {
     let values = loaded.resolved().into_iter().map(|(key, value, origin)| {
         // What stands for no value is no JSON, and stays a text.
         let value = serde_json::from_str::<serde_json::Value>(&value).unwrap_or_else(|_| value.into());
         serde_json::json!({ "key": key, "value": value, "source": origin.to_string() })
     });
     let never = never.iter().map(|found| format!("{}: it can never run on this host; {}", found.what, found.remedy));
-    let warnings: Vec<String> = loaded.warnings.iter().map(ToString::to_string).chain(never).collect();
+    let warnings: Vec<String> =
+        loaded.warnings.iter().map(ToString::to_string).chain(never).chain(unresolved.to_vec()).collect();
     serde_json::json!({ "values": values.collect::<Vec<_>>(), "warnings": warnings })
 }
 
-fn conclude(never: &[TooLarge], out: &mut impl Write) -> io::Result<()> {
+fn conclude(never: &[TooLarge], unresolved: &[String], out: &mut impl Write) -> io::Result<()> {
     for found in never {
         writeln!(out, "warning: {}: it can never run on this host; {}", found.what, found.remedy)?;
+    }
+    for found in unresolved {
+        writeln!(out, "warning: {found}")?;
     }
     let mut classes: Vec<&str> = never.iter().map(|found| found.class.as_str()).collect();
     classes.dedup();
@@ -110,10 +119,10 @@ mod tests {
     fn what_can_never_run_is_said_last() {
         let said = |never: &[TooLarge]| {
             let mut out = Vec::new();
-            conclude(never, &mut out).unwrap();
+            conclude(never, &["a name".to_owned()], &mut out).unwrap();
             String::from_utf8(out).unwrap()
         };
-        assert_eq!(said(&[]), "the configuration is good\n");
+        assert_eq!(said(&[]), "warning: a name\nthe configuration is good\n");
         let found = TooLarge { class: "big".into(), what: "class `big` has 9 CPUs".into(), remedy: "lower it".into() };
         let text = said(&[found.clone(), found]);
         assert!(text.contains("warning: class `big` has 9 CPUs: it can never run on this host; lower it"), "{text}");
@@ -128,7 +137,7 @@ mod tests {
         let file = dir.path().join("config.toml");
         let loaded =
             Config::assemble(Some((file.clone(), text.into())), [("DAYFLY_CONCURRENT".into(), "4".into())]).unwrap();
-        let facts = facts(&loaded, &[]);
+        let facts = facts(&loaded, &[], &[]);
         let values = facts["values"].as_array().unwrap();
         assert!(values.iter().any(|value| value["key"] == "concurrent" && value["value"] == 4), "{facts}");
         assert!(values.iter().any(|value| value["key"] == "limits.keepalive" && value["value"] == "10s"), "{facts}");

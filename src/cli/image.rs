@@ -1,7 +1,6 @@
 //! `dayfly image`: build, take in, test, list, put into use and remove base images.
 
 mod build;
-mod cloud;
 mod inspect;
 mod transfer;
 
@@ -47,8 +46,7 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         recipes: Option<PathBuf>,
     },
-    /// Take in an image that `export` has made on another host, or a cloud image (https:// address or file of a disk with
-    /// cloud-init, which is booted once to make it ready); boot-test it, and put it into use
+    /// Take in an image that `export` has made on another host, boot-test it, and put it into use
     Import(transfer::Import),
     /// Write an image for other hosts, to a new directory or to a new file that ends in .tar
     Export {

@@ -42,10 +42,10 @@ pub(super) enum Job {
 #[derive(Debug, clap::Args)]
 pub(super) struct Which {
     /// GitLab's id of the job
-    job: u64,
+    pub(super) job: u64,
     /// Name of its runner entry, if several have, or had, a job of this id
     #[arg(long)]
-    runner: Option<String>,
+    pub(super) runner: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -55,6 +55,9 @@ pub(super) struct Console {
     /// Go on until the job has ended
     #[arg(short, long)]
     follow: bool,
+    /// All that is kept on disk of it (`[history] console_keep`), not only its end
+    #[arg(short, long, conflicts_with = "follow")]
+    all: bool,
 }
 
 /// Prints the jobs.
@@ -88,7 +91,10 @@ pub(super) async fn job(config: &Path, args: Job) -> anyhow::Result<()> {
 
 /// Prints a console, and what comes after that if it is followed.
 pub(super) async fn console(config: &Path, args: Console) -> anyhow::Result<()> {
-    let Console { which: Which { job, runner }, follow } = args;
+    let Console { which: Which { job, runner }, follow, all } = args;
+    if all {
+        return whole_console(config, job, runner).await;
+    }
     let (mut from, mut seen) = (None, 0);
     loop {
         let request = Request::Console { job: JobId(job), runner: runner.clone(), from };
@@ -122,6 +128,29 @@ pub(super) async fn console(config: &Path, args: Console) -> anyhow::Result<()> 
         }
         tokio::time::sleep(FOLLOW_INTERVAL).await;
     }
+}
+
+/// Prints all that is kept of a console.
+async fn whole_console(config: &Path, job: u64, runner: Option<String>) -> anyhow::Result<()> {
+    let found = match ask(config, &Request::ConsoleLog { job: JobId(job), runner }).await? {
+        Answer::Console { found } => found,
+        other => return unexpected(&other),
+    };
+    match found {
+        // Escaped when it was kept; a file may have been changed since.
+        ConsoleFound::Ended { text: Some(text), .. } => {
+            text.lines().try_for_each(|row| print(&format!("{}\n", printable_row(row))))?;
+            Ok(())
+        }
+        ConsoleFound::Ambiguous { runners } => ambiguous(job, &runners),
+        ConsoleFound::Unknown => unknown(job),
+        _ => bail!("show the whole console of job {job}: none of it is kept on disk (`[history] console_mib`)"),
+    }
+}
+
+/// A row without control characters, if somebody has put some into its file.
+fn printable_row(row: &str) -> String {
+    row.chars().map(|c| if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 /// What of a kept console follows the rows that were seen. `rows`: what it had ended in all.

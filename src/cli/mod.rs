@@ -7,6 +7,7 @@
 mod cache;
 mod check;
 pub mod doctor;
+mod egress;
 mod exec;
 mod fit;
 pub(crate) mod image;
@@ -15,9 +16,11 @@ mod migrate;
 mod operate;
 mod prompt;
 mod register;
+mod resolved;
 mod run;
 mod runners;
 mod scratch;
+mod shell;
 
 use crate::config::ConfigError;
 use crate::daemon::{Connect, DaemonError};
@@ -115,6 +118,13 @@ enum Command {
     Cache {
         #[command(subcommand)]
         command: cache::Cache,
+    },
+    /// Open a root shell in the machine of a job under way, or of one that failed and is kept; recorded
+    Shell(jobs::Which),
+    /// Look at what jobs reach outside of their machines
+    Egress {
+        #[command(subcommand)]
+        command: egress::Egress,
     },
     /// Show what the running daemon has counted, in the Prometheus text format
     Metrics,
@@ -217,6 +227,8 @@ fn dispatch(cli: Cli, connect: Connect) -> anyhow::Result<ExitCode> {
         Command::Job { command } => wait_for(jobs::job(&config, command))?,
         Command::Console(args) => wait_for(jobs::console(&config, args))?,
         Command::Cache { command } => wait_for(cache::cache(&config, command))?,
+        Command::Shell(which) => wait_for(shell::shell(&config, which))?,
+        Command::Egress { command } => wait_for(egress::egress(&config, command))?,
         Command::Metrics => wait_for(operate::metrics(&config))?,
         Command::Drain { wait } => wait_for(operate::drain(&config, wait))?,
         Command::Kill { job, runner, reason } => wait_for(operate::kill(&config, job, runner, reason))?,

@@ -69,7 +69,12 @@ const DRAIN_GLANCE: Duration = Duration::from_secs(1);
 /// Begins a drain; `wait`: until the daemon has ended, which takes as long as its longest job, or `limits.drain_timeout`.
 pub(super) async fn drain(config: &Path, wait: bool) -> anyhow::Result<()> {
     match ask(config, &Request::Drain).await? {
-        Answer::Draining => print("draining: no more jobs are taken; the daemon ends after its last one\n")?,
+        Answer::Draining { kept } => {
+            print("draining: no more jobs are taken; the daemon ends after its last one\n")?;
+            for job in kept {
+                print(&format!("the machine of job {job}, which failed and was kept, is ended now\n"))?;
+            }
+        }
         other => return unexpected(&other),
     }
     if !wait {

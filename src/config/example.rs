@@ -9,7 +9,7 @@ mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span, UnknownImage};
     use crate::machine_spec::EnvironmentLine;
-    use crate::network::{Choice, EgressConfig};
+    use crate::network::{Choice, EgressChange, EgressConfig, ForwardConfig};
     use crate::rules::Rule;
     use serde_json::Value;
     use std::collections::BTreeSet;
@@ -56,6 +56,9 @@ mod tests {
             privileged_containers: true,
             allow_standin_runner: true,
             nested: true,
+            keep_failed: Some(Span::from_secs(1)),
+            keep_failed_projects: vec!["a".into()],
+            keep_failed_max: 1,
             network: Some(Choice::Relay),
             egress: EgressConfig::default(),
         };
@@ -103,6 +106,7 @@ mod tests {
             allow: true,
             deny: Some("d".into()),
             class: Some("c".into()),
+            egress: Some(EgressChange::default()),
             dry_run: true,
         }
     }
@@ -128,6 +132,9 @@ mod tests {
             }
         }
         known.extend(object(class).keys().map(|key| format!("class.{key}")));
+        let forward =
+            ForwardConfig { name: "n".into(), address: ([127, 0, 0, 1], 1).into(), port: 1, classes: vec!["n".into()] };
+        known.extend(object(forward).keys().map(|key| format!("forward.{key}")));
         known.extend(object(rule()).keys().map(|key| format!("rule.{key}")));
         known.extend(object(runner).keys().map(|key| format!("runner.{key}")));
         let mut found: BTreeSet<String> = BTreeSet::new();

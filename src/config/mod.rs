@@ -70,6 +70,8 @@ pub struct Config {
     pub history: History,
     /// `[[class]]`: machine classes.
     pub class: Vec<Class>,
+    /// `[[forward]]`: what of this host's network jobs reach beside their doors.
+    pub forward: Vec<network::ForwardConfig>,
     /// `[[rule]]`: which jobs are taken, and in which class; in order.
     pub rule: Vec<Rule>,
     /// `[[runner]]`: registered runners.
@@ -95,6 +97,7 @@ impl Default for Config {
             limits: Limits::default(),
             history: History::default(),
             class: Vec::new(),
+            forward: Vec::new(),
             rule: Vec::new(),
             runner: Vec::new(),
         }
@@ -174,6 +177,15 @@ pub struct Class {
     /// Whether guests may run VMs of their own, where the host's KVM lets them.
     #[serde(default)]
     pub nested: bool,
+    /// For how long the machine of a job that has failed is kept for an operator; none: it goes at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_failed: Option<Span>,
+    /// The projects of whose jobs that is so: patterns, as in rules.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keep_failed_projects: Vec<String>,
+    /// So many machines of the class are kept at once at most.
+    #[serde(default = "defaults::keep_failed_max")]
+    pub keep_failed_max: u32,
     /// What network its jobs have; none: `relay` where the image can, else `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<network::Choice>,
@@ -214,6 +226,9 @@ impl Class {
             privileged_containers: false,
             allow_standin_runner: false,
             nested: false,
+            keep_failed: None,
+            keep_failed_projects: Vec::new(),
+            keep_failed_max: defaults::keep_failed_max(),
             network: None,
             egress: network::EgressConfig::default(),
         }
@@ -375,6 +390,10 @@ mod defaults {
 
     pub(super) fn disk_gib() -> u64 {
         20
+    }
+
+    pub(super) fn keep_failed_max() -> u32 {
+        1
     }
 
     pub(super) fn poll_interval() -> Span {

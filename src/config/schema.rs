@@ -9,9 +9,10 @@ use serde_json::{Map, Value, json};
 use toml_edit::DocumentMut;
 
 /// Keys without which an entry means nothing.
-const REQUIRED: [(&str, &[&str]); 4] = [
+const REQUIRED: [(&str, &[&str]); 5] = [
     ("cache.tenant", &["name", "projects"]),
     ("class", &["name", "image"]),
+    ("forward", &["name", "address", "port", "classes"]),
     ("rule", &[]),
     ("runner", &["name", "url", "token_file", "class"]),
 ];

@@ -3,7 +3,7 @@
 use super::{ANSWER_BYTES_MAX, Answer, EXCHANGE_DEADLINE, Request};
 use std::io;
 use std::path::{Path, PathBuf};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 
 /// Why a daemon did not answer; for the operator.
@@ -51,11 +51,39 @@ pub async fn call(socket: &Path, request: &Request) -> Result<Answer, ControlErr
     match tokio::time::timeout(2 * EXCHANGE_DEADLINE, exchange(socket, request)).await {
         Err(_) => Err(ControlError::Silent { path }),
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(source)) => Err(match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ControlError::NotRunning { path },
-            io::ErrorKind::PermissionDenied => ControlError::Denied { path },
-            _ => ControlError::Broken { path, source },
-        }),
+        Ok(Err(source)) => Err(failed(path, source)),
+    }
+}
+
+/// Sends a request behind whose answer the connection goes on.
+///
+/// # Errors
+/// [`ControlError`].
+///
+/// # Cancel safety
+/// As [`call`].
+pub async fn open(socket: &Path, request: &Request) -> Result<(Answer, BufReader<UnixStream>), ControlError> {
+    let path = socket.to_owned();
+    let opening = async {
+        let mut stream = BufReader::new(UnixStream::connect(socket).await?);
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        stream.write_all(&line).await?;
+        let mut answer = Vec::new();
+        (&mut stream).take(ANSWER_BYTES_MAX).read_until(b'\n', &mut answer).await?;
+        Ok((serde_json::from_slice(&answer)?, stream))
+    };
+    match tokio::time::timeout(2 * EXCHANGE_DEADLINE, opening).await {
+        Err(_) => Err(ControlError::Silent { path }),
+        Ok(opened) => opened.map_err(|source| failed(path, source)),
+    }
+}
+
+fn failed(path: PathBuf, source: io::Error) -> ControlError {
+    match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ControlError::NotRunning { path },
+        io::ErrorKind::PermissionDenied => ControlError::Denied { path },
+        _ => ControlError::Broken { path, source },
     }
 }
 

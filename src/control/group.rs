@@ -12,12 +12,15 @@ use std::path::Path;
 pub struct Config {
     /// Members of this group may use the control socket; none: only root and the daemon's own user.
     pub group: Option<String>,
+    /// These users may open shells in jobs' machines, besides root and the daemon's own user; they reach the socket by
+    /// the group.
+    pub shell_users: Vec<String>,
 }
 
 /// The mode of the runtime directory where a group must pass it (and list nothing).
 pub const OPEN_TO_GROUP: u32 = 0o710;
 
-/// Bytes of the list of groups at most.
+/// Bytes of the list of groups, or users, at most.
 const GROUPS_BYTES_MAX: usize = 1024 * 1024;
 
 /// The number of a group of this host, by its name or its number.
@@ -34,6 +37,21 @@ pub fn group_id(name: &str) -> io::Result<u32> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no group `{name}` in /etc/group")))
 }
 
+/// The number of a user of this host, by its name or its number.
+///
+/// # Errors
+/// As [`group_id`].
+pub fn user_id(name: &str) -> io::Result<u32> {
+    if let Ok(number) = name.parse() {
+        return Ok(number);
+    }
+    let users = std::fs::read(Path::new("/etc/passwd"))?;
+    let users = String::from_utf8_lossy(&users[..users.len().min(GROUPS_BYTES_MAX)]).into_owned();
+    find(&users, name)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no user `{name}` in /etc/passwd")))
+}
+
+/// The number of this name in a list as /etc/group and /etc/passwd are.
 fn find(groups: &str, name: &str) -> Option<u32> {
     groups.lines().find_map(|line| {
         let mut fields = line.split(':');
@@ -69,7 +87,8 @@ mod tests {
         assert_eq!((find(groups, "ci-operators"), find(groups, "ci")), (Some(991), Some(992)));
         assert_eq!((find(groups, "broken"), find(groups, "anna"), find(groups, "")), (None, None, None));
         assert_eq!(group_id("991").unwrap(), 991);
-        assert_eq!(group_id("root").unwrap(), 0);
+        assert_eq!((group_id("root").unwrap(), user_id("root").unwrap(), user_id("17").unwrap()), (0, 0, 17));
+        assert!(user_id("no-such-user").unwrap_err().to_string().contains("/etc/passwd"));
         assert!(group_id("no-such-group").unwrap_err().to_string().contains("`no-such-group`"));
     }
 

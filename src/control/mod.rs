@@ -8,21 +8,26 @@
 //! {"command":"status"}   {"command":"metrics"}   {"command":"drain"}   {"command":"kill","job":42,"runner":"ci"}
 //! {"command":"jobs","ended_max":100}   {"command":"job","job":42}   {"command":"console","job":42,"from":0}
 //! {"command":"caches"}   {"command":"cache_show","whose":"group/project"}   {"command":"cache_clear","whose":"42","key":"deps"}
+//! {"command":"console_log","job":42}   {"command":"shell","job":42,"rows":24,"columns":80,"term":"xterm"}
+//! {"command":"suggest","class":"default","days":7}
 //! ```
 //!
 //! [`serve`] is one task that takes one connection at a time; sizes and times are bounded, so the
-//! worst that a stuck client can do is to delay the next one by [`EXCHANGE_DEADLINE`].
+//! worst that a stuck client can do is to delay the next one by [`EXCHANGE_DEADLINE`]. A shell goes on behind its answer,
+//! beside the others' exchanges: see [`crate::shell`].
 
 mod client;
 mod group;
 mod server;
 
-pub use client::{ControlError, call};
-pub use group::{Config, OPEN_TO_GROUP, group_id};
-pub use server::{ControlHandler, ControlSocket, ServeError, bind, serve};
+pub use client::{ControlError, call, open};
+pub use group::{Config, OPEN_TO_GROUP, group_id, user_id};
+pub use server::{ControlHandler, ControlSocket, Opened, ServeError, ShellWish, bind, serve};
 
 use crate::cache::{CacheList, CachesFound};
 use crate::gitlab::JobId;
+use crate::history::Suggestion;
+use crate::shell::ShellOutcome;
 use crate::status::{ConsoleFound, JobFound, JobList, StatusReport};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -95,6 +100,35 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         key: Option<String>,
     },
+    /// What is kept of all that its machine's console has said?
+    ConsoleLog {
+        /// The job.
+        job: JobId,
+        /// As above.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        runner: Option<String>,
+    },
+    /// A shell in its machine, on this connection.
+    Shell {
+        /// The job.
+        job: JobId,
+        /// As above.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        runner: Option<String>,
+        /// Rows of the operator's terminal.
+        rows: u16,
+        /// Columns of it.
+        columns: u16,
+        /// Its `TERM`.
+        term: String,
+    },
+    /// What have jobs of this class reached, and which list would let them?
+    Suggest {
+        /// The class.
+        class: String,
+        /// In the last so many days.
+        days: u32,
+    },
     /// Take no more jobs, finish those you have, then end.
     Drain,
     /// End this job now, with an honest verdict.
@@ -153,8 +187,24 @@ pub enum Answer {
         #[serde(flatten)]
         found: CachesFound,
     },
+    /// To `shell`: what follows, if it is opened, is the shell's.
+    Shell {
+        /// What becomes of it.
+        #[serde(flatten)]
+        outcome: ShellOutcome,
+    },
+    /// To `suggest`.
+    Suggest {
+        /// The list.
+        #[serde(flatten)]
+        suggestion: Suggestion,
+    },
     /// To `drain`: it has begun, or had begun before.
-    Draining,
+    Draining {
+        /// Jobs whose machines were kept for an operator: the drain ends them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        kept: Vec<JobId>,
+    },
     /// To `kill`.
     Kill {
         /// What became of it.

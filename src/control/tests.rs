@@ -3,7 +3,7 @@
 use super::*;
 use crate::BoxFuture;
 use crate::cache::Caches;
-use crate::history::End;
+use crate::history::{End, Suggestion};
 use crate::metrics::Form;
 use crate::status::{DaemonStatus, Reports};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
@@ -40,6 +40,9 @@ impl Reports for Fake {
     fn job<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
         Box::pin(async { JobFound::Ambiguous { runners: vec!["a".into(), "b".into()] } })
     }
+    fn console_log<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, ConsoleFound> {
+        Box::pin(async { ConsoleFound::Unknown })
+    }
     fn console<'a>(&'a self, _id: JobId, runner: Option<&'a str>, from: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
         let text = format!("{runner:?} from {from:?}\n");
         Box::pin(async { ConsoleFound::Ended { text: Some(text), rows: 1 } })
@@ -47,8 +50,14 @@ impl Reports for Fake {
 }
 
 impl ControlHandler for Fake {
-    fn drain(&self) {
+    fn drain(&self) -> Vec<JobId> {
         self.draining.store(true, Ordering::SeqCst);
+        vec![JobId(9)]
+    }
+    fn shell<'a>(&'a self, wish: ShellWish<'a>) -> BoxFuture<'a, Opened> {
+        assert_eq!((wish.size.rows, wish.term, wish.runner), (30, "vt100", None));
+        let why = format!("not for user {}", wish.user);
+        Box::pin(async { Opened::No(ShellOutcome::Refused { why }) })
     }
     fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome {
         self.killed.lock().unwrap().push((job, runner.map(str::to_owned), reason));
@@ -56,6 +65,9 @@ impl ControlHandler for Fake {
     }
     fn caches(&self) -> Option<Caches> {
         None
+    }
+    fn suggest<'a>(&'a self, class: &'a str, days: u32) -> BoxFuture<'a, Suggestion> {
+        Box::pin(async move { Suggestion { class: class.into(), days, ..Suggestion::default() } })
     }
     fn status_is_not_served(&self, _why: Option<String>) {}
 }
@@ -85,7 +97,7 @@ async fn status_metrics_drain_and_kill_reach_the_handler() {
         assert!(!status.daemon.draining);
         let metrics = Answer::Metrics { text: "dayfly_up 1\n".into() };
         assert_eq!(call(&path, &Request::Metrics).await.unwrap(), metrics);
-        assert_eq!(call(&path, &Request::Drain).await.unwrap(), Answer::Draining);
+        assert_eq!(call(&path, &Request::Drain).await.unwrap(), Answer::Draining { kept: vec![JobId(9)] });
         let Answer::Status { status } = call(&path, &Request::Status).await.unwrap() else { panic!("no status") };
         assert!(status.daemon.draining);
         let kill = Request::Kill { job: JobId(42), runner: Some("b".into()), reason: Some(" a\nb\u{1b}[2J ".into()) };
@@ -114,6 +126,24 @@ async fn jobs_and_consoles_reach_the_handler() {
             call(&path, &console).await.unwrap(),
             Answer::Console { found: ConsoleFound::Ended { text, rows: 1 } }
         );
+        let suggestion = Suggestion { class: "small".into(), days: 7, ..Suggestion::default() };
+        let suggest = Request::Suggest { class: "small".into(), days: 7 };
+        assert_eq!(call(&path, &suggest).await.unwrap(), Answer::Suggest { suggestion });
+    })
+    .await;
+}
+
+/// A wish for a shell comes with who wishes it, by the kernel's word; what is refused is answered and ends.
+#[tokio::test]
+async fn a_shell_is_asked_for_by_a_user_that_the_kernel_names() {
+    beside_server(EXCHANGE_DEADLINE, |path, _| async move {
+        let wish = Request::Shell { job: JobId(42), runner: None, rows: 30, columns: 90, term: "vt100".into() };
+        let (answer, mut rest) = open(&path, &wish).await.unwrap();
+        let why = format!("not for user {}", rustix::process::geteuid().as_raw());
+        assert_eq!(answer, Answer::Shell { outcome: ShellOutcome::Refused { why } });
+        let mut more = Vec::new();
+        rest.read_to_end(&mut more).await.unwrap();
+        assert!(more.is_empty());
     })
     .await;
 }

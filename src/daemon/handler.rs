@@ -1,19 +1,21 @@
 //! What the control socket and the status listener may ask of a running daemon.
 
 use super::problems::{problems, too_old};
+use super::shells::Shells;
 use super::wiring::View;
 use super::{Jobs, Mode, Shutdown};
 use crate::BoxFuture;
 use crate::cache::Caches;
 use crate::capacity::Capacity;
 use crate::clock::Clock;
-use crate::config::Span;
-use crate::control::{ControlHandler, KillOutcome};
+use crate::config::{Config, Span};
+use crate::control::{ControlHandler, KillOutcome, Opened, ShellWish};
 use crate::gitlab::JobId;
-use crate::history::{End, History};
+use crate::history::{Consoles, End, History, Suggestion};
 use crate::job::journal::JobKey;
 use crate::job::{JobView, Parts};
 use crate::metrics::{Form, ImageTime, Metrics, RunnerGauges, Snapshot, Usage};
+use crate::shell::{Recordings, ShellOutcome};
 use crate::status::{
     CapacityStatus, ConsoleFound, DaemonStatus, ImageStatus, JobDetail, JobFound, JobStatusReport, Reports,
     RunnerState, RunnerStatus, StatusReport,
@@ -37,12 +39,14 @@ pub(super) struct Handler {
     supply: Supply,
     history: History,
     caches: Option<Caches>,
+    consoles: Consoles,
     /// Exchanged at a reload; held for a few lines.
     runners: Mutex<Vec<View>>,
     /// Why nothing serves the status; held for a few lines.
     not_served: Mutex<Option<String>>,
     /// An older image is a problem; likewise.
     image_max_age: Mutex<Option<Duration>>,
+    shells: Shells,
     shutdown: Shutdown,
     metrics: Metrics,
     clock: Clock,
@@ -50,7 +54,14 @@ pub(super) struct Handler {
 }
 
 impl Handler {
-    pub(super) fn new(jobs: Jobs, capacity: Capacity, runners: Vec<View>, shutdown: Shutdown, parts: &Parts) -> Self {
+    pub(super) fn new(
+        jobs: Jobs,
+        capacity: Capacity,
+        runners: Vec<View>,
+        shutdown: Shutdown,
+        recordings: Recordings,
+        parts: &Parts,
+    ) -> Self {
         Self {
             jobs,
             capacity,
@@ -60,6 +71,8 @@ impl Handler {
             runners: Mutex::new(runners),
             not_served: Mutex::default(),
             image_max_age: Mutex::default(),
+            consoles: parts.consoles.clone(),
+            shells: Shells::new(recordings, parts),
             shutdown,
             metrics: parts.metrics.clone(),
             clock: parts.clock.clone(),
@@ -75,6 +88,11 @@ impl Handler {
     /// An image that is older is a problem.
     pub(super) fn set_image_max_age(&self, max_age: Option<Span>) {
         *self.image_max_age.lock().unwrap_or_else(PoisonError::into_inner) = max_age.map(Span::get);
+    }
+
+    /// Who may open shells, and for how long their recordings are kept.
+    pub(super) fn set_shells(&self, config: &Config) {
+        self.shells.set(config);
     }
 
     fn runners(&self) -> MutexGuard<'_, Vec<View>> {
@@ -261,9 +279,25 @@ impl Reports for Handler {
             }
         })
     }
+
+    fn console_log<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, ConsoleFound> {
+        Box::pin(self.kept_console(id, runner))
+    }
 }
 
 impl Handler {
+    /// What is kept of a job's console, or why there is none.
+    async fn kept_console(&self, id: JobId, runner: Option<&str>) -> ConsoleFound {
+        match self.runner_of(id, runner) {
+            Ok(Some(runner)) => match self.consoles.find(&JobKey { runner, id }.directory()).await {
+                Some(text) => ConsoleFound::Ended { rows: text.matches('\n').count() as u64, text: Some(text) },
+                None => ConsoleFound::Ended { text: None, rows: 0 },
+            },
+            Ok(None) => ConsoleFound::Unknown,
+            Err(runners) => ConsoleFound::Ambiguous { runners },
+        }
+    }
+
     /// The runner entry that has, or had, a job of this id, or is named; several: which.
     fn runner_of(&self, id: JobId, named: Option<&str>) -> Result<Option<String>, Vec<String>> {
         let mut runners = self.jobs.runners(id);
@@ -294,8 +328,31 @@ fn detail(view: JobView) -> JobDetail {
 }
 
 impl ControlHandler for Handler {
-    fn drain(&self) {
+    fn drain(&self) -> Vec<JobId> {
+        let kept = self.jobs.views().into_iter().filter(|view| view.state == "kept");
+        let kept: Vec<JobId> = kept.map(|view| view.key.id).collect();
         self.shutdown.drain();
+        kept
+    }
+
+    fn shell<'a>(&'a self, wish: ShellWish<'a>) -> BoxFuture<'a, Opened> {
+        Box::pin(async move {
+            let mut runners = self.jobs.runners(wish.job);
+            runners.retain(|runner| wish.runner.is_none_or(|wished| wished == runner));
+            let runner = match (runners.pop_first(), runners.is_empty()) {
+                (None, _) => return Opened::No(ShellOutcome::Unknown),
+                (Some(runner), true) => runner,
+                (Some(first), false) => {
+                    let runners = std::iter::once(first).chain(runners).collect();
+                    return Opened::No(ShellOutcome::Ambiguous { runners });
+                }
+            };
+            let key = JobKey { runner, id: wish.job };
+            match self.jobs.look(&key) {
+                Some((view, _)) => self.shells.open(wish, &view).await,
+                None => Opened::No(ShellOutcome::Unknown),
+            }
+        })
     }
 
     fn kill(&self, job: JobId, runner: Option<&str>, reason: Option<String>) -> KillOutcome {
@@ -304,6 +361,10 @@ impl ControlHandler for Handler {
 
     fn caches(&self) -> Option<Caches> {
         self.caches.clone()
+    }
+
+    fn suggest<'a>(&'a self, class: &'a str, days: u32) -> BoxFuture<'a, Suggestion> {
+        Box::pin(self.history.suggest(class, days))
     }
 
     fn status_is_not_served(&self, why: Option<String>) {

@@ -112,10 +112,11 @@ mod tests {
     use super::*;
     use crate::BoxFuture;
     use crate::cache::Caches;
-    use crate::control::KillOutcome;
+    use crate::control::{KillOutcome, Opened, ShellWish};
     use crate::gitlab::JobId;
-    use crate::history::End;
+    use crate::history::{End, Suggestion};
     use crate::metrics::Form;
+    use crate::shell::ShellOutcome;
     use crate::status::{ConsoleFound, JobFound, Reports, StatusReport};
     use std::path::PathBuf;
     use std::sync::Mutex;
@@ -136,18 +137,29 @@ mod tests {
         fn job<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, JobFound> {
             Box::pin(async { JobFound::Unknown })
         }
+        fn console_log<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, ConsoleFound> {
+            Box::pin(async { ConsoleFound::Unknown })
+        }
         fn console<'a>(&'a self, _: JobId, _: Option<&'a str>, _: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
             Box::pin(async { ConsoleFound::Unknown })
         }
     }
 
     impl ControlHandler for Fake {
-        fn drain(&self) {}
+        fn drain(&self) -> Vec<JobId> {
+            Vec::new()
+        }
+        fn shell<'a>(&'a self, _wish: ShellWish<'a>) -> BoxFuture<'a, Opened> {
+            Box::pin(async { Opened::No(ShellOutcome::Unknown) })
+        }
         fn kill(&self, _job: JobId, _runner: Option<&str>, _reason: Option<String>) -> KillOutcome {
             KillOutcome::Unknown
         }
         fn caches(&self) -> Option<Caches> {
             None
+        }
+        fn suggest<'a>(&'a self, _: &'a str, _: u32) -> BoxFuture<'a, Suggestion> {
+            Box::pin(async { Suggestion::default() })
         }
         fn status_is_not_served(&self, why: Option<String>) {
             *self.0.lock().unwrap() = why;

@@ -11,6 +11,7 @@
 //! | end (second signal of a drain) | none | ended with an honest verdict |
 
 mod caches;
+mod consoles;
 mod disk;
 mod error;
 mod handler;
@@ -21,6 +22,7 @@ mod problems;
 mod process;
 mod reload;
 mod setup;
+mod shells;
 mod shutdown;
 mod sweeper;
 mod tokens;
@@ -42,15 +44,16 @@ use crate::control::ControlHandler;
 use crate::files::Files;
 use crate::gitlab::OpenTransport;
 use crate::guest;
-use crate::history::History;
+use crate::history::{Consoles, History};
 use crate::image::store::Images;
 use crate::job::journal::{JobKey, Journal, Record};
-use crate::job::{self, Jobs, Parts, Runner, Started};
+use crate::job::{self, Jobs, Keeps, Parts, Runner, Started};
 use crate::metrics::Metrics;
 use crate::network::{Egress, Listen, Network};
 use crate::recovery;
 use crate::repeats::Repeats;
 use crate::rng::Rng;
+use crate::shell::Recordings;
 use crate::supply::{Setup, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
@@ -216,8 +219,17 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     let caches = caches::open(&config, &backends, &readers).await?;
     let history =
         History::open(files.clone(), backends.clock.clone(), &config.state_directory, config.history.bounds());
+    let consoles =
+        Consoles::new(files.clone(), backends.clock.clone(), &config.state_directory, config.history.console_bounds());
+    let recordings = Recordings::new(
+        files.clone(),
+        backends.clock.clone(),
+        &config.state_directory,
+        config.history.shell_keep.get(),
+    );
     let parts = Parts {
         history: history.await,
+        consoles,
         files,
         clock: backends.clock.clone(),
         rng: backends.rng.clone(),
@@ -230,6 +242,8 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         metrics,
         machine_id: installation.machine_id.clone(),
         awake: Awake::default(),
+        keeps: Keeps::default(),
+        drain: CancellationToken::new(),
         leave,
     };
     let runners = runners(&config, &backends, &installation, &parts.metrics, &BTreeMap::new()).await?;
@@ -254,6 +268,11 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let disk_is_found = disk.found.clone();
     background.spawn(disk.keep_up(capacity.clone(), stop.clone()));
+    let (kept, keeper, stops) = (jobs.clone(), parts.consoles.clone(), stop.clone());
+    background.spawn(async move {
+        consoles::keep(kept, keeper, stops).await;
+        "keeper of consoles"
+    });
     let sweeper = Sweeper {
         parts: parts.clone(),
         jobs: jobs.clone(),
@@ -289,8 +308,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let views = wiring.poll(&runners, &parts, &stop_polling, &close_polls, &mut pollers);
     let (reloader, reloads) = reload::channel();
-    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), &parts));
+    let handler = Arc::new(Handler::new(jobs.clone(), capacity.clone(), views, shutdown.clone(), recordings, &parts));
     handler.set_image_max_age(wiring.config.image_max_age);
+    handler.set_shells(&wiring.config);
     Ok(Daemon {
         parts,
         jobs,
@@ -351,11 +371,13 @@ impl Daemon {
                 }
                 Mode::Drain => {
                     self.stop_polling.cancel();
+                    self.parts.drain.cancel();
                     let timeout = self.parts.limits.drain_timeout.map(|span| Instant::now() + span.get());
                     drain_by = drain_by.or(timeout);
                 }
                 Mode::End => {
                     self.stop_polling.cancel();
+                    self.parts.drain.cancel();
                     self.close_polls.cancel();
                     // Again with each round: a poll that was under way may have brought another.
                     self.jobs.kill_all();

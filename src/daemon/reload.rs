@@ -94,6 +94,7 @@ impl Daemon {
         self.wiring.capacity.set_bounds(bounds);
         self.parts.supply.set_ports(config.network.guest_ports);
         self.parts.history.set_bounds(config.history.bounds());
+        self.parts.consoles.set_bounds(config.history.console_bounds());
         self.parts.limits = Arc::new(config.limits.clone());
         self.wiring.config = config;
         // A poll that is under way comes to its end, and what it brings is run.
@@ -101,6 +102,7 @@ impl Daemon {
         let views = self.wiring.poll(&runners, &self.parts, &self.stop_polling, &self.close_polls, &mut self.pollers);
         self.handler.set_runners(views);
         self.handler.set_image_max_age(self.wiring.config.image_max_age);
+        self.handler.set_shells(&self.wiring.config);
         self.fresh.send_replace(runners.values().cloned().collect());
         // Former entries stay for the jobs that came from them.
         self.runners.extend(runners);

@@ -8,6 +8,7 @@ use crate::image::store::Image;
 use crate::job::Runner;
 use crate::job::journal::Record;
 use crate::metrics::Metrics;
+use crate::network::ForwardConfig;
 use crate::rules::Rule;
 use crate::telemetry::chain;
 use crate::vm::proof::{Places, Subject, memory, prove_kvm};
@@ -131,8 +132,12 @@ pub(super) async fn runners(
             let does = if rule.dry_run { "dry_run" } else { rule.action().word() };
             metrics.job().begin_rule(&rule.name, does);
         }
+        let forwards: Arc<[ForwardConfig]> = config.forward.clone().into();
+        for forward in forwards.iter() {
+            metrics.guest().begin_forward(&forward.name);
+        }
         let (config, class, classes) = (entry.clone(), class.clone(), config.classes_by_rule(&entry.name));
-        let runner = Runner { config, class, rules, classes, transport, reach, api, ca_pem };
+        let runner = Runner { config, class, rules, forwards, classes, transport, reach, api, ca_pem };
         runners.insert(entry.name.clone(), Arc::new(runner));
     }
     Ok(runners)

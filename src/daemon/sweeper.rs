@@ -75,6 +75,7 @@ impl Sweeper {
 
     async fn sweep(&self, reapers: &mut JoinSet<()>, stop: &CancellationToken) {
         self.parts.history.prune().await;
+        self.parts.consoles.prune().await;
         let owned = || {
             let mut owned = self.jobs.vms();
             owned.extend(self.kept.iter().cloned());

@@ -10,6 +10,7 @@
 //! next one in the file.
 
 use super::body::Held;
+use super::forward::Forwards;
 use super::greeting::{self, Failure};
 use super::handler::Handler;
 use super::sessions::{Came, Sessions};
@@ -19,6 +20,7 @@ use crate::network::{DoorListener, Entrance};
 use crate::repeats::Repeats;
 use crate::vm::Stream;
 use bytes::BytesMut;
+use dayfly_wire::Asked;
 use http::{Request, Response};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -61,14 +63,15 @@ struct Door {
     lobby: Lobby,
     greeted: AtomicBool,
     not_accepted: Repeats,
+    forwards: Forwards,
 }
 
 /// Serves until `stop`. Returns when no task is left.
 pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
-    let (handler, entrance) = Handler::new(admission);
+    let (handler, entrance, forwards) = Handler::new(admission);
     let limits = handler.limits();
     let mut way = match entrance {
-        Entrance::Wire(wire) => Way::Wire(Box::new(handler.sessions(wire))),
+        Entrance::Wire(wire) => Way::Wire(Box::new(handler.sessions(wire, !forwards.is_empty()))),
         Entrance::Port(listener) => Way::Port(listener),
     };
     let door = Arc::new(Door {
@@ -76,6 +79,7 @@ pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
         lobby: Lobby::new(limits.greeting_connections),
         greeted: AtomicBool::new(false),
         not_accepted: Repeats::new("failed to accept at a door"),
+        forwards,
         handler,
     });
     let mut tasks = JoinSet::new();
@@ -102,6 +106,10 @@ pub(super) async fn serve(admission: Admission, stop: CancellationToken) {
                 }
                 Ok(Comer::Stream(stream)) => {
                     tasks.spawn(proven(Arc::clone(&door), stream, BytesMut::new()));
+                }
+                Ok(Comer::Forward(asked, port)) => {
+                    let door = Arc::clone(&door);
+                    tasks.spawn(async move { door.forwards.serve(asked, port).await });
                 }
                 Ok(Comer::Stranger(stream)) => {
                     pause = ACCEPT_PAUSE;
@@ -140,6 +148,8 @@ enum Comer {
     Session,
     /// A connection of a guest that has.
     Stream(Box<dyn Stream>),
+    /// A wish of a guest that has, for what its machine has at this port.
+    Forward(Asked, u16),
     /// A connection of anybody.
     Stranger(Box<dyn Stream>),
 }
@@ -151,6 +161,7 @@ impl Way {
             Self::Wire(sessions) => Ok(match sessions.next().await {
                 Came::Session => Comer::Session,
                 Came::Stream(stream) => Comer::Stream(stream),
+                Came::Forward(asked, port) => Comer::Forward(asked, port),
             }),
             Self::Port(listener) => listener.accept().await.map(Comer::Stranger),
         }

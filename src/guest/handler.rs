@@ -7,6 +7,7 @@
 use super::answer::{self, Answer};
 use super::body::{BodyFault, RequestBody, object};
 use super::cache;
+use super::forward::Forwards;
 use super::head::Refusal;
 use super::limits::Bucket;
 use super::outage::Outage;
@@ -110,9 +111,10 @@ pub struct RunnerRequest {
 }
 
 impl Handler {
-    pub(super) fn new(admission: Admission) -> (Self, Entrance) {
+    pub(super) fn new(admission: Admission) -> (Self, Entrance, Forwards) {
         let Admission { vm, entrance, pass, guest_token, job, job_token, dependencies, spool, client, .. } = admission;
         let limits = admission.limits;
+        let forwards = Forwards::new(vm.clone(), admission.forwards, admission.metrics.guest().clone());
         let handler = Self {
             vm,
             pass,
@@ -149,7 +151,7 @@ impl Handler {
             writes: TaskTracker::new(),
             limits,
         };
-        (handler, entrance)
+        (handler, entrance, forwards)
     }
 
     pub(super) fn vm(&self) -> &VmId {
@@ -165,9 +167,9 @@ impl Handler {
     }
 
     /// The sessions of this guest's wire.
-    pub(super) fn sessions(&self, wire: DoorSocket) -> Sessions {
+    pub(super) fn sessions(&self, wire: DoorSocket, has_forwards: bool) -> Sessions {
         let whose = (self.vm.clone(), wire, self.pass.clone());
-        Sessions::new(whose, &self.limits, self.rng.clone(), self.metrics.guest().clone())
+        Sessions::new(whose, has_forwards, &self.limits, self.rng.clone(), self.metrics.guest().clone())
     }
 
     pub(super) fn limits(&self) -> &Limits {

@@ -14,6 +14,7 @@ mod body; // how much, how fast?
 mod cache; // the store of `cache:`
 mod chunks; // where does a chunked body end?
 mod door; // who comes in?
+mod forward; // what else of this host does it reach?
 mod greeting; // is it our guest's relay?
 mod handler; // may it, and who answers?
 mod head; // is this head one that we serve?
@@ -43,7 +44,7 @@ use crate::cache::JobCache;
 use crate::clock::Clock;
 use crate::gitlab::{Dependency, JobClient, JobId, JobStatus, RunnerInfo, Verdict};
 use crate::metrics::Metrics;
-use crate::network::Entrance;
+use crate::network::{Entrance, Forward};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::SpoolWriter;
@@ -139,6 +140,8 @@ pub struct Admission {
     pub client: JobClient,
     /// What its job may have of the caches; `None`: there are none.
     pub cache: Option<JobCache>,
+    /// What else its machine reaches by its wire.
+    pub forwards: Vec<Forward>,
     /// Whether `direct_download=true` may reach GitLab (and its 302 the guest).
     pub direct_download: bool,
     /// What the guest does; the job listens. Bounded; the door waits for room.

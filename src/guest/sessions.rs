@@ -17,7 +17,7 @@ use crate::rng::Rng;
 use crate::vm::sockets::DoorSocket;
 use crate::vm::{Stream, VmId};
 use dayfly_guest_config::Pass;
-use dayfly_wire::{HostSession, Limits, host_handshake};
+use dayfly_wire::{Asked, HostSession, Limits, forward_port, host_handshake};
 use std::io;
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
@@ -33,6 +33,8 @@ pub(super) enum Came {
     Session,
     /// A connection in it.
     Stream(Box<dyn Stream>),
+    /// A wish in it for what the machine has at this port.
+    Forward(Asked, u16),
 }
 
 /// The sessions of one wire, one after the other.
@@ -66,12 +68,14 @@ enum Phase {
 impl Sessions {
     pub(super) fn new(
         (vm, socket, pass): (VmId, DoorSocket, Pass),
+        has_forwards: bool,
         limits: &super::Limits,
         rng: Rng,
         metrics: GuestMetrics,
     ) -> Self {
         let streams = u32::try_from(limits.connections).unwrap_or(u32::MAX);
         let limits_of_wire = Limits { streams, ..Limits::default() };
+        let limits_of_wire = if has_forwards { limits_of_wire.with_forwards() } else { limits_of_wire };
         let wire = Wire { vm, socket, pass, limits: limits_of_wire, patience: limits.handshake, rng, metrics };
         let phase = Phase::Beginning(Box::pin(wire.clone().begin(Backoff::wire(), false)));
         Self {
@@ -98,8 +102,11 @@ impl Sessions {
                     return Came::Session;
                 }
                 Phase::Open { session, since } => {
-                    let why = match session.accept().await {
-                        Some(Ok(stream)) => return Came::Stream(Box::new(stream)),
+                    let why = match session.request().await {
+                        Some(Ok(asked)) => match came(asked) {
+                            Some(came) => return came,
+                            None => continue,
+                        },
                         Some(Err(error)) => error.word(),
                         None => "ended",
                     };
@@ -117,6 +124,20 @@ impl Sessions {
                     self.phase = Phase::Beginning(Box::pin(self.wire.clone().begin(backoff, true)));
                 }
             }
+        }
+    }
+}
+
+/// What a guest asks for; `None`: nothing any more, or nothing that there is.
+fn came(asked: Asked) -> Option<Came> {
+    if asked.is_for_door() {
+        return asked.accept().map(|stream| Came::Stream(Box::new(stream)));
+    }
+    match forward_port(asked.authority()) {
+        Some(port) => Some(Came::Forward(asked, port)),
+        None => {
+            asked.reset();
+            None
         }
     }
 }

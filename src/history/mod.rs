@@ -4,17 +4,24 @@
 //! them in memory, without the consoles. Age, number and bytes are bounded, whatever jobs come. Nothing follows from
 //! what is kept: a disk that does not take it costs the job nothing, and a file that cannot be read is left out.
 //!
+//! Beside them the whole of each console ([`consoles`](Consoles)).
+//!
 //! ```text
 //! job ── End ──► History::keep ──► <state>/ended/<when it came>-<job>.json
 //!                     └─► list ──► control socket, status page
 //! ```
 
+mod consoles;
+mod reached;
 mod store;
 
+pub use consoles::{ConsoleBounds, ConsoleLog, Consoles};
+pub use reached::{DESTINATIONS_MAX, Reached, Row, Suggestion};
 pub use store::{Bounds, History};
 
 use crate::cache::Note;
 use crate::gitlab::{JobId, JobStatus};
+use dayfly_egress::audit::Destination;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -76,6 +83,9 @@ pub struct End {
     /// What it had of the caches.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cache: Vec<Note>,
+    /// What it has reached outside of its machine, without what its log masks; at most [`DESTINATIONS_MAX`]. Not in lists.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reached: Vec<Destination>,
     /// Rows that its console printed in all.
     #[serde(default)]
     pub console_rows: u64,

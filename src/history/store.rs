@@ -1,6 +1,6 @@
 //! The files of ended jobs, and the list of them.
 
-use super::{CONSOLE_BYTES_MAX, End, VERSION};
+use super::{CONSOLE_BYTES_MAX, End, Reached, Suggestion, VERSION};
 use crate::clock::Clock;
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
@@ -13,9 +13,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::time::Instant;
 
-/// Bytes of one file at most: a console of backslashes, each written twice, and names of GitLab's.
-const FILE_BYTES_MAX: u64 = 4 * CONSOLE_BYTES_MAX as u64;
+/// Bytes of one file at most: a console of backslashes, each written twice, names of GitLab's, and what was reached, by the
+/// longest names.
+const FILE_BYTES_MAX: u64 = 8 * CONSOLE_BYTES_MAX as u64;
+
+/// Jobs that are looked at for what a class has reached, the newest: each is a file to be read.
+const REACHED_JOBS_MAX: usize = 2000;
+
+/// And for how long.
+const REACHED_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How long the end of a job may wait for its being kept: what is past must not hold up what goes on.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -55,8 +63,13 @@ struct List {
 struct Kept {
     file: String,
     bytes: u64,
-    /// Without its console.
+    /// Without its console and what it has reached.
     end: End,
+}
+
+/// What of an end is in memory.
+fn short(end: End) -> End {
+    End { console: None, reached: Vec::new(), ..end }
 }
 
 /// Where the ended jobs of this state directory are.
@@ -124,10 +137,7 @@ impl History {
         let (mut read, mut newer) = (Vec::new(), 0_u32);
         for file in names {
             match self.read(&file).await {
-                Ok((bytes, mut end)) => {
-                    end.console = None;
-                    read.push(Kept { file, bytes, end });
-                }
+                Ok((bytes, end)) => read.push(Kept { file, bytes, end: short(end) }),
                 // A downgrade: the newer one reads it again.
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => newer += 1,
                 Err(error) => {
@@ -193,7 +203,7 @@ impl History {
             }
         };
         self.0.unkept.store(false, Ordering::Relaxed);
-        self.list().add(Kept { file, bytes, end: End { console: None, ..end } });
+        self.list().add(Kept { file, bytes, end: short(end) });
         self.prune().await;
     }
 
@@ -219,6 +229,33 @@ impl History {
     #[must_use]
     pub fn newest(&self, jobs_max: usize) -> Vec<End> {
         self.list().kept.iter().rev().take(jobs_max).map(|kept| kept.end.clone()).collect()
+    }
+
+    /// What jobs of this class have reached in the last so many days, as far as it is kept, and the newest first: as many as
+    /// can be read in [`REACHED_PATIENCE`], or [`REACHED_JOBS_MAX`].
+    pub async fn suggest(&self, class: &str, days: u32) -> Suggestion {
+        let since = Duration::from_secs(u64::from(days) * 24 * 3600);
+        let now = self.0.clock.now();
+        let is_meant = |kept: &&Kept| {
+            let age = Duration::try_from(now.duration_since(kept.end.ended)).unwrap_or_default();
+            kept.end.class == class && age <= since
+        };
+        let files: Vec<String> = {
+            let list = self.list();
+            list.kept.iter().rev().filter(is_meant).take(REACHED_JOBS_MAX).map(|kept| kept.file.clone()).collect()
+        };
+        let (mut reached, until) = (Reached::default(), Instant::now() + REACHED_PATIENCE);
+        for file in files {
+            match tokio::time::timeout_at(until, self.read(&file)).await {
+                Ok(Ok((_, end))) => reached.add(&end),
+                // It is gone meanwhile, or was damaged.
+                Ok(Err(error)) => {
+                    tracing::debug!(file, error = chain(&error), "what is kept of an ended job cannot be read")
+                }
+                Err(_) => break,
+            }
+        }
+        reached.suggest(class, days)
     }
 
     /// Runner entries of which a job of this id has ended here.

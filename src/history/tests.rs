@@ -16,11 +16,11 @@ async fn open(dir: &Path, clock: &Clock, bounds: Bounds) -> History {
     History::open(Arc::new(RealFiles), clock.clone(), dir, bounds).await
 }
 
-fn clock() -> Clock {
+pub(super) fn clock() -> Clock {
     Clock::simulated("2026-01-02T00:00:00Z".parse().unwrap())
 }
 
-fn end(id: u64, clock: &Clock) -> End {
+pub(super) fn end(id: u64, clock: &Clock) -> End {
     let now = clock.now();
     End {
         version: VERSION,
@@ -41,6 +41,7 @@ fn end(id: u64, clock: &Clock) -> End {
         machine: None,
         steps: vec![Step { what: "disk ready".into(), at_ms: 120 }],
         cache: Vec::new(),
+        reached: Vec::new(),
         console_rows: 1,
         console: Some(format!("row of {id}\n")),
     }
@@ -139,4 +140,25 @@ fn steps_are_bounded() {
         note(&mut steps, &"x".repeat(1000), Duration::from_secs(1));
     }
     assert_eq!((steps.len(), steps[0].what.len(), steps[0].at_ms), (STEPS_MAX, 200, 1000));
+}
+
+#[tokio::test]
+async fn what_a_class_has_reached_is_read_from_what_is_kept_of_its_jobs() {
+    let (dir, clock) = (tempfile::tempdir().unwrap(), clock());
+    let history = open(dir.path(), &clock, Bounds { keep: 30 * DAY, ..bounds() }).await;
+    let to = |name: &str| Destination { name: Some(name.into()), port: 443, connections: 1, ..Destination::default() };
+    for (id, class, name) in [(1, "small", "old.example"), (2, "small", "new.example"), (3, "other", "none.example")] {
+        clock.jump(true, 5 * DAY);
+        let end = End { class: class.into(), reached: vec![to(name)], ..end(id, &clock) };
+        history.keep(end, &format!("abc-{id}")).await;
+    }
+    assert!(history.newest(1)[0].reached.is_empty(), "lists go without");
+    assert_eq!(history.find(JobId(3), "ci").await.unwrap().reached.len(), 1);
+    let found = |days| {
+        let history = history.clone();
+        async move { history.suggest("small", days).await.allow.into_iter().map(|row| row.pattern).collect::<Vec<_>>() }
+    };
+    assert_eq!(found(7).await, ["new.example:443"]);
+    assert_eq!(found(14).await, ["new.example:443", "old.example:443"]);
+    assert_eq!(history.suggest("nobody", 7).await.jobs, 0);
 }

@@ -1,7 +1,7 @@
 //! The partition table of a disk with a boot loader: GUID Partition Table, as UEFI 2.10 section 5 has it.
 //!
-//! Written here, because a disk that is made without root is a plain file; read, because it says what a cloud image is made
-//! for before anything of it runs. Sectors have 512 bytes.
+//! Written here, because a disk that is made without root is a plain file; read, because it says what a disk is made for
+//! before anything of it runs. Sectors have 512 bytes.
 
 use std::io::{self, Seek as _, SeekFrom, Write as _};
 

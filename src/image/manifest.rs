@@ -4,7 +4,7 @@
 //! keys are errors: a newer format has a newer `format_version`, and is refused by that.
 
 use crate::machine_spec::{DockerSettings, Executor};
-use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST, WIRE_CONTRACT};
+use dayfly_guest_config::{CONTRACT, CONTRACT_OLDEST, Can, WIRE_CONTRACT};
 use figment::Figment;
 use figment::providers::{Format as _, Toml};
 use serde::{Deserialize, Serialize};
@@ -44,6 +44,9 @@ pub struct Manifest {
     /// The networks that it can be given besides one with a card: `relay`. Learnt by the boot test.
     #[serde(default)]
     pub networks: Vec<String>,
+    /// What its guest program can besides its contract: [`Ability`]. Learnt likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub abilities: Vec<String>,
     /// What the image's runner sends as `info` when it asks for a job, raw JSON; learnt by the boot
     /// test. Without it the image has not been tested and takes no jobs.
     #[serde(default)]
@@ -160,8 +163,26 @@ pub struct Learnt {
     pub info: String,
     /// The guest contract that its guest program speaks.
     pub contract: u32,
-    /// Whether it can do without a network card.
-    pub relay: bool,
+    /// What it can besides.
+    pub can: Can,
+}
+
+/// Something that not all guest programs of a contract can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ability {
+    /// To stay when its runner has ended.
+    Stay,
+    /// To give its host a shell.
+    Shell,
+}
+
+impl Ability {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Stay => "stay",
+            Self::Shell => "shell",
+        }
+    }
 }
 
 /// One file of an image.
@@ -215,7 +236,16 @@ impl Manifest {
     pub fn learn(&mut self, learnt: Learnt) {
         self.info = Some(learnt.info);
         self.contract = learnt.contract;
-        self.networks = learnt.relay.then(|| RELAY.to_owned()).into_iter().collect();
+        self.networks = learnt.can.relay.then(|| RELAY.to_owned()).into_iter().collect();
+        let can = [(Ability::Stay, learnt.can.stay), (Ability::Shell, learnt.can.shell)];
+        self.abilities =
+            can.into_iter().filter(|(_, can)| *can).map(|(ability, _)| ability.word().to_owned()).collect();
+    }
+
+    /// Whether its guest program can do this.
+    #[must_use]
+    pub fn can(&self, ability: Ability) -> bool {
+        self.abilities.iter().any(|word| word == ability.word())
     }
 
     /// Whether a machine of it can do without a network card.
@@ -326,8 +356,10 @@ impl Manifest {
         optional(&mut document, "cmdline", self.cmdline.as_deref());
         document["contract"] = value(i64::from(self.contract));
         document["executor"] = value(self.executor.to_string());
-        if !self.networks.is_empty() {
-            document["networks"] = value(self.networks.iter().collect::<toml_edit::Array>());
+        for (key, words) in [("networks", &self.networks), ("abilities", &self.abilities)] {
+            if !words.is_empty() {
+                document[key] = value(words.iter().collect::<toml_edit::Array>());
+            }
         }
         optional(&mut document, "info", self.info.as_deref());
 
@@ -397,6 +429,7 @@ pub(crate) mod tests {
             contract: dayfly_guest_config::CONTRACT,
             executor: ExecutorKind::Shell,
             networks: vec![RELAY.into()],
+            abilities: Vec::new(),
             info: Some(r#"{"name":"gitlab-runner","features":{"trace_reset":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),
@@ -427,8 +460,13 @@ pub(crate) mod tests {
         manifest.boot = BootKind::Disk;
         (manifest.cmdline, manifest.kernel, manifest.initrd, manifest.info, manifest.runner.revision) =
             (None, None, None, None, None);
-        manifest.learn(Learnt { info: "{}".into(), contract: 2, relay: false });
+        let can = Can { shell: true, ..Can::default() };
+        manifest.learn(Learnt { info: "{}".into(), contract: 2, can });
         assert!(!manifest.to_text().contains("networks") && !manifest.can_relay());
+        assert!(manifest.can(Ability::Shell) && !manifest.can(Ability::Stay));
+        assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
+        manifest.learn(Learnt { info: "{}".into(), contract: 2, can: Can::default() });
+        assert!(!manifest.to_text().contains("abilities"), "as images of before were written");
         assert_eq!(Manifest::parse(&manifest.to_text()).unwrap(), manifest);
     }
 

@@ -163,7 +163,8 @@ impl Image {
     #[must_use]
     pub fn digest(&self) -> String {
         hex(&Sha256::digest(
-            Manifest { info: None, contract: 0, networks: Vec::new(), ..self.manifest.clone() }.to_text(),
+            Manifest { info: None, contract: 0, networks: Vec::new(), abilities: Vec::new(), ..self.manifest.clone() }
+                .to_text(),
         ))
     }
 

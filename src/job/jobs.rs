@@ -103,6 +103,12 @@ impl Jobs {
         self.lock().get(key).map(|entry| (entry.view.borrow().clone(), entry.console.clone()))
     }
 
+    /// The views of all, and their machines' consoles.
+    #[must_use]
+    pub fn looks(&self) -> Vec<(JobView, Looks)> {
+        self.lock().values().map(|entry| (entry.view.borrow().clone(), entry.console.clone())).collect()
+    }
+
     /// Runner entries of which a job of this id is under way.
     #[must_use]
     pub fn runners(&self, id: JobId) -> BTreeSet<String> {

@@ -16,6 +16,7 @@ mod forget;
 pub mod journal;
 mod jobs;
 pub mod keeper;
+mod keeps;
 mod lines;
 mod machinery;
 mod networks;
@@ -29,6 +30,7 @@ pub mod wishes;
 pub use forget::forget;
 pub use jobs::Jobs;
 pub(crate) use jobs::Started;
+pub use keeps::Keeps;
 pub use networks::{network_of, weaker_network};
 pub use past::Looks;
 pub use resolve::Refusal;
@@ -42,12 +44,14 @@ use crate::config;
 use crate::files::Files;
 use crate::gitlab::{JobPayload, JobStatus, Reach, RunnerApi, Transport};
 use crate::guest;
-use crate::history::{History, MachineWas, Step};
+use crate::history::{Consoles, History, MachineWas, Step};
 use crate::image::store::Images;
 use crate::metrics::Metrics;
+use crate::network::ForwardConfig;
 use crate::rng::Rng;
 use crate::rules::Rule;
 use crate::supply::Supply;
+use jiff::Timestamp;
 use journal::{JobKey, Journal};
 use std::sync::Arc;
 use std::time::Duration;
@@ -80,6 +84,8 @@ pub struct Parts {
     pub journal: Journal,
     /// What is kept of jobs that have ended.
     pub history: History,
+    /// Their consoles, on disk.
+    pub consoles: Consoles,
     /// Base images.
     pub images: Arc<dyn Images>,
     /// What jobs leave for later ones; `None`: nothing.
@@ -94,6 +100,10 @@ pub struct Parts {
     pub machine_id: String,
     /// How long this process did not run.
     pub awake: Awake,
+    /// How many machines of failed jobs are kept.
+    pub keeps: Keeps,
+    /// A drain: no machine is kept any longer.
+    pub drain: CancellationToken,
     /// Hand-over: every job task lets go and ends.
     pub leave: CancellationToken,
 }
@@ -107,6 +117,8 @@ pub struct Runner {
     pub class: config::Class,
     /// The rules that may fit its jobs, in order.
     pub rules: Arc<[Rule]>,
+    /// What machines may reach beside their doors.
+    pub forwards: Arc<[ForwardConfig]>,
     /// The classes that they may give.
     pub classes: Vec<config::Class>,
     /// Its GitLab.
@@ -170,6 +182,8 @@ pub struct JobView {
     pub phase: String,
     /// Its VM.
     pub vm: Option<String>,
+    /// When GitLab gave it out.
+    pub received: Timestamp,
     /// When the task began.
     pub since: Instant,
     /// How long after GitLab's 201 that was: more than nothing after a restart.

@@ -54,6 +54,15 @@ impl Looks {
         Some(Rows { text, ..rows })
     }
 
+    /// What follows on `from`, whole rows or not: the machine prints no more.
+    #[must_use]
+    pub fn rest_from(&self, from: u64) -> Option<Rows> {
+        let shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Shown { screen, masks } = shown.as_ref()?;
+        let rows = screen.look(|ring| ring.rows_from(from, RING_BYTES_MAX, true));
+        Some(Rows { text: lines::masked(&rows.text, masks), ..rows })
+    }
+
     /// The end of it, for whoever asks when the job has ended; with the rows that were ended in all.
     pub(super) fn kept(&self) -> Option<(String, u64)> {
         let shown = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,6 +136,8 @@ pub(super) fn end_of(record: &Record, now: Timestamp) -> End {
         log_bytes: 0,
         machine: machine_was(record),
         steps: Vec::new(),
+        // With names that the log masks, and what those are is not known here.
+        reached: Vec::new(),
         console_rows: 0,
         console: None,
         cache: Vec::new(),

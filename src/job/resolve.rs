@@ -12,15 +12,16 @@ use super::{Parts, Runner};
 use crate::capacity::Resources;
 use crate::config::{self, Class, UnknownImage};
 use crate::gitlab::{Containers, JobPayload};
-use crate::image::manifest::ExecutorKind;
+use crate::image::manifest::{Ability, ExecutorKind};
 use crate::image::store::{Image, ImageError};
-use crate::machine_spec::{GuestRunnerSpec, ImageRef, MachineSpec, Size};
-use crate::network::{self, Mode};
+use crate::machine_spec::{GuestRunnerSpec, ImageRef, KeepFailed, MachineSpec, Size};
+use crate::network::{self, Forward, ForwardConfig, Mode};
 use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use dayfly_egress::policy::{HostPort, Policy};
+use dayfly_guest_config::{RELAY_URL, WIRE_CONTRACT};
 
 /// Why a job gets no machine.
 #[derive(Debug)]
@@ -90,10 +91,17 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
         rule.filter(|rule| rule.class.is_some())
             .map(|_| format!("machine class {}, by a rule of this runner", class.name)),
     );
+    let (forwards, told_of) = forwards_of(runner, class, &image);
+    notes.extend(told_of);
     let network = network_of(class, &image).map_err(|error| Unresolved::Image { name: image.name.clone(), error })?;
     let needed = || needed(&runner.config, &payload.registries);
-    let egress = (network == Mode::Relay).then(|| class.egress.policy(needed()));
-    Ok(spec(class, &image, size, (network, egress), told(runner, &parts.rng), notes))
+    let egress = (network == Mode::Relay).then(|| {
+        let change = rule.and_then(|rule| rule.egress.as_ref());
+        change.map_or_else(|| class.egress.clone(), |change| class.egress.changed(change)).policy(needed())
+    });
+    let kept = keep_failed(class, &image, payload.source.project_at(&runner.config.url));
+    let told = told(runner, &parts.rng);
+    Ok(MachineSpec { keep_failed: kept, forwards, ..spec(class, &image, size, (network, egress), told, notes) })
 }
 
 /// The rule that decides, logged and counted like those that are tried out.
@@ -212,9 +220,41 @@ fn spec(
         nested: class.nested,
         network,
         egress,
+        forwards: Vec::new(),
         runner,
+        keep_failed: None,
         notes,
     }
+}
+
+/// Whether the machine of a job of this project is kept when that has failed.
+fn keep_failed(class: &Class, image: &Image, project: Option<&str>) -> Option<KeepFailed> {
+    let keep = class.keep_failed.filter(|_| rules::is_among(&class.keep_failed_projects, project))?;
+    if !image.manifest.can(Ability::Stay) {
+        tracing::warn!(
+            image = image.name,
+            "this image was built before the machines of failed jobs could be kept; rebuild it for `keep_failed`"
+        );
+        return None;
+    }
+    Some(KeepFailed { for_s: keep.get().as_secs(), at_once: class.keep_failed_max })
+}
+
+/// What machines of this class reach beside their door, and what their authors are told of that. A guest of the contract
+/// before has no wire that it could go over.
+fn forwards_of(runner: &Runner, class: &Class, image: &Image) -> (Vec<Forward>, Option<String>) {
+    let of_class = |forward: &&ForwardConfig| forward.classes.contains(&class.name);
+    let forwards: Vec<Forward> = runner.forwards.iter().filter(of_class).map(ForwardConfig::forward).collect();
+    if forwards.is_empty() {
+        return (forwards, None);
+    }
+    if image.manifest.contract < WIRE_CONTRACT {
+        return (Vec::new(), Some("no forwards: this machine's image is too old for them".into()));
+    }
+    let relay = RELAY_URL.trim_start_matches("http://");
+    let told: Vec<String> =
+        forwards.iter().map(|forward| format!("{relay}:{} ({})", forward.port, forward.name)).collect();
+    (forwards, Some(format!("within reach: {}", told.join(", "))))
 }
 
 /// What no job of a runner entry can do without.

@@ -7,6 +7,9 @@
 //!                 └──────────┴─ cancel, deadline, loss, kill ─┘
 //! ```
 //!
+//! A machine whose job failed may be kept for an operator: its job is released in all but that, until a deadline, a kill
+//! or the machine's own end.
+//!
 //! Each new state is written down by a command, [`Command::Write`] or [`Command::Commit`], and what follows it comes
 //! after that: a guest gets no answer that the next daemon would not know of. Every command may run twice. Whatever
 //! happens, each question of the guest has one answer, and a job ends with one verdict and everything released: the
@@ -40,6 +43,9 @@ pub enum State {
         machine_gone: bool,
         /// Whether GitLab has all, or wants no more.
         delivered: bool,
+        /// The job failed, and its machine is kept for an operator until this uptime of the host, in milliseconds.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        kept_until: Option<u64>,
     },
     /// Nothing is left but the record, which goes last.
     Ended,
@@ -90,6 +96,15 @@ pub enum Event {
     Panicked,
     /// It is not run here, or not any more, for this reason.
     Refused(Failure),
+    /// This; and if the job fails by it, its machine is to be kept until this uptime of the host, in milliseconds.
+    KeepIfFailed {
+        /// Until when.
+        until: u64,
+        /// What happened.
+        event: Box<Event>,
+    },
+    /// The time of a machine that is kept is over, or nothing is kept any more.
+    KeepOver,
 }
 
 /// What it means that the guest asks for its job.
@@ -213,6 +228,10 @@ pub enum Command {
     Arm(Grace),
     /// Take the machine down.
     ReleaseMachine,
+    /// Leave the machine as it is, for an operator: its runner is to end, and it reaches nothing any more.
+    KeepMachine,
+    /// Close the guest's door: whatever it says is not heard.
+    CloseDoor,
     /// Remove record, spool and runtime files, and give the reservation back.
     Finish,
 }
@@ -258,12 +277,17 @@ impl State {
     }
 
     fn step(self, event: Event) -> (Self, Vec<Command>) {
+        if let Event::KeepIfFailed { until, event } = event {
+            let runs = matches!(self, Self::Running { canceling: false });
+            let (state, commands) = self.step(*event);
+            return if runs { state.kept(until, commands) } else { (state, commands) };
+        }
         match self {
             Self::Accepted => Self::accepted(event),
             Self::Booting { replaced } => Self::booting(replaced, event),
             Self::Running { canceling } => Self::running(canceling, event),
-            Self::Releasing { verdict, machine_gone, delivered } => {
-                Self::releasing(verdict, machine_gone, delivered, event)
+            Self::Releasing { verdict, machine_gone, delivered, kept_until } => {
+                Self::releasing(verdict, (machine_gone, delivered), kept_until, event)
             }
             Self::Ended => (
                 Self::Ended,
@@ -287,6 +311,12 @@ impl State {
         }
     }
 
+    /// Whether its machine is kept for an operator.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        matches!(self, Self::Releasing { kept_until: Some(_), .. })
+    }
+
     /// One word for people.
     #[must_use]
     pub fn word(&self) -> &'static str {
@@ -295,6 +325,7 @@ impl State {
             Self::Booting { .. } => "booting",
             Self::Running { canceling: false } => "running",
             Self::Running { canceling: true } => "canceling",
+            Self::Releasing { kept_until: Some(_), .. } => "kept",
             Self::Releasing { .. } => "releasing",
             Self::Ended => "ended",
         }
@@ -351,6 +382,8 @@ impl State {
             | Event::MachinePaused(Pause::Operator)
             | Event::Gitlab(JobStatus::Running)
             | Event::Delivered
+            | Event::KeepIfFailed { .. }
+            | Event::KeepOver
             | Event::SilenceDeadline => (Self::Booting { replaced }, vec![]),
         }
     }
@@ -367,7 +400,7 @@ impl State {
                 (Self::Running { canceling }, vec![Command::Answer(Answer::NoJob)])
             }
             Event::GuestVerdict(verdict) => (
-                Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false },
+                Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false, kept_until: None },
                 vec![
                     Command::Commit,
                     Command::CloseGuest,
@@ -409,56 +442,10 @@ impl State {
             | Event::Delivered
             | Event::BootDeadline
             | Event::GraceOver
+            | Event::KeepIfFailed { .. }
+            | Event::KeepOver
             | Event::NoDoor => (Self::Running { canceling }, vec![]),
         }
-    }
-
-    fn releasing(verdict: Option<Verdict>, machine_gone: bool, delivered: bool, event: Event) -> (Self, Vec<Command>) {
-        let mut commands = Vec::new();
-        let (mut machine_gone, mut delivered) = (machine_gone, delivered);
-        match event {
-            Event::GuestAsked(ask) => {
-                commands.push(Command::Answer(Answer::NoJob));
-                // It has not begun the job that is over by now: no grace is of use to it.
-                commands.extend((ask != Ask::Busy && !machine_gone).then_some(Command::ReleaseMachine));
-            }
-            Event::GuestVerdict(said) => {
-                let known = verdict.as_ref() == Some(&said);
-                commands.push(Command::Answer(if known { Answer::Taken } else { Answer::Over }));
-            }
-            Event::GuestIdle
-            | Event::MachineStopped(_)
-            | Event::MachineFailed
-            | Event::MachinePaused(_)
-            | Event::HostDiskFailed
-            | Event::GraceOver
-            | Event::Killed
-                if !machine_gone =>
-            {
-                commands.push(Command::ReleaseMachine);
-            }
-            Event::MachineReleased => machine_gone = true,
-            Event::Delivered => delivered = true,
-            // The verdict stands: nothing that happens to us changes it.
-            Event::Started | Event::Panicked | Event::Refused(_) => {
-                commands.push(Command::CloseGuest);
-                match (&verdict, delivered) {
-                    (Some(_), false) => commands.push(Command::Deliver),
-                    (None, false) => commands.push(Command::Abandon),
-                    (_, true) => {}
-                }
-                if !machine_gone {
-                    commands.push(Command::ReleaseMachine);
-                }
-            }
-            _ => {}
-        }
-        if machine_gone && delivered {
-            commands.retain(|command| matches!(command, Command::Answer(_)));
-            commands.push(Command::Finish);
-            return (Self::Ended, commands);
-        }
-        (Self::Releasing { verdict, machine_gone, delivered }, commands)
     }
 
     fn fail(failure: Failure) -> (Self, Vec<Command>) {
@@ -469,7 +456,7 @@ impl State {
             runtime_environment_key: None,
         };
         (
-            Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false },
+            Self::Releasing { verdict: Some(verdict), machine_gone: false, delivered: false, kept_until: None },
             vec![Command::Explain(failure), Command::CloseGuest, Command::Deliver, Command::ReleaseMachine],
         )
     }
@@ -483,12 +470,13 @@ impl State {
 
     fn over() -> (Self, Vec<Command>) {
         (
-            Self::Releasing { verdict: None, machine_gone: false, delivered: false },
+            Self::Releasing { verdict: None, machine_gone: false, delivered: false, kept_until: None },
             vec![Command::CloseGuest, Command::Abandon],
         )
     }
 }
 
+mod releasing;
 mod words;
 
 #[cfg(test)]

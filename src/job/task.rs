@@ -8,6 +8,7 @@ mod begin;
 mod commands;
 mod deadlines;
 mod given;
+mod kept;
 mod news;
 mod seen;
 
@@ -19,6 +20,7 @@ use self::given::Given;
 use self::seen::Seen;
 use super::journal::Record;
 use super::keeper::Kept;
+use super::keeps::Keep;
 use super::machinery::{Machinery, Next};
 use super::past::{Looks, Past, end_of, machine_was};
 use super::state::{Event, Failure, State};
@@ -77,7 +79,9 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
     }
     let given = Given::before(machinery.guest_has_written());
     let seen = Seen::begin(machinery.parts.files.as_ref(), refused).await;
-    let mut job = Job { m: machinery, reservation, view, given, seen, grace: None, behind: None };
+    let kept = machinery.record.state.is_kept().then(|| machinery.parts.keeps.adopt(&machinery.record.class));
+    let drain = machinery.parts.drain.clone();
+    let mut job = Job { m: machinery, reservation, view, given, seen, grace: None, behind: None, kept };
     job.feed(first).await;
     while job.m.record.state != State::Ended {
         let deadline = job.deadline();
@@ -89,6 +93,7 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             // that arrived in time is in time.
             () = leave.cancelled() => break,
             Some(command) = inbox.recv() => Happened::Command(command),
+            () = drain.cancelled(), if job.m.record.state.is_kept() => Happened::Event(Event::KeepOver),
             next = job.m.next() => Happened::Next(next),
             () = tokio::time::sleep_until(deadline.0) => {
                 // If this process slept meanwhile, it is later now.
@@ -104,7 +109,10 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
             }
         };
         match next {
-            Happened::Event(event) => job.feed(event).await,
+            Happened::Event(event) => {
+                let event = job.keeping(event);
+                job.feed(event).await;
+            }
             Happened::Command(JobCommand::Kill { reason }) => {
                 job.seen.kill_reason = reason;
                 job.feed(Event::Killed).await;
@@ -127,7 +135,10 @@ async fn run(begun: Begun, mut inbox: mpsc::Receiver<JobCommand>, view: watch::S
                 }
             }
             Happened::Next(Next::Waits(what)) => {
-                job.say_phase(&what);
+                // That nothing waits is no news of a machine that is kept.
+                if !what.is_empty() || !job.m.record.state.is_kept() {
+                    job.say_phase(&what);
+                }
                 job.seen.waits = what;
             }
             Happened::Next(Next::Delivered) => {
@@ -208,6 +219,8 @@ struct Job {
     grace: Option<Armed>,
     /// The record on disk is, and would begin the job anew after a restart.
     behind: Option<Behind>,
+    /// Its machine is one of those that are kept, or is about to be.
+    kept: Option<Keep>,
 }
 
 impl Job {
@@ -243,6 +256,9 @@ impl Job {
                 }
             }
             self.publish();
+        }
+        if !self.m.record.state.is_kept() {
+            self.kept = None;
         }
     }
 

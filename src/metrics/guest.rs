@@ -1,7 +1,8 @@
 //! What the doors count.
 
-use super::Labelled;
+use super::{Labelled, Labels};
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
 /// What the doors count, over all VMs.
@@ -19,6 +20,8 @@ pub struct GuestMetrics {
     pub sessions_ended: Labelled,
     /// Connections closed for another `reason`: `too_many`, `head_timeout`, `idle`, `write_stall`.
     pub connections_closed: Labelled,
+    /// Connections to forwards by `forward` and `result`, see [`GuestMetrics::forward`].
+    forwards: Family<Labels, Counter>,
     /// Failed accepts.
     pub accept_errors: Counter,
     /// Requests by `route`.
@@ -49,6 +52,12 @@ impl GuestMetrics {
             registry.register(name, help, counter.clone());
             counter
         };
+        let forwards = Family::default();
+        registry.register(
+            "forward_connections",
+            "Connections of jobs to forwards, by forward and what became of them",
+            forwards.clone(),
+        );
         let labelled = |registry: &mut Registry, name: &str, help: &str, label| {
             let labelled = Labelled::new(label);
             registry.register(name, help, labelled.family.clone());
@@ -61,6 +70,7 @@ impl GuestMetrics {
             sessions_failed: labelled(registry, "sessions_failed", "Sessions of wires that have not", "reason"),
             sessions_ended: labelled(registry, "sessions_ended", "Sessions of wires that have ended", "reason"),
             connections_closed: labelled(registry, "connections_closed", "Connections that we closed", "reason"),
+            forwards,
             accept_errors: counter(registry, "accept_errors", "Failed accepts at doors"),
             requests: labelled(registry, "requests", "Requests of guests", "route"),
             refused: labelled(registry, "requests_refused", "Requests of guests that were refused", "reason"),
@@ -73,4 +83,28 @@ impl GuestMetrics {
             artifact_down_bytes: counter(registry, "artifact_down_bytes", "Artifact bytes from GitLab to guests"),
         }
     }
+    /// A forward is in use: what becomes of its connections is counted from zero.
+    pub fn begin_forward(&self, forward: &str) {
+        for result in FORWARD_RESULTS {
+            drop(self.forwards.get_or_create(&forward_labels(forward, result)));
+        }
+    }
+
+    /// A connection to a forward: `made`; `failed`, where nobody listens at its address; `too_many` of one machine.
+    pub fn forward(&self, forward: &str, result: &'static str) {
+        self.forwards.get_or_create_owned(&forward_labels(forward, result)).inc();
+    }
+
+    /// How many there were.
+    #[must_use]
+    pub fn forwarded(&self, forward: &str, result: &'static str) -> u64 {
+        self.forwards.get_or_create_owned(&forward_labels(forward, result)).get()
+    }
+}
+
+/// What becomes of a connection to a forward.
+const FORWARD_RESULTS: [&str; 3] = ["made", "failed", "too_many"];
+
+fn forward_labels(forward: &str, result: &'static str) -> Labels {
+    vec![("forward", forward.to_owned()), ("result", result.to_owned())]
 }

@@ -15,12 +15,14 @@
 //! one port, for after a restart each opens its own door again. Used by `supply`, alone.
 
 mod egress;
+mod forward;
 mod listen;
 mod policy;
 
 pub use egress::{Egress, EgressError, EgressOf, EgressProcesses, PROGRAM as EGRESS_PROGRAM, SERVICE_SOCKET, Terms};
+pub use forward::{Forward, ForwardConfig};
 pub use listen::{DoorListener, Entrance, Listen, Tcp};
-pub use policy::{EgressConfig, always};
+pub use policy::{EgressChange, EgressConfig, always};
 
 use crate::vm::Attachment;
 use crate::vm::sockets::DoorSocket;

@@ -23,7 +23,41 @@ pub struct EgressConfig {
     pub rate: Option<Rate>,
 }
 
+/// `[rule.egress]`: what a rule changes of it for the jobs that it fits.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EgressChange {
+    /// In place of the class's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// May be reached, too, though `deny` of the class names the same or less.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub allow: Vec<Pattern>,
+    /// May not, either, though `allow` of the class names the same or less.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub deny: Vec<Pattern>,
+}
+
 impl EgressConfig {
+    /// As a rule changes it: its mode goes before the class's, and its lists are added. What one of them covers is taken out
+    /// of the class's other list, for the rule is the nearer word; where the class's covers more than the rule's, they
+    /// contradict each other, which [`Self::validate`] finds.
+    #[must_use]
+    pub fn changed(&self, change: &EgressChange) -> Self {
+        let merged = |own: &[Pattern], against: &[Pattern], more: &[Pattern]| {
+            let mut list: Vec<Pattern> =
+                own.iter().filter(|pattern| !against.iter().any(|nearer| nearer.covers(pattern))).cloned().collect();
+            list.extend(more.iter().filter(|pattern| !own.contains(pattern)).cloned());
+            list
+        };
+        Self {
+            mode: change.mode.unwrap_or(self.mode),
+            allow: merged(&self.allow, &change.deny, &change.allow),
+            deny: merged(&self.deny, &change.allow, &change.deny),
+            rate: self.rate,
+        }
+    }
+
     /// The policy of a job that cannot do without `always`.
     #[must_use]
     pub fn policy(&self, always: Vec<HostPort>) -> Policy {
@@ -64,6 +98,32 @@ pub fn always<'a>(urls: impl IntoIterator<Item = &'a Url>, registries: &[String]
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rule_is_the_nearer_word_and_adds_to_what_its_class_says() {
+        let list = |of: &[&str]| of.iter().map(|text| text.parse().unwrap()).collect::<Vec<Pattern>>();
+        let class = EgressConfig {
+            allow: list(&["pypi.org:443", "*.debian.org"]),
+            deny: list(&["mail.corp:25", "*.evil.example"]),
+            rate: Some(Rate { connections: Some(7), ..Rate::default() }),
+            ..EgressConfig::default()
+        };
+        let change = |allow: &[&str], deny: &[&str], mode| EgressChange { mode, allow: list(allow), deny: list(deny) };
+        assert_eq!(class.changed(&EgressChange::default()), class);
+        // Narrower: what its class lists is taken out; wider: what its class refuses.
+        let narrow = class.changed(&change(&[], &["*.debian.org"], Some(Mode::Enforce)));
+        assert_eq!((narrow.mode, narrow.allow, narrow.rate), (Mode::Enforce, list(&["pypi.org:443"]), class.rate));
+        assert_eq!(narrow.deny, list(&["mail.corp:25", "*.evil.example", "*.debian.org"]));
+        let wide = class.changed(&change(&["mail.corp", "pypi.org:443"], &[], None));
+        assert_eq!(wide.allow, list(&["pypi.org:443", "*.debian.org", "mail.corp"]));
+        assert_eq!(wide.deny, list(&["*.evil.example"]));
+        assert!(wide.validate(Vec::new()).is_ok());
+        // What its class refuses more of cannot be let through.
+        let against = class.changed(&change(&["good.evil.example"], &[], None)).validate(Vec::new()).unwrap_err();
+        assert!(against.to_string().contains("`*.evil.example` in `deny` covers it"), "{against}");
+        let itself = class.changed(&change(&["a.example"], &["a.example"], None)).validate(Vec::new());
+        assert!(itself.is_err(), "of one and the same rule");
+    }
 
     #[test]
     fn what_a_job_cannot_do_without_is_gitlab_and_what_its_credentials_are_for() {

@@ -6,6 +6,7 @@
 
 mod glob;
 
+use crate::network::EgressChange;
 use serde::{Deserialize, Serialize};
 
 /// Characters of a rule's line for authors at most: it stands in one line of the log.
@@ -58,6 +59,9 @@ pub struct Rule {
     /// It is taken, in this class.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub class: Option<String>,
+    /// What this changes of what its class lets it reach.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress: Option<EgressChange>,
     /// It is only logged and counted that the rule fits; the next ones decide.
     pub dry_run: bool,
 }
@@ -187,6 +191,9 @@ impl Rule {
                 flaw("deny", what, "shorten it, without line breaks");
             }
         }
+        if self.egress.is_some() && self.deny.is_some() {
+            flaw("egress", "is of a rule that denies, whose jobs reach nothing".into(), "leave it away");
+        }
         let lists = [
             ("project", &self.project),
             ("group", &self.group),
@@ -195,10 +202,8 @@ impl Rule {
             ("container", &self.container),
         ];
         for (key, patterns) in lists {
-            if patterns.iter().any(|p| p.is_empty() || p.chars().count() > glob::PATTERN_CHARS_MAX) {
-                let what =
-                    format!("has a pattern that is empty, or longer than {} characters", glob::PATTERN_CHARS_MAX);
-                flaw(key, what, "write patterns like \"group/**\", or leave the key away");
+            if let Err((what, remedy)) = are_patterns(patterns) {
+                flaw(key, what, remedy);
             }
         }
         if self.group.iter().any(|group| group.contains(['*', '?'])) {
@@ -212,6 +217,24 @@ impl Rule {
 #[must_use]
 pub fn path_fits(pattern: &str, path: &str) -> bool {
     glob::fits(pattern, path, true)
+}
+
+/// Whether these may be patterns at all.
+///
+/// # Errors
+/// What is wrong with one of them, and the remedy.
+pub fn are_patterns(patterns: &[String]) -> Result<(), (String, &'static str)> {
+    if patterns.iter().any(|p| p.is_empty() || p.chars().count() > glob::PATTERN_CHARS_MAX) {
+        let what = format!("has a pattern that is empty, or longer than {} characters", glob::PATTERN_CHARS_MAX);
+        return Err((what, "write patterns like \"group/**\", or leave the key away"));
+    }
+    Ok(())
+}
+
+/// Whether a project's path fits one of these patterns, whatever the case; one that is not known fits none.
+#[must_use]
+pub fn is_among(patterns: &[String], project: Option<&str>) -> bool {
+    project.is_some_and(|path| patterns.iter().any(|pattern| glob::fits(pattern, path, true)))
 }
 
 /// Whether a project of this path lies in this group, however deep.

@@ -203,6 +203,10 @@ impl End {
         machine(f, &self.class, self.machine.as_ref())?;
         steps(f, &self.steps)?;
         self.cache.iter().try_for_each(|note| writeln!(f, "  {}", note.words()))?;
+        if !self.reached.is_empty() {
+            let refused = self.reached.iter().filter(|to| to.refused > 0).count();
+            writeln!(f, "reached {} destinations, {refused} of them refused; `--json` lists them", self.reached.len())?;
+        }
         match self.console.as_deref() {
             None => writeln!(f, "no console of it is kept"),
             Some("") => writeln!(f, "its console printed nothing"),

@@ -32,6 +32,8 @@ pub trait Reports: Send + Sync + 'static {
     fn job<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, JobFound>;
     /// Its console, of a job under way from where so many bytes were printed, or its end. Likewise.
     fn console<'a>(&'a self, id: JobId, runner: Option<&'a str>, from: Option<u64>) -> BoxFuture<'a, ConsoleFound>;
+    /// All that is kept of its console on disk, of a job under way too. Likewise.
+    fn console_log<'a>(&'a self, id: JobId, runner: Option<&'a str>) -> BoxFuture<'a, ConsoleFound>;
 }
 
 /// A daemon, as it stands at one moment. New members may come; none goes away within a version.

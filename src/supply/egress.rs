@@ -4,7 +4,7 @@
 //! there is nothing to adopt: whoever watches the machine finds it at work, or begins another.
 
 use super::Supply;
-use super::wires::Wires;
+use super::wires::{Wires, stays_until};
 use crate::network::{EgressError, EgressOf, Lease, Terms};
 use crate::retry::Backoff;
 use crate::telemetry::chain;
@@ -86,8 +86,23 @@ impl Wires {
         binding.wait_for(Option::is_some).await.ok()?.as_ref()?.egress.clone()
     }
 
-    /// Sees to it that a process carries the machine's egress, for as long as it is watched. For ever.
+    /// Sees to it that a process carries the machine's egress, for as long as it is watched and its job goes on. For ever.
     pub(super) async fn keep_egress(self) {
+        let mut stay = self.stay.clone();
+        tokio::select! {
+            biased;
+            // What is dropped here has begun a process or has not; it is ended below.
+            Some(_) = stays_until(&mut stay) => {}
+            () = self.clone().carry_egress() => return,
+        }
+        let mut backoff = Backoff::hypervisor();
+        while let Err(error) = self.supply.end_egress(&self.id).await {
+            tracing::warn!(vm = %self.id, error = chain(&error), "end the egress of a machine that is kept; trying again");
+            tokio::time::sleep(backoff.next(&self.supply.0.rng)).await;
+        }
+    }
+
+    async fn carry_egress(self) {
         let Some(terms) = self.terms().await else { return };
         let of = self.supply.egress_of(&self.id);
         let egress = self.supply.0.network.egress();

@@ -85,6 +85,7 @@ pub struct Machine {
     gone: bool,
     desired: watch::Sender<Desired>,
     binding: watch::Sender<Option<Binding>>,
+    stay: watch::Sender<Option<Instant>>,
     console: Arc<Mutex<Ring>>,
     greeted: Arc<AtomicBool>,
     task: JoinHandle<()>,
@@ -113,12 +114,14 @@ impl Machine {
         let (events_out, events) = mpsc::channel(EVENTS_MAX);
         let (desired, desired_in) = watch::channel(Desired::Running);
         let (binding, binding_in) = watch::channel(None);
+        let (stay, stay_in) = watch::channel(None);
         let turn = supply.begin(&id);
         let wires = Wires {
             supply: supply.clone(),
             id: id.clone(),
             events: events_out,
             binding: binding_in,
+            stay: stay_in,
             greeted: Arc::default(),
             console: Arc::default(),
         };
@@ -142,7 +145,7 @@ impl Machine {
             };
             run(driver).await;
         });
-        Self { supply, id, lease, events, gone: false, desired, binding, console, greeted, task }
+        Self { supply, id, lease, events, gone: false, desired, binding, stay, console, greeted, task }
     }
 
     /// The VM's id.
@@ -165,6 +168,11 @@ impl Machine {
             bound.get_or_insert(binding);
             first
         });
+    }
+
+    /// Tells the guest to end its runner and to stay until then; what it sends out is not carried any more.
+    pub fn stay(&self, until: Instant) {
+        self.stay.send_replace(Some(until));
     }
 
     /// The guest has shown its pass: it has its config, which is not written again.

@@ -4,7 +4,7 @@ use super::Supply;
 use super::machine::{Binding, MachineEvent};
 use crate::vm::console::Ring;
 use crate::vm::{Stream, VmId};
-use dayfly_guest_config::{ClockQuestion, REPORT_LINE_MAX, Report};
+use dayfly_guest_config::{ClockQuestion, REPORT_LINE_MAX, Report, Stay};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -26,6 +26,8 @@ pub(super) struct Wires {
     pub(super) events: mpsc::Sender<MachineEvent>,
     /// Who the guest is, once it is bound.
     pub(super) binding: watch::Receiver<Option<Binding>>,
+    /// Until when it is to stay without its job, once that is wanted.
+    pub(super) stay: watch::Receiver<Option<Instant>>,
     /// The guest has shown its pass: it has its config.
     pub(super) greeted: Arc<AtomicBool>,
     pub(super) console: Arc<Mutex<Ring>>,
@@ -42,8 +44,8 @@ impl Wires {
                 // One at a time: a guest that asks and does not read waits for itself.
                 let (questions_out, mut questions) = mpsc::channel::<ClockQuestion>(1);
                 let write = async {
-                    let mut binding = self.binding.clone();
-                    let mut written = false;
+                    let (mut binding, mut stay) = (self.binding.clone(), self.stay.clone());
+                    let (mut written, mut stays) = (false, false);
                     loop {
                         tokio::select! {
                             biased;
@@ -55,6 +57,13 @@ impl Wires {
                                     let _ = writer.write_all(&line).await;
                                     let _ = writer.flush().await;
                                 }
+                            }
+                            Some(until) = stays_until(&mut stay), if !stays => {
+                                stays = true;
+                                // A guest that is still spared a second is told so: none would be no word.
+                                let left = until.saturating_duration_since(Instant::now()).as_secs().max(1);
+                                let _ = writer.write_all(format!("{}\n", Stay::of(left)).as_bytes()).await;
+                                let _ = writer.flush().await;
                             }
                             Some(question) = questions.recv() => {
                                 let answer = question.answer(self.supply.0.clock.now().as_microsecond());
@@ -91,6 +100,11 @@ impl Wires {
             tokio::time::sleep(REOPEN_PAUSE).await;
         }
     }
+}
+
+/// Until when the guest is to stay, once that is wanted; `None`: nobody will.
+pub(super) async fn stays_until(stay: &mut watch::Receiver<Option<Instant>>) -> Option<Instant> {
+    *stay.wait_for(Option::is_some).await.ok()?
 }
 
 /// The guest config, once there is one; `None`: nobody will bind the guest any more.

@@ -24,6 +24,9 @@ pub const DOOR_NAME: &str = "org.dayfly.door.0";
 /// Name of the one that carries what its guest sends out, where it has no network card.
 pub const EGRESS_NAME: &str = "org.dayfly.egress.0";
 
+/// Name of the one by which its guest is asked for a shell.
+pub const SHELL_NAME: &str = "org.dayfly.shell.0";
+
 /// Features of a CPU by which it runs VMs: Intel's and AMD's.
 pub(super) const NESTING: [&str; 2] = ["vmx", "svm"];
 
@@ -55,7 +58,7 @@ pub struct BadSpec {
 pub struct Ownership {
     /// User that QEMU runs as.
     pub qemu_uid: u32,
-    /// Group that may connect to the sockets of channel, door, console and egress: the daemon's own.
+    /// Group that may connect to the sockets of channel, door, console, shell and egress: the daemon's own.
     pub socket_gid: u32,
 }
 
@@ -120,6 +123,7 @@ struct Texts {
     base: String,
     channel: String,
     door: String,
+    shell: String,
     console: String,
     direct: Option<[String; 3]>,
     network: Network,
@@ -139,6 +143,7 @@ impl Texts {
             base: absolute("base image", &spec.base)?,
             channel: absolute("channel socket", &VmSpec::channel_socket(&spec.socket_dir, &spec.id))?,
             door: absolute("door's socket", &VmSpec::door_socket(&spec.socket_dir, &spec.id))?,
+            shell: absolute("shell's socket", &VmSpec::shell_socket(&spec.socket_dir, &spec.id))?,
             console: absolute("console socket", &VmSpec::console_socket(&spec.socket_dir, &spec.id))?,
             direct: match &spec.boot {
                 Boot::Direct { kernel, initrd, cmdline } => Some([
@@ -279,7 +284,8 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
         Network::Egress { socket } => Some((socket, EGRESS_NAME)),
         Network::User | Network::Bridge { .. } => None,
     };
-    for (path, name) in [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)].into_iter().chain(egress) {
+    let ports = [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)].into_iter().chain(egress);
+    for (path, name) in ports.chain([(&texts.shell, SHELL_NAME)]) {
         w.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|w| {
             socket(w, path, ownership)?;
             empty(w, "target", &[("type", "virtio"), ("name", name)])

@@ -217,7 +217,7 @@ pub struct VmSpec {
     pub attachment: Attachment,
     /// Whether its guest may run VMs of its own, where the host's KVM lets it.
     pub nested: bool,
-    /// Directory for the unix sockets of channel, door, console and egress.
+    /// Directory for the unix sockets of channel, door, console, shell and egress.
     pub socket_dir: PathBuf,
 }
 
@@ -240,6 +240,12 @@ impl VmSpec {
         socket_dir.join(format!("df-{id}.egress"))
     }
 
+    /// Socket of the port by which its guest is asked for a shell.
+    #[must_use]
+    pub fn shell_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
+        socket_dir.join(format!("df-{id}.shell"))
+    }
+
     /// Socket of the serial console.
     #[must_use]
     pub fn console_socket(socket_dir: &Path, id: &VmId) -> PathBuf {
@@ -249,7 +255,7 @@ impl VmSpec {
     /// All of them. What its hypervisor binds, and what goes with it.
     #[must_use]
     pub fn sockets(&self) -> Vec<PathBuf> {
-        let mut all = [Self::channel_socket, Self::door_socket, Self::console_socket]
+        let mut all = [Self::channel_socket, Self::door_socket, Self::console_socket, Self::shell_socket]
             .map(|of| of(&self.socket_dir, &self.id))
             .to_vec();
         if self.attachment == Attachment::Egress {

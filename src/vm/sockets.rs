@@ -56,6 +56,14 @@ impl Sockets {
         self.connect(&VmSpec::door_socket(dir, id)).await
     }
 
+    /// Connects to the port by which a VM's guest is asked for a shell; likewise.
+    ///
+    /// # Errors
+    /// As [`Sockets::channel`].
+    pub async fn shell(&self, dir: &Path, id: &VmId) -> io::Result<Box<dyn Stream>> {
+        self.connect(&VmSpec::shell_socket(dir, id)).await
+    }
+
     /// Connects to the serial console of a VM. Must be drained, or the guest stands still.
     ///
     /// # Errors

@@ -49,6 +49,9 @@ impl Reports for Fake {
         let known = id == end().id && runner.is_none_or(|runner| runner == end().runner);
         Box::pin(async move { if known { JobFound::Ended { end: Box::new(end()) } } else { JobFound::Unknown } })
     }
+    fn console_log<'a>(&'a self, _id: JobId, _runner: Option<&'a str>) -> BoxFuture<'a, ConsoleFound> {
+        Box::pin(async { ConsoleFound::Unknown })
+    }
     fn console<'a>(&'a self, id: JobId, _: Option<&'a str>, _: Option<u64>) -> BoxFuture<'a, ConsoleFound> {
         let known = id == end().id;
         Box::pin(async move {
@@ -78,6 +81,7 @@ fn end() -> End {
         machine: None,
         steps: vec![Step { what: "disk ready".into(), at_ms: 120 }],
         cache: Vec::new(),
+        reached: Vec::new(),
         console_rows: 2,
         console: Some("first row\n<img src=x>\n".into()),
     }

@@ -24,6 +24,7 @@ fn metrics() -> String {
     metrics.guest().requests.inc("trace");
     metrics.guest().refused.inc("rate");
     metrics.guest().cache.inc("hit");
+    metrics.guest().begin_forward("apt-cache");
     metrics.job().begin_rule("rest", "deny");
     metrics.egress().count("default", &[]);
     let usage = Usage { promised: 1, bound: Some(2) };

@@ -8,6 +8,7 @@ use dayfly::secret::Secret;
 use dayfly_exec::standin::{self, Job, JobSpec, JobState, ProjectId, Served, Standin};
 use std::fmt::Write as _;
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -34,9 +35,14 @@ pub struct Lab {
     pub standin: Standin,
     pub project: ProjectId,
     pub dir: tempfile::TempDir,
+    /// GitLab's certificate.
+    pub tls: Arc<rustls::ServerConfig>,
     _served: Served,
+    port: u16,
+    cache_mib: Option<u32>,
     daemon: Option<Child>,
     sha: String,
+    namespace: Option<&'static str>,
     _turn: Turn,
 }
 
@@ -49,10 +55,37 @@ pub struct Options {
     pub backend: &'static str,
     /// Lines for section `[limits]`.
     pub limits: &'static str,
+    /// The caches are on a file system of their own, of so many MiB, which the daemon alone sees.
+    pub cache_mib: Option<u32>,
+    /// The class's network; none: the default.
+    pub network: &'static str,
     /// Lines for the class.
     pub class: &'static str,
+    /// Whole sections.
+    pub sections: String,
     /// No other test may run beside it.
     pub alone: bool,
+    /// Where GitLab and daemon are.
+    pub place: Place,
+}
+
+/// Where GitLab and daemon are, and what they call each other.
+pub struct Place {
+    /// Where GitLab listens; port 0: any.
+    pub gitlab: SocketAddr,
+    /// GitLab's host as the daemon knows it, and as guests do.
+    pub names: [&'static str; 2],
+    /// Other names that GitLab's certificate is good for.
+    pub aliases: &'static [&'static str],
+    /// A network namespace, by its file, in which daemon and machines are; none: where the test is.
+    pub namespace: Option<&'static str>,
+}
+
+impl Default for Place {
+    /// GitLab is on this host's loopback, at 10.0.2.2 for a guest.
+    fn default() -> Self {
+        Self { gitlab: ([127, 0, 0, 1], 0).into(), names: ["127.0.0.1", "10.0.2.2"], aliases: &[], namespace: None }
+    }
 }
 
 impl Default for Options {
@@ -63,8 +96,13 @@ impl Default for Options {
             concurrent: 1,
             backend: "libvirt",
             limits: "",
+            cache_mib: None,
+            // GitLab is on this host's loopback, at 10.0.2.2 for a guest.
+            network: "user",
             class: "",
+            sections: String::new(),
             alone: false,
+            place: Place::default(),
         }
     }
 }
@@ -94,37 +132,57 @@ static SLOT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0)
 impl Lab {
     /// Starts GitLab and a daemon with one runner.
     pub async fn start(options: Options) -> Self {
+        let mut lab = Self::stopped(options).await;
+        lab.start_daemon().await;
+        lab
+    }
+
+    /// The same before its daemon starts.
+    pub async fn stopped(options: Options) -> Self {
         let turn = if options.alone { Turn::Alone(HOST.write().await) } else { Turn::Shared(HOST.read().await) };
         // A short path: unix sockets end at 107 bytes.
         let dir = tempfile::Builder::new().prefix("df-e2e-").tempdir_in("/tmp").unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
         let (repository, sha) = repository(dir.path());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(options.place.gitlab).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let standin = Standin::new(Clock::system(), Rng::system());
-        // The guest reaches the host's loopback as 10.0.2.2.
+        let [_, guests] = options.place.names;
         standin.configure(|settings| {
-            settings.external_url = format!("https://10.0.2.2:{port}");
+            settings.external_url = format!("https://{guests}:{port}");
             settings.trace_update_interval = Some(Duration::from_secs(1));
         });
         let project = standin.add_project("group/project");
         standin.edit(|model| model.projects.get_mut(&project).unwrap().repository = Some(repository));
         let runner = standin.add_runner(project);
-        let tls = tls(dir.path());
-        let served = standin::serve(standin.clone(), listener, Some(tls)).unwrap();
+        let tls = tls(dir.path(), &[&options.place.names, options.place.aliases].concat());
+        let served = standin::serve(standin.clone(), listener, Some(Arc::clone(&tls))).unwrap();
         let token = dir.path().join("token");
         let known = crate::canary::runner_token(runner.0);
         standin.edit(|model| model.runners.get_mut(&runner).unwrap().token = Secret::new(known.clone()));
         fs::write(&token, known).unwrap();
         fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
-        let lab = Self { standin, project, dir, _served: served, daemon: None, sha, _turn: turn };
+        let (cache_mib, namespace) = (options.cache_mib, options.place.namespace);
+        let lab = Self {
+            standin,
+            project,
+            dir,
+            tls,
+            _served: served,
+            port,
+            cache_mib,
+            daemon: None,
+            sha,
+            namespace,
+            _turn: turn,
+        };
         lab.write_config(&options, port);
-        lab.started().await
+        lab
     }
 
-    async fn started(mut self) -> Self {
-        self.start_daemon().await;
-        self
+    /// GitLab's address, as the daemon's configuration has it.
+    pub fn gitlab(&self) -> url::Url {
+        format!("https://127.0.0.1:{}", self.port).parse().unwrap()
     }
 
     fn write_config(&self, options: &Options, port: u16) {
@@ -153,16 +211,21 @@ impl Lab {
             options.image
         )
         .unwrap();
-        // GitLab is on this host's loopback, at 10.0.2.2 for a guest.
-        writeln!(text, "allow_standin_runner = true\nnetwork = \"user\"\n{}", options.class).unwrap();
+        let Place { names: [gitlab, guests], .. } = options.place;
+        writeln!(text, "allow_standin_runner = true").unwrap();
+        if !options.network.is_empty() {
+            writeln!(text, "network = \"{}\"", options.network).unwrap();
+        }
+        // It may end with sections of its own.
+        writeln!(text, "{}", options.class).unwrap();
         writeln!(
             text,
-            "[[runner]]\nname = \"e2e runner\"\nurl = \"https://127.0.0.1:{port}\"\ntoken_file = \"{dir}/token\""
+            "[[runner]]\nname = \"e2e runner\"\nurl = \"https://{gitlab}:{port}\"\ntoken_file = \"{dir}/token\""
         )
         .unwrap();
-        writeln!(text, "class = \"small\"\ntls_ca_file = \"{dir}/ca.pem\"\nclone_url = \"https://10.0.2.2:{port}\"")
+        writeln!(text, "class = \"small\"\ntls_ca_file = \"{dir}/ca.pem\"\nclone_url = \"https://{guests}:{port}\"")
             .unwrap();
-        writeln!(text, "poll_interval = \"1s\"").unwrap();
+        writeln!(text, "poll_interval = \"1s\"\n{}", options.sections).unwrap();
         fs::write(self.dir.path().join("config.toml"), text).unwrap();
     }
 
@@ -176,8 +239,18 @@ impl Lab {
 
     pub async fn start_daemon(&mut self) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
-        let mut command = Command::new(dayfly());
-        command.arg("--config").arg(self.dir.path().join("config.toml")).arg("run");
+        let mut command = self.command();
+        if let Some(mib) = self.cache_mib {
+            // In a mount namespace of its own, as the user that it is anyway.
+            let cache = self.dir.path().join("state/cache");
+            fs::create_dir_all(&cache).unwrap();
+            let mount = format!("mount -t tmpfs -o size={mib}m,mode=700 tmpfs \"$0\" && exec \"$@\"");
+            let inner = command;
+            command = Command::new("unshare");
+            command.args(["--map-current-user", "--keep-caps", "--mount", "sh", "-ec", &mount]).arg(cache);
+            command.arg(inner.get_program()).args(inner.get_args());
+        }
+        command.arg("run");
         let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn();
         self.daemon = Some(child.expect("dayfly starts"));
     }
@@ -201,10 +274,46 @@ impl Lab {
 
     /// What `dayfly doctor` says with this lab's configuration.
     pub fn doctor(&self) -> String {
-        let mut command = Command::new(dayfly());
-        command.arg("--config").arg(self.dir.path().join("config.toml")).arg("doctor");
-        let output = command.stdin(Stdio::null()).output().expect("dayfly starts");
+        self.says(&["doctor"])
+    }
+
+    /// What `dayfly` prints for these arguments, with this as standard input, and whether it did it.
+    pub async fn dayfly(&self, arguments: &[&str], input: &str) -> (bool, String) {
+        let mut command = self.command();
+        command.args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let input = input.to_owned();
+        let done = tokio::task::spawn_blocking(move || {
+            use std::io::Write as _;
+            let mut child = command.spawn().expect("dayfly starts");
+            // It may have said no before it read.
+            let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+            child.wait_with_output().unwrap()
+        });
+        let output = tokio::time::timeout(LIMIT, done).await.expect("dayfly ends").unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// What `dayfly` prints with these arguments and this lab's configuration.
+    pub fn says(&self, arguments: &[&str]) -> String {
+        let output = self.command().args(arguments).stdin(Stdio::null()).output().expect("dayfly starts");
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// `dayfly`, where it belongs, with this lab's configuration.
+    fn command(&self) -> Command {
+        let mut command = match self.namespace {
+            // It becomes what it starts.
+            Some(namespace) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net={namespace}")).arg(dayfly());
+                command
+            }
+            None => Command::new(dayfly()),
+        };
+        command.arg("--config").arg(self.dir.path().join("config.toml"));
+        command
     }
 
     fn log_path(&self) -> PathBuf {
@@ -367,7 +476,7 @@ fn repository(dir: &Path) -> (PathBuf, String) {
 }
 
 /// A CA of our own in `ca.pem`, and a server certificate for both names of this GitLab.
-fn tls(dir: &Path) -> Arc<rustls::ServerConfig> {
+fn tls(dir: &Path, names: &[&str]) -> Arc<rustls::ServerConfig> {
     let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     params.distinguished_name.push(rcgen::DnType::CommonName, "dayfly e2e CA");
@@ -376,7 +485,7 @@ fn tls(dir: &Path) -> Arc<rustls::ServerConfig> {
     fs::write(dir.join("ca.pem"), ca.pem()).unwrap();
     let issuer = rcgen::Issuer::from_params(&params, &ca_key);
     let key = rcgen::KeyPair::generate().unwrap();
-    let server = rcgen::CertificateParams::new(vec!["127.0.0.1".into(), "10.0.2.2".into()])
+    let server = rcgen::CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())
         .unwrap()
         .signed_by(&key, &issuer)
         .unwrap();

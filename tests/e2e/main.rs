@@ -15,6 +15,8 @@
     reason = "shared by several test binaries, each of which uses a part"
 )]
 mod canary;
+mod caches;
+mod forwards;
 mod lab;
 mod leaks;
 mod restarts;
@@ -41,30 +43,6 @@ async fn a_job_clones_uploads_an_artifact_and_succeeds() {
         assert!(trace.contains(text), "no {text:?}\n{trace}");
     }
     assert_eq!(found.artifacts.len(), 1, "{trace}");
-    lab.assert_clean().await;
-}
-
-/// What a job has cached is in the next one's fresh machine: nothing was set up for it.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cache_is_there_in_the_next_jobs_machine() {
-    let mut lab = Lab::start(Options::default()).await;
-    let cache = serde_json::json!([{"key": "deps", "paths": ["deps/"], "policy": "pull-push", "when": "on_success"}]);
-    let with_cache = |mut spec: JobSpec| {
-        spec.cache = Some(cache.clone());
-        spec
-    };
-    let make = ["test ! -e deps", "mkdir deps", "head -c 3000000 /dev/urandom >deps/blob", "sha256sum deps/blob"];
-    let first = lab.enqueue(with_cache(lab.spec(&make)));
-    lab.until(first, JobState::Success).await;
-    let second = lab.enqueue(with_cache(lab.spec(&["sha256sum deps/blob"])));
-    lab.until(second, JobState::Success).await;
-    let digest = |trace: &str| {
-        trace.lines().find_map(|line| {
-            line.split("  deps/blob").next()?.rsplit(' ').next().filter(|word| word.len() == 64).map(str::to_owned)
-        })
-    };
-    let (made, found) = (lab.trace(first), lab.trace(second));
-    assert!(digest(&made).is_some() && digest(&made) == digest(&found), "{made}\n{found}");
     lab.assert_clean().await;
 }
 
@@ -198,7 +176,8 @@ async fn a_job_gets_the_size_that_it_asks_for_and_a_denied_one_none() {
 /// of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_fills_its_disk_gets_its_verdict_and_its_log() {
-    let mut lab = Lab::start(Options::default()).await;
+    let class = "keep_failed = \"30m\"\nkeep_failed_projects = [\"group/**\"]";
+    let mut lab = Lab::start(Options { class, ..Options::default() }).await;
     let job = lab.enqueue(
         lab.spec(&[
             "echo \"temporary files: ${TMPDIR-nowhere special}\"",
@@ -216,7 +195,29 @@ async fn a_job_that_fills_its_disk_gets_its_verdict_and_its_log() {
     for text in ["temporary files: nowhere special", "the disk is full", "line 199 of a log", "after it"] {
         assert!(trace.contains(text), "no {text:?}\n{trace}");
     }
+    look_inside(&lab, job, &trace).await;
     lab.assert_clean().await;
+}
+
+/// Its machine is kept, and a shell in it is root's, on a terminal, and recorded; then it is ended by a word.
+async fn look_inside(lab: &Lab, job: dayfly::gitlab::JobId, trace: &str) {
+    assert!(trace.contains("its machine is kept for 30 min"), "{trace}");
+    let id = job.to_string();
+    let (done, status) = lab.dayfly(&["status"], "").await;
+    assert!(done && status.contains("kept"), "{status}");
+    let script = "stty size; id -un; tty; ls /tmp/rest; pgrep -x gitlab-runner || echo no-$((6*7))-runner; printf '\\033]0;t\\007'; exit\n";
+    let (done, shown) = lab.dayfly(&["shell", &id], script).await;
+    for text in ["24 80", "root", "/dev/pts/", "/tmp/rest", "no-42-runner"] {
+        assert!(done && shown.contains(text), "no {text:?}\n{shown}\n{}", lab.story(job));
+    }
+    assert!(!shown.contains("\u{1b}]"), "{shown:?}");
+    let recordings: Vec<_> = fs::read_dir(lab.dir.path().join("state/shells")).unwrap().flatten().collect();
+    assert_eq!(recordings.len(), 1);
+    assert!(fs::read_to_string(recordings[0].path()).unwrap().contains("no-42-runner"));
+    let (done, console) = lab.dayfly(&["console", "--all", &id], "").await;
+    assert!(done && console.contains("runner for http://192.0.2.1"), "{console}");
+    let (done, killed) = lab.dayfly(&["kill", &id], "").await;
+    assert!(done, "{killed}");
 }
 
 /// V2: a real machine that says a word and waits.

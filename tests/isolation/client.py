@@ -121,5 +121,3 @@ def restart():
     say("cut", attempt(lambda: "an end" if not s.recv(1) else "bytes"))
     say("again", talk(OPEN))
     say("name", lookup("open.example"))
-
-globals()[sys.argv[1]]()

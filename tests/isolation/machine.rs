@@ -31,7 +31,12 @@ pub(crate) const OUTPUT: &str = "isolation: ";
 /// Between two looks.
 const GLANCE: Duration = Duration::from_millis(20);
 
-const CLIENT: &str = include_str!("client.py");
+/// The line of a script that writes the guest's client, which is told this, to `/tmp/client.py`. What it does is its
+/// argument.
+pub(crate) fn client(told: &str) -> String {
+    let parts = [include_str!("client.py"), include_str!("site.py")].join("\n");
+    format!("cat > /tmp/client.py <<'CLIENT'\n{told}{parts}\nglobals()[sys.argv[1]]()\nCLIENT")
+}
 
 /// The machine, which ends with this.
 pub(crate) struct Machine {
@@ -45,7 +50,7 @@ pub(crate) struct Machine {
     _tasks: JoinSet<()>,
 }
 
-fn required(name: &str) -> String {
+pub(crate) fn required(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run `scripts/test isolation`, which prepares it"))
 }
 
@@ -106,7 +111,7 @@ impl Machine {
 
     /// Queues a job of this script, as root, with the client in `/tmp/client.py`.
     pub(crate) fn begin(&self, script: &[&str]) -> JobId {
-        let client = format!("cat > /tmp/client.py <<'CLIENT'\n{}{CLIENT}\nCLIENT", World::told());
+        let client = client(&World::told());
         let script = std::iter::once(client.as_str()).chain(script.iter().copied());
         let spec = JobSpec::script(script).with_variable(Variable::new("GIT_STRATEGY", "none"));
         self.standin.enqueue(self.project, spec)
@@ -233,6 +238,7 @@ fn config(token: &str) -> GuestConfig {
             dns: vec![[192, 0, 2, 1].into()],
             relay: true,
         },
+        forwards: Vec::new(),
         runner: GuestRunner {
             config_toml: toml,
             ca_pem: None,

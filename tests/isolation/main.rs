@@ -1,8 +1,9 @@
 //! The isolation ring: a machine of a built image without a network card, `dayfly-egress` at its third port, and a world in
 //! a network namespace of the test's own, where public addresses are ours.
 //!
-//! `scripts/test isolation` prepares image, programs and namespace. No daemon takes part: who starts the machine, and who
-//! is its door, is the test; behind the door is GitLab's stand-in, so that jobs run as everywhere.
+//! `scripts/test isolation` prepares image, programs and namespaces. In the tests of this file no daemon takes part: who
+//! starts the machine, and who is its door, is the test; behind the door is GitLab's stand-in, so that jobs run as
+//! everywhere. Those of `whole` have a host of their own in that world, and a whole daemon.
 #![allow(
     clippy::unwrap_used,
     clippy::disallowed_methods,
@@ -11,7 +12,25 @@
     reason = "a harness: it starts machines and programs, and prints figures"
 )]
 
+#[path = "../support/canary.rs"]
+#[allow(
+    unreachable_pub,
+    missing_docs,
+    dead_code,
+    reason = "shared by several test binaries, each of which uses a part"
+)]
+mod canary;
+#[path = "../e2e/lab.rs"]
+#[allow(unreachable_pub, dead_code, reason = "shared with the ring e2e; each uses a part")]
+mod lab;
+#[path = "../e2e/leaks.rs"]
+#[allow(unreachable_pub, reason = "shared with the ring e2e")]
+mod leaks;
 mod machine;
+mod mirror;
+mod names;
+mod site;
+mod whole;
 mod world;
 
 use machine::{Machine, OUTPUT};

@@ -18,7 +18,7 @@ const SINK: u16 = 8083;
 const CUT: u16 = 8084;
 
 /// An address of the host's own that is public.
-const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
 /// Addresses at which the host listens on each port of [`PORTS`], and no job may come to it.
 pub(crate) const FORBIDDEN: [Ipv4Addr; 5] = [
@@ -28,7 +28,7 @@ pub(crate) const FORBIDDEN: [Ipv4Addr; 5] = [
     Ipv4Addr::new(192, 168, 1, 1),
     Ipv4Addr::new(169, 254, 169, 254),
 ];
-const PORTS: std::ops::Range<u16> = 20_000..20_100;
+pub(crate) const PORTS: std::ops::Range<u16> = 20_000..20_100;
 
 const BYTES: u64 = 10_000_000;
 
@@ -79,11 +79,15 @@ impl World {
         while self.forbidden.load(Ordering::Relaxed) < FORBIDDEN.len() {
             tokio::task::yield_now().await;
         }
-        self.forbidden.store(0, Ordering::Relaxed);
+        self.forget_connections();
     }
 
     pub(crate) fn forbidden_connections(&self) -> usize {
         self.forbidden.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn forget_connections(&self) {
+        self.forbidden.store(0, Ordering::Relaxed);
     }
 
     /// The policy of a job: what is public is reached, and written down. The far end is an address of this namespace, thus

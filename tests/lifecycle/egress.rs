@@ -2,12 +2,13 @@
 //! what of it is told when a job ends.
 
 use crate::support::world::{World, paused};
-use dayfly::network::EgressConfig;
+use dayfly::network::{EgressChange, EgressConfig};
+use dayfly::rules::Rule;
 use dayfly::vm::VmId;
 use dayfly_doubles::fake::{Fault, Op};
 use dayfly_egress::audit::Destination;
-use dayfly_egress::policy::{Mode, Reason};
-use dayfly_exec::standin::JobState;
+use dayfly_egress::policy::{Mode, Pattern, Reason};
+use dayfly_exec::standin::{JobSpec, JobState};
 use std::time::Duration;
 
 /// The one machine that there is.
@@ -55,6 +56,47 @@ fn a_machines_egress_is_begun_before_its_job_by_the_policy_of_its_class() {
         world.until(job, JobState::Success).await;
         world.assert_clean().await;
         assert_eq!(world.hypervisor.egress(&id), None, "it has ended with its machine");
+    });
+}
+
+/// What a rule changes is in the record of the jobs that it fits, and of no others; a later configuration changes neither.
+#[test]
+fn a_rule_narrows_and_widens_what_its_jobs_reach() {
+    paused(async {
+        let mut world = World::new(2);
+        let list = |of: &[&str]| of.iter().map(|text| text.parse().unwrap()).collect::<Vec<Pattern>>();
+        world.config.class[0].egress =
+            EgressConfig { allow: list(&["pypi.org:443", "*.debian.org"]), ..EgressConfig::default() };
+        let egress = EgressChange {
+            mode: Some(Mode::Enforce),
+            allow: list(&["deploy.example:22"]),
+            deny: list(&["*.debian.org"]),
+        };
+        world.config.rule = vec![Rule {
+            name: "protected".into(),
+            protected: Some(true),
+            allow: true,
+            egress: Some(egress),
+            ..Rule::default()
+        }];
+        let script = ["print begun", "sleep 60"];
+        let protected = world.job_of(JobSpec { protected: true, ..JobSpec::script(script) });
+        let other = world.job(&script);
+        world.start().await.unwrap();
+        for (job, mode, allow, deny) in [
+            (protected, Mode::Enforce, list(&["pypi.org:443", "deploy.example:22"]), list(&["*.debian.org"])),
+            (other, Mode::Observe, list(&["pypi.org:443", "*.debian.org"]), list(&[])),
+        ] {
+            world.until_trace(job, "begun").await;
+            let policies: Vec<_> =
+                world.hypervisor.vms().iter().map(|(vm, _)| world.hypervisor.egress_policy(&vm.id).unwrap()).collect();
+            let found = policies.iter().find(|policy| policy.mode == mode).expect("one of each");
+            assert_eq!((&found.allow, &found.deny), (&allow, &deny));
+        }
+        for job in [protected, other] {
+            world.until(job, JobState::Success).await;
+        }
+        world.assert_clean().await;
     });
 }
 

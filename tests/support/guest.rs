@@ -137,6 +137,9 @@ impl Guest {
     pub async fn power_off(self) {
         let mut guest = self;
         report(&mut guest.machine.channel, &Report::RunnerExited(0)).await;
+        if guest.config.may_stay {
+            boot::stay(&mut guest.machine.channel).await;
+        }
         guest.machine.power.off();
         std::future::pending::<()>().await;
     }

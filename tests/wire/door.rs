@@ -7,6 +7,7 @@ mod artifacts;
 mod caches;
 mod calls;
 mod client;
+mod forwards;
 mod greeting;
 mod hygiene;
 mod limits;

@@ -87,7 +87,7 @@ async fn what_is_not_the_file_is_refused_by_what_it_is() {
     let changed = refused(answer(200, "", b"something else")).await;
     assert!(changed.contains("its SHA-256 is") && changed.contains(&hex(RUNNER)), "{changed}");
     let missing = refused(answer(404, "", "")).await;
-    assert!(missing.contains("there is no such file there"), "{missing}");
+    assert!(missing.contains("there is no such release there"), "{missing}");
     let redirect = refused(answer(302, "Location: https://elsewhere.example/x/y?sig=secret\r\n", "")).await;
     assert!(redirect.contains("https://elsewhere.example/x/y`; redirects are never followed"), "{redirect}");
     assert!(!redirect.contains("secret"), "{redirect}");
@@ -102,7 +102,7 @@ async fn what_is_not_the_file_is_refused_by_what_it_is() {
     assert!(stands.contains("it broke off after 5 bytes"), "{stands}");
     let endless = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(2 << 20));
     let endless = refused(Reply::Hang(endless.into())).await;
-    assert!(endless.contains("more than 1 MiB, which is none of what is fetched here"), "{endless}");
+    assert!(endless.contains("more than 1 MiB, which is no gitlab-runner"), "{endless}");
 }
 
 #[tokio::test]
@@ -119,7 +119,7 @@ async fn a_digest_that_was_given_is_the_one_that_counts() {
 #[tokio::test]
 async fn a_list_that_is_none_is_told() {
     for (reply, part) in [
-        (answer(404, "", ""), "there is no such file there"),
+        (answer(404, "", ""), "there is no such release there"),
         (answer(200, "", "nothing of use\n"), "the list does not name it; give the file's digest by --runner-sha256"),
         (answer(200, "", "x".repeat(300 * 1024)), "which is no list of digests"),
         (Reply::Reset(Vec::new()), "fetch https://gitlab-runner-downloads"),

@@ -264,7 +264,8 @@ impl Pattern {
     }
 
     /// Whether it names all that the other one does.
-    pub(crate) fn covers(&self, other: &Self) -> bool {
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
         self.to.covers(&other.to) && (self.port.is_none() || self.port == other.port)
     }
 }

@@ -5,10 +5,15 @@ use crate::config::origin::nearest_name;
 use crate::config::{Class, Config, Runner};
 use crate::machine_spec::Size;
 use crate::network::{Choice, EgressConfig, always};
-use crate::rules::Rule;
+use crate::rules::{Rule, are_patterns};
+use dayfly_egress::policy::PolicyError;
+use std::time::Duration;
 
 /// Images of a class at most: each is looked at before each poll.
 const IMAGES_MAX: usize = 32;
+
+/// A machine is kept for so long at most.
+const KEEP_FAILED_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Rules at most: each may be looked at for each job, and is a line of the metrics.
 const RULES_MAX: usize = 256;
@@ -61,8 +66,69 @@ fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
             report.error(&key(&format!("max_{name}")), what, format!("raise it, or lower `{name}`"));
         }
     }
+    keep_failed(i, class, report);
     if class.network == Some(Choice::Bridge) {
         report.error(&key("network"), BRIDGE, BRIDGE_REMEDY);
+    }
+}
+
+/// Whether it is said whose machines are kept, and for a time that ends.
+fn keep_failed(i: usize, class: &Class, report: &mut Report<'_>) {
+    let key = |name: &str| format!("class.{i}.{name}");
+    let projects = &class.keep_failed_projects;
+    match class.keep_failed {
+        Some(keep) if keep.get() > KEEP_FAILED_MAX => {
+            report.error(&key("keep_failed"), "is more than a day", "keep machines for minutes or hours");
+        }
+        Some(keep) if keep.get().is_zero() => {
+            report.error(&key("keep_failed"), "is nothing", "leave it away, and no machine is kept");
+        }
+        Some(_) if projects.is_empty() => {
+            let remedy = "name projects like [\"group/**\"], or all of them by [\"**\"]";
+            report.error(&key("keep_failed"), "is for no project: `keep_failed_projects` is not set", remedy);
+        }
+        Some(_) => {}
+        None if !projects.is_empty() => {
+            let what = "has no effect without `keep_failed`";
+            report.warning(&key("keep_failed_projects"), what, "set that to a time like \"30m\"");
+        }
+        None => {}
+    }
+    if let Err((what, remedy)) = are_patterns(projects) {
+        report.error(&key("keep_failed_projects"), what, remedy);
+    }
+    report.not_zero(&key("keep_failed_max"), class.keep_failed_max == 0);
+}
+
+/// What `error` says, as what is wrong and the remedy.
+fn split(error: &PolicyError) -> (String, String) {
+    let text = error.to_string();
+    let (what, remedy) = text.rsplit_once(": ").unwrap_or((&text, "config.example.toml shows its form"));
+    (format!("makes no sense: {what}"), remedy.to_owned())
+}
+
+/// Whether what a rule changes makes sense with each class whose jobs it may fit, and has an effect with one of them.
+fn rule_egress(i: usize, rule: &Rule, config: &Config, report: &mut Report<'_>) {
+    let Some(change) = rule.egress.as_ref().filter(|_| rule.deny.is_none()) else { return };
+    let key = format!("rule.{i}.egress");
+    let (mut met, mut effect) = (false, false);
+    for runner in config.runner.iter().filter(|runner| rule.is_of(&runner.name)) {
+        let name = rule.class.as_ref().unwrap_or(&runner.class);
+        let Some(class) = config.class.iter().find(|class| class.name == *name) else { continue };
+        met = true;
+        if class.network == Some(Choice::User) {
+            continue;
+        }
+        effect = true;
+        let urls = [&runner.url].into_iter().chain(&runner.clone_url);
+        if let Err(error) = class.egress.changed(change).validate(always(urls, &[])) {
+            let (what, remedy) = split(&error);
+            return report.error(&key, format!("{what} (with class `{}`)", class.name), remedy);
+        }
+    }
+    if met && !effect {
+        let what = "has no effect in the network `user`, where a job reaches what this host reaches";
+        report.error(&key, what, "leave it away, or set `network = \"relay\"` in the class");
     }
 }
 
@@ -75,9 +141,8 @@ fn egress(i: usize, class: &Class, config: &Config, report: &mut Report<'_>) {
         config.runner.iter().filter(has_it).flat_map(|runner| [&runner.url].into_iter().chain(&runner.clone_url));
     let key = format!("class.{i}.egress");
     if let Err(error) = class.egress.validate(always(urls, &[])) {
-        let text = error.to_string();
-        let (what, remedy) = text.rsplit_once(": ").unwrap_or((&text, "config.example.toml shows its form"));
-        report.error(&key, format!("makes no sense: {what}"), remedy);
+        let (what, remedy) = split(&error);
+        report.error(&key, what, remedy);
     }
     if class.network == Some(Choice::User) && class.egress != EgressConfig::default() {
         let what = "has no effect in the network `user`, where a job reaches what this host reaches";
@@ -104,7 +169,14 @@ pub(super) fn rules(config: &Config, report: &mut Report<'_>) {
 /// Whether it decides on every job that it meets.
 fn fits_all(rule: &Rule) -> bool {
     let Rule { name, allow, deny, class, dry_run: false, .. } = rule else { return false };
-    let open = Rule { name: name.clone(), allow: *allow, deny: deny.clone(), class: class.clone(), ..Rule::default() };
+    let open = Rule {
+        name: name.clone(),
+        allow: *allow,
+        deny: deny.clone(),
+        class: class.clone(),
+        egress: rule.egress.clone(),
+        ..Rule::default()
+    };
     *rule == open
 }
 
@@ -121,6 +193,7 @@ fn one_rule(i: usize, rule: &Rule, config: &Config, report: &mut Report<'_>) {
             report.error(&key(&format!("runner.{n}")), format!("is no runner: `{}`", name.escape_debug()), remedy);
         }
     }
+    rule_egress(i, rule, config, report);
     let Some(wanted) = &rule.class else { return };
     let Some(class) = config.class.iter().find(|class| class.name == *wanted) else {
         let known = config.class.iter().map(|class| class.name.as_str());

@@ -5,6 +5,7 @@
 
 mod caches;
 mod classes;
+mod forwards;
 mod status;
 
 use super::origin::nearest_name;
@@ -120,6 +121,7 @@ pub(super) fn validate(config: &Config, origins: &Origins) -> (Vec<Problem>, Vec
     limits(config, &mut report);
     classes::classes(config, &mut report);
     classes::rules(config, &mut report);
+    forwards::judge(config, &mut report);
     for (i, runner) in config.runner.iter().enumerate() {
         one_runner(i, runner, config, &mut report);
     }
@@ -157,6 +159,10 @@ fn general(config: &Config, report: &mut Report<'_>) {
     report.not_zero("capacity.disk_gib", config.capacity.disk_gib == Some(0));
     if config.control.group.as_deref().is_some_and(|group| group.trim().is_empty()) {
         report.error("control.group", "is empty", "name a group, or leave the key away");
+    }
+    if config.control.group.is_none() && !config.control.shell_users.is_empty() {
+        let remedy = "set `control.group` to a group that they are members of";
+        report.warning("control.shell_users", "names users who do not reach the control socket", remedy);
     }
     if let Err(error) = config.log.filter() {
         report.error("log.level", chain(&error), "use error, warn, info, debug or trace");
@@ -240,6 +246,8 @@ fn limits(config: &Config, report: &mut Report<'_>) {
     report.not_zero("limits.spool_mib", l.spool_mib == 0);
     report.not_zero("history.keep", config.history.keep.get().is_zero());
     report.not_zero("history.mib", config.history.mib == 0);
+    report.not_zero("history.console_keep", config.history.console_keep.get().is_zero());
+    report.not_zero("history.shell_keep", config.history.shell_keep.get().is_zero());
     if config.history.jobs > HISTORY_JOBS_MAX {
         report.error("history.jobs", format!("is {}", config.history.jobs), format!("use up to {HISTORY_JOBS_MAX}"));
     }

@@ -347,8 +347,61 @@ fn a_rule_that_makes_no_sense_is_named() {
     refused(&rule("allow = true\nprojects = [\"a\"]"), &["`rule.0.projects`", "did you mean `project`?"]);
     refused(&rule("class = \"smal\""), &["`rule.0.class`", "unknown class `smal`", "did you mean `small`?"]);
     refused(&rule("deny = \"\""), &["`rule.0.deny`", "is empty"]);
+    let egress = |class: &str, keys: &str| {
+        let good = GOOD.replace("[[runner]]", &format!("{class}\n[[runner]]"));
+        format!("{good}[[rule]]\nname = \"r\"\n{keys}\n")
+    };
+    refused(
+        &egress("", "allow = true\negress = { allow = [\"a.example\"], deny = [\"*.example\"] }"),
+        &["`rule.0.egress`", "`a.example` in `allow` has no effect", "(with class `small`)", "remove one of them"],
+    );
+    refused(
+        &egress("", "allow = true\negress = { allow = [\"10.0.0.1/8\"] }"),
+        &["`rule.0.egress.allow.0`", "`10.0.0.0/8`"],
+    );
+    refused(
+        &egress("", "allow = true\negress = { deny = [\"a.*.example\"] }"),
+        &["`rule.0.egress.deny.0`", "a.*.example"],
+    );
+    refused(&egress("", "deny = \"no\"\negress = {}"), &["`rule.0.egress`", "of a rule that denies"]);
+    refused(
+        &egress("network = \"user\"", "allow = true\negress = {}"),
+        &["`rule.0.egress`", "no effect in the network `user`"],
+    );
+    let narrower = "allow = true\negress = { mode = \"enforce\", deny = [\"b.example\"] }";
+    load(&egress("[class.egress]\nallow = [\"b.example\"]", narrower), &[]).unwrap();
     let twice = format!("{}[[rule]]\nname = \"r\"\nallow = true\n", rule("deny = \"no\""));
     refused(&twice, &["`rule.1.name`", "as another [[rule]] is"]);
     let behind = load(&twice.replace("name = \"r\"\nallow", "name = \"s\"\nallow"), &[]).unwrap();
     assert!(behind.warnings[0].to_string().contains("no rule behind it is ever looked at"), "{:?}", behind.warnings);
+}
+
+#[test]
+fn a_forward_is_one_that_a_machine_can_have() {
+    let with = |lines: &str| format!("{GOOD}[[forward]]\nname = \"apt\"\n{lines}");
+    let good = "address = \"127.0.0.1:3142\"\nport = 3142\nclasses = [\"small\"]\n";
+    let loaded = load(&with(good), &[]).unwrap();
+    assert_eq!((loaded.config.forward.len(), loaded.warnings.len()), (1, 0));
+    for port in ["0", "53", "80", "9999"] {
+        refused(
+            &with(&good.replace("= 3142", &format!("= {port}"))),
+            &["`forward.0.port`", "line 14", "guest program listens itself"],
+        );
+    }
+    refused(&with(&good.replace("= 3142", "= 65536")), &["`forward.0.port`"]);
+    for address in ["0.0.0.0:3142", "127.0.0.1:0", "[::]:1", "224.0.0.1:1"] {
+        refused(&with(&good.replace("127.0.0.1:3142", address)), &["`forward.0.address`", "nobody can connect"]);
+    }
+    refused(&with(&good.replace("127.0.0.1:3142", "localhost")), &["`forward.0.address`"]);
+    refused(&with(&good.replace("[\"small\"]", "[]")), &["`forward.0.classes`", "is empty"]);
+    refused(&with(&good.replace("\"small\"", "\"smal\"")), &["is no class: `smal`", "did you mean `small`?"]);
+    refused(&with(&good.replace("classes", "class")), &["`forward.0.class`"]);
+    let twice = format!("{}[[forward]]\nname = \"pip\"\n{good}", with(good));
+    refused(&twice, &["`forward.1.port`", "as that of forward `apt`"]);
+    refused(&twice.replace("\"pip\"", "\"apt\""), &["as another [[forward]] is"]);
+    // The daemon's own page is nothing for jobs.
+    for listen in ["127.0.0.1:3142", "0.0.0.0:3142"] {
+        let status = format!("[status]\nlisten = \"{listen}\"\n");
+        refused(&format!("{}{status}", with(good)), &["`forward.0.address`", "own status page"]);
+    }
 }

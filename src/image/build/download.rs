@@ -17,14 +17,14 @@ use crate::gitlab::{
 };
 use crate::image::manifest::RunnerOrigin;
 use crate::secret::Secret;
-use crate::telemetry::{chain, printable};
+use crate::telemetry::chain;
 use http::{Request, Response, StatusCode};
 use http_body_util::BodyExt as _;
 use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tempfile::{NamedTempFile, TempPath};
@@ -35,8 +35,6 @@ pub const RUNNER_DOWNLOADS: &str = "https://gitlab-runner-downloads.s3.amazonaws
 
 /// The release of today has 90 MiB.
 const RUNNER_BYTES_MAX: u64 = 512 * 1024 * 1024;
-/// A cloud image has from 300 MiB to 3 GiB.
-const DISK_BYTES_MAX: u64 = 16 << 30;
 /// A list of some hundred files.
 const LIST_BYTES_MAX: usize = 256 * 1024;
 /// Until a server begins to answer.
@@ -75,19 +73,8 @@ pub enum DownloadError {
     #[error("use `{0}` as a version of gitlab-runner: write it like 19.3.0")]
     Version(String),
     /// Nobody can have checked what comes.
-    #[error("download over http:// without a digest: use https://, or give the file's SHA-256 by {0}")]
-    Clear(&'static str),
-    /// No address of a file.
-    #[error("fetch {0}: that is no https:// address of a file")]
-    Address(String),
-    /// It is elsewhere, by what answers.
-    #[error("fetch {url}: it is at {to}, says what answers; give that address, if it is the one that you mean")]
-    Elsewhere {
-        /// The file.
-        url: String,
-        /// Where it is said to be.
-        to: String,
-    },
+    #[error("download over http:// without a digest: use https://, or give the file's SHA-256 by --runner-sha256")]
+    Clear,
     /// No digest.
     #[error("use `{0}` as a SHA-256: it has 64 hexadecimal digits")]
     Digest(String),
@@ -154,9 +141,13 @@ impl Release {
         if parts.len() != 3 || !parts.iter().all(is_number) {
             return Err(DownloadError::Version(version.escape_debug().to_string()));
         }
-        let sha256 = sha256.map(digest_of_text).transpose()?;
+        let sha256 = match sha256.map(str::trim) {
+            Some(digest) if is_digest(digest) => Some(digest.to_ascii_lowercase()),
+            Some(other) => return Err(DownloadError::Digest(other.escape_debug().to_string())),
+            None => None,
+        };
         if base.scheme() != "https" && sha256.is_none() {
-            return Err(DownloadError::Clear("--runner-sha256"));
+            return Err(DownloadError::Clear);
         }
         Ok(Self { version: version.to_owned(), base, sha256, bytes_max: RUNNER_BYTES_MAX })
     }
@@ -239,73 +230,6 @@ fn file_of_host() -> String {
     format!("gitlab-runner-linux-{arch}")
 }
 
-/// A digest as somebody writes it.
-fn digest_of_text(text: &str) -> Result<String, DownloadError> {
-    let digest = text.trim();
-    if is_digest(digest) {
-        Ok(digest.to_ascii_lowercase())
-    } else {
-        Err(DownloadError::Digest(digest.escape_debug().to_string()))
-    }
-}
-
-/// A disk from elsewhere, gone when this is dropped.
-#[derive(Debug)]
-pub struct FetchedDisk {
-    /// Where it is.
-    pub path: PathBuf,
-    _file: TempPath,
-}
-
-/// Fetches the disk at `url` into a file below `directory`, which exists; believed by `sha256`, or by TLS alone.
-///
-/// # Errors
-/// [`DownloadError`]; then nothing is left.
-///
-/// # Cancel safety
-/// Dropping the future removes what has come.
-pub async fn fetch_disk(
-    url: &Url,
-    sha256: Option<&str>,
-    open: &dyn OpenTransport,
-    directory: &Path,
-    progress: &mut super::Progress<'_>,
-) -> Result<FetchedDisk, DownloadError> {
-    let expected = sha256.map(digest_of_text).transpose()?;
-    let shown = url.to_string();
-    // What its owner has written into it is no business of a log's, and none of the request's either.
-    if !["http", "https"].contains(&url.scheme()) || !url.username().is_empty() || url.password().is_some() {
-        return Err(DownloadError::Address(format!("{}://{}", url.scheme(), url.host_str().unwrap_or_default())));
-    }
-    if url.scheme() != "https" && expected.is_none() {
-        return Err(DownloadError::Clear("--sha256"));
-    }
-    let mut base = url.clone();
-    base.set_path("/");
-    base.set_query(None);
-    base.set_fragment(None);
-    let endpoint = Endpoint {
-        url: base.clone(),
-        tls_ca_file: None,
-        tls_client: None,
-        allow_insecure_http: base.scheme() == "http",
-    };
-    let transport =
-        open.open(&endpoint).map_err(|source| DownloadError::Open { base: base.to_string(), source: source.into() })?;
-    let path = url.query().map_or_else(|| url.path().to_owned(), |query| format!("{}?{query}", url.path()));
-    progress(&format!("disk: {shown}"));
-    let body = get(&*transport, &shown, &path).await?;
-    let (kept, found) = keep(body, directory, &shown, DISK_BYTES_MAX).await?;
-    match expected {
-        Some(expected) if expected != found => {
-            return Err(DownloadError::Mismatch { url: shown, expected, found });
-        }
-        Some(_) => progress(&format!("disk: SHA-256 {found} is as given")),
-        None => progress(&format!("disk: SHA-256 {found}; give it by --sha256 to have no other one")),
-    }
-    Ok(FetchedDisk { path: kept.to_path_buf(), _file: kept })
-}
-
 fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
@@ -330,18 +254,14 @@ async fn get(transport: &dyn Transport, url: &str, path: &str) -> Result<Body, D
         transport.call(call).await.map_err(|source| DownloadError::Transport { url: url.to_owned(), source })?;
     match response.status() {
         StatusCode::OK if readers::is_page(response.headers()) => Err(answer(
-            "a page for people, perhaps a proxy's login page; give the address of a mirror (for a runner by --runner-download-url)"
+            "a page for people, perhaps a proxy's login page; give the address of a mirror by --runner-download-url"
                 .into(),
         )),
         StatusCode::OK => Ok(response.into_body()),
         StatusCode::NOT_FOUND | StatusCode::FORBIDDEN => Err(answer(format!(
-            "status {}: there is no such file there (gitlab-runner's releases: https://gitlab.com/gitlab-org/gitlab-runner/-/releases)",
+            "status {}: there is no such release there; see https://gitlab.com/gitlab-org/gitlab-runner/-/releases",
             response.status().as_u16()
         ))),
-        status if status.is_redirection() => {
-            let to = response.headers().get("location").and_then(|to| to.to_str().ok()).unwrap_or("another address");
-            Err(DownloadError::Elsewhere { url: url.to_owned(), to: printable(to) })
-        }
         _ => Err(match readers::error("a download", response, &Secret::new("")).await {
             GitlabError::Unexpected { status, message, .. } => answer(format!("status {status}: {message}")),
             GitlabError::RateLimited { retry_after } => {
@@ -370,7 +290,7 @@ async fn keep(
         let Ok(data) = frame.into_data() else { continue };
         bytes += data.len() as u64;
         if bytes > bytes_max {
-            let why = format!("more than {} MiB, which is none of what is fetched here", bytes_max >> 20);
+            let why = format!("more than {} MiB, which is no gitlab-runner", bytes_max >> 20);
             return Err(DownloadError::Answer { url: url.to_owned(), why });
         }
         digest.update(&data);
@@ -423,7 +343,7 @@ mod tests {
     #[test]
     fn clear_text_needs_a_digest_from_elsewhere() {
         let digest = "AB".repeat(32);
-        assert!(matches!(Release::new("19.3.0", base("http://mirror.example"), None), Err(DownloadError::Clear(_))));
+        assert!(matches!(Release::new("19.3.0", base("http://mirror.example"), None), Err(DownloadError::Clear)));
         let release = Release::new("19.3.0", base("http://mirror.example"), Some(&digest)).unwrap();
         assert_eq!(release.sha256, Some("ab".repeat(32)));
         let short = Release::new("19.3.0", base(RUNNER_DOWNLOADS), Some("ab"));

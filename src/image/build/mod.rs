@@ -12,7 +12,6 @@
 //! Two or three minutes, without root. One build at a time in an image directory; a build that fails or is
 //! dropped leaves nothing, one that is killed is cleaned up by the next.
 
-mod cloud;
 mod disk;
 mod download;
 mod import;
@@ -25,8 +24,7 @@ mod sealed;
 mod sources;
 mod staging;
 
-pub use cloud::{CloudError, CloudRequest, DEADLINE as CLOUD_DEADLINE, DiskFormat, name_of, take_in};
-pub use download::{DownloadError, Downloaded, FetchedDisk, RUNNER_DOWNLOADS, Release, fetch_disk, opener};
+pub use download::{DownloadError, Downloaded, RUNNER_DOWNLOADS, Release, opener};
 pub use import::{export, import};
 pub use preload::HelperSource;
 pub use programs::{RUNNER_VARIABLE, RunnerSource, STANDIN_RUNNER, find_guest_program};
@@ -172,9 +170,6 @@ pub enum BuildError {
     /// Another build is at work here.
     #[error("build in {}: another build is running there", .0.display())]
     Busy(PathBuf),
-    /// A cloud image cannot be taken in.
-    #[error(transparent)]
-    Cloud(#[from] CloudError),
     /// A program of the host failed.
     #[error(transparent)]
     Process(#[from] ProcessError),
@@ -409,6 +404,7 @@ async fn fill(
         executor: inputs.executor,
         // As `info`, the boot test learns it.
         networks: Vec::new(),
+        abilities: Vec::new(),
         info: None,
         runner,
         disk,

@@ -4,6 +4,7 @@
 use super::*;
 use crate::files::plain::tests::{fifo, in_time};
 use crate::image::manifest::RunnerOrigin;
+use dayfly_guest_config::Can;
 
 fn request(directory: &Path) -> BuildRequest {
     BuildRequest {
@@ -114,7 +115,7 @@ fn a_staged_image_that_is_dropped_is_gone() {
     let path = staging.path().to_owned();
     let manifest = crate::image::manifest::tests::example();
     let mut staged = Staged { store: ImageStore::new(dir.path()), directory: staging, manifest };
-    staged.learn(Learnt { info: "{\"features\":{}}".into(), contract: 2, relay: false }).unwrap();
+    staged.learn(Learnt { info: "{\"features\":{}}".into(), contract: 2, can: Can::default() }).unwrap();
     let text = fs::read_to_string(path.join(MANIFEST_FILE)).unwrap();
     assert_eq!(Manifest::parse(&text).unwrap().info.as_deref(), Some("{\"features\":{}}"));
     // Its files are missing: it must not come into use.

@@ -4,6 +4,7 @@ use super::*;
 use crate::files::plain::tests::{fifo, in_time};
 use crate::image::manifest;
 use crate::image::qcow2::tests::header;
+use dayfly_guest_config::Can;
 
 /// Writes an image whose kernel has this content, and returns its directory.
 pub(crate) fn write_image(dir: &Path, name: &str, kernel: &[u8]) -> PathBuf {
@@ -118,7 +119,16 @@ fn a_version_is_found_by_what_is_in_it() {
     let (_dir, store) = store();
     let reference = |image: &Image| crate::machine_spec::ImageRef { name: "shell".into(), digest: image.digest() };
     let first = promote(&store, b"one");
-    store.learn(&first, Learnt { info: r#"{"name":"gitlab-runner"}"#.into(), contract: 1, relay: true }).unwrap();
+    store
+        .learn(
+            &first,
+            Learnt {
+                info: r#"{"name":"gitlab-runner"}"#.into(),
+                contract: 1,
+                can: Can { relay: true, ..Can::default() },
+            },
+        )
+        .unwrap();
     let tested = store.get("shell").unwrap();
     assert_eq!(tested.digest(), first.digest(), "what a boot test learns makes no other image");
     let second = promote(&store, b"two");
@@ -354,7 +364,7 @@ fn a_version_is_put_into_use_only_when_it_has_booted() {
     let refused = store.promote_version(&version(&kept)).unwrap_err().to_string();
     assert!(refused.contains("was never boot-tested; run `dayfly image test shell@"), "{refused}");
     let info = first.manifest.info.clone().unwrap();
-    store.learn(&kept, Learnt { info, contract: 1, relay: false }).unwrap();
+    store.learn(&kept, Learnt { info, contract: 1, can: Can::default() }).unwrap();
     assert_eq!(store.promote_version(&version(&kept)).unwrap().dir, untested);
     assert_eq!(store.get("shell").unwrap().dir, untested);
     assert!(matches!(store.promote_version("shell@00000000"), Err(ImageError::NoVersion { .. })));

@@ -11,7 +11,7 @@ mod reached;
 
 pub(super) use ends::{Hints, console, failure, kernel_words, masked, runner_words};
 pub(super) use machine::Section;
-pub(super) use reached::reached;
+pub(super) use reached::{reached, told};
 
 use crate::gitlab::Containers;
 use jiff::Timestamp;
@@ -55,6 +55,16 @@ pub(super) fn no_containers(asked: &Containers, images: Option<&str>) -> Option<
             "{keys} has no effect here: this runner's jobs run in the virtual machine itself, not in a container{images}"
         )
     })
+}
+
+/// What the author of a job that failed reads of its machine.
+#[must_use]
+pub(super) fn kept(now: Timestamp, job: u64, length: Duration) -> String {
+    let text = format!(
+        "dayfly: the job failed, and its machine is kept for {}: who operates this runner can look inside, by `dayfly shell {job}`.",
+        people(length)
+    );
+    line(now, &text)
 }
 
 /// A plain line.

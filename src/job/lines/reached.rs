@@ -67,6 +67,21 @@ fn bytes(count: u64) -> String {
     format!("{rest} {}", ["B", "KiB", "MiB", "GiB"][unit])
 }
 
+/// The first `most` of what is sorted, refused ones first, and the rest. Those have no more than half of the room where
+/// others want it: a job that tries a thousand addresses does not hide what it did reach.
+pub(in crate::job) fn told<T>(sorted: Vec<T>, most: usize, is_refused: impl Fn(&T) -> bool) -> (Vec<T>, Vec<T>) {
+    let refused = sorted.iter().filter(|one| is_refused(one)).count();
+    let others = sorted.len() - refused;
+    let of_refused = refused.min((most / 2).max(most.saturating_sub(others)));
+    let mut left = [of_refused, most - of_refused];
+    sorted.into_iter().partition(|one| {
+        let left = &mut left[usize::from(!is_refused(one))];
+        let is_told = *left > 0;
+        *left = left.saturating_sub(1);
+        is_told
+    })
+}
+
 /// The section; empty if nothing was reached, or tried. What was refused comes first, then what most bytes went to.
 #[must_use]
 pub(in crate::job) fn reached(now: Timestamp, sections: bool, destinations: &[Destination]) -> String {
@@ -91,7 +106,7 @@ pub(in crate::job) fn reached(now: Timestamp, sections: bool, destinations: &[De
     } else {
         line(now, title)
     };
-    let beyond = rows.split_off(rows.len().min(ROWS_MAX));
+    let (rows, beyond) = told(rows, ROWS_MAX, |(_, row)| row.refused > 0);
     for ((of, port), row) in &rows {
         let port = if *port == 0 { String::new() } else { format!(":{port}") };
         text.push_str(&line(now, &format!("  {of}{port}  {}", row.words())));
@@ -122,6 +137,17 @@ mod tests {
 
     fn to(name: &str, port: u16) -> Destination {
         Destination { name: Some(name.into()), port, ..Destination::default() }
+    }
+
+    #[test]
+    fn what_was_refused_leaves_room_for_what_was_reached() {
+        // Below ten: refused.
+        let sorted = |refused: u32, others: u32| (0..refused).chain(10..10 + others).collect::<Vec<_>>();
+        let told = |refused, others| told(sorted(refused, others), 4, |one| *one < 10);
+        assert_eq!(told(6, 6), (vec![0, 1, 10, 11], vec![2, 3, 4, 5, 12, 13, 14, 15]));
+        assert_eq!(told(6, 1), (vec![0, 1, 2, 10], vec![3, 4, 5]));
+        assert_eq!(told(1, 6), (vec![0, 10, 11, 12], vec![13, 14, 15]));
+        assert_eq!(told(1, 2), (vec![0, 10, 11], vec![]));
     }
 
     #[test]

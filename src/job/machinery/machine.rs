@@ -111,6 +111,7 @@ impl Machinery {
             spool: self.trace.spool.writer(),
             client: self.trace.client.clone(),
             cache: self.cache.clone(),
+            forwards: self.record.machine_spec.as_ref().map(|spec| spec.forwards.clone()).unwrap_or_default(),
             direct_download: self.record.machine_spec.as_ref().is_some_and(|spec| spec.runner.direct_download),
             events: self.guest_out.clone(),
             view: self.guest_view.subscribe(),
@@ -304,6 +305,22 @@ impl Machinery {
         false
     }
 
+    /// Leaves the machine as it is for an operator, until then. It must exist: one of a former daemon is only watched.
+    pub(in crate::job) fn keep_machine(&mut self, until: Instant) -> Result<(), Event> {
+        if self.machine.is_none() {
+            let Some(claim) = self.record.machine.clone() else { return Err(Event::MachineReleased) };
+            let machine = self.parts.supply.resume(claim);
+            if let Some(payload) = &self.payload {
+                self.looks.at(machine.console(), payload.masks.clone());
+            }
+            self.machine = Some(machine);
+        }
+        if let Some(machine) = &self.machine {
+            machine.stay(until);
+        }
+        Ok(())
+    }
+
     /// Has the machine taken down. `false`: there is none.
     fn take_down(&mut self) -> bool {
         self.begin_phase(Phase::CleanUp);
@@ -341,7 +358,8 @@ impl Machinery {
         std::mem::take(&mut self.another)
     }
 
-    async fn close_door(&mut self) {
+    /// Closes the guest's door.
+    pub(in crate::job) async fn close_door(&mut self) {
         if let Some(door) = self.door.take() {
             door.revoke().await;
         }

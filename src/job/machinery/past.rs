@@ -37,6 +37,7 @@ impl Machinery {
             machine: machine_was(&self.record).map(|was| history::MachineWas { vm: self.past.vm.clone(), ..was }),
             steps: self.past.steps.clone(),
             cache: self.cache_notes(),
+            reached: self.reached_kept(),
             console_rows: console.as_ref().map_or(0, |(_, rows)| *rows),
             console: console.map(|(text, _)| text),
             ..end_of(&self.record, self.parts.clock.now())

@@ -1,11 +1,10 @@
 //! What a job has reached outside of its machine: read once, when its verdict is known; for its log, the record, metrics.
 
 use super::Machinery;
+use crate::history::DESTINATIONS_MAX;
 use crate::job::lines;
+use dayfly_egress::audit::Destination;
 use jiff::Timestamp;
-
-/// Destinations that the record keeps; a job that has more has them in its audit only.
-const KEPT_MAX: usize = 100;
 
 impl Machinery {
     /// Reads what the job has reached, if its machine has no network card and that can be told within half a second. Once.
@@ -15,14 +14,25 @@ impl Machinery {
         self.reached.clone_from(&reached);
         // What is refused, and what much went to, is what somebody will ask for.
         reached.sort_by_key(|to| std::cmp::Reverse((to.refused > 0, to.up.saturating_add(to.down))));
-        reached.truncate(KEPT_MAX);
-        self.record.reached = reached;
+        (self.record.reached, _) = lines::told(reached, DESTINATIONS_MAX, |to| to.refused > 0);
     }
 
     /// The section of it, without what the log masks; empty: there is nothing to tell, or what to mask is not known any
     /// more.
     pub(in crate::job) fn reached_section(&self, now: Timestamp) -> String {
         self.masked(&lines::reached(now, self.record.trace_sections, &self.record.reached)).unwrap_or_default()
+    }
+
+    /// What is kept of it when the job has ended: without what the log masks; nothing, if what to mask is not known any more.
+    pub(super) fn reached_kept(&self) -> Vec<Destination> {
+        let kept = |to: &Destination| {
+            let name = match &to.name {
+                Some(name) => Some(self.masked(name)?),
+                None => None,
+            };
+            Some(Destination { name, ..to.clone() })
+        };
+        self.record.reached.iter().filter_map(kept).collect()
     }
 
     /// Counts it, once.

@@ -50,6 +50,11 @@ impl Machinery {
         self.times.elapsed_before + self.times.started.elapsed()
     }
 
+    /// When the host's uptime will be this, in milliseconds.
+    pub(in crate::job) fn at_uptime(&self, then_ms: u64) -> Instant {
+        Instant::now() + Duration::from_millis(then_ms).saturating_sub(self.parts.clock.uptime())
+    }
+
     /// The instant `after` GitLab's 201; at the earliest when this task began.
     pub(in crate::job) fn since_received(&self, after: Duration) -> Instant {
         self.times.started + after.saturating_sub(self.times.elapsed_before)

@@ -145,10 +145,17 @@ impl Machinery {
         self.add_cache_rows(&mut section);
         let mut text = masks.map_or_else(String::new, |masks| section.text(now, sections, masks));
         text.push_str(&self.reached_section(now));
+        text.extend(self.kept_line(now));
         // Else there would be a record of no lines.
         if !text.is_empty() {
             self.plan_last_lines(|_| text).await;
         }
+    }
+
+    /// What the author reads of a machine that is kept, if it is.
+    pub(in crate::job) fn kept_line(&self, now: Timestamp) -> Option<String> {
+        let keep = self.record.machine_spec.as_ref()?.keep_failed.filter(|_| self.record.state.is_kept())?;
+        Some(lines::kept(now, self.record.key.id.0, Duration::from_secs(keep.for_s)))
     }
 
     /// The lines that the record names, if they are not in the spool yet, and that to disk.

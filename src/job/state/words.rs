@@ -33,6 +33,8 @@ impl Event {
             Self::HostDiskFailed => "the host's disk failed",
             Self::ImageUnusable => "the image cannot be used",
             Self::Panicked => "the job's task begins anew after a bug of dayfly",
+            Self::KeepIfFailed { event, .. } => return event.words(),
+            Self::KeepOver => "the machine is not kept any longer",
             Self::Refused(why) => return format!("the job is not run here: {}", why.words()),
         };
         words.to_owned()

@@ -173,6 +173,7 @@ fn start(begun: Begun) -> JobHandle {
             _ => String::new(),
         },
         vm: record.machine.as_ref().map(|m| m.id.to_string()),
+        received: record.received,
         since: Instant::now(),
         age_before: age(&begun.parts, record),
         class: record.class.clone(),

@@ -102,6 +102,13 @@ impl Job {
                     return Done::Brings(Event::MachineReleased);
                 }
             }
+            Command::KeepMachine => {
+                let State::Releasing { kept_until: Some(until), .. } = self.m.record.state else { return Done::Goes };
+                let until = self.m.at_uptime(until);
+                self.say_kept(until);
+                return self.m.keep_machine(until).into();
+            }
+            Command::CloseDoor => self.m.close_door().await,
             Command::BeginGuest => {
                 if self.m.record.guest_base.is_none() {
                     self.m.note("its guest has the job");

@@ -55,6 +55,7 @@ impl Job {
                 let cap = self.m.since_received(self.m.cap()).max(self.m.heard_after_sleep());
                 sooner(cap, Event::TimeoutDeadline);
             }
+            State::Releasing { kept_until: Some(until), .. } => sooner(self.m.at_uptime(until), Event::KeepOver),
             State::Accepted | State::Releasing { .. } | State::Ended => {}
         }
         // A job that only waits for its uploader or machine still wakes now and then.

@@ -32,7 +32,8 @@ impl Job {
                 self.hear(Event::GuestAsked(self.ask()), Some(Asking::Job(reply))).await;
             }
             GuestEvent::Verdict { verdict, reply } => {
-                self.hear(Event::GuestVerdict(verdict), Some(Asking::Verdict(reply))).await;
+                let event = self.keeping(Event::GuestVerdict(verdict));
+                self.hear(event, Some(Asking::Verdict(reply))).await;
             }
         }
     }
@@ -98,6 +99,12 @@ impl Job {
             Report::RunnerExited(code) => {
                 tracing::debug!(code, "guest reports the end of its runner");
                 self.seen.runner_exited = Some(code);
+                let spec = self.m.record.machine_spec.as_ref();
+                let waits = spec.is_some_and(|spec| spec.keep_failed.is_some());
+                if waits && matches!(self.m.record.state, State::Releasing { .. }) {
+                    // It does not power off before it has heard whether it is to stay.
+                    self.feed(Event::GuestIdle).await;
+                }
             }
             Report::Failed(text) => {
                 self.m.repeated.failures.log(|line| tracing::warn!(text, "{line}"));

@@ -158,6 +158,8 @@ impl Job {
         self.m.look_at_reached().await;
         let mut reached = self.m.cache_section(self.m.parts.clock.now());
         reached.push_str(&self.m.reached_section(self.m.parts.clock.now()));
+        let keep = self.m.record.machine_spec.as_ref().and_then(|spec| spec.keep_failed);
+        let kept = keep.filter(|_| self.m.record.state.is_kept()).map(|keep| (job, Duration::from_secs(keep.for_s)));
         let tail = console.filter(|_| lost && (booting || !self.m.guest_has_written()));
         if let Some(tail) = &tail {
             let what = if booting { "the machine that never asked for its job" } else { "a machine that wrote no log" };
@@ -174,6 +176,7 @@ impl Job {
                     text.extend(reason.map(|reason| lines::note(now, &format!("dayfly: the operator says: {reason}"))));
                 }
                 text.extend(tail.map(|tail| lines::console(now, &tail)));
+                text.extend(kept.map(|(job, length)| lines::kept(now, job, length)));
                 text
             })
             .await;

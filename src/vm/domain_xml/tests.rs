@@ -200,9 +200,9 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
                     let cards = tree.0.iter().filter(|e| e.0 == "domain/devices/interface").count();
                     let ports = tree.0.iter().filter(|e| e.0 == "domain/devices/channel").count();
                     if spec.attachment == Attachment::Egress {
-                        assert_eq!((cards, ports), (0, 3));
+                        assert_eq!((cards, ports), (0, 4));
                     } else {
-                        assert_eq!((cards, ports), (1, 2));
+                        assert_eq!((cards, ports), (1, 3));
                         let user = tree.attribute("domain/devices/interface", "type") == "user";
                         assert_eq!(user, spec.attachment == Attachment::User);
                     }

@@ -1,7 +1,7 @@
 //! QEMU's command line for a [`VmSpec`]: the machine that libvirt makes of [`domain_xml`](crate::vm::domain_xml), device
 //! by device, and no others. Pure text, no I/O. Everybody on the host can read it: it holds no secret.
 
-use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, NESTING, TB_CACHE_MIB, uuid};
+use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, NESTING, SHELL_NAME, TB_CACHE_MIB, uuid};
 use crate::vm::{Accel, Attachment, Boot, VmName, VmSpec};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -98,6 +98,8 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
         add("-chardev", socket("egress", absolute("egress port", &VmSpec::egress_socket(&spec.socket_dir, &spec.id))?));
         add("-device", format!("virtserialport,chardev=egress,name={EGRESS_NAME}"));
     }
+    add("-chardev", socket("shell", absolute("shell's port", &VmSpec::shell_socket(&spec.socket_dir, &spec.id))?));
+    add("-device", format!("virtserialport,chardev=shell,name={SHELL_NAME}"));
     add("-object", "rng-random,id=rng,filename=/dev/urandom".into());
     add("-device", virtio("rng", ",rng=rng"));
     add("-device", PANIC_PORT.into());

@@ -53,6 +53,7 @@ pub fn machine_spec() -> MachineSpec {
         nested: false,
         network: Mode::User,
         egress: None,
+        forwards: Vec::new(),
         runner: GuestRunnerSpec {
             name: "linux \"vm\"/1".into(),
             token: Secret::new("glrt-123456789abcdef"),
@@ -61,6 +62,7 @@ pub fn machine_spec() -> MachineSpec {
             direct_download: false,
             settings: GuestSettings::default(),
         },
+        keep_failed: None,
         notes: Vec::new(),
     }
 }

@@ -30,6 +30,7 @@ pub fn image() -> Image {
             contract: dayfly_guest_config::CONTRACT,
             executor: ExecutorKind::Shell,
             networks: vec!["relay".into()],
+            abilities: vec!["stay".into(), "shell".into()],
             info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),
@@ -53,6 +54,7 @@ pub fn image_of_before() -> Image {
     let mut image = image();
     image.manifest.contract = WIRE_CONTRACT - 1;
     image.manifest.networks.clear();
+    image.manifest.abilities.clear();
     image
 }
 

@@ -1,6 +1,6 @@
 //! The guest program's first half: it reports, and takes its config.
 
-use dayfly_guest_config::{CONFIG_BYTES_MAX, GuestConfig, Report};
+use dayfly_guest_config::{CONFIG_BYTES_MAX, GuestConfig, Report, Stay};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 use tokio::io::{
@@ -10,6 +10,9 @@ use tokio::time::{sleep, timeout};
 
 /// A report that nobody takes is dropped, or a guest without a host would stand still.
 const REPORT_LIMIT: Duration = Duration::from_millis(10);
+
+/// How long a guest waits for the word to stay.
+const STAY_WORD_LIMIT: Duration = Duration::from_secs(10);
 
 /// Before a channel without a host is looked at again.
 const GLANCE: Duration = Duration::from_millis(100);
@@ -48,6 +51,27 @@ pub async fn boot(channel: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Option
         report(channel, &told).await;
     }
     Some(config)
+}
+
+/// What a guest does whose runner has ended and that may stay: it waits for its host's word, and then for so long.
+pub async fn stay(channel: &mut (impl AsyncRead + Unpin)) {
+    let word = async {
+        let mut lines = BufReader::new(channel);
+        loop {
+            match config_line(&mut lines).await {
+                Ok(Some(line)) => {
+                    if let Some(stay) = Stay::parse(line.trim_ascii_end()) {
+                        return stay;
+                    }
+                }
+                Ok(None) => sleep(GLANCE).await,
+                Err(_) => std::future::pending().await,
+            }
+        }
+    };
+    if let Ok(stay) = timeout(STAY_WORD_LIMIT, word).await {
+        sleep(Duration::from_secs(stay.seconds)).await;
+    }
 }
 
 /// Where a guest that is no VM finds its door: SLIRP would map its address to the loopback. `None`: behind its wire.

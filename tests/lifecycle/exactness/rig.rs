@@ -237,6 +237,7 @@ async fn live(life: &Life, world: &World, plan: &Plan) {
         spool: spool.writer(),
         client,
         cache: None,
+        forwards: Vec::new(),
         direct_download: false,
         events: told,
         view: view_in,

@@ -184,8 +184,11 @@ impl World {
         let counts = self.hypervisor.counts();
         assert!(counts.is_clean(), "left behind: {counts:?}\n{}", self.histories());
         // What is kept of ended jobs is bounded by age, number and bytes.
-        let ended = self.config.state_directory.join("ended");
-        let kept = |path: &Path| path.ends_with("installation.json") || path.starts_with(&ended);
+        // So is what is kept of their consoles, and the recordings of shells.
+        let bounded = ["ended", "consoles", "shells"].map(|name| self.config.state_directory.join(name));
+        let kept = |path: &Path| {
+            path.ends_with("installation.json") || bounded.iter().any(|directory| path.starts_with(directory))
+        };
         let left: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|path| !kept(path)).collect();
         assert!(left.is_empty(), "files are left: {left:?}\n{}", self.histories());
         for standin in self.gitlabs.0.values() {

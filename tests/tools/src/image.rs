@@ -26,7 +26,7 @@ pub fn empty_image(dir: &Path) -> io::Result<()> {
         return Err(io::Error::other(format!("qemu-img ended with {made}")));
     }
     let file = ImageFile { file: "disk.qcow2".into(), bytes: fs::metadata(&disk)?.len(), sha256: String::new() };
-    // The daemon of the last version knows no key `networks`.
-    let manifest = Manifest { disk: file, networks: Vec::new(), ..images::image().manifest };
+    // The daemon of the last version knows no keys `networks` and `abilities`.
+    let manifest = Manifest { disk: file, networks: Vec::new(), abilities: Vec::new(), ..images::image().manifest };
     fs::write(dir.join(MANIFEST_FILE), manifest.to_text())
 }

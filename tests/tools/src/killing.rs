@@ -7,6 +7,7 @@
 //! | `work MS` | works on for so long, sending its trace as the runner does; prints nothing |
 //! | `upload N` | uploads an artifact of so many bytes, and prints that it did |
 //! | `download ID N` | fetches the artifact of another job, looks at its bytes, and prints that they are right |
+//! | `cache N` | saves a cache of so many bytes by the key that all jobs have, looks for it, and prints that what it found is whole |
 //! | `exit CODE` | ends the script so |
 
 use std::fmt::Write as _;
@@ -37,6 +38,8 @@ pub enum Step {
     Upload(usize),
     /// `download ID N`.
     Download(u64, usize),
+    /// `cache N`.
+    Cache(usize),
     /// `exit CODE`.
     Exit(i64),
 }
@@ -52,6 +55,7 @@ impl Step {
             "work" => Self::Work(number.parse().ok()?),
             "upload" => Self::Upload(number.parse().ok()?),
             "download" => Self::Download(number.parse().ok()?, words.next()?.parse().ok()?),
+            "cache" => Self::Cache(number.parse().ok()?),
             "exit" => Self::Exit(number.parse().ok()?),
             _ => return None,
         };
@@ -66,6 +70,7 @@ impl Step {
             Self::Work(_) | Self::Exit(_) => Vec::new(),
             Self::Upload(count) => uploaded(count).into_bytes(),
             Self::Download(from, count) => downloaded(from, count).into_bytes(),
+            Self::Cache(count) => cached(count).into_bytes(),
         }
     }
 }
@@ -77,6 +82,7 @@ impl std::fmt::Display for Step {
             Self::Work(ms) => write!(f, "work {ms}"),
             Self::Upload(count) => write!(f, "upload {count}"),
             Self::Download(from, count) => write!(f, "download {from} {count}"),
+            Self::Cache(count) => write!(f, "cache {count}"),
             Self::Exit(code) => write!(f, "exit {code}"),
         }
     }
@@ -92,6 +98,29 @@ pub fn uploaded(count: usize) -> String {
 #[must_use]
 pub fn downloaded(from: u64, count: usize) -> String {
     format!("downloaded {count} bytes of job {from}\n")
+}
+
+/// The line after a cache that was saved, and found whole.
+#[must_use]
+pub fn cached(count: usize) -> String {
+    format!("cached {count} bytes\n")
+}
+
+/// A cache of this job's: whose it is, and so many bytes.
+#[must_use]
+pub fn cache(job: u64, count: usize) -> Vec<u8> {
+    let mut cache = format!("{job} {count}\n").into_bytes();
+    cache.extend_from_slice(&artifact(job, count));
+    cache
+}
+
+/// Whether that is a whole cache of some job's.
+#[must_use]
+pub fn is_a_cache(found: &[u8]) -> bool {
+    let line = found.split(|byte| *byte == b'\n').next().and_then(|line| std::str::from_utf8(line).ok());
+    let words = line.and_then(|line| line.split_once(' '));
+    let whose = words.and_then(|(job, count)| Some((job.parse().ok()?, count.parse().ok()?)));
+    whose.is_some_and(|(job, count)| count <= found.len() && cache(job, count) == found)
 }
 
 /// `count` bytes of a job's trace, in lines of up to 64, each telling job and offset: one that is missing, doubled or
@@ -143,7 +172,14 @@ mod tests {
 
     #[test]
     fn a_script_reads_back_as_it_was_written() {
-        for step in [Step::Bytes(7), Step::Work(20), Step::Upload(9), Step::Download(4_300_000_001, 9), Step::Exit(3)] {
+        for step in [
+            Step::Bytes(7),
+            Step::Work(20),
+            Step::Upload(9),
+            Step::Download(4_300_000_001, 9),
+            Step::Cache(5),
+            Step::Exit(3),
+        ] {
             assert_eq!(Step::parse(&step.to_string()), Some(step));
         }
         for line in ["", "bytes", "bytes x", "bytes 1 2", "sleep 1"] {
@@ -160,5 +196,9 @@ mod tests {
         assert!(all.ends_with(last_line(3).as_bytes()));
         assert_ne!(bytes(5, 0, 50), bytes(5, 1, 50), "a piece at another place is another one");
         assert_ne!(artifact(5, 50), artifact(6, 50));
+        let whole = cache(5, 3000);
+        assert!(is_a_cache(&whole) && !is_a_cache(&whole[..2999]) && !is_a_cache(b"") && !is_a_cache(b"5 3000\n"));
+        let torn = [&whole[..1000], &cache(6, 3000)[1000..]].concat();
+        assert!(!is_a_cache(&torn));
     }
 }

@@ -10,7 +10,7 @@ use dayfly::gitlab::transport::{Body, BodyError, Call, TransportError, full};
 use dayfly::gitlab::{Dependency, JobClient, JobId, JobStatus, Transport, Verdict};
 use dayfly::guest::{Admission, DoorHandle, GuestEvent, GuestView, HandOut, Limits, VerdictAnswer, admit};
 use dayfly::metrics::Metrics;
-use dayfly::network::{self, DoorListener};
+use dayfly::network::{self, DoorListener, Forward};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::spool::Spool;
@@ -260,6 +260,7 @@ pub(crate) struct Setup {
     pub(crate) wire: Option<DoorSocket>,
     pub(crate) direct_download: bool,
     pub(crate) cache: Option<JobCache>,
+    pub(crate) forwards: Vec<Forward>,
     pub(crate) seed: u64,
     /// Instead of [`FakeGitlab`].
     pub(crate) transport: Option<Arc<dyn Transport>>,
@@ -273,6 +274,7 @@ impl Default for Setup {
             wire: None,
             direct_download: false,
             cache: None,
+            forwards: Vec::new(),
             seed: 1,
             transport: None,
         }
@@ -328,6 +330,7 @@ impl Setup {
             spool: spool.writer(),
             client: client.clone(),
             cache: self.cache,
+            forwards: self.forwards,
             direct_download: self.direct_download,
             events,
             view: view_receiver,

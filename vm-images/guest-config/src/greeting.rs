@@ -55,6 +55,12 @@ impl Pass {
         Self(self.prove(&[b"dayfly egress"]))
     }
 
+    /// What a guest and the daemon believe each other by when that asks for a shell: likewise.
+    #[must_use]
+    pub fn for_shell(&self) -> Self {
+        Self(self.prove(&[b"dayfly shell"]))
+    }
+
     /// HMAC-SHA256 under the pass over these parts, one after the other.
     pub(crate) fn prove(&self, parts: &[&[u8]]) -> [u8; 32] {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("any key length");

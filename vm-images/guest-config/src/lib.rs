@@ -12,12 +12,16 @@ mod greeting;
 mod identity;
 mod report;
 mod session;
+mod shell;
+mod stay;
 
 pub use clock::{ClockAnswer, ClockQuestion};
 pub use greeting::{GREETING_LINE_MAX, Greeting, GreetingError, Nonce, PASS_BYTES, Pass};
 pub use identity::system_id;
-pub use report::{REPORT_LINE_MAX, Report};
+pub use report::{Can, REPORT_LINE_MAX, Report};
 pub use session::{PROOF_BYTES, SessionProofs};
+pub use shell::{BadFrame, ShellFrame, ShellFrames, TYPED_BYTES_MAX, TerminalSize, plain_term};
+pub use stay::{STAY_MAX_S, Stay};
 
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -30,6 +34,9 @@ pub const DOOR_PORT_NAME: &str = "org.dayfly.door.0";
 
 /// Name of the virtio-serial port over which what a job sends out leaves a VM without a network card.
 pub const EGRESS_PORT_NAME: &str = "org.dayfly.egress.0";
+
+/// Name of the virtio-serial port over which a host asks for a shell. Nobody has to be behind it.
+pub const SHELL_PORT_NAME: &str = "org.dayfly.shell.0";
 
 /// What [`GuestConfig::door`] says where the door is behind [`DOOR_PORT_NAME`].
 pub const DOOR_WIRE: &str = "wire";
@@ -50,6 +57,10 @@ pub const PROOF_LINE: &str = "dayfly-init: a guest runs here";
 /// From TEST-NET-1 (RFC 5737), so it collides with no real network.
 pub const RELAY_ADDRESS: &str = "192.0.2.1:80";
 
+/// Ports of the relay's address that are the guest program's own: name servers, relay, and the listener to which what a
+/// machine without a network card sends out is redirected, at all addresses.
+pub const PORTS_TAKEN: [u16; 3] = [53, 80, 9999];
+
 /// The URL that the guest runner's config.toml names.
 pub const RELAY_URL: &str = "http://192.0.2.1";
 
@@ -60,7 +71,7 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
 /// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`]; it may ask for the time ([`ClockQuestion`]) |
-/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without |
+/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without; it may be told to stay when its runner has ended ([`Stay`]) and asked for a shell ([`SHELL_PORT_NAME`]), if it has said that it can; it may have forwards ([`GuestConfig::forwards`]) |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
@@ -99,12 +110,20 @@ pub struct GuestConfig {
     pub clock_us: i64,
     /// Address and name servers.
     pub network: GuestNetwork,
+    /// Ports of the relay's address, beside its own, at which the guest listens for whatever wants to reach what the host
+    /// forwards there: a stream of the door's wire each, by `dayfly_wire::forward_authority`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub forwards: Vec<u16>,
     /// The guest runner.
     pub runner: GuestRunner,
     /// Seconds that the relay waits for a door that refuses, before it gives a connection up.
     pub door_patience_s: u64,
     /// Seconds after which a guest whose door has not answered powers off by itself.
     pub power_off_after_s: u64,
+    /// Its host may say [`Stay`]: when its runner has ended it waits a moment for that. Only for a guest whose
+    /// [`Report::Contract`] says that it can.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub may_stay: bool,
 }
 
 /// The guest's side of its network.
@@ -200,10 +219,12 @@ mod tests {
     use std::collections::BTreeSet;
 
     /// The configs of each contract, as its daemons write them: never edited, only added to.
-    const GOLDEN: [(u32, &str); 3] = [
+    const GOLDEN: [(u32, &str); 5] = [
         (2, include_str!("../golden/contract-2.json")),
         (3, include_str!("../golden/contract-3.json")),
         (3, include_str!("../golden/contract-3-relay.json")),
+        (3, include_str!("../golden/contract-3-stay.json")),
+        (3, include_str!("../golden/contract-3-forwards.json")),
     ];
 
     fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
@@ -232,6 +253,7 @@ mod tests {
             let again = config.to_line();
             assert_eq!(members_of(&again), members_of(line.as_bytes()), "contract {contract}");
             assert_eq!(config.network.relay, line.contains("\"relay\":true"));
+            assert_eq!(config.forwards, if line.contains("\"forwards\"") { vec![3142, 5000] } else { vec![] });
         }
     }
 

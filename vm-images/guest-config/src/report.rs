@@ -8,8 +8,33 @@ use std::fmt;
 /// Bytes of one report line at most, its line break not counted.
 pub const REPORT_LINE_MAX: usize = 4096;
 
-/// What a guest adds to its contract if it can do without a network card.
-const RELAY_WORD: &str = "relay";
+/// What a guest can besides its contract: a word each, of which a later guest may have more. The default: nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Can {
+    /// Its kernel can give a machine without a card its network ([`crate::GuestNetwork::relay`]).
+    pub relay: bool,
+    /// It stays when its runner has ended, if its host says so ([`crate::Stay`]).
+    pub stay: bool,
+    /// It gives its host a shell ([`crate::SHELL_PORT_NAME`]).
+    pub shell: bool,
+}
+
+impl Can {
+    fn words(self) -> impl Iterator<Item = &'static str> {
+        [("relay", self.relay), ("stay", self.stay), ("shell", self.shell)]
+            .into_iter()
+            .filter_map(|(w, can)| can.then_some(w))
+    }
+
+    fn of<'a>(words: impl Iterator<Item = &'a str>) -> Self {
+        words.fold(Self::default(), |can, word| match word {
+            "relay" => Self { relay: true, ..can },
+            "stay" => Self { stay: true, ..can },
+            "shell" => Self { shell: true, ..can },
+            _ => can,
+        })
+    }
+}
 
 /// One report of the guest program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,8 +45,8 @@ pub enum Report {
     Contract {
         /// The contract that it speaks.
         contract: u32,
-        /// Whether its kernel can give a machine without a card its network ([`crate::GuestNetwork::relay`]).
-        relay: bool,
+        /// And what it can besides.
+        can: Can,
     },
     /// Identity, network and files are in place.
     Applied,
@@ -45,7 +70,7 @@ impl Report {
             "contract" => {
                 // A later guest may say more.
                 let mut words = rest.split(' ');
-                Self::Contract { contract: words.next()?.parse().ok()?, relay: words.any(|word| word == RELAY_WORD) }
+                Self::Contract { contract: words.next()?.parse().ok()?, can: Can::of(words) }
             }
             "applied" => Self::Applied,
             "runner-started" => Self::RunnerStarted,
@@ -61,8 +86,10 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Ready => f.write_str("ready"),
-            Self::Contract { contract, relay: false } => write!(f, "contract {contract}"),
-            Self::Contract { contract, relay: true } => write!(f, "contract {contract} {RELAY_WORD}"),
+            Self::Contract { contract, can } => {
+                write!(f, "contract {contract}")?;
+                can.words().try_for_each(|word| write!(f, " {word}"))
+            }
             Self::Applied => f.write_str("applied"),
             Self::RunnerStarted => f.write_str("runner-started"),
             Self::RunnerConnected => f.write_str("runner-connected"),
@@ -83,8 +110,9 @@ mod tests {
     fn a_report_reads_back_as_it_was_written() {
         for report in [
             Report::Ready,
-            Report::Contract { contract: 2, relay: false },
-            Report::Contract { contract: 3, relay: true },
+            Report::Contract { contract: 2, can: Can::default() },
+            Report::Contract { contract: 3, can: Can { relay: true, ..Can::default() } },
+            Report::Contract { contract: 3, can: Can { stay: true, shell: true, relay: false } },
             Report::Applied,
             Report::RunnerStarted,
             Report::RunnerConnected,
@@ -103,7 +131,7 @@ mod tests {
     #[test]
     fn words_that_are_not_known_are_passed_over() {
         let relay = |line| match Report::parse(line) {
-            Some(Report::Contract { contract: 3, relay }) => relay,
+            Some(Report::Contract { contract: 3, can }) => can.relay,
             other => panic!("{line}: {other:?}"),
         };
         assert!(relay("contract 3 bridge relay tap") && !relay("contract 3 relays") && !relay("contract 3 "));

@@ -23,7 +23,7 @@ use crate::netfilter::queue::Queue;
 use crate::netfilter::rules::{LISTENER_PORT, QUEUE, RESOLVER, Rules};
 use crate::relay::{self, port::Port, session};
 use dayfly_guest_config::Pass;
-use dayfly_wire::{Limits, Opener, Stream};
+use dayfly_wire::Limits;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -35,7 +35,6 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::runtime::Builder;
 use tokio::sync::watch;
-use tokio::time::timeout;
 
 /// Connections that the kernel knows. It takes 8,192 of a machine with 1 GiB, keeps each for two minutes after its end,
 /// and drops what is beyond: no more than some `npm install`. Memory is taken as it is used.
@@ -47,9 +46,6 @@ const BACKLOG: u32 = 4096;
 
 /// Sockets and queue are made at once.
 const START_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Before a session that does not do what it should is asked again: it is over, and says so in a moment.
-const SESSION_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why there is no way out.
 #[derive(Debug, thiserror::Error)]
@@ -170,31 +166,6 @@ impl Parts {
             tcp: listen(places.resolver).map_err(error("listen on 192.0.2.1:53 (TCP)"))?,
             queue: Queue::bind(places.queue)?,
         })
-    }
-}
-
-/// A stream that the host has accepted, in this session or a later one.
-///
-/// # Errors
-/// The host's answer: it refuses, or the far end does, or does not answer.
-///
-/// # Cancel safety
-/// Safe: a stream that was begun ends by itself.
-async fn open(mut session: watch::Receiver<Option<Opener>>, authority: &str) -> io::Result<Stream> {
-    loop {
-        let opener = session.wait_for(Option::is_some).await.map(|opener| opener.clone());
-        let Ok(Some(opener)) = opener else { return Err(io::ErrorKind::BrokenPipe.into()) };
-        if let Ok(mut stream) = opener.open_to(authority).await {
-            match stream.accepted().await {
-                Ok(()) => return Ok(stream),
-                Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut) => {
-                    return Err(error);
-                }
-                Err(_) => {}
-            }
-        }
-        // That session is over, or about to be.
-        let _ = timeout(SESSION_PAUSE, session.changed()).await;
     }
 }
 

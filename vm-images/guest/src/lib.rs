@@ -8,11 +8,12 @@
 //!                          │        │ proofs, then bytes both ways
 //!                          │        ▼
 //!                          │      the door, on the host
+//!                          ├──► shell, for a host that asks for one
 //!                          ├──► egress (all else that leaves), where there is no network card
 //!                          └──► power off: runner gone, door silent, or anything failed
 //! ```
 //!
-//! Std threads, but for the wire to the door and the egress, which have a runtime on a thread each. Nothing here protects
+//! Std threads, but for the wire to the door, the egress and the shell, which have a runtime on a thread each. Nothing here protects
 //! itself from the job: a job may
 //! be root, and the VM is the wall. `vm-images/README.md` has the contract in words.
 
@@ -29,4 +30,6 @@ pub mod netfilter;
 pub mod netlink;
 pub mod relay;
 pub mod runner;
+pub mod shell;
+pub mod stay;
 pub mod users;

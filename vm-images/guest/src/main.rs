@@ -9,12 +9,12 @@ use dayfly_guest::channel::{self, Line, Reporter};
 use dayfly_guest::console::{chain, say};
 use dayfly_guest::egress::{self, EgressError, Places};
 use dayfly_guest::netfilter::rules::Rules;
-use dayfly_guest::relay::port::Device;
-use dayfly_guest::relay::{Door, Limits, Relay, Target};
-use dayfly_guest::{host_clock, machine, runner, users};
+use dayfly_guest::relay::port::{Device, RareDevice};
+use dayfly_guest::relay::{Door, Limits, Relay, Target, forward};
+use dayfly_guest::{host_clock, machine, runner, shell, stay, users};
 use dayfly_guest_config::{
-    CONFIG_BYTES_MAX, CONTRACT, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, EGRESS_PORT_NAME, GuestConfig, PORT_NAME, Pass,
-    RELAY_ADDRESS, Report,
+    CONFIG_BYTES_MAX, CONTRACT, Can, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, EGRESS_PORT_NAME, GuestConfig, PORT_NAME,
+    Pass, RELAY_ADDRESS, Report, SHELL_PORT_NAME, Stay,
 };
 use std::ffi::OsString;
 use std::io;
@@ -44,6 +44,9 @@ const SECOND_LINE_DEADLINE: Duration = Duration::from_secs(10);
 /// From a failure to the end of the machine: time for the host to read report and console.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// How long a machine that may stay waits for that word when its runner has ended: less than its host takes to end it.
+const STAY_WORD_DEADLINE: Duration = Duration::from_secs(10);
+
 /// How often the door's silence is measured; it is allowed minutes.
 const WATCHDOG_PERIOD: Duration = Duration::from_secs(1);
 
@@ -68,6 +71,8 @@ enum GuestError {
     NoEgress,
     #[error("do without a network card")]
     Egress(#[from] EgressError),
+    #[error("listen on 192.0.2.1:{0} for what the host forwards there")]
+    Forward(u16, #[source] io::Error),
     #[error("the door has not answered for {0} s")]
     DoorSilent(u64),
 }
@@ -77,6 +82,7 @@ enum Event {
     RunnerConnected,
     RunnerExited(i32),
     DoorSilent,
+    Stay(Stay),
 }
 
 fn main() -> ExitCode {
@@ -86,9 +92,13 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if let [word, rest @ ..] = arguments.as_slice() {
-        let result = if word == "run-as" { runner::run_as(rest) } else { Err(io::Error::other("unknown argument")) };
+        let result = match word.to_str() {
+            Some("run-as") => runner::run_as(rest),
+            Some(shell::WORD) => shell::become_shell(rest),
+            _ => Err(io::Error::other("unknown argument")),
+        };
         let Err(error) = result;
-        say(&format!("run-as: {error}"));
+        say(&format!("{}: {error}", word.display()));
         return ExitCode::from(127);
     }
 
@@ -139,10 +149,10 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let early = !apply::has_card() && egress::is_possible();
     let rules = if early { Some(egress::prepare()?) } else { None };
     let (config, lines) = read_config(reporter)?;
-    let target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
+    let mut target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
     let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
 
-    let clock = lines.and_then(|lines| host_clock::ask(reporter, &lines));
+    let clock = lines.as_ref().and_then(|lines| host_clock::ask(reporter, lines));
     apply::identity(&config, clock)?;
     apply::network(&config.network)?;
     if config.network.relay {
@@ -160,6 +170,7 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
 
     let (events, inbox) = sync_channel(4);
     let listener = TcpListener::bind(RELAY_ADDRESS).map_err(|error| GuestError::Io("listen on 192.0.2.1:80", error))?;
+    target.forwards = forward::listen(&config.forwards).map_err(|(port, error)| GuestError::Forward(port, error))?;
     let connected = events.clone();
     let relay = Relay::start(listener, Limits::default(), move || {
         // The main thread has gone on to power off if nobody listens.
@@ -177,14 +188,39 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
             let _ = watchdog.try_send(Event::DoorSilent);
         }
     })?;
-    start_runner(&config, files, reporter, events)?;
+    if let Some(lines) = lines {
+        listen(lines, events.clone())?;
+    }
+    offer_shell(&config);
+    let runner = start_runner(&config, files, reporter, events)?;
     in_background("disk", || {
         // A job may do with the small disk; the host sees why if it does not.
         if let Err(error) = machine::grow_root() {
             say(&format!("grow the root file system: {error}"));
         }
     })?;
-    supervise(&config, reporter, &relay, target, &inbox)
+    supervise(&config, reporter, (&relay, target), &inbox, runner)
+}
+
+/// Hears what the host says besides config and time.
+fn listen(lines: Receiver<Line>, events: SyncSender<Event>) -> Result<(), GuestError> {
+    in_background("host", move || {
+        for line in lines {
+            let Line::Whole(line) = line else { continue };
+            if let Some(stay) = Stay::parse(&line) {
+                // The main thread has gone on to power off if nobody listens.
+                let _ = events.try_send(Event::Stay(stay));
+            }
+        }
+    })
+}
+
+/// Waits for a host that asks for a shell. A machine without the port, or that cannot, does its job all the same.
+fn offer_shell(config: &GuestConfig) {
+    let (Some(port), Some(pass)) = (find_port(SHELL_PORT_NAME), Pass::from_text(&config.pass)) else { return };
+    if let Err(error) = shell::offer(Box::new(RareDevice(port)), pass.for_shell(), "/proc/self/exe".into()) {
+        say(&format!("offer a shell: {error}"));
+    }
 }
 
 /// Begins to carry what the machine sends out, before anything of the job runs.
@@ -199,22 +235,24 @@ fn start_runner(
     files: runner::OpenFiles,
     reporter: &Reporter,
     events: SyncSender<Event>,
-) -> Result<(), GuestError> {
+) -> Result<u32, GuestError> {
     let mut child =
         runner::start(&config.runner, files).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
     reporter.report(Report::RunnerStarted);
+    let id = child.id();
     in_background("runner", move || {
         let code = child.wait().map_or(-1, runner::exit_code);
         let _ = events.try_send(Event::RunnerExited(code));
-    })
+    })?;
+    Ok(id)
 }
 
 fn supervise(
     config: &GuestConfig,
     reporter: &Reporter,
-    relay: &Relay,
-    target: Target,
+    (relay, target): (&Relay, Target),
     inbox: &Receiver<Event>,
+    runner: u32,
 ) -> Result<(), GuestError> {
     // Each kind comes once, and watchdog and runner between them always send one: this ends.
     let mut target = Some(target);
@@ -232,11 +270,25 @@ fn supervise(
             Ok(Event::RunnerExited(code)) => {
                 say(&format!("gitlab-runner ended with code {code}"));
                 reporter.report(Report::RunnerExited(code));
+                // Its host may want it looked at.
+                if let Some(first) = config.may_stay.then(|| stay::word(inbox, STAY_WORD_DEADLINE, of_stay)).flatten() {
+                    stay::stay(first, inbox, of_stay);
+                }
+                return Ok(());
+            }
+            Ok(Event::Stay(first)) => {
+                runner::end(runner);
+                stay::stay(first, inbox, of_stay);
                 return Ok(());
             }
             Ok(Event::DoorSilent) | Err(_) => return Err(GuestError::DoorSilent(config.power_off_after_s)),
         }
     }
+}
+
+/// The word to stay, if it is one: what else happens is of no interest any more.
+fn of_stay(event: Event) -> Option<Stay> {
+    if let Event::Stay(stay) = event { Some(stay) } else { None }
 }
 
 fn in_background(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), GuestError> {
@@ -250,7 +302,10 @@ fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line
     match channel::read_lines(reporter, lines) {
         Ok(()) => {
             reporter.report(Report::Ready);
-            reporter.report(Report::Contract { contract: CONTRACT, relay: egress::is_possible() });
+            reporter.report(Report::Contract {
+                contract: CONTRACT,
+                can: Can { relay: egress::is_possible(), stay: true, shell: true },
+            });
             let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
             Ok((config, Some(inbox)))
         }
@@ -291,7 +346,7 @@ fn target(config: &GuestConfig, wire: impl FnOnce() -> Option<PathBuf>) -> Resul
         Door::Address(config.door.parse().map_err(|_| ApplyError::Member("door", "address:port, or `wire`"))?)
     };
     let pass = Pass::from_text(&config.pass).ok_or(ApplyError::Member("pass", "pass"))?;
-    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s) })
+    Ok(Target { door, pass, patience: Duration::from_secs(config.door_patience_s), forwards: Vec::new() })
 }
 
 #[cfg(test)]

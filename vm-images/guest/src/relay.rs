@@ -15,8 +15,10 @@
 //! kernel's backlog waits. The pass lives in this process's memory only.
 #![expect(clippy::disallowed_types, clippy::disallowed_methods, reason = "accepting begins before any async runtime")]
 
+pub mod forward;
 pub mod port;
 pub(crate) mod session;
+pub(crate) mod shuttle;
 mod tcp;
 mod wire;
 
@@ -88,6 +90,8 @@ pub struct Target {
     pub pass: Pass,
     /// How long a door that refuses is waited for.
     pub patience: Duration,
+    /// What else is behind a wire. A door at an address has nothing beside it.
+    pub forwards: Vec<forward::Forward>,
 }
 
 /// A handle to the running relay; clones share it.
@@ -151,10 +155,10 @@ impl Relay {
     /// # Errors
     /// If what a wire needs cannot be made.
     pub fn hand_over(&self, target: Target) -> io::Result<()> {
-        let Target { door, pass, patience } = target;
+        let Target { door, pass, patience, forwards } = target;
         let way = match door {
             Door::Address(door) => Way::Tcp(tcp::Target { door, pass, patience }),
-            Door::Wire(port) => Way::Wire(wire::start(Arc::clone(&self.0), port, pass, patience)?),
+            Door::Wire(port) => Way::Wire(wire::start(Arc::clone(&self.0), port, pass, patience, forwards)?),
         };
         self.0.heard();
         self.0.state().way = Some(way);

@@ -9,7 +9,7 @@ use crate::console;
 use crate::users::{self, User};
 use dayfly_guest_config::{CONFIG_FILE, GuestRunner};
 use rustix::mount::{MountFlags, mount};
-use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit, setsid};
+use rustix::process::{Gid, Pid, Resource, Rlimit, Signal, Uid, getrlimit, kill_process, setrlimit, setsid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use std::convert::Infallible;
 use std::ffi::OsString;
@@ -94,6 +94,37 @@ pub fn exit_code(status: ExitStatus) -> i32 {
     status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1)
 }
 
+/// How often a session is looked through while it is ended: what is there may make more of itself meanwhile.
+const ENDING_ROUNDS: u32 = 5;
+
+/// Ends the runner of this process id, and all that is in its session or belongs to it. What has left it lives on.
+pub fn end(leader: u32) {
+    for _ in 0..ENDING_ROUNDS {
+        let all = in_session(Path::new("/proc"), leader);
+        if all.is_empty() {
+            return;
+        }
+        for process in all {
+            let Some(process) = i32::try_from(process).ok().and_then(Pid::from_raw) else { continue };
+            // It may be gone by now.
+            let _ = kill_process(process, Signal::KILL);
+        }
+    }
+}
+
+/// The processes of a session, by the file `stat` of each.
+fn in_session(proc: &Path, leader: u32) -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir(proc) else { return Vec::new() };
+    let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let of_session = |process: &u32| {
+        let stat = std::fs::read_to_string(proc.join(process.to_string()).join("stat")).unwrap_or_default();
+        // Behind the name, which may hold anything: state, parent, group, session.
+        let session = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(3)?.parse::<u32>().ok());
+        session == Some(leader)
+    };
+    numbers.filter(of_session).collect()
+}
+
 /// Becomes the user and then the program: `run-as USER -- PROGRAM ARGUMENT…`.
 ///
 /// # Errors
@@ -155,6 +186,23 @@ mod tests {
             arguments(&runner).join(" "),
             "/usr/bin/gitlab-runner run-single -c /etc/gitlab-runner/config.toml -r -odd \"name\" --max-builds 1 --wait-timeout 360"
         );
+    }
+
+    #[test]
+    fn a_session_is_known_by_its_leader_whatever_its_processes_are_called() {
+        let proc = tempfile::tempdir().unwrap();
+        for (process, stat) in [
+            ("7", "7 (gitlab-runner) S 1 7 7 0 -1"),
+            ("8", "8 (a) b) R 1 1 1) S 7 8 7 0 -1"),
+            ("9", "9 (other) S 1 9 9 0 -1"),
+        ] {
+            std::fs::create_dir(proc.path().join(process)).unwrap();
+            std::fs::write(proc.path().join(process).join("stat"), stat).unwrap();
+        }
+        std::fs::create_dir(proc.path().join("self")).unwrap();
+        let mut found = in_session(proc.path(), 7);
+        found.sort_unstable();
+        assert_eq!(found, [7, 8]);
     }
 
     #[test]

@@ -136,12 +136,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> HostSession<S> {
     pub async fn accept(&mut self) -> Option<Result<Stream, SessionError>> {
         loop {
             match self.request().await? {
-                Ok(asked) if asked.authority() == AUTHORITY => {
+                Ok(asked) if asked.is_for_door() => {
                     if let Some(stream) = asked.accept() {
                         return Some(Ok(stream));
                     }
                 }
-                Ok(mut asked) => asked.answer.send_reset(Reason::REFUSED_STREAM),
+                Ok(asked) => asked.reset(),
                 Err(error) => return Some(Err(error)),
             }
         }
@@ -200,6 +200,17 @@ impl Asked {
             return None;
         };
         Some(Self { authority, answer, body: request.into_body(), alive: Arc::clone(alive) })
+    }
+
+    /// Whether it is for the door.
+    #[must_use]
+    pub fn is_for_door(&self) -> bool {
+        self.authority() == AUTHORITY
+    }
+
+    /// Ends it as one that nobody here serves.
+    pub fn reset(mut self) {
+        self.answer.send_reset(Reason::REFUSED_STREAM);
     }
 
     /// What the guest wants to reach: `host:port`, but for what it made of that. At most a few kilobytes.

@@ -27,7 +27,10 @@ pub use dayfly_guest_config::{DOOR_PORT_NAME, EGRESS_PORT_NAME};
 pub use guest::{GuestSession, Opener};
 pub use handshake::{HandshakeError, Proven, guest_handshake, host_handshake};
 pub use host::{Asked, HostSession};
-pub use limits::{AUTHORITY, DNS_AUTHORITY, FILLER_BYTES, Few, Held, Limits, SCANNED_BYTES_MAX};
+pub use limits::{
+    AUTHORITY, DNS_AUTHORITY, FILLER_BYTES, FORWARD_STREAMS, Few, Held, Limits, SCANNED_BYTES_MAX, forward_authority,
+    forward_port,
+};
 pub use stream::{Reading, Stream, Writing};
 
 /// Why there is a session no more, or not yet.

@@ -9,6 +9,26 @@ pub const AUTHORITY: &str = "door.dayfly.invalid:80";
 /// length in front of it, as over TCP (RFC 1035, 4.2.2).
 pub const DNS_AUTHORITY: &str = "dns.dayfly.invalid:53";
 
+/// Behind the streams to the door and between them, streams to what an operator forwards to a machine (`[[forward]]`): the
+/// host of their targets, whose port says which one. What is behind it only the daemon knows.
+const FORWARD_HOST: &str = "forward.dayfly.invalid";
+
+/// Streams to forwards at once, beside those to the door, in a session of a machine that has forwards.
+pub const FORWARD_STREAMS: u32 = 64;
+
+/// The target of a stream to the forward that a machine has at this port.
+#[must_use]
+pub fn forward_authority(port: u16) -> String {
+    format!("{FORWARD_HOST}:{port}")
+}
+
+/// The port of [`forward_authority`]; `None`: it is for something else.
+#[must_use]
+pub fn forward_port(authority: &str) -> Option<u16> {
+    let port = authority.strip_prefix(FORWARD_HOST)?.strip_prefix(':')?;
+    port.parse().ok().filter(|number: &u16| number.to_string() == port)
+}
+
 /// What a filler is made of. No frame begins with it: none is so long.
 pub(crate) const FILLER_BYTE: u8 = 0xff;
 
@@ -117,6 +137,12 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// With room for forwards beside the streams to the door.
+    #[must_use]
+    pub fn with_forwards(self) -> Self {
+        Self { streams: self.streams + FORWARD_STREAMS, opened: self.opened + FORWARD_STREAMS, ..self }
+    }
+
     /// Those of the wire by which a job reaches the world: many streams, of which the host may hold little, for it holds
     /// them for each VM. A thousand of which nobody takes what the guest sent are 19 MiB; as much again and more, if
     /// the guest reads its pipe no longer. What they hold at the guest is the guest's memory.
@@ -146,5 +172,31 @@ impl Limits {
 
     fn window(&self, held: Held) -> u32 {
         (self.streams + 4).saturating_mul(held.window).min(i32::MAX.unsigned_abs())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forwards_target_names_its_port_and_nothing_else_does() {
+        for port in [1, 3142, 65_535] {
+            assert_eq!(forward_port(&forward_authority(port)), Some(port));
+        }
+        for other in [
+            AUTHORITY,
+            DNS_AUTHORITY,
+            "forward.dayfly.invalid",
+            "forward.dayfly.invalid:",
+            "forward.dayfly.invalid:+80",
+            "forward.dayfly.invalid:080",
+            "forward.dayfly.invalid:65536",
+            "forward.dayfly.invalid:80:80",
+            "a@forward.dayfly.invalid:80",
+            "127.0.0.1:80",
+        ] {
+            assert_eq!(forward_port(other), None, "{other}");
+        }
     }
 }

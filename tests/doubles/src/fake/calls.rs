@@ -134,7 +134,7 @@ impl FakeHypervisor {
     /// The VM is there from here on; its guest boots.
     fn boot(&self, spec: VmSpec) {
         let name = VmName::from(spec.id.clone());
-        let [channel, door, console] = std::array::from_fn(|_| Wire::default());
+        let [channel, door, shell, console] = std::array::from_fn(|_| Wire::default());
         let control = Control::default();
         let (relay, mut sessions) = dayfly_test_guest::relay();
         let port = door.guest_end();
@@ -144,6 +144,7 @@ impl FakeHypervisor {
             spec: spec.clone(),
             channel: channel.guest_end(),
             door: door.guest_end(),
+            shell: shell.guest_end(),
             console: console.guest_end(),
             relay,
             doors: Doors(self.clone()),
@@ -153,7 +154,7 @@ impl FakeHypervisor {
         world.endings.remove(&name);
         world.vms.insert(
             name.clone(),
-            Machine { spec, state: VmState::Running, channel, door, console, control: control.clone() },
+            Machine { spec, state: VmState::Running, channel, door, shell, console, control: control.clone() },
         );
         world.note(None, &name.to_string(), "started");
         drop(world);
@@ -322,6 +323,7 @@ impl Paths for FakeHypervisor {
                 match op {
                     Op::OpenChannel => machine.channel.connect(),
                     Op::OpenDoor => machine.door.connect(),
+                    Op::OpenShell => machine.shell.connect(),
                     _ => machine.console.connect(),
                 }
             })?;

@@ -20,6 +20,7 @@ pub enum Op {
     List,
     OpenChannel,
     OpenDoor,
+    OpenShell,
     OpenConsole,
     RemoveSockets,
     Listen,
@@ -30,7 +31,7 @@ pub enum Op {
 
 impl Op {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Probe,
         Self::CreateOverlay,
         Self::RemoveOverlay,
@@ -41,6 +42,7 @@ impl Op {
         Self::List,
         Self::OpenChannel,
         Self::OpenDoor,
+        Self::OpenShell,
         Self::OpenConsole,
         Self::RemoveSockets,
         Self::Listen,
@@ -55,6 +57,7 @@ impl Op {
         let op = match socket.extension()?.to_str()? {
             "guest" => Self::OpenChannel,
             "door" => Self::OpenDoor,
+            "shell" => Self::OpenShell,
             "con" => Self::OpenConsole,
             _ => return None,
         };
@@ -90,6 +93,7 @@ impl Op {
             Self::List => "list VMs of",
             Self::OpenChannel => "open channel of VM",
             Self::OpenDoor => "open door's port of VM",
+            Self::OpenShell => "open shell's port of VM",
             Self::OpenConsole => "open console of VM",
             Self::RemoveSockets => "remove sockets of VM",
             Self::Listen => "listen at",

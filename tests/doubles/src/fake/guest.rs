@@ -39,6 +39,8 @@ pub struct GuestMachine {
     pub channel: GuestEnd,
     /// The port that carries what it says to its door: one without a relay, or a hostile one.
     pub door: GuestEnd,
+    /// The port by which a host asks for a shell.
+    pub shell: GuestEnd,
     /// Its serial console.
     pub console: GuestEnd,
     /// Its relay, for which the script has a door behind a wire. Without a pass it leaves the port alone.

@@ -127,6 +127,7 @@ struct Machine {
     state: VmState,
     channel: Wire,
     door: Wire,
+    shell: Wire,
     console: Wire,
     control: Control,
 }
@@ -393,6 +394,7 @@ impl FakeHypervisor {
         machine.control.set(false, true);
         machine.channel.close();
         machine.door.close();
+        machine.shell.close();
         machine.console.close();
         if let Some(carrier) = world.carriers.get_mut(name) {
             carrier.hang_up();

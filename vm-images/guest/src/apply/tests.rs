@@ -24,6 +24,7 @@ fn config() -> GuestConfig {
             dns: vec!["10.0.2.3".parse().unwrap()],
             relay: false,
         },
+        forwards: Vec::new(),
         runner: GuestRunner {
             config_toml: "concurrent = 1\n".into(),
             ca_pem: None,
@@ -33,6 +34,7 @@ fn config() -> GuestConfig {
         },
         door_patience_s: 60,
         power_off_after_s: 1800,
+        may_stay: false,
     }
 }
 

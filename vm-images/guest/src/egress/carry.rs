@@ -2,13 +2,11 @@
 
 use super::hold::Hold;
 use crate::netfilter::queue::Flow;
-use dayfly_wire::Stream;
-use rustix::net::sockopt::{ip_original_dst, set_socket_linger};
-use std::io;
+use crate::relay::shuttle::shuttle;
+use rustix::net::sockopt::ip_original_dst;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -54,7 +52,7 @@ pub(super) async fn run(listener: TcpListener, hold: Arc<Hold>) {
                         },
                     };
                     if let Some(stream) = stream {
-                        shuttle(near, stream).await;
+                        shuttle(near, stream, BUFFER_BYTES).await;
                     }
                 });
             }
@@ -67,32 +65,4 @@ fn flow(near: &TcpStream, source: SocketAddr) -> Option<Flow> {
     let SocketAddr::V4(source) = source else { return None };
     let destination = ip_original_dst(near).ok()?;
     (near.local_addr().ok()? != SocketAddr::V4(destination)).then_some(Flow { source, destination })
-}
-
-/// Copies both ways until both are at their ends. What breaks on one side is broken on the other.
-async fn shuttle(mut near: TcpStream, stream: Stream) {
-    // Failing to set it costs 40 ms here and there, no more.
-    let _ = near.set_nodelay(true);
-    let (mut from_far, mut to_far) = split(stream);
-    let (mut from_near, mut to_near) = near.split();
-    let whole = tokio::try_join!(copy(&mut from_near, &mut to_far), copy(&mut from_far, &mut to_near));
-    if whole.is_ok() {
-        // What the kernel has still to send of it goes on. If this fails it is cut, which is said.
-        let _ = set_socket_linger(&near, None);
-    } else {
-        // `near` is reset as it is dropped.
-        from_far.unsplit(to_far).reset();
-    }
-}
-
-/// Copies one way, and says that it has ended.
-async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        let count = from.read(&mut buffer).await?;
-        if count == 0 {
-            return to.shutdown().await;
-        }
-        to.write_all(&buffer[..count]).await?;
-    }
 }

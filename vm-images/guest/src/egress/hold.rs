@@ -1,9 +1,9 @@
 //! First packets wait here until their far ends have answered, so that who connects to a closed port is refused, and not
 //! connected and then cut: `nc -z`, and whoever tries one address after another, must not be deceived.
 
-use super::open;
 use crate::netfilter::queue::{Flow, Packet, Queue, Verdict};
 use crate::netfilter::rules::{CONNECTED, REFUSED};
+use crate::relay::session::open_to;
 use dayfly_wire::{Opener, Stream};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -83,7 +83,7 @@ impl Hold {
     /// # Errors
     /// The host's answer, or that there was none in time.
     pub(super) async fn open(&self, flow: Flow) -> io::Result<Stream> {
-        let opened = timeout(HOLD, open(self.session.clone(), &flow.destination.to_string())).await;
+        let opened = timeout(HOLD, open_to(self.session.clone(), &flow.destination.to_string())).await;
         opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 

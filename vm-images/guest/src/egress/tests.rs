@@ -18,6 +18,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::sleep;
+use tokio::time::timeout;
 
 const LIMIT: Duration = Duration::from_secs(20);
 

@@ -12,7 +12,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -22,6 +22,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// Between two looks at a port with nobody at its other end: what a session's beginning waits at worst, and a quarter
 /// of what looks each 5 ms cost (0.09 of a processor, translated).
 const HUNG_UP_PAUSE: Duration = Duration::from_millis(20);
+
+/// And at a port where a person waits: a look costs next to nothing, but there would be one for as long as the machine is.
+const RARE_PAUSE: Duration = Duration::from_millis(500);
 
 /// What is read at once. The kernel gives a page with each read, and whoever reads here asks for what a frame still
 /// lacks, which is less.
@@ -48,20 +51,36 @@ pub struct Device(pub PathBuf);
 
 impl Port for Device {
     fn open(&mut self) -> Opening<'_> {
-        Box::pin(async {
-            let flags = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
-            let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(&self.0)?;
-            while hung_up(&file) {
-                tokio::time::sleep(HUNG_UP_PAUSE).await;
-            }
-            #[expect(
-                deprecated,
-                reason = "its successor is `unsafe`; a `File` keeps its descriptor, which is all that it asks"
-            )]
-            let registered = AsyncFd::new(file)?;
-            Ok(Box::new(Opened::new(registered)) as Box<dyn Pipe>)
-        })
+        Box::pin(open(&self.0, HUNG_UP_PAUSE))
     }
+}
+
+/// The same, of a port that somebody comes to now and then, and waits at.
+pub struct RareDevice(pub PathBuf);
+
+impl Port for RareDevice {
+    fn open(&mut self) -> Opening<'_> {
+        Box::pin(open(&self.0, RARE_PAUSE))
+    }
+}
+
+async fn open(path: &Path, pause: Duration) -> io::Result<Box<dyn Pipe>> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).map_err(io::Error::other)?;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
+    while hung_up(&file) {
+        tokio::time::sleep(pause).await;
+    }
+    pipe(file)
+}
+
+/// A file that does not block, as a pipe.
+pub(crate) fn pipe(file: File) -> io::Result<Box<dyn Pipe>> {
+    #[expect(
+        deprecated,
+        reason = "its successor is `unsafe`; a `File` keeps its descriptor, which is all that it asks"
+    )]
+    let registered = AsyncFd::new(file)?;
+    Ok(Box::new(Opened::new(registered)))
 }
 
 /// Is nobody at the other end?

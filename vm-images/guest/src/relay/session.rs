@@ -4,11 +4,15 @@
 use super::Limits;
 use super::port::{Pipe, Port};
 use dayfly_guest_config::{Nonce, Pass};
-use dayfly_wire::{HandshakeError, Opener, Proven, guest_handshake};
+use dayfly_wire::{HandshakeError, Opener, Proven, Stream, guest_handshake};
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{self, Read as _};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
+
+/// Before a session that does not do what it should is asked again: it is over, and says so in a moment.
+const SESSION_PAUSE: Duration = Duration::from_secs(1);
 
 /// One session after another, for ever. `current` has what opens streams in the one that is; `heard` is called whenever
 /// its host has said something.
@@ -47,4 +51,29 @@ async fn handshake(pipe: Box<dyn Pipe>, pass: &Pass) -> Result<Proven<Box<dyn Pi
     let mut nonce = Nonce::default();
     File::open("/dev/urandom")?.read_exact(&mut nonce)?;
     guest_handshake(pipe, pass, nonce).await
+}
+
+/// A stream that the host has accepted, in this session or a later one.
+///
+/// # Errors
+/// The host's answer: it refuses, or the far end does, or does not answer.
+///
+/// # Cancel safety
+/// Safe: a stream that was begun ends by itself.
+pub(crate) async fn open_to(mut session: watch::Receiver<Option<Opener>>, authority: &str) -> io::Result<Stream> {
+    loop {
+        let opener = session.wait_for(Option::is_some).await.map(|opener| opener.clone());
+        let Ok(Some(opener)) = opener else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        if let Ok(mut stream) = opener.open_to(authority).await {
+            match stream.accepted().await {
+                Ok(()) => return Ok(stream),
+                Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::TimedOut) => {
+                    return Err(error);
+                }
+                Err(_) => {}
+            }
+        }
+        // That session is over, or about to be.
+        let _ = timeout(SESSION_PAUSE, session.changed()).await;
+    }
 }

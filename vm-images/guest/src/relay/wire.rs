@@ -5,6 +5,7 @@
 //! its session and ends with it, as a connection to a daemon does; one whose stream was not is nobody's yet, and waits
 //! for the next session as long as its patience lasts.
 
+use super::forward::{self, Forward};
 use super::port::Port;
 use super::{BUFFER_BYTES, Shared, Slot, session};
 use dayfly_guest_config::Pass;
@@ -38,11 +39,17 @@ impl Sender {
 ///
 /// # Errors
 /// If runtime or thread cannot be made.
-pub(super) fn start(shared: Arc<Shared>, port: Box<dyn Port>, pass: Pass, patience: Duration) -> io::Result<Sender> {
+pub(super) fn start(
+    shared: Arc<Shared>,
+    port: Box<dyn Port>,
+    pass: Pass,
+    patience: Duration,
+    forwards: Vec<Forward>,
+) -> io::Result<Sender> {
     let (sender, connections) = mpsc::unbounded_channel();
     let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
     thread::Builder::new().name("wire".into()).spawn(move || {
-        runtime.block_on(run(shared, port, pass, patience, connections));
+        runtime.block_on(run(shared, port, pass, patience, forwards, connections));
     })?;
     Ok(Sender(sender))
 }
@@ -52,17 +59,20 @@ async fn run(
     port: Box<dyn Port>,
     pass: Pass,
     patience: Duration,
+    forwards: Vec<Forward>,
     mut connections: mpsc::UnboundedReceiver<(Slot, net::TcpStream)>,
 ) {
     let (current, session) = watch::channel(None);
-    let (wire, hearing) = (limits(&shared), Arc::clone(&shared));
+    let (wire, hearing) = (limits(&shared, !forwards.is_empty()), Arc::clone(&shared));
+    let mut forwarding = pin!(forward::run(forwards, session.clone(), patience));
     let mut sessions = pin!(session::keep(port, &pass, &shared.limits, &wire, move || hearing.heard(), &current));
     let mut tasks = JoinSet::new();
     loop {
         tokio::select! {
-            // What was begun before what comes. All three are cancel safe, or pinned.
+            // What was begun before what comes. All of them are cancel safe, or pinned.
             biased;
             () = &mut sessions => return,
+            () = &mut forwarding => return,
             Some(_) = tasks.join_next() => {}
             connection = connections.recv() => {
                 // The relay has ended: tests only.
@@ -77,10 +87,11 @@ async fn run(
     }
 }
 
-fn limits(shared: &Shared) -> Limits {
+fn limits(shared: &Shared, forwards: bool) -> Limits {
     let opened = u32::try_from(shared.limits.connections).unwrap_or(u32::MAX);
     let limits = Limits::default();
-    Limits { opened: opened.min(limits.opened), ..limits }
+    let limits = Limits { opened: opened.min(limits.opened), ..limits };
+    if forwards { limits.with_forwards() } else { limits }
 }
 
 /// One connection of the runner.

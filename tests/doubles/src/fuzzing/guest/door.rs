@@ -204,6 +204,7 @@ impl Door {
             spool: spool.writer(),
             client: JobClient::new(transport, JobId(JOB), Secret::new(JOB_TOKEN), rng.clone()),
             cache: None,
+            forwards: Vec::new(),
             direct_download: false,
             events,
             view: seen,

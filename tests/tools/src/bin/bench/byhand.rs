@@ -45,6 +45,7 @@ impl Told {
             nested: false,
             network: Mode::User,
             egress: None,
+            forwards: Vec::new(),
             runner: GuestRunnerSpec {
                 name: "runner".into(),
                 token: self.token.clone(),
@@ -53,6 +54,7 @@ impl Told {
                 direct_download: false,
                 settings: GuestSettings::default(),
             },
+            keep_failed: None,
             notes: Vec::new(),
         };
         let parts = GuestParts {

@@ -94,6 +94,7 @@ async fn machine(channel: UnixListener, console: UnixListener, port: Socket) -> 
         door,
         pass: Pass::from_text(&config.pass).ok_or("the config has no pass")?,
         patience: Duration::from_secs(config.door_patience_s),
+        forwards: Vec::new(),
     };
     relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))?;
     let token = guest_token(&config).ok_or("the config has no guest token")?;

@@ -6,7 +6,9 @@
 use dayfly_test_guest::http::{request, request_in_chunks};
 use dayfly_test_guest::job::{CHUNK_BYTES, MULTIPART, ask, multipart, upload_path};
 use dayfly_test_guest::{Answer, Connection, Job, Kept, Word};
-use dayfly_test_tools::killing::{CANCELED_LINE, Step, artifact, downloaded, first_line, last_line, uploaded};
+use dayfly_test_tools::killing::{
+    CANCELED_LINE, Step, artifact, cache, cached, downloaded, first_line, is_a_cache, last_line, uploaded,
+};
 use serde_json::{Value, json};
 use std::io;
 use std::net::SocketAddr;
@@ -86,6 +88,7 @@ struct Work {
     /// Artifacts of other jobs, and the tokens that open them.
     dependencies: Vec<(u64, String)>,
     next_tick: Instant,
+    project: u64,
 }
 
 impl Work {
@@ -100,6 +103,7 @@ impl Work {
                 .filter_map(|job| Some((job["id"].as_u64()?, job["token"].as_str()?.to_owned())))
                 .collect(),
             next_tick: Instant::now() + TICK,
+            project: payload["job_info"]["project_id"].as_u64()?,
         })
     }
 
@@ -160,6 +164,13 @@ impl Work {
                     _ if right => downloaded(from, count),
                     Ok(bytes) => format!("downloaded {} other bytes\n", bytes.len()),
                     Err(why) => format!("not downloaded: {why}\n"),
+                };
+                self.job.trace.extend_from_slice(line.as_bytes());
+            }
+            Step::Cache(count) => {
+                let line = match self.cache(count).await {
+                    Ok(()) => cached(count),
+                    Err(why) => format!("not cached: {why}\n"),
                 };
                 self.job.trace.extend_from_slice(line.as_bytes());
             }
@@ -232,6 +243,36 @@ impl Work {
             sleep(VERDICT_PAUSE).await;
         }
         status
+    }
+
+    /// Saves, as often as a daemon dies of it, then looks in two parts for what is there: whole, whoever saved it last.
+    async fn cache(&mut self, count: usize) -> Result<(), String> {
+        let path = format!("/cache/project/{}/kill", self.project);
+        let message = request("PUT", &path, &[], cache(self.job.id, count));
+        self.until_answered(&message, 200).await?;
+        loop {
+            let part = |range: String| request("GET", &path, &[("Range", &range)], "");
+            let first = self.until_answered(&part("bytes=0-9".into()), 206).await?;
+            let rest = self.until_answered(&part("bytes=10-".into()), 206).await?;
+            // A daemon of before kept to one version only as long as it lived.
+            if first.header("etag") != rest.header("etag") {
+                continue;
+            }
+            let found = [first.body, rest.body].concat();
+            return if is_a_cache(&found) { Ok(()) } else { Err(format!("{} bytes that are no cache", found.len())) };
+        }
+    }
+
+    /// The first answer of this status.
+    async fn until_answered(&mut self, message: &[u8], right: u16) -> Result<Answer, String> {
+        for _ in 0..VERDICT_TRIES {
+            match Client::new(self.client.relay).call(message).await {
+                Ok(answer) if answer.status == right => return Ok(answer),
+                Ok(answer) if answer.status < 500 => return Err(format!("status {}", answer.status)),
+                Ok(_) | Err(_) => sleep(VERDICT_PAUSE).await,
+            }
+        }
+        Err("no answer".into())
     }
 
     async fn download(&mut self, from: u64) -> Result<Vec<u8>, String> {

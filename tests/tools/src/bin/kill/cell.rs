@@ -254,8 +254,11 @@ impl Cell {
         self.feed(rng, 3);
         loop {
             if point == "K13" && !self.jobs.values().any(is_uploading) || self.open_jobs().len() < 2 {
-                let wanted = if point == "K13" { Wanted::uploading(rng) } else { Wanted::choose(rng, self.source) };
-                self.enqueue(wanted);
+                self.enqueue(match point {
+                    "K13" => Wanted::uploading(rng),
+                    "K19" => Wanted::caching(rng),
+                    _ => Wanted::choose(rng, self.source),
+                });
             }
             let daemon = self.daemon.as_mut().ok_or("no daemon is there to die")?;
             if daemon.died_at(point, Duration::from_millis(200)).await? {

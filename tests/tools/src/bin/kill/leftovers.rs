@@ -15,7 +15,7 @@ pub(crate) struct Places {
 }
 
 /// What may always be there, below each of the directories.
-const STATE: [&str; 5] = ["installation.json", "jobs", "overlays", "lock", "ended"];
+const STATE: [&str; 8] = ["installation.json", "jobs", "overlays", "lock", "ended", "consoles", "shells", "cache"];
 const RUNTIME: [&str; 4] = ["control.sock", "jobs", "status.sock", "vm"];
 const MACHINES: [&str; 2] = ["guest", "guest.log"];
 
@@ -26,7 +26,9 @@ pub(crate) fn left(places: &Places) -> Vec<String> {
     for (directory, known) in [(state, &STATE[..]), (runtime, &RUNTIME), (machines, &MACHINES)] {
         others(directory, known, &mut left);
     }
-    for directory in [state.join("jobs"), state.join("overlays"), runtime.join("jobs"), runtime.join("vm")] {
+    for directory in
+        [state.join("jobs"), state.join("overlays"), state.join("cache/pins"), runtime.join("jobs"), runtime.join("vm")]
+    {
         others(&directory, &[], &mut left);
     }
     left.extend(listeners(ports).into_iter().map(|port| format!("a listener at port {port}")));

@@ -35,7 +35,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::task::JoinSet;
 
 const USAGE: &str =
-    "usage: kill-test --dayfly PROGRAM --guest PROGRAM [--kills N] [--seed S] [--point K0..K18] [--last DIRECTORY]";
+    "usage: kill-test --dayfly PROGRAM --guest PROGRAM [--kills N] [--seed S] [--point K0..K19] [--last DIRECTORY]";
 
 /// State directories side by side.
 const CELLS: u16 = 4;

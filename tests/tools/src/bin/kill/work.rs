@@ -79,6 +79,12 @@ impl Wanted {
         Self { script: vec![Step::Bytes(200), Step::Upload(count), Step::Bytes(200)], cancel: None, source: None }
     }
 
+    /// A job that saves a cache of some hundred KiB by the key that all have, and looks for it.
+    pub(crate) fn caching(rng: &Rng) -> Self {
+        let count = 1000 + usize::try_from(rng.below(900_000)).unwrap_or(0);
+        Self { script: vec![Step::Bytes(200), Step::Cache(count), Step::Bytes(200)], cancel: None, source: None }
+    }
+
     /// As GitLab gets it.
     pub(crate) fn spec(&self) -> JobSpec {
         let spec = JobSpec::script(self.script.iter().map(ToString::to_string));

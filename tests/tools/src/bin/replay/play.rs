@@ -136,7 +136,7 @@ impl Booted {
             None if self.config.door == DOOR_WIRE => Door::Wire(Box::new(GuestPort(self.port))),
             None => return Err("the guest config names no door".into()),
         };
-        let target = Target { door, pass, patience: LIMIT };
+        let target = Target { door, pass, patience: LIMIT, forwards: Vec::new() };
         relay.hand_over(target).map_err(|error| format!("open the relay: {error}"))
     }
 }

@@ -234,6 +234,12 @@ impl Ledger {
                 note.record = parse(bytes).ok();
                 note.guest_base = note.record.as_ref().and_then(|record| record.guest_base).or(note.guest_base);
                 note.had_record = true;
+                let kept = note.record.as_ref().is_some_and(|record| record.state.is_kept());
+                if kept {
+                    note.kept_since.get_or_insert(now);
+                } else if note.kept_since.is_some() {
+                    note.kept_over.get_or_insert(now);
+                }
                 note.record_stale = None;
                 note.record_gone_at = None;
             }

@@ -23,6 +23,8 @@ pub(crate) struct Plan {
     pub(crate) bug: Option<Bug>,
     /// The image's guests are of the contract before, whose doors are ports.
     pub(crate) by_port: bool,
+    /// For so many seconds the machine of a job that failed is kept.
+    pub(crate) keep_s: Option<u64>,
 }
 
 /// Deadlines and bounds of the daemon.
@@ -322,6 +324,10 @@ impl Plan {
             heals,
             bug: None,
             by_port: Dice::new(seed, 9).chance(350),
+            keep_s: {
+                let mut dice = Dice::new(seed, 11);
+                if dice.chance(250) { Some(*dice.pick(&[15, 60, 200])) } else { None }
+            },
         }
     }
 }

@@ -111,6 +111,8 @@ bugs! {
     CapIgnored breaks 18,
     /// A guest that was told to end, or has said its last word, may live as long as it likes.
     GraceNeverOver breaks 18,
+    /// A machine that is kept after its job failed is kept for a month.
+    KeptForEver breaks 18,
     /// The hypervisor's list is not looked at: a paused machine goes unnoticed.
     ListIgnored breaks 18,
     /// After an outage of GitLab it is minutes until the next poll.

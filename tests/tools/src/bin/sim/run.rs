@@ -234,6 +234,7 @@ impl World {
             path.ends_with("installation.json")
                 || path.starts_with("/state/set-aside")
                 || path.starts_with("/state/ended")
+                || path.starts_with("/state/consoles")
         };
         let files: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|path| !usual(path)).collect();
         if !files.is_empty() {

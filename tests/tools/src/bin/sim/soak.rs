@@ -133,6 +133,7 @@ fn plan(seed: u64) -> Plan {
         heals: Duration::ZERO,
         bug: None,
         by_port: false,
+        keep_s: None,
     }
 }
 

@@ -230,6 +230,9 @@ fn config(plan: &Plan) -> Config {
             memory_mib: 512,
             disk_gib: 10,
             allow_standin_runner: true,
+            keep_failed: plan.keep_s.map(Span::from_secs),
+            keep_failed_projects: vec!["**".into()],
+            keep_failed_max: 2,
             ..Class::new("small", "test")
         }],
         ..Config::default()

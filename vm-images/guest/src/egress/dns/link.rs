@@ -1,8 +1,8 @@
 //! The stream to the host's resolver, opened again whenever it has ended.
 
-use super::super::open;
 use super::message::MESSAGE_BYTES_MAX;
 use super::table::OUTSTANDING_MAX;
+use crate::relay::session::open_to;
 use dayfly_wire::{DNS_AUTHORITY, Opener};
 use std::io;
 use std::time::Duration;
@@ -25,7 +25,7 @@ pub(super) enum Event {
 /// Keeps one open for ever.
 pub(super) async fn keep(session: watch::Receiver<Option<Opener>>, events: mpsc::Sender<Event>) {
     loop {
-        if let Ok(stream) = open(session.clone(), DNS_AUTHORITY).await {
+        if let Ok(stream) = open_to(session.clone(), DNS_AUTHORITY).await {
             let (sender, mut questions) = mpsc::channel::<Vec<u8>>(OUTSTANDING_MAX);
             // Fails only where nobody asks any more.
             if events.send(Event::Up(sender)).await.is_err() {

@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::sync::mpsc;
 
 fn target(door: SocketAddr, patience: Duration) -> Target {
-    Target { door: Door::Address(door), pass: pass(1), patience }
+    Target { door: Door::Address(door), pass: pass(1), patience, forwards: Vec::new() }
 }
 
 fn connect(address: SocketAddr) -> TcpStream {

@@ -1,9 +1,10 @@
 //! Doors behind a port, which is a socket here: who listens is the guest, and each connection a host.
 
+use super::super::forward::Forward;
 use super::super::port::{Opening, Pipe, Port};
 use super::super::{Door, Limits, Relay, Target};
 use super::{LIMIT, limits, pass, relay, wait_idle};
-use dayfly_wire::{HostSession, Stream, host_handshake};
+use dayfly_wire::{Asked, HostSession, Stream, forward_authority, host_handshake};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -41,8 +42,12 @@ impl Guest {
     }
 
     fn hand_over(&self, patience: Duration) {
+        self.hand_over_with(patience, Vec::new());
+    }
+
+    fn hand_over_with(&self, patience: Duration, forwards: Vec<Forward>) {
         let door = Door::Wire(Box::new(Socket(self.port.clone(), None)));
-        self.relay.hand_over(Target { door, pass: pass(1), patience }).unwrap();
+        self.relay.hand_over(Target { door, pass: pass(1), patience, forwards }).unwrap();
     }
 
     async fn runner(&self) -> TcpStream {
@@ -252,4 +257,83 @@ async fn silence_is_measured_from_the_last_byte_of_a_proven_door() {
     // The guest's own question, after five seconds.
     beside(&mut session, sleep(Duration::from_millis(5300))).await;
     assert!(guest.relay.silent_for() < Duration::from_secs(2), "{:?}", guest.relay.silent_for());
+}
+
+/// A forward inside, known to the host as `port`, and where it is.
+fn forward(port: u16) -> (Forward, SocketAddr) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    (Forward { port, listener }, address)
+}
+
+/// The next stream that is asked for, whatever for.
+async fn asked(session: &mut HostSession<UnixStream>) -> Asked {
+    soon(session.request()).await.unwrap().unwrap()
+}
+
+/// Each forward is a stream of the door's wire that names its port: taken or refused by the host, ended or broken as the
+/// connection is.
+#[tokio::test]
+async fn what_connects_to_a_forward_is_a_stream_of_its_own() {
+    let guest = Guest::new(limits());
+    let ((one, at_one), (two, at_two)) = (forward(3142), forward(5000));
+    guest.hand_over_with(LIMIT, vec![one, two]);
+    let mut session = daemon(&guest.port, 2).await;
+
+    let mut job = soon(TcpStream::connect(at_one)).await.unwrap();
+    let wish = asked(&mut session).await;
+    assert_eq!(wish.authority(), forward_authority(3142));
+    let mut far = wish.accept().unwrap();
+    let talk = async {
+        job.write_all(b"ask").await.unwrap();
+        job.shutdown().await.unwrap();
+        let mut came = Vec::new();
+        far.read_to_end(&mut came).await.unwrap();
+        assert_eq!(came, b"ask");
+        far.write_all(b"answer").await.unwrap();
+        far.shutdown().await.unwrap();
+        let mut came = Vec::new();
+        job.read_to_end(&mut came).await.unwrap();
+        assert_eq!(came, b"answer");
+    };
+    beside(&mut session, talk).await;
+
+    // Refused: as by a port at which nobody listens any more.
+    let mut job = soon(TcpStream::connect(at_two)).await.unwrap();
+    let wish = asked(&mut session).await;
+    assert_eq!(wish.authority(), forward_authority(5000));
+    wish.refuse(502);
+    beside(&mut session, async { assert!(job.read(&mut [0; 8]).await.is_err()) }).await;
+
+    // Broken: as it is on the host.
+    let mut job = soon(TcpStream::connect(at_two)).await.unwrap();
+    let mut far = asked(&mut session).await.accept().unwrap();
+    // Not before the answer is there: a reset takes with it what is still unsent.
+    let answered = async {
+        far.write_all(b"x").await.unwrap();
+        job.read_exact(&mut [0]).await.unwrap();
+    };
+    beside(&mut session, answered).await;
+    far.reset();
+    beside(&mut session, async { assert!(job.read(&mut [0; 8]).await.is_err()) }).await;
+
+    // The runner's own way is as it was.
+    let _runner = guest.runner().await;
+    assert!(asked(&mut session).await.is_for_door());
+}
+
+/// E1: a forward waits for the next daemon, as the runner does.
+#[tokio::test]
+async fn a_forward_waits_for_a_daemon() {
+    let guest = Guest::new(limits());
+    let (one, at_one) = forward(3142);
+    guest.hand_over_with(LIMIT, vec![one]);
+    let mut job = soon(TcpStream::connect(at_one)).await.unwrap();
+    job.write_all(b"early").await.unwrap();
+    sleep(Duration::from_millis(50)).await;
+    let mut session = daemon(&guest.port, 2).await;
+    let mut far = asked(&mut session).await.accept().unwrap();
+    let mut came = [0; 5];
+    beside(&mut session, async { far.read_exact(&mut came).await.unwrap() }).await;
+    assert_eq!(&came, b"early");
 }

@@ -16,13 +16,15 @@ const ALL: &[Trouble] = &[Trouble::Daemon, Trouble::Libvirt, Trouble::Disk, Trou
 pub(crate) struct Deadlines {
     boot: Duration,
     silence: Duration,
+    /// The machine of a job that failed is kept for so long.
+    keep: Duration,
     leaves_at: Option<(At, Duration)>,
 }
 
 impl Deadlines {
     pub(crate) fn new(plan: &Plan) -> Self {
         let (boot, silence) = (Duration::from_secs(plan.limits.boot_s), Duration::from_secs(plan.limits.silence_s));
-        Self { boot, silence, leaves_at: None }
+        Self { boot, silence, keep: Duration::from_secs(plan.keep_s.unwrap_or_default()), leaves_at: None }
     }
 
     /// When this job must have a verdict of ours at the latest, and why.
@@ -93,6 +95,9 @@ impl Deadlines {
             note.over_known.map(|at| at + Duration::from_secs(60)),
         ];
         let Some(end) = known.into_iter().flatten().min() else { return };
+        // One that is kept, for its time at most.
+        let kept = note.kept_since.map(|since| note.kept_over.unwrap_or(since + self.keep).min(since + self.keep));
+        let end = kept.map_or(end, |kept| kept.max(end));
         let lives = |vm: &VmNote| vm.lives() || vm.overlay_at.is_some() && vm.overlay_gone_at.is_none();
         let living = note.vms.iter().find(|name| ledger.vms.get(*name).is_some_and(lives));
         if let Some(name) = living

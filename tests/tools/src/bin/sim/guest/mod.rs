@@ -30,6 +30,7 @@ pub(crate) struct Guest {
     pub(crate) token: String,
     pub(crate) script: Arc<Script>,
     pub(crate) wait: Duration,
+    pub(crate) may_stay: bool,
 }
 
 /// The life of one VM's inside.
@@ -118,7 +119,8 @@ async fn boot(
     let who = (story.clone(), vm.to_owned(), job);
     let line = Line::new(way, &config.pass, patience, who, dice);
     line.tell(GuestDoes::Configured { pass: &config.pass });
-    Some(Guest { machine, line, token, script, wait: Duration::from_secs(config.runner.wait_timeout_s) })
+    let (wait, may_stay) = (Duration::from_secs(config.runner.wait_timeout_s), config.may_stay);
+    Some(Guest { machine, line, token, script, wait, may_stay })
 }
 
 impl Guest {
@@ -133,6 +135,9 @@ impl Guest {
     /// Ends, as the guest program does when its runner has ended.
     pub(crate) async fn power_off(mut self) {
         report(&mut self.machine.channel, &Report::RunnerExited(0)).await;
+        if self.may_stay {
+            boot::stay(&mut self.machine.channel).await;
+        }
         self.machine.power.off();
         std::future::pending::<()>().await;
     }

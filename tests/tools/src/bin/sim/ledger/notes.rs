@@ -21,6 +21,10 @@ pub(crate) struct JobNote {
     /// The durable record.
     pub(crate) record: Option<Record>,
     pub(crate) had_record: bool,
+    /// Since when its record says that its machine is kept.
+    pub(crate) kept_since: Option<At>,
+    /// And since when it says so no longer.
+    pub(crate) kept_over: Option<At>,
     pub(crate) record_gone_at: Option<At>,
     /// The spool, when it was removed.
     pub(crate) spool: Option<Vec<u8>>,
@@ -118,6 +122,8 @@ impl JobNote {
             token,
             payloads: Vec::new(),
             assigned_at: None,
+            kept_since: None,
+            kept_over: None,
             lost: None,
             trace_spoilt: None,
             record: None,

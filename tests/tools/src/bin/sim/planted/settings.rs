@@ -19,6 +19,11 @@ pub(super) fn misread(bug: Bug, config: &mut Config, lives: u32) {
         Bug::GraceNeverOver => {
             (limits.canceling_grace, limits.cancel_grace, limits.power_off_grace) = (NEVER, NEVER, NEVER);
         }
+        Bug::KeptForEver => {
+            for class in &mut config.class {
+                class.keep_failed = class.keep_failed.map(|_| NEVER);
+            }
+        }
         _ => {}
     }
 }
