@@ -239,5 +239,8 @@ pub fn child(dir: &Path, name: &str) -> PathBuf {
     dir.join(name)
 }
 
+mod dated;
 pub mod plain;
 pub mod private;
+
+pub use dated::{dated_name, is_too_old};

@@ -3,7 +3,7 @@
 //! that says more the beginning is kept here, and its end with the job's own.
 
 use crate::clock::Clock;
-use crate::files::{Files, child};
+use crate::files::{Files, child, dated_name, is_too_old};
 use crate::telemetry::chain;
 use crate::vm::console::Rows;
 use jiff::Timestamp;
@@ -55,7 +55,7 @@ impl ConsoleLog {
 }
 
 fn file_name(received: Timestamp, job: &str) -> String {
-    format!("{:013}-{job}.log", received.as_millisecond().max(0))
+    dated_name(received, &format!("{job}.log"))
 }
 
 impl Consoles {
@@ -134,11 +134,9 @@ impl Consoles {
             files.push((entry.name, length));
         }
         let mut all: u64 = files.iter().map(|(_, length)| length).sum();
-        let keep = i64::try_from(keep.as_millis()).unwrap_or(i64::MAX);
-        let oldest = self.clock.now().as_millisecond().saturating_sub(keep);
+        let now = self.clock.now();
         for (name, length) in files {
-            let came = name.split('-').next().and_then(|came| came.parse::<i64>().ok());
-            if all <= bytes && came.is_none_or(|came| came >= oldest) {
+            if all <= bytes && !is_too_old(&name, now, keep) {
                 continue;
             }
             match self.files.remove(&child(&self.directory, &name)).await {

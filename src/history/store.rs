@@ -2,7 +2,7 @@
 
 use super::{CONSOLE_BYTES_MAX, End, Reached, Suggestion, VERSION};
 use crate::clock::Clock;
-use crate::files::{Files, child};
+use crate::files::{Files, child, dated_name};
 use crate::gitlab::JobId;
 use crate::telemetry::chain;
 use jiff::Timestamp;
@@ -79,7 +79,7 @@ fn directory(state_directory: &Path) -> PathBuf {
 
 /// Name of a job's file: the same whenever it is written, and in the order in which jobs came.
 fn file_name(end: &End, job: &str) -> String {
-    format!("{:013}-{job}.json", end.received.as_millisecond().max(0))
+    dated_name(end.received, &format!("{job}.json"))
 }
 
 impl List {

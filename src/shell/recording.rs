@@ -2,7 +2,7 @@
 //! shows it again. What was typed is in it as far as the terminal showed it; a password is not.
 
 use crate::clock::Clock;
-use crate::files::{Files, child};
+use crate::files::{Files, child, dated_name, is_too_old};
 use crate::telemetry::chain;
 use dayfly_guest_config::TerminalSize;
 use serde_json::json;
@@ -75,7 +75,7 @@ impl Recordings {
             "timestamp": now.as_second(),
             "title": format!("dayfly: shell in {} of job {}, for user id {}", whose.vm, whose.job, whose.user),
         });
-        let name = format!("{:013}-{}.cast", now.as_millisecond().max(0), whose.file);
+        let name = dated_name(now, &format!("{}.cast", whose.file));
         let bytes = format!("{head}\n").into_bytes();
         let length = bytes.len() as u64;
         self.files.replace_in_new_dir(&self.directory, &name, bytes).await?;
@@ -89,12 +89,10 @@ impl Recordings {
             Ok(entries) => entries.into_iter().map(|entry| entry.name).collect::<Vec<_>>(),
             Err(error) => return tracing::debug!(error = chain(&error), "look for recordings of shells"),
         };
-        let oldest =
-            self.clock.now().as_millisecond().saturating_sub(i64::try_from(keep.as_millis()).unwrap_or(i64::MAX));
+        let now = self.clock.now();
         let too_many = names.len().saturating_sub(most);
         for (n, name) in names.iter().enumerate() {
-            let begun = name.split('-').next().and_then(|begun| begun.parse::<i64>().ok());
-            let goes = n < too_many || begun.is_some_and(|begun| begun < oldest);
+            let goes = n < too_many || is_too_old(name, now, keep);
             if goes && let Err(error) = self.files.remove(&child(&self.directory, name)).await {
                 // Found again with the next one.
                 tracing::debug!(name, error = chain(&error), "remove a recording of a shell");

@@ -2,7 +2,6 @@
 
 use dayfly_wire::Stream;
 use rustix::net::sockopt::set_socket_linger;
-use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, split};
 use tokio::net::TcpStream;
 
@@ -23,18 +22,24 @@ pub(crate) async fn shuttle(mut near: TcpStream, stream: Stream, buffer: usize) 
     }
 }
 
-/// Copies one way, and says that it has ended.
-async fn copy(
+/// Which side of a copy failed.
+pub(crate) enum Broken {
+    Reading,
+    Writing,
+}
+
+/// Copies one way, `buffer` bytes at once, and says that it has ended.
+pub(crate) async fn copy(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
     buffer: usize,
-) -> io::Result<()> {
+) -> Result<(), Broken> {
     let mut buffer = vec![0; buffer];
     loop {
-        let count = from.read(&mut buffer).await?;
+        let count = from.read(&mut buffer).await.map_err(|_| Broken::Reading)?;
         if count == 0 {
-            return to.shutdown().await;
+            return to.shutdown().await.map_err(|_| Broken::Writing);
         }
-        to.write_all(&buffer[..count]).await?;
+        to.write_all(&buffer[..count]).await.map_err(|_| Broken::Writing)?;
     }
 }

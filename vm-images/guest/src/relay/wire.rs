@@ -7,6 +7,7 @@
 
 use super::forward::{self, Forward};
 use super::port::Port;
+use super::shuttle::{Broken, copy};
 use super::{BUFFER_BYTES, Shared, Slot, session};
 use dayfly_guest_config::Pass;
 use dayfly_wire::{Limits, Opener, Stream};
@@ -16,7 +17,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, watch};
@@ -117,37 +117,19 @@ async fn open(mut session: watch::Receiver<Option<Opener>>) -> Option<Stream> {
     }
 }
 
-/// Which side of a copy failed.
-enum Broken {
-    Reading,
-    Writing,
-}
-
 /// Copies both ways until both are at their ends.
 async fn shuttle(mut runner: TcpStream, stream: Stream) {
     let (mut from_runner, mut to_runner) = runner.split();
     let (mut from_door, mut to_door) = tokio::io::split(stream);
     let up = async {
-        match copy(&mut from_runner, &mut to_door).await {
+        match copy(&mut from_runner, &mut to_door, BUFFER_BYTES).await {
             // A door that wants no more may still answer.
             Ok(()) | Err(Broken::Writing) => Ok(()),
             // The runner is gone. What is left of the stream ends by itself.
             Err(Broken::Reading) => Err(()),
         }
     };
-    let down = async { copy(&mut from_door, &mut to_runner).await.map_err(drop) };
+    let down = async { copy(&mut from_door, &mut to_runner, BUFFER_BYTES).await.map_err(drop) };
     // Whoever is gone takes the other way with it; a clean end does not.
     let _ = tokio::try_join!(up, down);
-}
-
-/// Copies one way, and says that it has ended.
-async fn copy(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> Result<(), Broken> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    loop {
-        let count = from.read(&mut buffer).await.map_err(|_| Broken::Reading)?;
-        if count == 0 {
-            return to.shutdown().await.map_err(|_| Broken::Writing);
-        }
-        to.write_all(&buffer[..count]).await.map_err(|_| Broken::Writing)?;
-    }
 }
