@@ -94,6 +94,7 @@ async fn a_cache_is_there_in_the_next_jobs_machine() {
     let list: Value = serde_json::from_str(&lab.says(&["cache", "show", "--json", "group/project"])).unwrap();
     let keys: BTreeSet<&str> = list["entries"].as_array().unwrap().iter().filter_map(|e| e["key"].as_str()).collect();
     assert_eq!(keys, BTreeSet::from(["deps-non_protected", "other-non_protected"]), "{list}");
+    lab.until_released().await;
     says(&lab.says(&["job", "show", &third.to_string()]), "cache: hit, ");
     says(&lab.says(&["cache", "clear", "group/project"]), "2 caches, ");
     says(&lab.says(&["cache", "list"]), "no caches are kept yet");
@@ -157,6 +158,7 @@ echo "cksum $(cksum <blob)"
         line.and_then(|line| line.split(" cksum ").nth(1).map(|sum| sum.trim().to_owned()))
     };
     assert!(sum(&made).is_some() && sum(&made) == sum(&found), "{made}\n{found}");
+    lab.until_released().await;
     assert_eq!(
         fs::read_dir(lab.dir.path().join("state/cache/pins")).unwrap().count(),
         0,

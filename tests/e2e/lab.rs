@@ -9,7 +9,7 @@ use dayfly_exec::standin::{self, Job, JobSpec, JobState, ProjectId, Served, Stan
 use std::fmt::Write as _;
 use std::fs;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -243,7 +243,8 @@ impl Lab {
         if let Some(mib) = self.cache_mib {
             // In a mount namespace of its own, as the user that it is anyway.
             let cache = self.dir.path().join("state/cache");
-            fs::create_dir_all(&cache).unwrap();
+            // As private as the daemon would make them.
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(&cache).unwrap();
             let mount = format!("mount -t tmpfs -o size={mib}m,mode=700 tmpfs \"$0\" && exec \"$@\"");
             let inner = command;
             command = Command::new("unshare");
@@ -381,6 +382,18 @@ impl Lab {
 
     /// Waits until nothing of any job is left on this host, then stops the daemon and looks again.
     pub async fn assert_clean(&mut self) {
+        self.until_released().await;
+        self.assert_no_leak();
+        assert_eq!(self.stop_daemon("TERM").await, Some(0));
+        self.assert_no_leak();
+        let log = fs::read_to_string(self.log_path()).unwrap();
+        let errors: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ") || l.contains(" panicked at ")).collect();
+        assert!(errors.is_empty(), "the log has errors: {errors:#?}");
+        assert_eq!(self.standin.read(|m| m.metrics.trace_invalid), 0, "a verdict's checksum did not match the trace");
+    }
+
+    /// Waits until nothing is left of any job but what is kept.
+    pub async fn until_released(&self) {
         let clean = async {
             while !self.leftovers().is_empty() {
                 tokio::time::sleep(Duration::from_millis(200)).await;
@@ -393,13 +406,6 @@ impl Lab {
             self.leftovers(),
             fs::read_to_string(self.log_path()).unwrap()
         );
-        self.assert_no_leak();
-        assert_eq!(self.stop_daemon("TERM").await, Some(0));
-        self.assert_no_leak();
-        let log = fs::read_to_string(self.log_path()).unwrap();
-        let errors: Vec<&str> = log.lines().filter(|l| l.contains(" ERROR ") || l.contains(" panicked at ")).collect();
-        assert!(errors.is_empty(), "the log has errors: {errors:#?}");
-        assert_eq!(self.standin.read(|m| m.metrics.trace_invalid), 0, "a verdict's checksum did not match the trace");
     }
 
     /// No part of the runner token but its public one is in a file of the daemon's, in arguments or
