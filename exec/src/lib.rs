@@ -66,6 +66,10 @@ use unpack::{Folder, UnpackError};
 
 /// `EX_USAGE` of sysexits.h, as `dayfly` has it.
 const EXIT_USAGE: u8 = 64;
+/// The disk of a VM where neither the command line nor what is free says otherwise, GiB.
+const DISK_GIB: u64 = 20;
+/// Less is not offered without being asked for: an image alone takes a gigabyte, and a job its own.
+const DISK_GIB_MIN: u64 = 4;
 /// Name of the runner in the job's log.
 const RUNNER_NAME: &str = "dayfly-exec";
 /// Doors of runs: not where a service has its own, whose ports must be free when it comes back.
@@ -106,9 +110,9 @@ struct Args {
     /// Memory of the VM, MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(128..=16_777_216))]
     memory: u64,
-    /// Disk of the VM, GiB
-    #[arg(long, value_name = "GIB", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=65_536))]
-    disk: u64,
+    /// Disk of the VM, GiB [default: 20, or what is free where that is less]
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    disk: Option<u64>,
     /// Virtual CPUs that a job may ask for by DAYFLY_CPUS [default: --cpus]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     max_cpus: Option<u32>,
@@ -319,7 +323,10 @@ async fn run(args: &Args, screen: &mut Screen) -> Result<u8, ExecError> {
     };
     backends.host = host(&instance.runtime);
     let hypervisor = backends.host.hypervisor.clone();
-    let prepared = prepare(&mut config, &instance, repository.as_ref(), &backends).await;
+    let prepared = match fit_disk(args, &mut config, &instance, &backends, screen).await {
+        Ok(()) => prepare(&mut config, &instance, repository.as_ref(), &backends).await,
+        Err(error) => Err(error),
+    };
     let code = match prepared {
         Ok((standin, project, served)) => {
             let session = Session {
@@ -401,6 +408,7 @@ async fn find_repository(file: &Path, screen: &mut Screen) -> Result<Option<Repo
 
 /// What does not depend on the place of this run.
 fn config(args: &Args) -> Config {
+    let disk_gib = args.disk.unwrap_or(DISK_GIB);
     let image_directory = args.image_directory.clone().unwrap_or_else(default_image_directory);
     let mut config = Config {
         image_directory: std::path::absolute(&image_directory).unwrap_or(image_directory),
@@ -410,8 +418,8 @@ fn config(args: &Args) -> Config {
             max_cpus: Some(args.cpus.max(args.max_cpus.unwrap_or(0))),
             memory_mib: args.memory,
             max_memory_mib: Some(args.memory.max(args.max_memory.unwrap_or(0))),
-            disk_gib: args.disk,
-            max_disk_gib: Some(args.disk.max(args.max_disk.unwrap_or(0))),
+            disk_gib,
+            max_disk_gib: Some(disk_gib.max(args.max_disk.unwrap_or(0))),
             run_as_root: args.root,
             // Said on the screen and in the job's log.
             allow_standin_runner: true,
@@ -426,6 +434,40 @@ fn config(args: &Args) -> Config {
     config.hypervisor.accel = args.accel;
     config.network.guest_ports = GUEST_PORTS;
     config
+}
+
+/// Without `--disk`: the class's disk is no larger than what is free beside the overlays.
+async fn fit_disk(
+    args: &Args,
+    config: &mut Config,
+    instance: &Instance,
+    backends: &Backends,
+    screen: &mut Screen,
+) -> Result<(), ExecError> {
+    if args.disk.is_some() {
+        return Ok(());
+    }
+    let free = backends.files.free_bytes(&instance.state).await.map_err(system("look for free disk"))?;
+    let Some(disk_gib) = default_disk_gib(free, config.capacity.disk_reserve_gib) else { return Ok(()) };
+    if disk_gib < DISK_GIB {
+        screen.say(&format!(
+            "{} GiB of disk are free: the VM gets {disk_gib}, not {DISK_GIB}; --disk says it otherwise",
+            free >> 30
+        ));
+    }
+    for class in &mut config.class {
+        class.disk_gib = disk_gib;
+        class.max_disk_gib = Some(disk_gib.max(args.max_disk.unwrap_or(0)));
+    }
+    Ok(())
+}
+
+/// The disk that a job gets where the command line says none, GiB, with `free` bytes where it will lie and `reserve_gib`
+/// of them not for jobs. All of a disk is booked, though few jobs fill it: a developer's full disk is no reason not to
+/// run a small job. None: what is free is too little to start one, which the poller says in its own words.
+fn default_disk_gib(free: u64, reserve_gib: u64) -> Option<u64> {
+    let free_gib = (free >> 30).saturating_sub(reserve_gib);
+    (free_gib >= DISK_GIB_MIN).then_some(free_gib.min(DISK_GIB))
 }
 
 /// The user's own images if there are any, else the system's.
@@ -495,4 +537,20 @@ fn write_private(path: &Path, text: &str) -> io::Result<()> {
     use std::io::Write as _;
     let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_nobody_chose_is_no_larger_than_what_is_free() {
+        for (free_gib, reserve_gib, disk_gib) in
+            [(500, 2, Some(20)), (22, 2, Some(20)), (21, 2, Some(19)), (6, 2, Some(4)), (5, 2, None), (0, 2, None)]
+        {
+            assert_eq!(default_disk_gib(free_gib << 30, reserve_gib), disk_gib, "{free_gib} GiB free");
+        }
+        // What is over of a GiB is not counted.
+        assert_eq!(default_disk_gib((8 << 30) - 1, 2), Some(5));
+    }
 }
