@@ -6,7 +6,7 @@ use dayfly::gitlab::{Endpoint, OpenTransport, RealLimits, Transport};
 use dayfly::image::build::{Downloaded, RUNNER_DOWNLOADS, Release};
 use sha2::{Digest as _, Sha256};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use url::Url;
@@ -43,9 +43,9 @@ async fn fetch(
 ) -> (Result<Downloaded, String>, tempfile::TempDir) {
     let server = Server::answering(reply).await;
     let dir = tempfile::tempdir().unwrap();
-    let mut release = Release::new("19.3.0", RUNNER_DOWNLOADS.parse().unwrap(), sha256).unwrap();
+    let mut release = Release::new("19.3.0", RUNNER_DOWNLOADS.parse().unwrap(), sha256, None).unwrap();
     release.bytes_max = 1 << 20;
-    let fetched = soon(release.fetch(&Place(server.url()), dir.path(), &mut |_| {})).await;
+    let fetched = soon(release.fetch(&Place(server.url()), dir.path(), false, &mut |_| {})).await;
     let fetched = fetched.map_err(|error| every_text(&error));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), usize::from(fetched.is_ok()), "{fetched:?}");
     (fetched, dir)
@@ -134,7 +134,80 @@ async fn a_place_that_is_not_there_is_told_with_a_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let url = format!("http://{free}").parse().unwrap();
-    let release = Release::new("19.3.0", RUNNER_DOWNLOADS.parse().unwrap(), None).unwrap();
-    let error = every_text(&soon(release.fetch(&Place(url), Path::new(dir.path()), &mut |_| {})).await.unwrap_err());
+    let release = Release::new("19.3.0", RUNNER_DOWNLOADS.parse().unwrap(), None, None).unwrap();
+    let error =
+        every_text(&soon(release.fetch(&Place(url), Path::new(dir.path()), false, &mut |_| {})).await.unwrap_err());
     assert!(error.contains("nothing listens there"), "{error}");
+}
+
+const HELPER: &[u8] = b"the file system of a helper image\n";
+const SIGNED: &str = include_str!("../data/runner-release/release.sha256");
+const SIGNATURE: &str = include_str!("../data/runner-release/release.sha256.asc");
+const EXPIRED: &str = include_str!("../data/runner-release/release.sha256.expired.asc");
+
+fn key(name: &str) -> Option<PathBuf> {
+    Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/runner-release").join(name))
+}
+
+/// A release with its helper image, at a place that has this list and this signature of it.
+async fn signed(
+    key: Option<PathBuf>,
+    sha256: Option<&str>,
+    (list, signature): (&'static str, &'static str),
+) -> (Result<(Vec<u8>, Option<Vec<u8>>), String>, Vec<String>) {
+    let server = Server::answering(move |request| match &request.line {
+        line if line.contains(".sha256.asc ") && signature.is_empty() => answer(404, "", ""),
+        line if line.contains(".sha256.asc ") => answer(200, "", signature),
+        line if line.contains(".sha256 ") => answer(200, "", list),
+        line if line.contains("/helper-images/prebuilt-") => answer(200, "", HELPER),
+        line => {
+            assert!(line.contains("/binaries/gitlab-runner-linux-"), "{line}");
+            answer(200, "", RUNNER)
+        }
+    })
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let release = Release::new("19.3.0", RUNNER_DOWNLOADS.parse().unwrap(), sha256, key).unwrap();
+    let mut said = Vec::new();
+    let fetched =
+        soon(release.fetch(&Place(server.url()), dir.path(), true, &mut |line| said.push(line.to_owned()))).await;
+    let read = |path: &Path| std::fs::read(path).unwrap();
+    let files = fetched.as_ref().map_or(0, |files| 1 + usize::from(files.helper.is_some()));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), files);
+    let fetched = fetched.map_err(|error| every_text(&error));
+    (fetched.map(|files| (read(&files.runner.path), files.helper.as_ref().map(|helper| read(&helper.path)))), said)
+}
+
+#[tokio::test]
+async fn a_helper_image_comes_with_the_runner_by_the_same_list() {
+    let (fetched, _) = signed(None, None, (SIGNED, "")).await;
+    assert_eq!(fetched.unwrap(), (RUNNER.to_vec(), Some(HELPER.to_vec())));
+    // A digest of the runner says nothing of it, the list does.
+    let (fetched, _) = signed(None, Some(&hex(RUNNER)), (SIGNED, "")).await;
+    assert_eq!(fetched.unwrap().1, Some(HELPER.to_vec()));
+    let without: &str = SIGNED.split_inclusive('\n').filter(|l| !l.contains("helper")).collect::<String>().leak();
+    let (fetched, said) = signed(None, None, (without, "")).await;
+    assert_eq!(fetched.unwrap(), (RUNNER.to_vec(), None));
+    assert!(said.iter().any(|line| line.contains("each job's runner fetches its own")), "{said:?}");
+}
+
+/// The list's signature, by a key of the operator's: nothing is used that it does not vouch for.
+#[tokio::test]
+async fn a_list_without_a_good_signature_by_the_given_key_is_not_believed() {
+    let (fetched, said) = signed(key("key.asc"), None, (SIGNED, SIGNATURE)).await;
+    assert_eq!(fetched.unwrap(), (RUNNER.to_vec(), Some(HELPER.to_vec())));
+    assert!(said.iter().any(|line| line.contains("release.sha256: signed with the key")), "{said:?}");
+    let changed: &str = SIGNED.replace("deb/x.deb", "deb/y.deb").leak();
+    for (name, files, part) in [
+        ("key.asc", (changed, SIGNATURE), "BAD signature"),
+        ("another-key.asc", (SIGNED, SIGNATURE), "it was made with another key than the one that is trusted"),
+        ("expired-key.asc", (SIGNED, EXPIRED), "it was made with a key that has expired; get the new one"),
+        ("key.asc", (SIGNED, SIGNED), "could not be verified"),
+        ("key.asc", (SIGNED, ""), "status 404"),
+        ("release.sha256", (SIGNED, SIGNATURE), "it is text, and no `PGP PUBLIC KEY BLOCK`"),
+        ("none.asc", (SIGNED, SIGNATURE), "read the key"),
+    ] {
+        let text = signed(key(name), None, files).await.0.unwrap_err();
+        assert!(text.contains(part) && text.contains("/v19.3.0/release.sha256"), "{name}: {text}");
+    }
 }

@@ -29,7 +29,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     runner: Option<PathBuf>,
     /// The runner's helper image, for recipes with Docker: a docker archive, or prebuilt-x86_64.tar.xz of GitLab's package
-    /// gitlab-runner-helper-images; of the runner's version
+    /// gitlab-runner-helper-images; of the runner's version [default: fetched with the runner, if that is]
     #[arg(long, value_name = "FILE")]
     helper_image: Option<PathBuf>,
     /// Fetch this release of the official gitlab-runner (like 19.3.0) and put that in
@@ -38,6 +38,9 @@ pub(super) struct Args {
     /// SHA-256 that the fetched runner must have [default: as the release's list says]
     #[arg(long, value_name = "DIGEST", requires = "runner_download")]
     runner_sha256: Option<String>,
+    /// Public key of which the release's list of digests must have a signature, armored or not
+    #[arg(long, value_name = "FILE", env = "DAYFLY_RUNNER_KEY")]
+    runner_key: Option<PathBuf>,
     /// Do not put the new version into use: `dayfly image promote` does
     #[arg(long)]
     keep_aside: bool,
@@ -63,14 +66,18 @@ pub(super) struct Refresh {
     /// Where releases are: GitLab's own place, or a mirror of the same layout
     #[arg(long, value_name = "URL", env = "DAYFLY_RUNNER_DOWNLOAD_URL", default_value = RUNNER_DOWNLOADS)]
     runner_download_url: Url,
+    /// Public key of which a release's list of digests must have a signature, armored or not
+    #[arg(long, value_name = "FILE", env = "DAYFLY_RUNNER_KEY")]
+    runner_key: Option<PathBuf>,
 }
 
 /// Builds an image, boot-tests it and puts it into use.
 pub(super) async fn build(config: &Config, store: ImageStore, args: Args) -> anyhow::Result<()> {
     let recipes = Recipes::default().before_others(args.recipes.map(std::path::absolute).transpose()?);
-    recipes.check(&args.recipe)?;
-    let (url, sha256) = (args.runner_download_url, args.runner_sha256);
-    let release = args.runner_download.map(|version| Release::new(&version, url, sha256.as_deref())).transpose()?;
+    let with_helper = recipes.has_docker(&args.recipe)? && args.helper_image.is_none();
+    let (url, sha256, key) = (args.runner_download_url, args.runner_sha256, args.runner_key);
+    let release =
+        args.runner_download.map(|version| Release::new(&version, url, sha256.as_deref(), key)).transpose()?;
     let (guest_program, init) = (find_guest_program("dayfly-guest")?, find_guest_program("dayfly-init")?);
     let mut progress = say;
     let mut interrupted = std::pin::pin!(tokio::signal::ctrl_c());
@@ -81,7 +88,7 @@ pub(super) async fn build(config: &Config, store: ImageStore, args: Args) -> any
         downloaded = Some(tokio::select! {
             biased;
             // Dropping it removes what has come.
-            fetched = release.fetch(&*open, Path::new(DOWNLOADS), &mut progress) => fetched?,
+            fetched = release.fetch(&*open, Path::new(DOWNLOADS), with_helper, &mut progress) => fetched?,
             _ = &mut interrupted => return Err(Interrupted.into()),
         });
     }
@@ -93,7 +100,10 @@ pub(super) async fn build(config: &Config, store: ImageStore, args: Args) -> any
             Some(downloaded) => downloaded.runner.clone(),
             None => RunnerSource::find(args.runner)?,
         },
-        helper: args.helper_image.map(|path| HelperSource { path }),
+        helper: match args.helper_image {
+            Some(path) => Some(HelperSource { path }),
+            None => downloaded.as_ref().and_then(|downloaded| downloaded.helper.clone()),
+        },
         accel: config.hypervisor.accel,
         guest_program,
         init,
@@ -162,6 +172,7 @@ fn again(image: &Image, args: &Refresh) -> anyhow::Result<Args> {
         helper_image: args.helper_image.clone(),
         runner_download: fetched,
         runner_sha256: None,
+        runner_key: args.runner_key.clone(),
         keep_aside: false,
         runner_download_url: args.runner_download_url.clone(),
     })

@@ -1,15 +1,17 @@
 //! The official runner, fetched: GitLab's release file over HTTPS, believed by its SHA-256 only.
 //!
 //! ```text
-//! BASE/vVERSION/release.sha256 ─► digest (unless one was given)
+//! BASE/vVERSION/release.sha256[.asc] ─► signature is right (if a key was given) ─► digest (unless one was given)
 //! BASE/vVERSION/binaries/gitlab-runner-linux-ARCH ─► a temporary file, 0600 ─► digest is right ─► 0755
+//! BASE/vVERSION/helper-images/prebuilt-ARCH.tar.xz ─► likewise, for an image with Docker
 //! ```
 //!
 //! What is not right leaves no file. No redirect is followed: what answers is what was named. The list of digests comes
-//! from the same place as the file: it shows that the file is whole, and HTTPS shows whose both are; a digest that the
-//! operator knows from elsewhere is worth more, and then an `http://` mirror will do.
+//! from the same place as the file: it shows that the file is whole, and HTTPS shows whose both are; GitLab's signature
+//! of the list, or a digest that the operator knows from elsewhere, is worth more, and then an `http://` mirror will do.
 
-use super::{RunnerSource, file_error};
+use super::signature::{self, SignatureError};
+use super::{HelperSource, RunnerSource, file_error};
 use crate::gitlab::transport::{Body, OpenError, full};
 use crate::gitlab::{
     Call, Connection, Endpoint, GitlabError, OpenTransport, ProxyEnvironment, RealLimits, RealOpenTransport, Transport,
@@ -24,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tempfile::{NamedTempFile, TempPath};
@@ -51,8 +53,10 @@ pub struct Release {
     pub version: String,
     /// GitLab's own place ([`RUNNER_DOWNLOADS`]), or a mirror of the same layout.
     pub base: Url,
-    /// The digest that the file must have, hex; `None`: as the place's list says.
+    /// The digest that the runner must have, hex; `None`: as the place's list says.
     pub sha256: Option<String>,
+    /// File with the key of which the list must have a signature; `None`: the list is believed as it comes.
+    pub key: Option<PathBuf>,
     /// Bytes of the file at most.
     pub bytes_max: u64,
 }
@@ -62,8 +66,10 @@ pub struct Release {
 pub struct Downloaded {
     /// The runner.
     pub runner: RunnerSource,
-    /// Keeps it.
-    _file: TempPath,
+    /// Its helper image, if it was asked for and the release has one.
+    pub helper: Option<HelperSource>,
+    /// Keep them.
+    _files: Vec<TempPath>,
 }
 
 /// Why there is no such runner.
@@ -73,7 +79,10 @@ pub enum DownloadError {
     #[error("use `{0}` as a version of gitlab-runner: write it like 19.3.0")]
     Version(String),
     /// Nobody can have checked what comes.
-    #[error("download over http:// without a digest: use https://, or give the file's SHA-256 by --runner-sha256")]
+    #[error(
+        "download over http:// without a digest: use https://, or give the file's SHA-256 by --runner-sha256, or the key of its \
+         list's signature by --runner-key"
+    )]
     Clear,
     /// No digest.
     #[error("use `{0}` as a SHA-256: it has 64 hexadecimal digits")]
@@ -112,6 +121,15 @@ pub enum DownloadError {
         /// The file.
         file: String,
     },
+    /// Whoever made the list does not have the key.
+    #[error("believe {url}: its signature")]
+    Unsigned {
+        /// The list.
+        url: String,
+        /// Cause.
+        #[source]
+        source: SignatureError,
+    },
     /// It is another file, or not whole.
     #[error(
         "believe {url}: its SHA-256 is {found}, and not {expected}; it was changed on its way or at its place, and is not used"
@@ -134,7 +152,7 @@ impl Release {
     ///
     /// # Errors
     /// [`DownloadError::Version`], [`DownloadError::Digest`], [`DownloadError::Clear`].
-    pub fn new(version: &str, base: Url, sha256: Option<&str>) -> Result<Self, DownloadError> {
+    pub fn new(version: &str, base: Url, sha256: Option<&str>, key: Option<PathBuf>) -> Result<Self, DownloadError> {
         let version = version.trim_start_matches('v');
         let parts: Vec<&str> = version.split('.').collect();
         let is_number = |part: &&str| !part.is_empty() && part.len() < 6 && part.bytes().all(|b| b.is_ascii_digit());
@@ -146,13 +164,14 @@ impl Release {
             Some(other) => return Err(DownloadError::Digest(other.escape_debug().to_string())),
             None => None,
         };
-        if base.scheme() != "https" && sha256.is_none() {
+        if base.scheme() != "https" && sha256.is_none() && key.is_none() {
             return Err(DownloadError::Clear);
         }
-        Ok(Self { version: version.to_owned(), base, sha256, bytes_max: RUNNER_BYTES_MAX })
+        Ok(Self { version: version.to_owned(), base, sha256, key, bytes_max: RUNNER_BYTES_MAX })
     }
 
-    /// Fetches it into a file below `directory`, which exists.
+    /// Fetches the runner into a file below `directory`, which exists, and its helper image if that is wanted. A release
+    /// without a helper image that can be believed is one line of `progress`, no failure: jobs then fetch their own.
     ///
     /// # Errors
     /// [`DownloadError`]; then nothing is left.
@@ -163,6 +182,7 @@ impl Release {
         &self,
         open: &dyn OpenTransport,
         directory: &Path,
+        with_helper: bool,
         progress: &mut super::Progress<'_>,
     ) -> Result<Downloaded, DownloadError> {
         let endpoint = Endpoint {
@@ -174,72 +194,138 @@ impl Release {
         let transport = open
             .open(&endpoint)
             .map_err(|source| DownloadError::Open { base: self.base.to_string(), source: source.into() })?;
-        let file = file_of_host();
-        let expected = match &self.sha256 {
-            Some(digest) => digest.clone(),
-            None => self.listed(&*transport, &file).await?,
+        let transport = &*transport;
+        let is_listed = self.base.scheme() == "https" || self.key.is_some();
+        let list = match &self.sha256 {
+            // A digest for the runner says nothing of the helper image.
+            Some(_) if !(with_helper && is_listed) => None,
+            _ => Some(self.list(transport, progress).await?),
         };
-        let path = format!("/v{}/binaries/{file}", self.version);
-        let url = self.url(&path);
-        progress(&format!("runner: {url}"));
-        let body = get(&*transport, &url, &path).await?;
-        let (kept, found) = keep(body, directory, &url, self.bytes_max).await?;
-        if found != expected {
-            return Err(DownloadError::Mismatch { url, expected, found });
-        }
-        let path = kept.to_path_buf();
+        let (runner, helper) = (runner_of_host(), helper_of_host());
+        let listed = |file: &str| list.as_deref().and_then(|list| find(list, file));
+        let expected = self.sha256.clone().or_else(|| listed(&runner));
+        let expected = expected.ok_or_else(|| DownloadError::Unlisted {
+            url: self.url(&self.path("release.sha256")),
+            file: runner.clone(),
+        })?;
+        let mut files = Vec::new();
+        let path = self.believed(transport, directory, ("runner", &runner, &expected), &mut files, progress).await?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
             .map_err(|error| Box::new(file_error("open up", &path)(error)))?;
-        progress(&format!(
-            "runner: SHA-256 {found} is as {}",
-            if self.sha256.is_some() { "given" } else { "published" }
-        ));
-        Ok(Downloaded { runner: RunnerSource { path, origin: RunnerOrigin::Download }, _file: kept })
+        let runner = RunnerSource { path, origin: RunnerOrigin::Download };
+        let helper = match (with_helper, listed(&helper)) {
+            (false, _) => None,
+            (true, Some(digest)) => {
+                let what = ("helper image", helper.as_str(), digest.as_str());
+                Some(HelperSource { path: self.believed(transport, directory, what, &mut files, progress).await? })
+            }
+            (true, None) => {
+                progress(&format!(
+                    "helper image: no list that can be believed names {helper}; without --helper-image each job's runner \
+                     fetches its own"
+                ));
+                None
+            }
+        };
+        Ok(Downloaded { runner, helper, _files: files })
+    }
+
+    /// One file of the release, kept in `files` and believed by its digest.
+    async fn believed(
+        &self,
+        transport: &dyn Transport,
+        directory: &Path,
+        (what, file, expected): (&str, &str, &str),
+        files: &mut Vec<TempPath>,
+        progress: &mut super::Progress<'_>,
+    ) -> Result<PathBuf, DownloadError> {
+        let path = self.path(file);
+        let url = self.url(&path);
+        progress(&format!("{what}: {url}"));
+        let body = get(transport, &url, &path).await?;
+        let (kept, found) = keep(body, directory, &url, self.bytes_max).await?;
+        if found != expected {
+            return Err(DownloadError::Mismatch { url, expected: expected.to_owned(), found });
+        }
+        let is_given = self.sha256.as_deref() == Some(expected);
+        progress(&format!("{what}: SHA-256 {found} is as {}", if is_given { "given" } else { "published" }));
+        let path = kept.to_path_buf();
+        files.push(kept);
+        Ok(path)
+    }
+
+    fn path(&self, file: &str) -> String {
+        format!("/v{}/{file}", self.version)
     }
 
     fn url(&self, path: &str) -> String {
         format!("{}{path}", self.base.as_str().trim_end_matches('/'))
     }
 
-    /// The file's digest, as the release's list has it.
-    async fn listed(&self, transport: &dyn Transport, file: &str) -> Result<String, DownloadError> {
-        let path = format!("/v{}/release.sha256", self.version);
+    /// The release's list of digests; signed, if a key was given.
+    async fn list(
+        &self,
+        transport: &dyn Transport,
+        progress: &mut super::Progress<'_>,
+    ) -> Result<String, DownloadError> {
+        let list = self.small(transport, "release.sha256").await?;
+        if let Some(key) = &self.key {
+            let signature = self.small(transport, "release.sha256.asc").await?;
+            let verified = signature::verify(key, &list, &signature).await;
+            let url = self.url(&self.path("release.sha256"));
+            verified.map_err(|source| DownloadError::Unsigned { url: url.clone(), source })?;
+            progress(&format!("{url}: signed with the key {}", key.display()));
+        }
+        Ok(String::from_utf8_lossy(&list).into_owned())
+    }
+
+    /// A file of the release that is read whole.
+    async fn small(&self, transport: &dyn Transport, file: &str) -> Result<Vec<u8>, DownloadError> {
+        let path = self.path(file);
         let url = self.url(&path);
         let mut body = get(transport, &url, &path).await?;
-        let mut list = Vec::new();
+        let mut bytes = Vec::new();
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| broke_off(&url, list.len() as u64, &*error))?;
-            list.extend_from_slice(frame.data_ref().map(AsRef::as_ref).unwrap_or_default());
-            if list.len() > LIST_BYTES_MAX {
+            let frame = frame.map_err(|error| broke_off(&url, bytes.len() as u64, &*error))?;
+            bytes.extend_from_slice(frame.data_ref().map(AsRef::as_ref).unwrap_or_default());
+            if bytes.len() > LIST_BYTES_MAX {
                 let why = format!("more than {LIST_BYTES_MAX} bytes, which is no list of digests");
                 return Err(DownloadError::Answer { url, why });
             }
         }
-        let list = String::from_utf8_lossy(&list);
-        find(&list, file).ok_or_else(|| DownloadError::Unlisted { url, file: file.to_owned() })
+        Ok(bytes)
     }
 }
 
 /// The release's file for this kind of host.
-fn file_of_host() -> String {
+fn runner_of_host() -> String {
     let arch = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
     };
-    format!("gitlab-runner-linux-{arch}")
+    format!("binaries/gitlab-runner-linux-{arch}")
+}
+
+/// The file system of the helper image, likewise.
+fn helper_of_host() -> String {
+    let arch = match std::env::consts::ARCH {
+        "aarch64" => "arm64",
+        other => other,
+    };
+    format!("helper-images/prebuilt-{arch}.tar.xz")
 }
 
 fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// As `sha256sum` writes it: digest, blank, `*` or blank, name.
+/// The digest of `folder/file`, as `sha256sum` writes it: digest, blank, `*` or blank, name, with its folder or without.
 fn find(list: &str, file: &str) -> Option<String> {
     list.lines().find_map(|line| {
         let (digest, name) = line.trim().split_once(char::is_whitespace)?;
         let name = name.trim_start().trim_start_matches('*').trim_start_matches("./");
-        let is_it = name == file || name.strip_suffix(file).is_some_and(|before| before == "binaries/");
+        let is_it = name == file || file.rsplit_once('/').is_some_and(|(_, last)| last == name);
         (is_it && is_digest(digest)).then(|| digest.to_ascii_lowercase())
     })
 }
@@ -332,7 +418,8 @@ mod tests {
 
     #[test]
     fn a_release_is_named_by_its_version_and_nothing_else() {
-        let new = |version: &str| Release::new(version, base(RUNNER_DOWNLOADS), None).map(|release| release.version);
+        let new =
+            |version: &str| Release::new(version, base(RUNNER_DOWNLOADS), None, None).map(|release| release.version);
         assert_eq!(new("19.3.0").unwrap(), "19.3.0");
         assert_eq!(new("v17.5.0").unwrap(), "17.5.0");
         for bad in ["latest", "19.3", "19.3.0/../x", "19.3.0-rc1", "", "1..2", "19.3.0.1"] {
@@ -343,10 +430,11 @@ mod tests {
     #[test]
     fn clear_text_needs_a_digest_from_elsewhere() {
         let digest = "AB".repeat(32);
-        assert!(matches!(Release::new("19.3.0", base("http://mirror.example"), None), Err(DownloadError::Clear)));
-        let release = Release::new("19.3.0", base("http://mirror.example"), Some(&digest)).unwrap();
+        assert!(matches!(Release::new("19.3.0", base("http://mirror.example"), None, None), Err(DownloadError::Clear)));
+        let release = Release::new("19.3.0", base("http://mirror.example"), Some(&digest), None).unwrap();
         assert_eq!(release.sha256, Some("ab".repeat(32)));
-        let short = Release::new("19.3.0", base(RUNNER_DOWNLOADS), Some("ab"));
+        Release::new("19.3.0", base("http://mirror.example"), None, Some("/k".into())).unwrap();
+        let short = Release::new("19.3.0", base(RUNNER_DOWNLOADS), Some("ab"), None);
         assert!(matches!(short, Err(DownloadError::Digest(_))));
     }
 
@@ -356,9 +444,10 @@ mod tests {
         let list = format!(
             "{b} *binaries/gitlab-runner-linux-amd64-fips\n{b}  deb/gitlab-runner-linux-amd64\nnonsense\n{a} *binaries/gitlab-runner-linux-amd64\n"
         );
-        assert_eq!(find(&list, "gitlab-runner-linux-amd64"), Some(a.clone()));
-        assert_eq!(find(&format!("{a}  ./binaries/x\n"), "x"), Some(a.clone()));
-        assert_eq!(find(&format!("{a}  x\n"), "x"), Some(a));
-        assert_eq!(find("abc  x\n", "x"), None);
+        assert_eq!(find(&list, "binaries/gitlab-runner-linux-amd64"), Some(a.clone()));
+        assert_eq!(find(&format!("{a}  ./binaries/x\n"), "binaries/x"), Some(a.clone()));
+        assert_eq!(find(&format!("{a}  x\n"), "binaries/x"), Some(a.clone()));
+        assert_eq!(find(&format!("{a}  binaries/x\n"), "helper-images/x"), None);
+        assert_eq!(find("abc  x\n", "binaries/x"), None);
     }
 }

@@ -21,6 +21,7 @@ mod programs;
 mod recipe;
 mod rootfs;
 mod sealed;
+mod signature;
 mod sources;
 mod staging;
 

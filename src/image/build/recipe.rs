@@ -172,6 +172,14 @@ impl Recipes {
         self.find(name).map(drop)
     }
 
+    /// Whether this recipe's image has a Docker, for which the runner wants its helper image.
+    ///
+    /// # Errors
+    /// As [`Recipes::check`].
+    pub fn has_docker(&self, name: &str) -> Result<bool, BuildError> {
+        self.find(name).map(|recipe| recipe.inputs.has_docker)
+    }
+
     /// The recipe of this name, put together.
     ///
     /// # Errors
