@@ -86,7 +86,8 @@ pub struct Directories {
 /// The place of one run.
 #[derive(Debug)]
 pub struct Instance {
-    root: PathBuf,
+    /// Where both are, unless `runtime` is elsewhere; the one that is there from the start.
+    pub root: PathBuf,
     /// The daemon's state directory.
     pub state: PathBuf,
     /// The daemon's runtime directory.

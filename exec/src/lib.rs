@@ -447,7 +447,7 @@ async fn fit_disk(
     if args.disk.is_some() {
         return Ok(());
     }
-    let free = backends.files.free_bytes(&instance.state).await.map_err(system("look for free disk"))?;
+    let free = backends.files.free_bytes(&instance.root).await.map_err(system("look for free disk"))?;
     let Some(disk_gib) = default_disk_gib(free, config.capacity.disk_reserve_gib) else { return Ok(()) };
     if disk_gib < DISK_GIB {
         screen.say(&format!(

@@ -112,6 +112,8 @@ pub(crate) enum GuestDoes<'a> {
     Taken(usize),
     /// The door has answered a call for its job.
     Spoke,
+    /// It asks for something that is no news of its job, which its daemon counts as a sign of life all the same.
+    Calls,
     /// It runs its script.
     Works,
     /// It sends a verdict.
@@ -222,6 +224,7 @@ impl fmt::Debug for GuestDoes<'_> {
             Self::Prints(bytes) => write!(f, "prints {} bytes", bytes.len()),
             Self::Taken(end) => write!(f, "knows its trace taken up to {end}"),
             Self::Spoke => f.write_str("was answered"),
+            Self::Calls => f.write_str("calls"),
             Self::Works => f.write_str("runs its script"),
             Self::Verdict { state, reason } => write!(f, "says {state} {reason:?}"),
             Self::VerdictTaken { state } => write!(f, "knows its verdict {state} taken"),

@@ -6,6 +6,7 @@ mod trouble;
 pub(crate) use notes::{JobNote, VmNote};
 
 use crate::event::{DaemonDoes, Event, FileOp, GuestDoes, Trouble};
+use crate::guest::Whose;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::format::parse;
 use dayfly::job::state::State;
@@ -58,6 +59,8 @@ pub(crate) struct Ledger {
     /// Reboots of the host.
     pub(crate) reboots: u32,
     pub(crate) runner_tokens: Vec<String>,
+    /// Caches that were saved, and the guest was told so.
+    pub(crate) caches: BTreeSet<Whose>,
 }
 
 /// How long, at least, the daemon keeps the end of a job to itself while the disk does not take its record.
@@ -314,6 +317,7 @@ impl Ledger {
             GuestDoes::Prints(bytes) => note.printed.extend_from_slice(bytes),
             GuestDoes::Taken(end) => note.taken = note.taken.max(*end),
             GuestDoes::Spoke => note.guest_spoke_at = Some(now),
+            GuestDoes::Calls => note.guest_called_at = Some(now),
             GuestDoes::Verdict { state, reason } => {
                 note.verdict_said.get_or_insert_with(|| ((*state).to_owned(), reason.map(str::to_owned)));
             }

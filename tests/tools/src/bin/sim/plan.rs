@@ -86,6 +86,10 @@ pub(crate) enum Step {
     Upload(usize, bool),
     /// Fetches what it has uploaded, in parts.
     Download,
+    /// Looks for the cache of this key.
+    Restore(u8),
+    /// Saves one of so many bytes by this key; or hangs up in the middle of it.
+    Save(u8, usize, bool),
     /// An end without a verdict, or something nasty.
     Bad(Kind),
 }
@@ -111,6 +115,8 @@ pub(crate) struct Script {
     pub(crate) deaf: bool,
     /// Its project is one of those that are deleted or have small limits.
     pub(crate) doomed_project: bool,
+    /// Its ref is protected.
+    pub(crate) protected: bool,
 }
 
 /// What the operator, GitLab's users, the host or fate do.
@@ -295,6 +301,11 @@ impl Plan {
         let mut jobs: Vec<(Duration, Script)> =
             (0..count).map(|_| (dice.time(0, span), Script::draw(&mut dice, &limits))).collect();
         jobs.sort_by_key(|(at, _)| *at);
+        // Dice of their own: what was found before there were caches is found by the same seeds.
+        let mut caching = Dice::new(seed, 11);
+        for (_, script) in &mut jobs {
+            script.cache(&mut caching);
+        }
         let mut rates = vec![0; Kind::ALL.len()];
         for (kind, rate) in CALL_KINDS {
             if dice.chance(130) {
@@ -393,12 +404,28 @@ impl Script {
             timeout_s: 3600,
             deaf: false,
             doomed_project: dice.chance(120),
+            protected: false,
         };
         if dice.chance(500) {
             let kind = *dice.pick(GUEST_KINDS);
             script.give(kind, dice, limits);
         }
         script
+    }
+
+    /// What it saves and looks for by `cache:`, of few keys, so that jobs meet.
+    fn cache(&mut self, dice: &mut Dice) {
+        self.protected = dice.chance(350);
+        let key = |dice: &mut Dice| u8::try_from(dice.below(4)).unwrap_or(0);
+        if dice.chance(350) {
+            self.steps.insert(0, Step::Restore(key(dice)));
+        }
+        if dice.chance(350) {
+            let at = usize::try_from(dice.below(self.steps.len() as u64 + 1)).unwrap_or(0);
+            let bytes = if dice.chance(100) { dice.range(300_000, 600_000) } else { dice.range(64, 5_000) };
+            let cut = dice.chance(200);
+            self.steps.insert(at, Step::Save(key(dice), usize::try_from(bytes).unwrap_or(64), cut));
+        }
     }
 
     /// Makes it a job with this trouble.

@@ -121,6 +121,10 @@ bugs! {
     RetryAfterIgnored breaks 20,
     /// What has failed, or had no answer for us, is tried again at once, and again.
     RetryStorm breaks 20,
+    /// A cache's bytes are another save's when the disk gets them.
+    CacheBufferReused breaks 23,
+    /// All projects share one cache.
+    CacheTenantTooWide breaks 23,
     /// The jitter of a pause is the operating system's.
     OwnDice breaks 22,
 }

@@ -152,6 +152,7 @@ fn script(dice: &mut Dice) -> Script {
         timeout_s: 3600,
         deaf: false,
         doomed_project: false,
+        protected: false,
     }
 }
 

@@ -131,6 +131,7 @@ impl World {
         let secret = format!("{}{}.", crate::check::JOB_CANARY, id.0);
         let mut spec = JobSpec::script(["true"]).with_variable(Variable::secret("SECRET", &secret));
         spec.id = Some(id);
+        spec.protected = script.protected;
         spec.timeout = Some(Duration::from_secs(script.timeout_s));
         let token = format!("glcbt-64_{:020}", id.0);
         spec.token = Some(dayfly::secret::Secret::new(token.as_str()));

@@ -34,8 +34,8 @@ impl Deadlines {
         if note.handed.is_empty() {
             due.push((assigned + self.boot, "the boot deadline"));
         } else {
-            let spoke =
-                note.guest_spoke_at.unwrap_or_default().max(note.handed.last().map(|(_, at)| *at).unwrap_or_default());
+            let signs = [note.guest_spoke_at, note.guest_called_at, note.handed.last().map(|(_, at)| *at)];
+            let spoke = signs.into_iter().flatten().max().unwrap_or_default();
             // An upload or an attack may go on for minutes; only what is silent by plan is.
             due.push((spoke + self.silence, "the silence deadline"));
         }

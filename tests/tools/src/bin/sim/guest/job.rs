@@ -1,7 +1,7 @@
 //! A guest's runner at work on one job, speaking as the official one does.
 
 use super::wire::Line;
-use super::{Guest, hostile, transfer};
+use super::{Guest, Whose, cache, hostile, transfer};
 use crate::event::GuestDoes;
 use crate::kinds::Kind;
 use crate::plan::{After, Step};
@@ -21,6 +21,7 @@ pub(crate) struct Runner {
     next_tick: Instant,
     deaf: bool,
     began: Instant,
+    project: u64,
 }
 
 enum End {
@@ -35,12 +36,18 @@ impl Runner {
         let payload: Value = serde_json::from_slice(payload).ok()?;
         let job = Job::new(&payload)?;
         Some(Self {
+            project: payload["job_info"]["project_id"].as_u64().unwrap_or(0),
             timeout: Duration::from_secs(payload["runner_info"]["timeout"].as_u64().unwrap_or(7200)),
             next_tick: Instant::now() + job.interval,
             job,
             deaf: guest.script.deaf,
             began: Instant::now(),
         })
+    }
+
+    /// Whose a cache of this key is.
+    pub(super) fn whose(&self, guest: &Guest, key: u8) -> Whose {
+        Whose { project: self.project, protected: guest.script.protected, key }
     }
 
     pub(crate) async fn run(&mut self, guest: &mut Guest) {
@@ -126,6 +133,8 @@ impl Runner {
                 }
                 Step::Upload(bytes, slow) => transfer::upload(self, guest, bytes, slow).await,
                 Step::Download => transfer::download(self, guest).await,
+                Step::Restore(key) => cache::restore(self, guest, key).await,
+                Step::Save(key, bytes, cut) => cache::save(self, guest, key, bytes, cut).await,
                 Step::Bad(Kind::DiesBeforeFinal) => {}
                 Step::Bad(kind) => hostile::act(self, guest, kind).await,
             }

@@ -1,9 +1,12 @@
 //! The guests of a run: each boots, asks for its job and works as its job's script says, well-behaved or not.
 
+mod cache;
 mod hostile;
 mod job;
 mod transfer;
 mod wire;
+
+pub(crate) use cache::Whose;
 
 use crate::dice::Dice;
 use crate::event::GuestDoes;

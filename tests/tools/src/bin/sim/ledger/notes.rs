@@ -49,6 +49,8 @@ pub(crate) struct JobNote {
     /// PUTs of `running` so far.
     pub(crate) words: u32,
     pub(crate) guest_spoke_at: Option<At>,
+    /// When it last asked for a cache, or was answered.
+    pub(crate) guest_called_at: Option<At>,
     pub(crate) verdict_said: Option<(String, Option<String>)>,
     pub(crate) verdict_taken: Option<(String, At)>,
     /// Verdicts that the daemon sent.
@@ -143,6 +145,7 @@ impl JobNote {
             taken: 0,
             words: 0,
             guest_spoke_at: None,
+            guest_called_at: None,
             verdict_said: None,
             verdict_taken: None,
             sent: Vec::new(),

@@ -1,6 +1,7 @@
 //! A configuration that is misread: the checkers know what was meant.
 
 use super::Bug;
+use dayfly::cache::CacheTenant;
 use dayfly::config::{Config, Span};
 
 /// As good as never.
@@ -10,6 +11,9 @@ const NEVER: Span = Span::from_secs(30 * 24 * 3600);
 pub(super) fn misread(bug: Bug, config: &mut Config, lives: u32) {
     let limits = &mut config.limits;
     match bug {
+        Bug::CacheTenantTooWide => {
+            config.cache.tenant = vec![CacheTenant { name: "all".into(), projects: vec!["**/*".into()] }];
+        }
         Bug::OneJobTooMany => config.concurrent += 1,
         Bug::BootDeadlineEarly => limits.boot_deadline = Span::from_secs(limits.boot_deadline.get().as_secs() / 10),
         Bug::BootDeadlineNever => limits.boot_deadline = NEVER,
