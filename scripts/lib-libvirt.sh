@@ -7,6 +7,7 @@
 #   as_test_user PROGRAM ARGS...   runs a program as it
 #   make_service_user              user dayfly: system mode, in group libvirt and no other
 #   as_service_user PROGRAM ARGS...
+#   make_vm_users COUNT            users dayfly-vm-0 and so on, as the package makes them
 #   open_kvm_node                  /dev/kvm for group kvm, as udev would have it
 #   start_system_libvirt           a libvirtd at qemu:///system that group libvirt may call
 #   stop_session_libvirt           the test user's VMs and its own libvirtd, if there are any
@@ -53,6 +54,16 @@ make_service_user() {
             "$LIBVIRT_SERVICE_USER"
     fi
     usermod --append --groups libvirt "$LIBVIRT_SERVICE_USER"
+}
+
+# Users for VMs, one each, as the package makes them: make_vm_users COUNT.
+make_vm_users() {
+    for _libvirt_number in $(seq 0 $(($1 - 1))); do
+        _libvirt_name=dayfly-vm-$_libvirt_number
+        id "$_libvirt_name" >/dev/null 2>&1 ||
+            useradd --system --user-group --no-create-home --home-dir / --shell /usr/sbin/nologin "$_libvirt_name"
+        usermod --append --groups kvm,libvirt-qemu "$_libvirt_name"
+    done
 }
 
 as_service_user() {

@@ -5,7 +5,7 @@
 //! that was killed leaves is taken down by the next one, or by the daemon (`supply::unassigned`).
 
 use crate::clock::Clock;
-use crate::files::RealFiles;
+use crate::files::{Files as _, RealFiles};
 use crate::gitlab::transport::{BodyError, Call};
 use crate::gitlab::{Body, JobClient, JobId, JobStatus, RunnerInfo, Transport, TransportError};
 use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
@@ -19,10 +19,10 @@ use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::Spool;
 use crate::supply::unassigned::{Abandoned, Owner, Workspace, abandoned};
-use crate::supply::{Binding, Machine, MachineEvent, Supply};
+use crate::supply::{Binding, Machine, MachineEvent, Setup, Supply, Users};
 use crate::telemetry::chain;
 use crate::vm::proof::{self, ProofError};
-use crate::vm::{self, Accel, AccelChoice, Host, Pause, VmError, VmId};
+use crate::vm::{self, Accel, AccelChoice, Host, PASSWD, PASSWD_BYTES_MAX, Pause, VmError, VmId};
 use dayfly_guest_config::{Can, Pass, Report};
 use std::path::Path;
 use std::sync::Arc;
@@ -134,7 +134,7 @@ impl BootTest<'_> {
             Clock::system(),
             rng.clone(),
             Network::new(&self.network, self.listen.clone(), Arc::new(EgressProcesses::new(None))),
-            own.setup(*accel.as_ref().unwrap_or(&Accel::Kvm)),
+            Setup { users: self.users().await, ..own.setup(*accel.as_ref().unwrap_or(&Accel::Kvm)) },
             Metrics::new(),
             stop.clone(),
         );
@@ -151,6 +151,17 @@ impl BootTest<'_> {
         // Ends at once, but for a list call, which has a deadline.
         let _ = lister.await;
         booted
+    }
+
+    /// As whom the VM runs: no job is in it, so other VMs without a job may share its user. Where the users are amiss the
+    /// daemon says so.
+    async fn users(&self) -> Users {
+        if !self.hypervisor.is_system() {
+            return Users::default();
+        }
+        let passwd = RealFiles.read(Path::new(PASSWD), PASSWD_BYTES_MAX).await.unwrap_or_default();
+        let found = self.hypervisor.users(&String::from_utf8_lossy(&passwd), 0);
+        Users::common(found.ok().and_then(|found| found.of_others))
     }
 
     /// How guests run here, proven if nobody has said it.
@@ -187,6 +198,7 @@ impl BootTest<'_> {
             disk_gib: DISK_GIB,
             run_as_root: false,
             nested: false,
+            limits: Some(vm::Limits::default()),
             network: network::Mode::User,
             egress: None,
             forwards: Vec::new(),

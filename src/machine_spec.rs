@@ -6,6 +6,7 @@
 
 use crate::network;
 use crate::secret::{self, Secret};
+use crate::vm;
 use dayfly_egress::policy::Policy;
 use dayfly_guest_config::WIRE_CONTRACT;
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,9 @@ pub struct MachineSpec {
     /// Whether its guest may run VMs of its own.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub nested: bool,
+    /// How much it may use of the host; none in records of before there were such limits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<vm::Limits>,
     /// What the guest's network is.
     pub network: network::Mode,
     /// What its job may reach, where it has no network card.
@@ -230,6 +234,7 @@ impl MachineSpec {
             disk_gib: 10,
             run_as_root: false,
             nested: false,
+            limits: None,
             network: network::Mode::User,
             egress: None,
             forwards: Vec::new(),

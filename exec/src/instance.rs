@@ -286,7 +286,7 @@ fn make_private(path: &Path) -> Result<(), InstanceError> {
 mod tests {
     use super::*;
     use dayfly::files::RealFiles;
-    use dayfly::vm::{Accel, Attachment, Boot, VmSpec};
+    use dayfly::vm::{Accel, Attachment, Boot, Confinement, VmSpec};
     use dayfly_doubles::fake::FakeHypervisor;
 
     const URI: &str = "qemu:///session";
@@ -327,6 +327,7 @@ mod tests {
                 base: "/b.qcow2".into(),
                 attachment: Attachment::User,
                 nested: false,
+                confine: Confinement::default(),
                 socket_dir: "/s".into(),
             };
             self.hypervisor.host().disks.create(&spec.overlay, &spec.base, 1).await.unwrap();

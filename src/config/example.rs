@@ -11,6 +11,7 @@ mod tests {
     use crate::machine_spec::EnvironmentLine;
     use crate::network::{Choice, EgressChange, EgressConfig, ForwardConfig};
     use crate::rules::Rule;
+    use crate::vm::Limits;
     use serde_json::Value;
     use std::collections::BTreeSet;
 
@@ -61,6 +62,7 @@ mod tests {
             keep_failed_max: 1,
             network: Some(Choice::Relay),
             egress: EgressConfig::default(),
+            limits: Limits::default(),
         };
         let runner = Runner {
             name: "n".into(),

@@ -192,6 +192,9 @@ pub struct Class {
     /// What they may reach without a network card.
     #[serde(default)]
     pub egress: network::EgressConfig,
+    /// How much of the host each of its machines may use.
+    #[serde(default)]
+    pub limits: vm::Limits,
 }
 
 /// What becomes of a job whose `image:` names no image of its class, on machines whose runner makes no containers.
@@ -231,6 +234,7 @@ impl Class {
             keep_failed_max: defaults::keep_failed_max(),
             network: None,
             egress: network::EgressConfig::default(),
+            limits: vm::Limits::default(),
         }
     }
 

@@ -6,7 +6,7 @@
 use crate::gitlab::TokenFileError;
 use crate::gitlab::transport::OpenError;
 use crate::job::journal::JournalError;
-use crate::vm::VmError;
+use crate::vm::{UsersMissing, VmError};
 use std::io;
 use std::path::PathBuf;
 
@@ -68,6 +68,9 @@ pub enum DaemonError {
         #[source]
         source: TokenFileError,
     },
+    /// The users of VMs.
+    #[error("choose as whom machines run")]
+    Users(#[from] UsersMissing),
     /// A runner's GitLab.
     #[error("set up runner `{runner}`{}", key.map(|key| format!(" by its `{key}`")).unwrap_or_default())]
     Endpoint {
@@ -91,6 +94,7 @@ impl DaemonError {
             | Self::Token { .. }
             | Self::Endpoint { .. }
             | Self::CacheStore(_)
+            | Self::Users(_)
             | Self::NoKvm(_) => 78,
             Self::Journal(JournalError::Files { source, .. }) | Self::Files { source, .. }
                 if !remedy(source.kind()).is_empty() =>

@@ -61,7 +61,7 @@ use crate::vm::{Accel, Host, own_memory_mib};
 use disk::Disk;
 use handler::Handler;
 use reload::Reloads;
-use setup::{accel, runner_of, runners};
+use setup::{accel, runner_of, runners, users};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -202,7 +202,9 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     });
     let stop = CancellationToken::new();
     let leave = CancellationToken::new();
-    let setup = Setup { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir };
+    let users = users(&config, &*files).await?;
+    let setup =
+        Setup { installation: installation.id.clone(), accel, overlay_dir: overlay_dir.clone(), socket_dir, users };
     let network = Network::new(&config.network, backends.listen.clone(), backends.egress.clone());
     let metrics = Metrics::new();
     let (supply, lister) = Supply::new(

@@ -2,6 +2,7 @@
 
 use super::{Backends, DaemonError, Installation};
 use crate::config::{self, Config};
+use crate::files::Files;
 use crate::gitlab::transport::OpenError;
 use crate::gitlab::{Endpoint, Reach, RunnerApi, RunnerToken};
 use crate::image::store::Image;
@@ -10,9 +11,10 @@ use crate::job::journal::Record;
 use crate::metrics::Metrics;
 use crate::network::ForwardConfig;
 use crate::rules::Rule;
+use crate::supply::Users;
 use crate::telemetry::chain;
 use crate::vm::proof::{Places, Subject, memory, prove_kvm};
-use crate::vm::{Accel, HostInfo, InstallationId};
+use crate::vm::{Accel, HostInfo, InstallationId, PASSWD, PASSWD_BYTES_MAX, VmUsers};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -81,6 +83,26 @@ pub(super) async fn accel(
         }
         Err(error) => Err(DaemonError::NoKvm(chain(&error))),
     }
+}
+
+/// As whom VMs of jobs run, by the host's list of users.
+pub(super) async fn users(config: &Config, files: &dyn Files) -> Result<Users, DaemonError> {
+    if !config.hypervisor.is_system() {
+        return Ok(Users::default());
+    }
+    // Without the list there are none.
+    let passwd = files.read(Path::new(PASSWD), PASSWD_BYTES_MAX).await.unwrap_or_default();
+    let found = config.hypervisor.users(&String::from_utf8_lossy(&passwd), config.concurrent)?;
+    if config.hypervisor.vm_users == Some(VmUsers::None) {
+        tracing::info!("all machines run as one user, as it is configured");
+    } else if found.of_jobs.is_empty() {
+        tracing::warn!(
+            "all machines run as one user: a QEMU that was taken over is all of them; see `hypervisor.vm_users`"
+        );
+    } else {
+        tracing::info!(users = found.of_jobs.len(), "each machine runs as a user of its own");
+    }
+    Ok(Users::each(found.of_jobs))
 }
 
 /// Reads tokens and certificates, and opens each runner's GitLab. What is known of the GitLab of an entry of `before`

@@ -218,6 +218,7 @@ fn spec(
         disk_gib: size.disk_gib,
         run_as_root: class.run_as_root,
         nested: class.nested,
+        limits: Some(class.limits.clone()),
         network,
         egress,
         forwards: Vec::new(),

@@ -3,7 +3,7 @@
 //! | mode | network card | what a job reaches |
 //! | --- | --- | --- |
 //! | `relay` | none | what the VM's own `dayfly-egress` lets through, by name: TCP and DNS (decision D27) |
-//! | `user` | QEMU's SLIRP, without host set-up | what this host reaches, its loopback included |
+//! | `user` | QEMU's SLIRP | what this host reaches, its loopback included, but for what a fence keeps from users of VMs (packaging/fence) |
 //!
 //! In both the door is behind a wire of the VM's own, which takes nothing of the host's network (decision D26). A guest
 //! of the contract before that has its door at a loopback port from a configured range: it reaches the host's loopback at
@@ -19,6 +19,7 @@ mod forward;
 mod listen;
 mod policy;
 
+pub use dayfly_egress::policy::Pattern;
 pub use egress::{Egress, EgressError, EgressOf, EgressProcesses, PROGRAM as EGRESS_PROGRAM, SERVICE_SOCKET, Terms};
 pub use forward::{Forward, ForwardConfig};
 pub use listen::{DoorListener, Entrance, Listen, Tcp};
@@ -62,6 +63,18 @@ pub enum Choice {
     User,
     /// A network of the host's; refused so far.
     Bridge,
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "relay" => Ok(Self::Relay),
+            "user" => Ok(Self::User),
+            _ => Err("one of relay, user".to_owned()),
+        }
+    }
 }
 
 /// What network a machine has. Plain data: it stands in records.
@@ -212,6 +225,9 @@ pub enum LeaseError {
     /// No port of the range is free: one may be, in a while.
     #[error("all {0} ports of `network.guest_ports` are in use")]
     NoFreePort(usize),
+    /// Each user for VMs has one: one of them will go.
+    #[error("all {0} users of `hypervisor.vm_users` have a machine")]
+    NoFreeUser(usize),
     /// The host lets nobody listen.
     #[error("listen at {address}")]
     Listen {

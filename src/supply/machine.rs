@@ -14,7 +14,7 @@ use super::wires::Wires;
 use super::{Claim, Supply};
 use crate::failpoint::{Point, reached};
 use crate::image::stamp::Stamp;
-use crate::network::{Lease, Terms};
+use crate::network::Terms;
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
@@ -79,8 +79,8 @@ pub(super) struct NewVm {
 pub struct Machine {
     supply: Supply,
     id: VmId,
-    /// None: it is not known, and nobody else's any more.
-    lease: Option<Lease>,
+    /// What it holds. None: it is not known, and nobody else's any more.
+    claim: Option<Claim>,
     events: mpsc::Receiver<MachineEvent>,
     gone: bool,
     desired: watch::Sender<Desired>,
@@ -94,13 +94,12 @@ pub struct Machine {
 impl Machine {
     /// Starts `new`, unless it runs already. `None`: it must run.
     pub(super) fn start(supply: Supply, claim: Claim, new: Option<NewVm>) -> Self {
-        let Claim { id, lease } = claim;
-        Self::spawn(supply, id, Some(lease), move |driver| async move { driver.run(new).await })
+        Self::spawn(supply, claim.id.clone(), Some(claim), move |driver| async move { driver.run(new).await })
     }
 
     /// Takes it down, whatever there is of it.
-    pub(super) fn reap(supply: Supply, id: VmId, lease: Option<Lease>) -> Self {
-        let machine = Self::spawn(supply, id, lease, |mut driver| async move { driver.take_down().await });
+    pub(super) fn reap(supply: Supply, id: VmId, claim: Option<Claim>) -> Self {
+        let machine = Self::spawn(supply, id, claim, |mut driver| async move { driver.take_down().await });
         machine.take_down();
         machine
     }
@@ -108,7 +107,7 @@ impl Machine {
     fn spawn<F: Future<Output = ()> + Send + 'static>(
         supply: Supply,
         id: VmId,
-        lease: Option<Lease>,
+        claim: Option<Claim>,
         run: impl FnOnce(Driver) -> F + Send + 'static,
     ) -> Self {
         let (events_out, events) = mpsc::channel(EVENTS_MAX);
@@ -145,7 +144,7 @@ impl Machine {
             };
             run(driver).await;
         });
-        Self { supply, id, lease, events, gone: false, desired, binding, stay, console, greeted, task }
+        Self { supply, id, claim, events, gone: false, desired, binding, stay, console, greeted, task }
     }
 
     /// The VM's id.
@@ -204,9 +203,9 @@ impl Machine {
         self.take_down();
         while self.event().await.is_some() {}
         let mut backoff = Backoff::hypervisor();
-        while let Some(lease) = self.lease.as_ref().filter(|_| self.gone) {
-            match self.supply.0.network.release(lease).await {
-                Ok(()) => self.lease = None,
+        while let Some(claim) = self.claim.as_ref().filter(|_| self.gone) {
+            match self.supply.release(claim).await {
+                Ok(()) => self.claim = None,
                 Err(error) => {
                     tracing::warn!(vm = %self.id, error = chain(&error), "give a lease back; trying again");
                     tokio::time::sleep(backoff.next(&self.supply.0.rng)).await;
@@ -316,8 +315,12 @@ impl Driver {
             if self.desired() != Desired::Running {
                 return Ok(None);
             }
+            let mut spec = new.spec.clone();
+            if spec.confine.user.is_some() {
+                spec.boot = host.disks.lend(&spec.boot, &spec.overlay).await?;
+            }
             reached(Point::K8);
-            host.hypervisor.start(&new.spec).await?;
+            host.hypervisor.start(&spec).await?;
             // QEMU has the files open by now: what is exchanged later does not matter to this machine.
             if !new.stamp.holds().await {
                 let base = new.spec.base.display();

@@ -20,9 +20,11 @@ mod losses;
 mod machine;
 mod silence;
 pub mod unassigned;
+mod users;
 mod wires;
 
 pub use machine::{Binding, Machine, MachineEvent, Screen};
+pub use users::Users;
 
 use crate::clock::Clock;
 use crate::image::store::Image;
@@ -32,7 +34,10 @@ use crate::metrics::Metrics;
 use crate::network::{DoorKind, Entrance, Lease, LeaseError, Mode, Network, PortRange};
 use crate::rng::Rng;
 use crate::vm::sockets::DoorSocket;
-use crate::vm::{Accel, Host, Hypervisor, InstallationId, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use crate::vm::{
+    Accel, Confinement, Host, Hypervisor, InstallationId, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
+    VmUser,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -55,6 +60,9 @@ pub struct Claim {
     pub id: VmId,
     /// What it holds of the host's network, its door among that.
     pub lease: Lease,
+    /// As whom its QEMU runs, of the host's users for VMs; none: as all do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<VmUser>,
 }
 
 /// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
@@ -98,6 +106,8 @@ pub struct Setup {
     pub overlay_dir: PathBuf,
     /// Where the sockets of channel, door and console are.
     pub socket_dir: PathBuf,
+    /// As whom their QEMUs run.
+    pub users: Users,
 }
 
 /// The hypervisor's newest list.
@@ -162,12 +172,20 @@ impl Supply {
     /// # Errors
     /// [`LeaseError`].
     pub async fn claim(&self, network: Mode, door: DoorKind) -> Result<Claim, LeaseError> {
-        Ok(Claim { id: VmId::random(&self.0.rng), lease: self.0.network.acquire(network, door).await? })
+        let user = self.0.setup.users.take()?;
+        match self.0.network.acquire(network, door).await {
+            Ok(lease) => Ok(Claim { id: VmId::random(&self.0.rng), lease, user }),
+            Err(error) => {
+                user.iter().for_each(|user| self.0.setup.users.release(user));
+                Err(error)
+            }
+        }
     }
 
     /// Takes a recorded claim up again, after a restart: nobody else is given its lease.
     pub fn adopt(&self, claim: &Claim) {
         self.0.network.adopt(&claim.lease);
+        claim.user.iter().for_each(|user| self.0.setup.users.adopt(user));
     }
 
     /// Opens the door of a guest.
@@ -197,6 +215,7 @@ impl Supply {
                 base: image.disk,
                 attachment: claim.lease.attachment(),
                 nested: spec.nested,
+                confine: Confinement { user: claim.user.clone(), limits: spec.limits.clone() },
                 socket_dir: setup.socket_dir.clone(),
             },
             disk_gib: spec.disk_gib,
@@ -215,7 +234,7 @@ impl Supply {
     /// Takes down whatever there is of a claim.
     #[must_use]
     pub fn reap(&self, claim: Claim) -> Machine {
-        Machine::reap(self.clone(), claim.id, Some(claim.lease))
+        Machine::reap(self.clone(), claim.id.clone(), Some(claim))
     }
 
     /// Takes down whatever there is of a VM that no record names.
@@ -230,7 +249,9 @@ impl Supply {
     /// # Errors
     /// See [`Network::release`].
     pub async fn release(&self, claim: &Claim) -> Result<(), LeaseError> {
-        self.0.network.release(&claim.lease).await
+        self.0.network.release(&claim.lease).await?;
+        claim.user.iter().for_each(|user| self.0.setup.users.release(user));
+        Ok(())
     }
 
     /// Another range of ports for the doors to come.

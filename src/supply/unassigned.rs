@@ -11,7 +11,7 @@
 //! <image directory>/.machines/<installation id>/df-<id>.qcow2  the overlay, and what else the owner keeps there
 //! ```
 
-use super::{Claim, Setup, Supply, overlay_id};
+use super::{Claim, Setup, Supply, Users, overlay_id};
 use crate::files::{Files, RealFiles, child, plain};
 use crate::rng::Rng;
 use crate::telemetry::chain;
@@ -150,6 +150,7 @@ fn setup(directory: &Path, record: &Record, accel: Accel) -> Setup {
         accel,
         overlay_dir: directory.to_owned(),
         socket_dir: record.socket_dir.clone(),
+        users: Users::default(),
     }
 }
 

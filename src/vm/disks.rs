@@ -2,7 +2,7 @@
 //! ever unlinked, for a used one is the guest's work (threats.md T16). The same for every back end.
 
 use super::paths::{Paths, unlink};
-use super::{VmError, VmName};
+use super::{Boot, VmError, VmName};
 use crate::files::plain;
 use crate::process::{ProcessError, Program};
 use std::io::{self, Read as _};
@@ -71,11 +71,23 @@ impl Disks {
         self.0.make_overlay(overlay, base, disk_gib).await
     }
 
-    /// Unlinks an overlay, never opening it: it is the guest's work by now. None is fine.
+    /// Makes copies of kernel and initrd beside an overlay, for a VM whose QEMU has a user of its own: libvirtd gives
+    /// both to that user for the VM's life, and has no switch for it. So the image's own are nobody's but ours, and two
+    /// VMs of one image want different owners for no file. They go with the overlay.
+    ///
+    /// # Errors
+    /// [`VmError`].
+    pub async fn lend(&self, boot: &Boot, overlay: &Path) -> Result<Boot, VmError> {
+        self.0.lend(boot, overlay).await.map_err(|error| refused("copy kernel and initrd beside", overlay, error))
+    }
+
+    /// Unlinks an overlay, never opening it: it is the guest's work by now. None is fine. Before it what was lent.
     ///
     /// # Errors
     /// [`VmError`].
     pub async fn remove(&self, overlay: &Path) -> Result<(), VmError> {
+        let lent = self.0.unlink_lent(overlay).await;
+        lent.map_err(|error| refused("remove copies beside overlay", overlay, error))?;
         self.0.unlink(overlay).await.map_err(|error| refused("remove overlay", overlay, error))
     }
 
@@ -90,6 +102,29 @@ impl Disks {
         overlays.sort();
         Ok(overlays)
     }
+}
+
+/// Where copies of kernel and initrd lie.
+pub(super) fn lent(overlay: &Path) -> [PathBuf; 2] {
+    ["kernel", "initrd"].map(|what| overlay.with_extension(what))
+}
+
+/// [`Disks::lend`].
+pub(super) async fn lend(boot: &Boot, overlay: &Path) -> io::Result<Boot> {
+    let Boot::Direct { kernel, initrd, cmdline } = boot else { return Ok(boot.clone()) };
+    let [own_kernel, own_initrd] = lent(overlay);
+    for (from, to) in [(kernel, &own_kernel), (initrd, &own_initrd)] {
+        // Of a daemon that died in the middle.
+        unlink(to).await?;
+        let (from, to) = (from.clone(), to.clone());
+        let copied = tokio::task::spawn_blocking(move || {
+            let mut from = plain::open_chosen(&from)?;
+            let mut to = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+            io::copy(&mut from, &mut to)
+        });
+        copied.await.map_err(io::Error::other)??;
+    }
+    Ok(Boot::Direct { kernel: own_kernel, initrd: own_initrd, cmdline: cmdline.clone() })
 }
 
 /// [`Disks::create`], with this `qemu-img`.

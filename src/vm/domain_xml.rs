@@ -5,9 +5,13 @@
 //! writer's escaping, and what XML cannot carry is refused or spelt out, never dropped.
 //! Called by [`super::libvirt`], which hands the text to libvirt.
 
-use super::{Accel, Attachment, Boot, InstallationId, VmId, VmName, VmSpec};
-use quick_xml::events::{BytesText, Event};
-use quick_xml::{Reader, Writer};
+mod read;
+
+pub use read::{Metadata, offers_kvm, read_metadata, read_qemu_uid};
+
+use super::{Accel, Attachment, Boot, Confinement, Limits, VmId, VmName, VmSpec};
+use quick_xml::Writer;
+use quick_xml::events::BytesText;
 use sha2::{Digest as _, Sha256};
 use std::io;
 use std::path::Path;
@@ -40,10 +44,6 @@ pub(super) const TB_CACHE_MIB: &str = "256";
 /// Characters of a runner's name kept in the metadata: it is for people.
 const RUNNER_CHARS_MAX: usize = 200;
 
-/// Bytes of metadata that are looked at. Ours have about 300 (a name of 200 characters that all
-/// need spelling out: 2 KiB); another's may be of any size.
-const METADATA_BYTES_MAX: usize = 16 * 1024;
-
 /// A path or text of the spec cannot stand in XML.
 #[derive(Debug, thiserror::Error)]
 #[error("{what} {text:?} is not absolute, or has characters that domain XML cannot carry")]
@@ -60,17 +60,18 @@ pub struct Ownership {
     pub qemu_uid: u32,
     /// Group that may connect to the sockets of channel, door, console, shell and egress: the daemon's own.
     pub socket_gid: u32,
+    /// Whether it can hold a VM's memory and CPUs to limits: its host has the cgroup controllers for that.
+    pub limits: bool,
 }
 
-/// Whose a domain is, from its metadata.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Metadata {
-    /// The installation that started it.
-    pub installation: InstallationId,
-    /// Its VM.
-    pub vm: VmId,
-    /// Runner entry (spelt as [`legible`] does) and job, once bound.
-    pub bound: Option<(String, u64)>,
+impl Ownership {
+    /// Whose the sockets of a VM are, as a label has it.
+    fn socket_label(self, confine: &Confinement) -> String {
+        match &confine.user {
+            Some(user) => format!("{user}:+{}", self.socket_gid),
+            None => format!("+{}:+{}", self.qemu_uid, self.socket_gid),
+        }
+    }
 }
 
 /// The UUID that follows from a VM's id: version 8 (RFC 9562), so that two VMs never share one and
@@ -202,7 +203,12 @@ fn domain(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership
     w.create_element("memory")
         .with_attribute(("unit", "MiB"))
         .write_text_content(BytesText::new(&spec.memory_mib.to_string()))?;
-    text(w, "vcpu", &spec.cpus.to_string())?;
+    let limits = spec.confine.limits.as_ref();
+    if let (Some(limits), Some(Ownership { limits: true, .. })) = (limits, ownership) {
+        bounds(w, spec, limits)?;
+    } else {
+        text(w, "vcpu", &spec.cpus.to_string())?;
+    }
     w.create_element("os").write_inner_content(|w| {
         let os = w.create_element("type").with_attributes([("arch", "x86_64"), ("machine", "q35")]);
         os.write_text_content(BytesText::new("hvm"))?;
@@ -241,6 +247,42 @@ fn domain(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership
         ["suspend-to-mem", "suspend-to-disk"].iter().try_for_each(|state| empty(w, state, &[("enabled", "no")]))
     })?;
     w.create_element("devices").write_inner_content(|w| devices(w, spec, texts, ownership))?;
+    if let (Some(user), Some(_)) = (&spec.confine.user, ownership) {
+        // QEMU runs as this user and the group of its name, and is given the files of its VM alone.
+        let label =
+            w.create_element("seclabel").with_attributes([("type", "static"), ("model", "dac"), ("relabel", "yes")]);
+        label.write_inner_content(|w| text(w, "label", &format!("{user}:{user}")))?;
+    }
+    Ok(())
+}
+
+/// What a VM may use of memory and CPUs, in the order of libvirt's schema. A guest's own CPUs, and one for what QEMU does
+/// itself.
+fn bounds(w: &mut Xml, spec: &VmSpec, limits: &Limits) -> io::Result<()> {
+    const PERIOD_US: u64 = 100_000;
+    w.create_element("memtune").write_inner_content(|w| {
+        let hard = w.create_element("hard_limit").with_attribute(("unit", "MiB"));
+        hard.write_text_content(BytesText::new(&Limits::memory_mib(spec.memory_mib).to_string())).map(drop)
+    })?;
+    text(w, "vcpu", &spec.cpus.to_string())?;
+    w.create_element("cputune").write_inner_content(|w| {
+        text(w, "shares", &limits.cpu_weight.to_string())?;
+        text(w, "global_period", &PERIOD_US.to_string())?;
+        text(w, "global_quota", &(Limits::cpu_percent(spec.cpus) * PERIOD_US / 100).to_string())
+    })?;
+    Ok(())
+}
+
+/// What a VM may do on its disk in a second.
+fn throttle(w: &mut Xml, limits: &Limits) -> io::Result<()> {
+    let rates = [("total_bytes_sec", limits.disk_bytes_a_second), ("total_iops_sec", limits.disk_operations_a_second)];
+    let rates = rates.map(|(element, rate)| rate.map(|rate| (element, rate)));
+    if rates.iter().all(Option::is_none) {
+        return Ok(());
+    }
+    w.create_element("iotune").write_inner_content(|w| {
+        rates.iter().flatten().try_for_each(|(element, rate)| text(w, element, &rate.to_string()))
+    })?;
     Ok(())
 }
 
@@ -271,12 +313,12 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
     empty(w, "controller", &[("type", "usb"), ("model", "none")])?;
     w.create_element("disk")
         .with_attributes([("type", "file"), ("device", "disk")])
-        .write_inner_content(|w| disk(w, texts, ownership))?;
-    interface(w, &spec.id, &texts.network)?;
+        .write_inner_content(|w| disk(w, spec, texts, ownership))?;
+    interface(w, spec, &texts.network)?;
     for (element, target) in [("serial", [("port", "0")].as_slice()), ("console", &[("type", "serial"), ("port", "0")])]
     {
         w.create_element(element).with_attribute(("type", "unix")).write_inner_content(|w| {
-            socket(w, &texts.console, ownership)?;
+            socket(w, &texts.console, &spec.confine, ownership)?;
             empty(w, "target", target)
         })?;
     }
@@ -287,7 +329,7 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
     let ports = [(&texts.channel, CHANNEL_NAME), (&texts.door, DOOR_NAME)].into_iter().chain(egress);
     for (path, name) in ports.chain([(&texts.shell, SHELL_NAME)]) {
         w.create_element("channel").with_attribute(("type", "unix")).write_inner_content(|w| {
-            socket(w, path, ownership)?;
+            socket(w, path, &spec.confine, ownership)?;
             empty(w, "target", &[("type", "virtio"), ("name", name)])
         })?;
     }
@@ -301,7 +343,7 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
 }
 
 /// Its network card, if it has one: libvirt adds none by itself.
-fn interface(w: &mut Xml, id: &VmId, network: &Network) -> io::Result<()> {
+fn interface(w: &mut Xml, spec: &VmSpec, network: &Network) -> io::Result<()> {
     let (kind, bridge) = match network {
         Network::Egress { .. } => return Ok(()),
         Network::User => ("user", None),
@@ -311,18 +353,28 @@ fn interface(w: &mut Xml, id: &VmId, network: &Network) -> io::Result<()> {
         if let Some((network, _)) = bridge {
             empty(w, "source", &[("network", network)])?;
         }
-        empty(w, "mac", &[("address", &id.mac())])?;
+        empty(w, "mac", &[("address", &spec.id.mac())])?;
         if let Some((_, tap)) = bridge {
             empty(w, "target", &[("dev", tap)])?;
         }
         empty(w, "model", &[("type", "virtio")])?;
+        if bridge.is_none() {
+            return Ok(());
+        }
+        if let Some(rate) = spec.confine.limits.as_ref().and_then(|limits| limits.network_bytes_a_second) {
+            // libvirt counts in KiB.
+            let rate = (rate / 1024).max(1).to_string();
+            w.create_element("bandwidth").write_inner_content(|w| {
+                ["inbound", "outbound"].iter().try_for_each(|way| empty(w, way, &[("average", &rate)]))
+            })?;
+        }
         // Isolated bridge ports: guests do not see each other's frames.
-        if bridge.is_some() { empty(w, "port", &[("isolated", "yes")]) } else { Ok(()) }
+        empty(w, "port", &[("isolated", "yes")])
     })?;
     Ok(())
 }
 
-fn disk(w: &mut Xml, texts: &Texts, ownership: Option<Ownership>) -> io::Result<()> {
+fn disk(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership>) -> io::Result<()> {
     empty(
         w,
         "driver",
@@ -347,98 +399,22 @@ fn disk(w: &mut Xml, texts: &Texts, ownership: Option<Ownership>) -> io::Result<
         })?;
         empty(w, "backingStore", &[])
     })?;
-    empty(w, "target", &[("dev", DISK), ("bus", "virtio")])
+    empty(w, "target", &[("dev", DISK), ("bus", "virtio")])?;
+    spec.confine.limits.as_ref().map_or(Ok(()), |limits| throttle(w, limits))
 }
 
-fn socket(w: &mut Xml, path: &str, ownership: Option<Ownership>) -> io::Result<()> {
+fn socket(w: &mut Xml, path: &str, confine: &Confinement, ownership: Option<Ownership>) -> io::Result<()> {
     let source = w.create_element("source").with_attributes([("mode", "bind"), ("path", path)]);
     match ownership {
         None => source.write_empty().map(drop),
-        Some(Ownership { qemu_uid, socket_gid }) => source
+        Some(ownership) => source
             .write_inner_content(|w| {
                 w.create_element("seclabel")
                     .with_attributes([("model", "dac"), ("relabel", "yes")])
-                    .write_inner_content(|w| text(w, "label", &format!("+{qemu_uid}:+{socket_gid}")))
+                    .write_inner_content(|w| text(w, "label", &ownership.socket_label(confine)))
                     .map(drop)
             })
             .map(drop),
-    }
-}
-
-/// Reads our element as libvirt hands it out (alone, its namespace prefix dropped or not).
-/// `None`: it is not ours, or not well-formed. Entities other than XML's five are an error there,
-/// so nothing expands.
-#[must_use]
-pub fn read_metadata(xml: &str) -> Option<Metadata> {
-    if xml.len() > METADATA_BYTES_MAX {
-        return None;
-    }
-    let mut reader = Reader::from_str(xml);
-    let element = loop {
-        match reader.read_event().ok()? {
-            Event::Start(element) | Event::Empty(element) => break element,
-            Event::Text(text) if text.trim().is_empty() => {}
-            _ => return None,
-        }
-    };
-    if element.local_name().as_ref() != "vm" {
-        return None;
-    }
-    let attribute = |name: &str| {
-        let attribute = element.try_get_attribute(name).ok()??;
-        attribute.normalized_value(quick_xml::XmlVersion::Implicit1_0).ok().map(|value| value.into_owned())
-    };
-    let bound = attribute("runner").zip(attribute("job").and_then(|job| job.parse().ok()));
-    Some(Metadata { installation: attribute("installation")?.parse().ok()?, vm: attribute("vm")?.parse().ok()?, bound })
-}
-
-/// QEMU's user as a privileged libvirtd's capabilities tell it: the base label of security model
-/// `dac`, `+uid:+gid`. `None`: libvirtd has no such model, so it runs QEMU as its own user.
-#[must_use]
-pub fn read_qemu_uid(capabilities: &str) -> Option<u32> {
-    let mut reader = Reader::from_str(capabilities);
-    let (mut path, mut dac) = (Vec::new(), false);
-    loop {
-        match reader.read_event().ok()? {
-            Event::Start(element) => path.push(element.local_name().as_ref().to_owned()),
-            Event::End(_) => drop(path.pop()),
-            Event::Text(text) => match path.join("/").as_str() {
-                "capabilities/host/secmodel/model" => dac = text.trim() == "dac",
-                "capabilities/host/secmodel/baselabel" if dac => {
-                    return text.trim().split(':').next()?.trim_start_matches('+').parse().ok();
-                }
-                _ => {}
-            },
-            Event::Eof => return None,
-            _ => {}
-        }
-    }
-}
-
-/// Whether capabilities offer KVM for guests of this architecture.
-#[must_use]
-pub fn offers_kvm(capabilities: &str) -> bool {
-    let mut reader = Reader::from_str(capabilities);
-    let mut x86_64 = false;
-    loop {
-        match reader.read_event() {
-            Ok(Event::Start(element) | Event::Empty(element)) => {
-                let is = |name: &str, value: &str| {
-                    element
-                        .try_get_attribute(name)
-                        .ok()
-                        .flatten()
-                        .is_some_and(|attribute| attribute.value.as_ref() == value)
-                };
-                match element.local_name().as_ref() {
-                    "arch" => x86_64 = is("name", "x86_64"),
-                    "domain" if x86_64 && is("type", "kvm") => return true,
-                    _ => {}
-                }
-            }
-            Ok(Event::Eof) | Err(_) => return false,
-            Ok(_) => {}
-        }
     }
 }
 

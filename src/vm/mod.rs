@@ -7,6 +7,7 @@
 //! deadline of its own, and each may run twice: "already there" and "already gone" are successes.
 
 mod config;
+pub mod confine;
 pub mod console;
 pub mod disks;
 pub mod domain_xml;
@@ -18,7 +19,9 @@ pub mod sockets;
 mod state;
 mod usage;
 
-pub use config::{AccelChoice, Backend, Config};
+pub use config::{AccelChoice, Backend, Config, UsersFound, UsersMissing};
+pub(crate) use config::{PASSWD, PASSWD_BYTES_MAX};
+pub use confine::{Confinement, Limits, VmUser, VmUsers};
 pub use state::{Ending, Pause, VmState};
 pub use usage::Usage;
 
@@ -217,6 +220,8 @@ pub struct VmSpec {
     pub attachment: Attachment,
     /// Whether its guest may run VMs of its own, where the host's KVM lets it.
     pub nested: bool,
+    /// As whom its QEMU runs, and what it may use at most.
+    pub confine: Confinement,
     /// Directory for the unix sockets of channel, door, console, shell and egress.
     pub socket_dir: PathBuf,
 }

@@ -4,7 +4,7 @@
 //! It is not [`Files`](crate::files::Files): nothing here is ours to read or to make durable. An overlay is unlinked and
 //! never opened, no fsync is waited for, and directories may have to be passable for QEMU's user.
 
-use super::{Stream, VmError, VmName, disks};
+use super::{Boot, Stream, VmError, VmName, disks};
 use crate::BoxFuture;
 use rustix::process::geteuid;
 use std::io;
@@ -30,6 +30,14 @@ pub trait Paths: Send + Sync + 'static {
         base: &'a Path,
         disk_gib: u64,
     ) -> BoxFuture<'a, Result<(), VmError>>;
+    /// See [`Disks::lend`](super::disks::Disks::lend). A host without files has none to lend.
+    fn lend<'a>(&'a self, boot: &'a Boot, _overlay: &'a Path) -> BoxFuture<'a, io::Result<Boot>> {
+        Box::pin(std::future::ready(Ok(boot.clone())))
+    }
+    /// Unlinks what was lent beside an overlay; none is fine.
+    fn unlink_lent<'a>(&'a self, _overlay: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
     /// Unlinks a file; none is fine.
     fn unlink<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>>;
     /// Unlinks all files of a VM in a directory: `df-<id>.` and anything. None is fine.
@@ -74,6 +82,19 @@ impl Paths for RealPaths {
         disk_gib: u64,
     ) -> BoxFuture<'a, Result<(), VmError>> {
         Box::pin(disks::make(&self.qemu_img, overlay, base, disk_gib))
+    }
+
+    fn lend<'a>(&'a self, boot: &'a Boot, overlay: &'a Path) -> BoxFuture<'a, io::Result<Boot>> {
+        Box::pin(disks::lend(boot, overlay))
+    }
+
+    fn unlink_lent<'a>(&'a self, overlay: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            for path in disks::lent(overlay) {
+                unlink(&path).await?;
+            }
+            Ok(())
+        })
     }
 
     fn unlink<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {

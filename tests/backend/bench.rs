@@ -5,12 +5,12 @@ use dayfly::rng::Rng;
 use dayfly::vm::libvirt::Libvirt;
 use dayfly::vm::proof::sector::LINE;
 use dayfly::vm::{
-    Accel, AccelChoice, Attachment, Backend, Boot, Config, Ending, Host, Hypervisor, InstallationId, Stream, VmId,
-    VmName, VmSpec, VmState,
+    Accel, AccelChoice, Attachment, Backend, Boot, Config, Confinement, Ending, Host, Hypervisor, InstallationId,
+    Stream, VmId, VmName, VmSpec, VmState,
 };
 use dayfly_doubles::fake::{FakeHypervisor, Timing};
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -106,6 +106,26 @@ impl Bench {
         self.dir.path().join("base.qcow2")
     }
 
+    /// A kernel and an initrd beside the base image, for QEMU's user to read.
+    pub(crate) fn direct_boot(&self, kernel: &[u8]) -> Boot {
+        let file = |name: &str, bytes: &[u8]| {
+            let path = self.dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+            path
+        };
+        Boot::Direct { kernel: file("vmlinuz", kernel), initrd: file("initrd", &[0; 512]), cmdline: "quiet".into() }
+    }
+
+    /// Base image, kernel and initrd belong to whom they belonged.
+    pub(crate) fn assert_image_is_ours(&self, boot: &Boot) {
+        let Boot::Direct { kernel, initrd, .. } = boot else { panic!("a kernel") };
+        let ours = std::fs::metadata(self.dir.path()).unwrap().uid();
+        for path in [&self.base(), kernel, initrd] {
+            assert_eq!(std::fs::metadata(path).unwrap().uid(), ours, "{}", path.display());
+        }
+    }
+
     pub(crate) fn overlay(&self, id: &VmId) -> PathBuf {
         self.disks().join(format!("df-{id}.qcow2"))
     }
@@ -124,6 +144,7 @@ impl Bench {
             base: self.base(),
             attachment: Attachment::User,
             nested: false,
+            confine: Confinement::default(),
             socket_dir: self.sockets(),
             id,
         }

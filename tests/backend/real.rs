@@ -2,8 +2,10 @@
 
 use crate::bench::{Bench, LIMIT, await_line, skipped};
 use dayfly::process::Program;
-use dayfly::vm::{Ending, Pause, VmError, VmId, VmName, VmState, VmSummary};
+use dayfly::vm::confine::measure::Place;
+use dayfly::vm::{Confinement, Ending, Limits, Pause, VmError, VmId, VmName, VmSpec, VmState, VmSummary, VmUsers};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::time::Instant;
@@ -121,6 +123,114 @@ async fn u50_a_vm_that_qemu_stopped_is_told_apart_from_a_disk_and_an_operator() 
     virsh(&["qemu-monitor-command", &name.to_string(), r#"{"execute":"stop"}"#], "").await;
     bench.await_state(&name, VmState::Paused(Pause::Itself)).await;
     bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+/// What one VM's QEMU finds when it is told to open something: it is taken over, as far as that goes.
+async fn opens(name: &VmName, path: &str) -> Result<(), String> {
+    static NODE: AtomicUsize = AtomicUsize::new(0);
+    let node = format!("taken-{}", NODE.fetch_add(1, Ordering::Relaxed));
+    let add = format!(
+        r#"{{"execute":"blockdev-add","arguments":{{"driver":"file","node-name":"{node}","filename":"{path}","read-only":true,"locking":"off"}}}}"#
+    );
+    told(name, &add).await
+}
+
+/// The same, of a unix socket.
+async fn connects(name: &VmName, path: &str) -> Result<(), String> {
+    static CHARDEV: AtomicUsize = AtomicUsize::new(0);
+    let id = format!("taken-{}", CHARDEV.fetch_add(1, Ordering::Relaxed));
+    let add = format!(
+        r#"{{"execute":"chardev-add","arguments":{{"id":"{id}","backend":{{"type":"socket","data":{{"addr":{{"type":"unix","data":{{"path":"{path}"}}}},"server":false}}}}}}}}"#
+    );
+    told(name, &add).await
+}
+
+async fn told(name: &VmName, command: &str) -> Result<(), String> {
+    let said = virsh(&["qemu-monitor-command", &name.to_string(), command], "").await;
+    if said.contains(r#""return""#) { Ok(()) } else { Err(said) }
+}
+
+/// A kernel that stands still.
+fn standing_kernel() -> Vec<u8> {
+    let mut kernel = vec![0; 8192];
+    // Sectors of set-up code; `jmp` to itself where that begins; the protocol's mark, 2.06, loaded high; where an initrd
+    // may be.
+    kernel[0x1f1] = 4;
+    kernel[0x200..0x202].copy_from_slice(&[0xeb, 0xfe]);
+    kernel[0x202..0x206].copy_from_slice(b"HdrS");
+    kernel[0x206..0x208].copy_from_slice(&[0x06, 0x02]);
+    kernel[0x211] = 1;
+    kernel[0x22c..0x230].copy_from_slice(&0x37ff_ffff_u32.to_le_bytes());
+    kernel
+}
+
+/// U40, T15: two machines of one image at once, each with a user of its own: the QEMU of one, told to, opens its own
+/// disk, and neither disk nor monitor of the other; no file of the image changes hands; what is lent goes with the
+/// machine.
+#[tokio::test]
+async fn u40_the_qemu_of_one_machine_opens_nothing_of_anothers() {
+    const TEST: &str = "u40_the_qemu_of_one_machine_opens_nothing_of_anothers";
+    let _shared = shared().await;
+    let Some(bench) = Bench::real(TEST) else { return };
+    let Ok(users) = std::env::var("DAYFLY_TEST_VM_USERS") else {
+        skipped(TEST, "DAYFLY_TEST_VM_USERS is not set: QEMU has one user");
+        return;
+    };
+    let users = users.parse::<VmUsers>().unwrap().all();
+    assert_eq!(users.len(), 2);
+    let boot = bench.direct_boot(&standing_kernel());
+    let mut machines = Vec::new();
+    for user in &users {
+        let spec = bench.spec();
+        let confine = Confinement { user: Some(user.clone()), limits: Some(Limits::default()) };
+        bench.host.disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
+        let boot = bench.host.disks.lend(&boot, &spec.overlay).await.unwrap();
+        let spec = VmSpec { confine, boot, ..spec };
+        bench.hypervisor.start(&spec).await.unwrap();
+        let name: VmName = spec.id.clone().into();
+        let measured = Place::default().measure(&name).expect("its process is there");
+        let its = virsh(&["domid", &name.to_string()], "").await;
+        let monitor = format!("/var/lib/libvirt/qemu/domain-{}-{name}/monitor.sock", its.trim());
+        machines.push((spec, name, measured, monitor));
+    }
+    let [(a, a_name, a_is, a_monitor), (b, b_name, b_is, b_monitor)] = &machines[..] else { panic!("two") };
+    println!("{a_name}: {a_is:?}");
+    let public = tempfile::tempdir_in("/var/tmp").unwrap();
+    let open = public.path().join("open");
+    let _listener = tokio::net::UnixListener::bind(&open).unwrap();
+    for (path, mode) in [(public.path(), 0o755), (open.as_path(), 0o777)] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+    }
+    let open = open.display().to_string();
+    assert_ne!(a_is.uid, b_is.uid);
+    for is in [a_is, b_is] {
+        assert!(is.seccomp && is.capabilities == 0 && is.uid != 0, "{is:?}");
+    }
+    for (name, own, own_monitor, other, other_monitor) in
+        [(a_name, a, a_monitor, b, b_monitor), (b_name, b, b_monitor, a, a_monitor)]
+    {
+        // What would open for anybody shows nothing.
+        opens(name, &own.overlay.display().to_string()).await.expect("its own disk");
+        opens(name, &bench.base().display().to_string()).await.expect("the image");
+        let refused = opens(name, &other.overlay.display().to_string()).await.unwrap_err();
+        assert!(refused.contains("Permission denied"), "{refused}");
+        connects(name, &open).await.expect("a socket that is open to all");
+        // libvirt made it before QEMU became its user: not even its own.
+        for monitor in [own_monitor, other_monitor] {
+            let refused = connects(name, monitor).await.unwrap_err();
+            assert!(refused.contains("Permission denied"), "{refused}");
+        }
+        // Where the daemon's sockets are, nobody passes.
+        let door = VmSpec::door_socket(&other.socket_dir, &other.id);
+        let refused = connects(name, &door.display().to_string()).await.unwrap_err();
+        assert!(refused.contains("Permission denied"), "{refused}");
+    }
+    bench.assert_image_is_ours(&boot);
+    for (spec, ..) in &machines {
+        bench.end(spec).await;
+    }
+    bench.assert_image_is_ours(&boot);
     bench.assert_clean().await;
 }
 

@@ -6,7 +6,7 @@ use crate::support::world::{World, paused};
 use dayfly::files::Files as _;
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
-use dayfly::vm::{Accel, Attachment, Boot, Hypervisor as _, VmId, VmSpec};
+use dayfly::vm::{Accel, Attachment, Boot, Confinement, Hypervisor as _, VmId, VmSpec};
 use dayfly_doubles::fake::{Fault as VmFault, Op};
 use dayfly_exec::standin::{Fault, JobSpec, JobState, Matcher, Route};
 use std::path::{Path, PathBuf};
@@ -246,6 +246,7 @@ fn spec(id: &str, installation: VmId) -> VmSpec {
         base: "/images/test/disk.qcow2".into(),
         attachment: Attachment::User,
         nested: false,
+        confine: Confinement::default(),
         socket_dir: "/run/vm".into(),
     }
 }

@@ -488,6 +488,7 @@ fn foreign_spec(id: VmId) -> VmSpec {
         base: "/images/test/disk.qcow2".into(),
         attachment: dayfly::vm::Attachment::User,
         nested: false,
+        confine: dayfly::vm::Confinement::default(),
         socket_dir: "/elsewhere".into(),
     }
 }

@@ -22,6 +22,10 @@ pub(super) fn classes(config: &Config, report: &mut Report<'_>) {
     for (i, class) in config.class.iter().enumerate() {
         one_class(i, class, report);
         egress(i, class, config, report);
+        unfenced(i, class, config, report);
+        for (name, what, remedy) in class.limits.flaws() {
+            report.error(&format!("class.{i}.limits.{name}"), what, remedy);
+        }
     }
     unique("class", config.class.iter().map(|class| class.name.as_str()), report);
 }
@@ -129,6 +133,15 @@ fn rule_egress(i: usize, rule: &Rule, config: &Config, report: &mut Report<'_>) 
     if met && !effect {
         let what = "has no effect in the network `user`, where a job reaches what this host reaches";
         report.error(&key, what, "leave it away, or set `network = \"relay\"` in the class");
+    }
+}
+
+/// Where QEMU has the daemon's own user there is no fence around the network `user`.
+fn unfenced(i: usize, class: &Class, config: &Config, report: &mut Report<'_>) {
+    if class.network == Some(Choice::User) && !config.hypervisor.is_system() {
+        let what =
+            "is `user` without `qemu:///system`: a job reaches every loopback port of this host and its whole network";
+        report.warning(&format!("class.{i}.network"), what, "use it for trials only, or set `network = \"relay\"`");
     }
 }
 

@@ -16,7 +16,7 @@ use crate::gitlab::RunnerToken;
 use crate::machine_spec::PINNED_FLAGS;
 use crate::network::Choice;
 use crate::telemetry::chain;
-use crate::vm::{AccelChoice, Backend};
+use crate::vm::{AccelChoice, Backend, VmUsers};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::Path;
@@ -169,6 +169,22 @@ fn general(config: &Config, report: &mut Report<'_>) {
     }
     if config.hypervisor.backend == Backend::Libvirt && config.hypervisor.uri.trim().is_empty() {
         report.error("hypervisor.uri", "is empty", "use qemu:///system or qemu:///session");
+    }
+    if let Some(users @ VmUsers::Range { .. }) = &config.hypervisor.vm_users {
+        let have = users.all().len();
+        if !config.hypervisor.is_system() {
+            let what = "has no effect: QEMU has users of its own at `qemu:///system` only";
+            report.warning("hypervisor.vm_users", what, "leave it away, or set `uri = \"qemu:///system\"`");
+        } else if u32::try_from(have).unwrap_or(u32::MAX) <= config.concurrent {
+            report.error(
+                "hypervisor.vm_users",
+                format!(
+                    "has {have} users for {} jobs at once, and one is for machines without a job",
+                    config.concurrent
+                ),
+                "make and name more, or lower `concurrent`",
+            );
+        }
     }
     if config.hypervisor.accel == AccelChoice::Tcg {
         report.warning(

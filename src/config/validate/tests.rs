@@ -193,6 +193,29 @@ fn risky_but_allowed_settings_are_warnings() {
     let loaded = load(&format!("{text}[hypervisor]\naccel = \"tcg\"\n"), &[]).unwrap();
     let keys: Vec<_> = loaded.warnings.iter().map(Problem::key).collect();
     assert_eq!(keys, ["hypervisor.accel", "runner.0.url"]);
+    let user = GOOD.replace("[[runner]]", "network = \"user\"\n[[runner]]");
+    let keys = |text: &str| -> Vec<String> {
+        load(text, &[]).unwrap().warnings.iter().map(|warning| warning.key().to_owned()).collect()
+    };
+    assert_eq!(keys(&user), ["class.0.network"], "there is no fence");
+    let system = "[hypervisor]\nuri = \"qemu:///system\"\n";
+    assert_eq!(keys(&format!("{user}{system}")), [""; 0]);
+    let users = "vm_users = \"dayfly-vm-0..4\"\n";
+    assert_eq!(keys(&format!("{GOOD}[hypervisor]\n{users}")), ["hypervisor.vm_users"]);
+    assert_eq!(keys(&format!("{GOOD}{system}{users}")), [""; 0]);
+}
+
+/// U40: two jobs never have one user, so there is one for each and one more.
+#[test]
+fn fewer_users_than_jobs_and_limits_without_sense_are_refused() {
+    let system = "[hypervisor]\nuri = \"qemu:///system\"\nvm_users = \"dayfly-vm-0..0\"\n";
+    refused(&format!("{GOOD}{system}"), &["`hypervisor.vm_users`", "has 1 users for 2 jobs at once"]);
+    refused(
+        &format!("{GOOD}[hypervisor]\nvm_users = \"dayfly-vm\"\n"),
+        &["`hypervisor.vm_users`", "is neither a range of at most 4096 users"],
+    );
+    let limits = GOOD.replace("[[runner]]", "[class.limits]\ncpu_weight = 0\n[[runner]]");
+    refused(&limits, &["`class.0.limits.cpu_weight`", "is 0; choose 1 to 10000"]);
 }
 
 #[test]

@@ -218,8 +218,8 @@ impl Machinery {
             return Err(Event::HostDiskFailed);
         }
         let machine = self.parts.supply.claim(spec.network, spec.door()).await.map_err(|error| match error {
-            LeaseError::NoFreePort(_) => {
-                tracing::warn!(error = chain(&error), "choose a door for the guest; the job waits for one");
+            LeaseError::NoFreePort(_) | LeaseError::NoFreeUser(_) => {
+                tracing::warn!(error = chain(&error), "choose the lease of a new machine; the job waits for one");
                 Event::NoDoor
             }
             LeaseError::Listen { .. } => {

@@ -1,7 +1,10 @@
 //! Snapshots, an exact allow-list, and any text in every place.
 
+use super::read::METADATA_BYTES_MAX;
 use super::*;
 use proptest::prelude::*;
+use quick_xml::Reader;
+use quick_xml::events::Event;
 use std::collections::{BTreeMap, BTreeSet};
 
 fn spec() -> VmSpec {
@@ -22,6 +25,7 @@ fn spec() -> VmSpec {
         base: directory.join("images/d/disk.qcow2"),
         attachment: Attachment::User,
         nested: false,
+        confine: Confinement::default(),
         socket_dir: "/run/dayfly".into(),
     }
 }
@@ -109,13 +113,13 @@ fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
         attachment: Attachment::Bridge { network: "dayfly".into(), tap: "dfabcdefghijkl".into() },
         ..spec()
     };
-    insta::assert_snapshot!(write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990 })).unwrap());
+    insta::assert_snapshot!(write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990, limits: true })).unwrap());
 }
 
 #[test]
 fn a_machine_without_a_network_card_has_a_third_port() {
     let spec = VmSpec { attachment: Attachment::Egress, ..spec() };
-    let xml = write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990 })).unwrap();
+    let xml = write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990, limits: true })).unwrap();
     assert!(!xml.contains("<interface"), "{xml}");
     insta::assert_snapshot!(xml);
 }
@@ -130,7 +134,13 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
         "domain/metadata",
         "domain/metadata/vm",
         "domain/memory",
+        "domain/memtune",
+        "domain/memtune/hard_limit",
         "domain/vcpu",
+        "domain/cputune",
+        "domain/cputune/shares",
+        "domain/cputune/global_period",
+        "domain/cputune/global_quota",
         "domain/os",
         "domain/os/type",
         "domain/os/kernel",
@@ -161,11 +171,17 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
         "domain/devices/disk/backingStore/source/seclabel",
         "domain/devices/disk/backingStore/backingStore",
         "domain/devices/disk/target",
+        "domain/devices/disk/iotune",
+        "domain/devices/disk/iotune/total_bytes_sec",
+        "domain/devices/disk/iotune/total_iops_sec",
         "domain/devices/interface",
         "domain/devices/interface/mac",
         "domain/devices/interface/source",
         "domain/devices/interface/target",
         "domain/devices/interface/model",
+        "domain/devices/interface/bandwidth",
+        "domain/devices/interface/bandwidth/inbound",
+        "domain/devices/interface/bandwidth/outbound",
         "domain/devices/interface/port",
         "domain/devices/serial",
         "domain/devices/serial/source",
@@ -186,14 +202,19 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
         "domain/devices/rng/backend",
         "domain/devices/panic",
         "domain/devices/memballoon",
+        "domain/seclabel",
+        "domain/seclabel/label",
     ];
+    let limits = Limits { network_bytes_a_second: Some(1 << 20), ..Limits::default() };
+    let confine = Confinement { user: Some("dayfly-vm-0".to_owned().try_into().unwrap()), limits: Some(limits) };
     let mut seen = BTreeSet::new();
     for accel in [Accel::Kvm, Accel::Tcg] {
         for boot in [spec().boot, Boot::Disk] {
             let bridge = || Attachment::Bridge { network: "n".into(), tap: "t".into() };
             for attachment in [Attachment::Egress, Attachment::User, bridge()] {
-                for ownership in [None, Some(Ownership { qemu_uid: 1, socket_gid: 2 })] {
-                    let spec = VmSpec { accel, boot: boot.clone(), attachment: attachment.clone(), ..spec() };
+                for ownership in [None, Some(Ownership { qemu_uid: 1, socket_gid: 2, limits: true })] {
+                    let confine = if boot == Boot::Disk { Confinement::default() } else { confine.clone() };
+                    let spec = VmSpec { accel, boot: boot.clone(), attachment: attachment.clone(), confine, ..spec() };
                     let tree = parse(&write(&spec, ownership).unwrap());
                     assert!(tree.0.iter().all(|e| ALLOWED.contains(&e.0.as_str())), "{tree:?}");
                     assert_eq!(tree.attribute("domain/devices/controller", "model"), "none");
@@ -348,4 +369,45 @@ fn no_machine_shares_a_network_segment_with_another() {
     assert_eq!(bridge.matches("<interface ").count(), 1);
     let relay = write(&VmSpec { attachment: Attachment::Egress, ..spec() }, None).unwrap();
     assert!(!relay.contains("<interface"), "it has no card at all: {relay}");
+}
+
+/// U40: with a user of its own QEMU runs as that user, the overlay is given to it, the sockets are its and the daemon's
+/// group's, and the base image is nobody's; where libvirtd has no labels there is none.
+#[test]
+fn a_machine_with_a_user_of_its_own_has_a_label() {
+    let user = "dayfly-vm-3".to_owned().try_into().unwrap();
+    let spec = VmSpec { confine: Confinement { user: Some(user), limits: None }, ..spec() };
+    let privileged = Ownership { qemu_uid: 64055, socket_gid: 990, limits: true };
+    let tree = parse(&write(&spec, Some(privileged)).unwrap());
+    assert_eq!(tree.text("domain/seclabel/label"), "dayfly-vm-3:dayfly-vm-3");
+    assert_eq!(tree.attribute("domain/seclabel", "relabel"), "yes");
+    assert_eq!(tree.attribute("domain/seclabel", "type"), "static");
+    assert_eq!(tree.attribute("domain/devices/disk/backingStore/source/seclabel", "relabel"), "no");
+    for socket in ["channel", "console", "serial"] {
+        assert_eq!(tree.text(&format!("domain/devices/{socket}/source/seclabel/label")), "dayfly-vm-3:+990");
+    }
+    assert!(!write(&spec, None).unwrap().contains("seclabel"));
+}
+
+/// T9: a machine's memory, CPU time and disk have bounds, as far as libvirt can hold it to them.
+#[test]
+fn t9_a_machine_is_held_to_limits_where_libvirt_can() {
+    let limits = Limits { network_bytes_a_second: Some(2048), ..Limits::default() };
+    let attachment = Attachment::Bridge { network: "n".into(), tap: "t".into() };
+    let spec = VmSpec { confine: Confinement { user: None, limits: Some(limits) }, attachment, ..spec() };
+    let privileged = Ownership { qemu_uid: 64055, socket_gid: 990, limits: true };
+    let tree = parse(&write(&spec, Some(privileged)).unwrap());
+    assert_eq!(tree.text("domain/memtune/hard_limit"), "3072");
+    assert_eq!(tree.text("domain/cputune/shares"), "100");
+    assert_eq!(
+        (tree.text("domain/cputune/global_period"), tree.text("domain/cputune/global_quota")),
+        ("100000", "300000")
+    );
+    assert_eq!(tree.text("domain/devices/disk/iotune/total_bytes_sec"), "500000000");
+    assert_eq!(tree.text("domain/devices/disk/iotune/total_iops_sec"), "20000");
+    assert_eq!(tree.attribute("domain/devices/interface/bandwidth/outbound", "average"), "2");
+    for weaker in [None, Some(Ownership { limits: false, ..privileged })] {
+        let xml = write(&spec, weaker).unwrap();
+        assert!(!xml.contains("<memtune") && !xml.contains("<cputune") && xml.contains("<iotune"), "{xml}");
+    }
 }

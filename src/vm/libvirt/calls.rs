@@ -54,6 +54,13 @@ fn unless_gone<T>(result: Result<T, virt::error::Error>) -> Result<Option<T>, Ca
     }
 }
 
+/// Whether libvirt refused a domain because it cannot hold it to limits, as in a container: there are no cgroups, or it may
+/// not give QEMU the locked memory that goes with a limit.
+fn is_of_limits(error: &virt::error::Error) -> bool {
+    let said = error.message().to_lowercase();
+    ["cgroup", "cannot limit locked memory", "tuning is not available"].iter().any(|words| said.contains(words))
+}
+
 /// A connection, and what is learnt once on it.
 pub(super) struct Link {
     connect: Connect,
@@ -78,7 +85,7 @@ impl Link {
             return Ok(known);
         }
         let qemu_uid = domain_xml::read_qemu_uid(&self.connect.capabilities()?);
-        let ownership = qemu_uid.map(|qemu_uid| Ownership { qemu_uid, socket_gid: getegid().as_raw() });
+        let ownership = qemu_uid.map(|qemu_uid| Ownership { qemu_uid, socket_gid: getegid().as_raw(), limits: true });
         Ok(*self.ownership.insert(ownership))
     }
 
@@ -107,13 +114,34 @@ impl Link {
             };
         }
         let ownership = self.ownership()?;
+        match self.create(spec, ownership, domain_type)? {
+            Err(error) if ownership.is_some_and(|its| its.limits) && is_of_limits(&error) => {
+                tracing::warn!(
+                    error = error.message(),
+                    "libvirt can hold no machine to limits of memory and CPUs here"
+                );
+                // For as long as this connection lasts.
+                let without = ownership.map(|its| Ownership { limits: false, ..its });
+                self.ownership = Some(without);
+                self.create(spec, without, domain_type)??;
+            }
+            created => created?,
+        }
+        Ok(())
+    }
+
+    fn create(
+        &self,
+        spec: &VmSpec,
+        ownership: Option<Ownership>,
+        domain_type: Option<&str>,
+    ) -> Result<Result<(), virt::error::Error>, CallError> {
         let xml = match domain_type {
             None => domain_xml::write(spec, ownership),
             Some(domain_type) => domain_xml::write_as(spec, ownership, domain_type),
         };
         let xml = xml.map_err(|error| CallError::Refused(error.into()))?;
-        self.connect.create_domain_xml(&xml, sys::VIR_DOMAIN_NONE)?;
-        Ok(())
+        Ok(self.connect.create_domain_xml(&xml, sys::VIR_DOMAIN_NONE).map(drop))
     }
 
     pub(super) fn state(&mut self, name: &VmName) -> Result<VmState, CallError> {

@@ -10,8 +10,13 @@
 //! | Thing | Needs | Why |
 //! | --- | --- | --- |
 //! | overlay | directory `0711`, and every one above it passable to others | we make it `0600`; libvirtd gives it to QEMU's user for the VM's life (`dynamic_ownership`) and back at its end; QEMU opens it by path. We unlink it, as the directory is ours |
-//! | base image, kernel, initrd | readable to others (`0644` in `0755`) | the base stays ours: its label says `relabel='no'`, or else QEMU's user could rewrite it for all VMs to come. libvirtd does give kernel and initrd to QEMU's user while a VM runs, and has no switch for it; AppArmor or SELinux, where it is on, lets QEMU read them only |
+//! | base image, kernel, initrd | readable to others (`0644` in `0755`) | the base stays ours: its label says `relabel='no'`, or else QEMU's user could rewrite it for all VMs to come. libvirtd does give kernel and initrd to QEMU's user while a VM runs, and has no switch for it; AppArmor or SELinux, where it is on, lets QEMU read them only. A VM with a user of its own has copies of both, for two owners of one file are refused by libvirtd |
 //! | sockets | directory ours, `0700` will do | libvirtd binds them as root and passes them to QEMU, mode `0775`, owner QEMU's user, group **our own**: the label in the XML asks for it. Without it the group would be QEMU's and we could not connect. libvirtd unlinks them with the VM |
+//!
+//! With a **user for each VM** ([`Confinement`](super::Confinement)) the domain has a label of its own: QEMU runs as that user and the
+//! group of its name, overlay and sockets are its, and QEMUs of different VMs are strangers to the kernel. It needs the groups
+//! `kvm`, and `libvirt-qemu` (or it cannot pass `/var/lib/libvirt/qemu` to its own directory); neither as its own group, or
+//! all VMs' directories would be open to it.
 //!
 //! A file that QEMU cannot open makes [`Hypervisor::start`] fail with QEMU's own "Permission denied".
 //! The domain's description (paths, installation, runner, job) can be read by every user of the

@@ -11,7 +11,11 @@ mod evidence;
 pub mod memory;
 pub mod sector;
 
-use super::{Accel, Attachment, Boot, Ending, Host, InstallationId, Pause, VmError, VmId, VmSpec, VmState};
+use super::confine::measure::{Measured, Place};
+use super::{
+    Accel, Attachment, Boot, Confinement, Ending, Host, InstallationId, Limits, Pause, VmError, VmId, VmSpec, VmState,
+    VmUser,
+};
 use crate::rng::Rng;
 use dayfly_guest_config::PROOF_CONTRACT;
 pub use dayfly_guest_config::{PROOF_LINE, PROOF_WORD};
@@ -190,6 +194,37 @@ pub async fn prove(
     installation: &InstallationId,
     rng: &Rng,
 ) -> Result<Proof, ProofError> {
+    let proven = prove_as(host, accel, subject, places, installation, Confinement::default(), rng).await;
+    proven.map(|(proof, _)| proof)
+}
+
+/// [`prove`], by a VM that is confined as those of jobs are; with what the kernel says of its process while it runs, if
+/// that is on this host.
+///
+/// # Errors
+/// As [`prove_kvm`].
+pub async fn prove_confined(
+    host: &Host,
+    accel: Accel,
+    subject: &Subject,
+    places: Places<'_>,
+    installation: &InstallationId,
+    user: Option<VmUser>,
+    rng: &Rng,
+) -> Result<(Proof, Option<Measured>), ProofError> {
+    let confine = Confinement { user, limits: Some(Limits::default()) };
+    prove_as(host, accel, subject, places, installation, confine, rng).await
+}
+
+async fn prove_as(
+    host: &Host,
+    accel: Accel,
+    subject: &Subject,
+    places: Places<'_>,
+    installation: &InstallationId,
+    confine: Confinement,
+    rng: &Rng,
+) -> Result<(Proof, Option<Measured>), ProofError> {
     let id = VmId::random(rng);
     let (boot, memory_mib) = match subject {
         Subject::Sector => (Boot::Disk, SECTOR_MEMORY_MIB),
@@ -206,6 +241,7 @@ pub async fn prove(
         base: places.disks.join(format!("proof-{id}.qcow2")),
         attachment: Attachment::User,
         nested: false,
+        confine,
         socket_dir: places.sockets.to_owned(),
         id,
     };
@@ -227,20 +263,36 @@ fn with_word(boot: &Boot) -> Boot {
     }
 }
 
-async fn boot_once(host: &Host, spec: &VmSpec, subject: &Subject) -> Result<Proof, ProofError> {
+/// `None` of a VM that is held to nothing: nobody has asked.
+async fn measured(spec: &VmSpec) -> Option<Measured> {
+    spec.confine.limits.as_ref()?;
+    let name = spec.id.clone().into();
+    tokio::task::spawn_blocking(move || Place::default().measure(&name)).await.ok()?
+}
+
+async fn boot_once(host: &Host, spec: &VmSpec, subject: &Subject) -> Result<(Proof, Option<Measured>), ProofError> {
     write_disk(&spec.base).await.map_err(|source| ProofError::Disk { path: spec.base.clone(), source })?;
     let start = |evidence| move |error| ProofError::Start(evidence, error);
     host.disks.create(&spec.overlay, &spec.base, 1).await.map_err(start(Evidence::default()))?;
+    let mut spec = spec.clone();
+    if spec.confine.user.is_some() {
+        spec.boot = host.disks.lend(&spec.boot, &spec.overlay).await.map_err(start(Evidence::default()))?;
+    }
+    let spec = &spec;
     let since = Instant::now();
     if let Err(error) = host.hypervisor.start(spec).await {
         return Err(ProofError::Start(Evidence::of(&*host.hypervisor, spec, None).await, error));
     }
+    // At once: a kernel that has said its line powers off.
+    let measured = measured(spec).await;
     let mut heard = Heard { began: None, best: None };
     let within = if spec.accel == Accel::Kvm { DEADLINE } else { DEADLINE_TCG };
     let outcome = timeout(within, watch(host, spec, subject, &mut heard)).await;
     let what = subject.words();
     let end = match outcome {
-        Ok(Ok(End::Proven)) => return Ok(Proof { what, took: since.elapsed() }),
+        Ok(Ok(End::Proven)) => {
+            return Ok((Proof { what, took: since.elapsed() }, measured));
+        }
         Ok(Ok(end)) => end,
         Ok(Err(error)) => return Err(ProofError::Console(error)),
         Err(_) => End::Silent,

@@ -6,7 +6,7 @@
 //! a service must then say `KillMode=process`, as ours does.
 
 use crate::process::Program;
-use crate::vm::VmName;
+use crate::vm::{Limits, VmName, VmSpec};
 use rustix::process::geteuid;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -35,6 +35,18 @@ fn session() -> Vec<(&'static str, OsString)> {
     OF_THE_SESSION.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))).collect()
 }
 
+/// What a scope holds its VM to. A user's own systemd takes those of controllers that it was not given, to no effect.
+pub(super) fn properties(spec: &VmSpec) -> Vec<String> {
+    let Some(limits) = &spec.confine.limits else { return Vec::new() };
+    vec![
+        format!("MemoryMax={}M", Limits::memory_mib(spec.memory_mib)),
+        "MemorySwapMax=0".into(),
+        format!("CPUWeight={}", limits.cpu_weight),
+        format!("CPUQuota={}%", Limits::cpu_percent(spec.cpus)),
+        format!("TasksMax={}", limits.processes),
+    ]
+}
+
 impl Apart {
     /// The best way that works here: systemd is asked for a scope, once.
     pub(super) async fn find() -> Self {
@@ -42,7 +54,7 @@ impl Apart {
             return Self::Group;
         }
         let scope = Self::Scope { user: !geteuid().is_root() };
-        let (program, arguments, environment) = scope.command(OsStr::new("true"), None, &[]);
+        let (program, arguments, environment) = scope.command(OsStr::new("true"), None, &[], &[]);
         let mut tried = Program::new(program, DEADLINE).args(arguments);
         for (name, value) in environment {
             tried = tried.env(name, value);
@@ -61,6 +73,7 @@ impl Apart {
         self,
         program: &OsStr,
         name: Option<&VmName>,
+        properties: &[String],
         arguments: &[String],
     ) -> (OsString, Vec<OsString>, Vec<(&'static str, OsString)>) {
         let rest = arguments.iter().map(OsString::from);
@@ -74,6 +87,7 @@ impl Apart {
                 if let Some(name) = name {
                     all.push(format!("--unit=dayfly-{name}.scope").into());
                 }
+                all.extend(properties.iter().map(|property| format!("--property={property}").into()));
                 all.extend(["--".into(), program.to_owned()]);
                 all.extend(rest);
                 ("systemd-run".into(), all, if user { session() } else { Vec::new() })
@@ -91,13 +105,13 @@ mod tests {
         let name = VmName::parse("df-abcdefghijklmnop").unwrap();
         let command = |apart: Apart| {
             let (program, arguments, _) =
-                apart.command(OsStr::new("qemu"), Some(&name), &["-name".into(), "a b".into()]);
+                apart.command(OsStr::new("qemu"), Some(&name), &["TasksMax=9".into()], &["-name".into(), "a b".into()]);
             [vec![program], arguments].concat().join(OsStr::new(" ")).into_string().unwrap()
         };
         assert_eq!(command(Apart::Group), "qemu -name a b");
         assert_eq!(
             command(Apart::Scope { user: true }),
-            "systemd-run --user --scope --quiet --collect --unit=dayfly-df-abcdefghijklmnop.scope -- qemu -name a b"
+            "systemd-run --user --scope --quiet --collect --unit=dayfly-df-abcdefghijklmnop.scope --property=TasksMax=9 -- qemu -name a b"
         );
         assert!(command(Apart::Scope { user: false }).starts_with("systemd-run --system --scope"));
     }

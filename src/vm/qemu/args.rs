@@ -2,12 +2,15 @@
 //! by device, and no others. Pure text, no I/O. Everybody on the host can read it: it holds no secret.
 
 use crate::vm::domain_xml::{CHANNEL_NAME, DOOR_NAME, EGRESS_NAME, NESTING, SHELL_NAME, TB_CACHE_MIB, uuid};
-use crate::vm::{Accel, Attachment, Boot, VmName, VmSpec};
+use crate::vm::{Accel, Attachment, Boot, Limits, VmName, VmSpec};
 use serde_json::{Value, json};
 use std::path::Path;
 
 /// Where QEMU's own I/O ports for a guest that panics begin; libvirt's `<panic model='isa'/>`.
 const PANIC_PORT: &str = "pvpanic,ioport=1285";
+
+/// What holds its disk to its limits.
+const GROUP: &str = "limits";
 
 /// What a shutdown looks like in QEMU's log, see [`super::log`].
 pub(super) const SHUTDOWN_TRACE: &str = "qemu_system_shutdown_request";
@@ -71,13 +74,22 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     let socket = |id: &str, path: &str| format!("socket,id={id},path={},server=on,wait=off", value(path));
     add("-chardev", socket("qmp", absolute("QMP socket", qmp)?));
     add("-mon", "chardev=qmp,mode=control".into());
-    for node in disk(absolute("base image", &spec.base)?, absolute("overlay", &spec.overlay)?) {
+    let throttled = spec.confine.limits.as_ref().and_then(throttle);
+    if let Some(group) = &throttled {
+        add("-object", group.clone());
+    }
+    let mut nodes = disk(absolute("base image", &spec.base)?, absolute("overlay", &spec.overlay)?).to_vec();
+    if throttled.is_some() {
+        nodes.push(json!({ "driver": "throttle", "node-name": "slowed", "throttle-group": GROUP, "file": "disk" }));
+    }
+    for node in nodes {
         add("-blockdev", node.to_string());
     }
     // Devices on the root bus would offer the old interface, too; behind libvirt's ports they do not.
     let virtio = |device: &str, rest: &str| format!("virtio-{device}-pci,disable-legacy=on{rest}");
     // A failing host disk pauses the guest, which we see, instead of failing its job (V11).
-    add("-device", virtio("blk", ",drive=disk,bootindex=1,write-cache=on,werror=stop,rerror=stop"));
+    let drive = if throttled.is_some() { "slowed" } else { "disk" };
+    add("-device", virtio("blk", &format!(",drive={drive},bootindex=1,write-cache=on,werror=stop,rerror=stop")));
     match &spec.attachment {
         Attachment::Egress => add("-nic", "none".into()),
         Attachment::User => {
@@ -106,6 +118,13 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     Ok(all)
 }
 
+/// What a VM may do on its disk in a second, if that has bounds.
+fn throttle(limits: &Limits) -> Option<String> {
+    let rates = [("x-bps-total", limits.disk_bytes_a_second), ("x-iops-total", limits.disk_operations_a_second)];
+    let rates: String = rates.iter().filter_map(|(key, rate)| rate.map(|rate| format!(",{key}={rate}"))).collect();
+    (!rates.is_empty()).then(|| format!("throttle-group,id={GROUP}{rates}"))
+}
+
 /// The disk's nodes. The whole chain is spelt out, with its formats: no image's header decides what the host opens
 /// (T16), and the base image is opened for reading only (T17).
 fn disk(base: &str, overlay: &str) -> [Value; 4] {
@@ -124,6 +143,7 @@ fn disk(base: &str, overlay: &str) -> [Value; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::Confinement;
 
     fn spec() -> VmSpec {
         VmSpec {
@@ -142,6 +162,7 @@ mod tests {
             base: "/var/lib/dayfly/images/d/disk.qcow2".into(),
             attachment: Attachment::User,
             nested: false,
+            confine: Confinement::default(),
             socket_dir: "/run/dayfly".into(),
         }
     }
@@ -168,6 +189,20 @@ mod tests {
         assert!(text.contains("-accel\nkvm\n\n-cpu\nhost,-vmx,-svm\n") && !text.contains("-kernel"), "{text}");
         let text = lines(&VmSpec { accel: Accel::Kvm, nested: true, ..spec() });
         assert!(text.contains("-cpu\nhost\n"), "{text}");
+    }
+
+    #[test]
+    fn a_disk_with_limits_is_slowed_and_one_without_is_not() {
+        assert!(!lines(&spec()).contains("throttle"));
+        let of = |limits| lines(&VmSpec { confine: Confinement { user: None, limits: Some(limits) }, ..spec() });
+        let text = of(Limits::default());
+        assert!(
+            text.contains("-object\nthrottle-group,id=limits,x-bps-total=500000000,x-iops-total=20000\n"),
+            "{text}"
+        );
+        assert!(text.contains("drive=slowed,") && !text.contains("drive=disk,"), "{text}");
+        let none = Limits { disk_bytes_a_second: None, disk_operations_a_second: None, ..Limits::default() };
+        assert!(!of(none).contains("throttle"));
     }
 
     /// T16: no path is read as an option.

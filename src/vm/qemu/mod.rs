@@ -256,7 +256,9 @@ impl Qemu {
         }
         let arguments = args::arguments(spec, &qmp).map_err(|error| VmError::refused(WHAT, &name, error))?;
         let apart = *self.0.apart.get_or_init(Apart::find).await;
-        let (program, arguments, environment) = apart.command(self.0.emulator.as_os_str(), Some(&name), &arguments);
+        let properties = apart::properties(spec);
+        let (program, arguments, environment) =
+            apart.command(self.0.emulator.as_os_str(), Some(&name), &properties, &arguments);
         let owner = Owner { installation: spec.installation.clone(), vm: spec.id.clone() };
         let wanted = name.clone();
         let theirs = self.records(WHAT, &name, move |records| {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::rng::Rng;
-use crate::vm::{Accel, Attachment, Boot, VmId};
+use crate::vm::{Accel, Attachment, Boot, Confinement, VmId};
 
 /// Complains, and ends.
 const FAILS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/vm/qemu/failing-qemu");
@@ -40,6 +40,7 @@ impl Bench {
             base: self.dir.path().join("base"),
             attachment: Attachment::User,
             nested: false,
+            confine: Confinement::default(),
             socket_dir: self.dir.path().to_owned(),
         }
     }

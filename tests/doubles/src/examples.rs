@@ -51,6 +51,7 @@ pub fn machine_spec() -> MachineSpec {
         disk_gib: 10,
         run_as_root: false,
         nested: false,
+        limits: None,
         network: Mode::User,
         egress: None,
         forwards: Vec::new(),

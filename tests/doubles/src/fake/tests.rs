@@ -4,7 +4,7 @@ use super::*;
 use dayfly::network::Listen as _;
 use dayfly::rng::Rng;
 use dayfly::vm::paths::Paths as _;
-use dayfly::vm::{Accel, Attachment, Boot, Hypervisor as _, VmError, VmSummary};
+use dayfly::vm::{Accel, Attachment, Boot, Confinement, Hypervisor as _, VmError, VmSummary};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::{sleep, timeout};
 
@@ -23,6 +23,7 @@ fn spec(id: &str) -> VmSpec {
         base: "/b.qcow2".into(),
         attachment: Attachment::User,
         nested: false,
+        confine: Confinement::default(),
         socket_dir: DIRECTORY.into(),
     }
 }

@@ -1,7 +1,7 @@
 //! XML to and from libvirt: any text in a spec changes no tree, any answer is read or is not ours.
 
 use dayfly::vm::domain_xml::{self, Ownership};
-use dayfly::vm::{Accel, Attachment, Boot, InstallationId, VmId, VmName, VmSpec};
+use dayfly::vm::{Accel, Attachment, Boot, Confinement, InstallationId, VmId, VmName, VmSpec};
 use quick_xml::Reader;
 use quick_xml::events::Event;
 use std::path::PathBuf;
@@ -35,6 +35,7 @@ fn spec(texts: &[&str]) -> VmSpec {
             _ => Attachment::User,
         },
         nested: texts.len() % 2 == 1,
+        confine: Confinement::default(),
         socket_dir: path(8),
     }
 }
@@ -68,7 +69,7 @@ pub fn domain_xml(input: &[u8]) {
     let Ok(input) = std::str::from_utf8(input) else { return };
     let texts: Vec<&str> = input.split('\0').collect();
     let given = spec(&texts);
-    let ownership = (input.len() % 2 == 0).then_some(Ownership { qemu_uid: 64055, socket_gid: 64055 });
+    let ownership = (input.len() % 2 == 0).then_some(Ownership { qemu_uid: 64055, socket_gid: 64055, limits: true });
     let Ok(xml) = domain_xml::write(&given, ownership) else {
         let plain = |text: &&str| text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic());
         assert!(!texts.iter().skip(1).all(plain), "plain texts are refused");

@@ -3,7 +3,7 @@
 use super::*;
 use dayfly::rng::Rng;
 use dayfly::vm::VmId;
-use dayfly::vm::{Accel, Attachment, Boot};
+use dayfly::vm::{Accel, Attachment, Boot, Confinement};
 use std::os::unix::fs::symlink;
 
 struct Bench {
@@ -38,6 +38,7 @@ impl Bench {
             base: self.dir.path().join("base"),
             attachment: Attachment::User,
             nested: false,
+            confine: Confinement::default(),
             socket_dir: self.dir.path().to_owned(),
         }
     }

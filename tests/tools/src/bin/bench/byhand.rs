@@ -43,6 +43,7 @@ impl Told {
             disk_gib: DISK_GIB,
             run_as_root: false,
             nested: false,
+            limits: None,
             network: Mode::User,
             egress: None,
             forwards: Vec::new(),

@@ -8,7 +8,7 @@ use dayfly::gitlab::JobId;
 use dayfly::job::state::State;
 use dayfly::rng::Rng;
 use dayfly::vm::paths::Paths as _;
-use dayfly::vm::{Accel, Attachment, Boot, Hypervisor as _, VmId, VmName, VmSpec};
+use dayfly::vm::{Accel, Attachment, Boot, Confinement, Hypervisor as _, VmId, VmName, VmSpec};
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
@@ -240,6 +240,7 @@ impl World {
             base: "/images/test/disk.qcow2".into(),
             attachment: Attachment::User,
             nested: false,
+            confine: Confinement::default(),
             socket_dir: "/run/vm".into(),
         };
         let made = self.fake.make_overlay(&overlay, &spec.base, 1).await.is_ok();

@@ -17,7 +17,7 @@ use dayfly::image::store::{ImageStore, Images as _};
 use dayfly::rng::Rng;
 use dayfly::telemetry::chain;
 use dayfly::vm::libvirt::Libvirt;
-use dayfly::vm::{Accel, AccelChoice, Attachment, Config, VmId, VmSpec};
+use dayfly::vm::{Accel, AccelChoice, Attachment, Config, Confinement, VmId, VmSpec};
 use dayfly_exec::standin::{JobSpec, Standin, Variable, serve};
 use machine::{Measured, Side};
 use service::{Service, What};
@@ -77,6 +77,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         base: image.disk.clone(),
         attachment: Attachment::User,
         nested: false,
+        confine: Confinement::default(),
         socket_dir: PathBuf::new(),
     };
     let client = client().await?;
