@@ -44,9 +44,9 @@ use dayfly::daemon::{Backends, DaemonError, socket_directory};
 use dayfly::gitlab::{ProxyEnvironment, RealLimits, RealOpenTransport};
 use dayfly::image::alike;
 use dayfly::image::store::ImageError;
-use dayfly::network::{Choice, PortRange};
+use dayfly::network::{Choice, EgressConfig, Pattern, PortRange};
 use dayfly::telemetry::{self, chain};
-use dayfly::vm::AccelChoice;
+use dayfly::vm::{AccelChoice, VmUsers};
 use given::{Given, GivenError};
 use instance::{Directories, Instance, InstanceError};
 use pipeline::sources::Directory;
@@ -146,6 +146,12 @@ struct Args {
     /// Directory for what a run needs while it lasts
     #[arg(long, value_name = "DIR")]
     work_directory: Option<PathBuf>,
+    /// Network of the VM: user, or relay, by which a job reaches no repository of this host
+    #[arg(long, value_name = "NETWORK", default_value = "user")]
+    network: Choice,
+    /// What a job reaches besides what is public, with `--network relay`: HOST:PORT; may be given several times
+    #[arg(long, value_name = "HOST:PORT")]
+    reach: Vec<Pattern>,
     /// libvirt's address, or `none`: QEMU without libvirt
     #[arg(long, value_name = "URI", default_value = "qemu:///session")]
     libvirt: String,
@@ -423,8 +429,12 @@ fn config(args: &Args) -> Config {
             run_as_root: args.root,
             // Said on the screen and in the job's log.
             allow_standin_runner: true,
-            // The stand-in for GitLab listens on this host's loopback.
-            network: Some(Choice::User),
+            // The stand-in for GitLab listens on this host's loopback, which only `user` reaches.
+            network: Some(args.network),
+            egress: match args.network {
+                Choice::Relay => EgressConfig { allow: args.reach.clone(), ..EgressConfig::default() },
+                Choice::User | Choice::Bridge => EgressConfig::default(),
+            },
             docker_socket: args.docker_socket,
             ..Class::new("exec", args.image.clone())
         }],
@@ -432,6 +442,8 @@ fn config(args: &Args) -> Config {
     };
     config.hypervisor.choose(&args.libvirt);
     config.hypervisor.accel = args.accel;
+    // A daemon on this host may have them.
+    config.hypervisor.vm_users = Some(VmUsers::None);
     config.network.guest_ports = GUEST_PORTS;
     config
 }

@@ -151,7 +151,9 @@ live_in_root() {
 
     say "package: doctor"
     in_root "$tree" dayfly doctor >"$work/doctor" || { cat "$work/doctor"; die "doctor ended with $?"; }
-    without_numbers <"$work/doctor" >"$work/doctor.seen"
+    # What bounds of this host's own cgroups hold for the chroot's is this host's.
+    without_numbers <"$work/doctor" | awk '/its QEMU (may have|has no bound)/ { remedy = 1; next }
+        remedy && /^      ->/ { remedy = 0; next } { remedy = 0; print }' >"$work/doctor.seen"
     diff -u <(expected_of_doctor) "$work/doctor.seen" || { cat "$work/doctor"; die "doctor has other lines"; }
 
     say "package: a job, as user dayfly"

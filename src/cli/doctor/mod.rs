@@ -4,6 +4,7 @@
 //! asked, and the acceleration has to boot a guest that says something (decision D16).
 
 mod boot;
+mod confinement;
 mod host;
 mod service;
 
@@ -22,8 +23,8 @@ use crate::process;
 use crate::rng::Rng;
 use crate::telemetry::{chain, printable};
 use crate::vm::AccelChoice;
-use crate::vm::proof::{Places, Subject, prove};
-use crate::vm::{self, Accel, Backend, VmId};
+use crate::vm::proof::{Places, Subject, prove_confined};
+use crate::vm::{self, Accel, Backend, PASSWD, VmId};
 use host::Host;
 use service::User;
 use std::fmt;
@@ -110,7 +111,8 @@ pub(super) async fn doctor(config: &Path, args: Args) -> anyhow::Result<ExitCode
         findings.extend(user.judge(&loaded).await);
     }
     findings.extend(files(&loaded.config, &host));
-    findings.extend(images(&loaded.config, &ImageStore::new(&loaded.config.image_directory)));
+    let fenced = confinement::is_fenced(&loaded.config, &host.users()).await;
+    findings.extend(images(&loaded.config, &ImageStore::new(&loaded.config.image_directory), fenced));
     for runner in &loaded.config.runner {
         findings.extend(gitlab(&loaded.config, runner, &backends).await);
     }
@@ -152,14 +154,17 @@ fn configuration(loaded: &Loaded) -> Vec<Finding> {
     findings
 }
 
-/// What a class's jobs reach of this host and its network.
-fn network(class: &Class, image: &Image) -> Finding {
+/// What a class's jobs reach of this host and its network. `fenced`: whether there is a fence around the network `user`.
+fn network(class: &Class, image: &Image, fenced: bool) -> Finding {
     let name = &class.name;
     match job::network_of(class, image) {
         Err(error) => Finding::bad(format!("class `{name}`: {}", chain(&error)), format!("dayfly image build {}", image.name)),
         Ok(Mode::Relay) => {
             Finding::ok(format!("class `{name}`: network `relay`: its machines have no network card, and reach no port of this host"))
         }
+        Ok(Mode::User) if fenced => Finding::ok(format!(
+            "class `{name}`: network `user`, inside a fence: a job reaches no port of this host and no private network, but for this host's resolvers and what /etc/dayfly/fence.d lists"
+        )),
         Ok(Mode::User) => Finding::warn(
             format!("class `{name}`: network `user`: a job reaches every loopback port of this host and whatever this host reaches"),
             match class.network {
@@ -265,7 +270,7 @@ fn room(config: &Config) -> Vec<Finding> {
 }
 
 /// Each image, whose runner is in it, and whether every class has one that will do.
-fn images(config: &Config, store: &ImageStore) -> Vec<Finding> {
+fn images(config: &Config, store: &ImageStore, fenced: bool) -> Vec<Finding> {
     let mut findings = Vec::new();
     match store.list() {
         Err(error) => findings.push(Finding::bad(chain(&error), "check `image_directory`")),
@@ -290,7 +295,7 @@ fn images(config: &Config, store: &ImageStore) -> Vec<Finding> {
     }
     for class in &config.class {
         for name in class.all_images() {
-            findings.extend(class_image(class, name, store));
+            findings.extend(class_image(class, name, store, fenced));
         }
     }
     for runner in &config.runner {
@@ -305,7 +310,7 @@ fn images(config: &Config, store: &ImageStore) -> Vec<Finding> {
 }
 
 /// What keeps an image of a class from being used, if anything does.
-fn class_image(class: &Class, name: &str, store: &ImageStore) -> Option<Finding> {
+fn class_image(class: &Class, name: &str, store: &ImageStore, fenced: bool) -> Option<Finding> {
     match store.get(name) {
         Err(error) => {
             let what = format!("class `{}`: {}", class.name, chain(&error));
@@ -322,7 +327,7 @@ fn class_image(class: &Class, name: &str, store: &ImageStore) -> Option<Finding>
                 "build the image with the official gitlab-runner, or set `allow_standin_runner = true` for a trial",
             ))
         }
-        Ok(image) => Some(network(class, &image)),
+        Ok(image) => Some(network(class, &image, fenced)),
     }
 }
 
@@ -366,13 +371,24 @@ pub async fn machines(config: &Config, host: &vm::Host, dir: &Path, rng: &Rng) -
     let store = ImageStore::new(&config.image_directory);
     let image = config.class.iter().find_map(|class| store.get(&class.image).ok());
     let subject = image.as_ref().map_or(Subject::Sector, Image::proof);
-    findings.push(match prove(host, accel, &subject, places, &VmId::random(rng), rng).await {
-        Ok(proof) => Finding::ok(format!("{name} runs guests: {} spoke after {} ms", proof.what, proof.took.as_millis())),
+    let passwd = std::fs::read_to_string(PASSWD).unwrap_or_default();
+    let users = hypervisor.users(&passwd, config.concurrent);
+    if let Err(missing) = &users {
+        findings.push(Finding::bad(chain(missing), "systemd-sysusers dayfly.conf, or name others"));
+    }
+    let user = users.unwrap_or_default().of_others;
+    match prove_confined(host, accel, &subject, places, &VmId::random(rng), user, rng).await {
+        Ok((proof, measured)) => {
+            let took = proof.took.as_millis();
+            findings.push(Finding::ok(format!("{name} runs guests: {} spoke after {took} ms", proof.what)));
+            let own_uid = rustix::process::geteuid().as_raw();
+            findings.extend(measured.iter().flat_map(|it| confinement::judge(it, config, own_uid, &passwd, dir)));
+        }
         Err(error) => {
             let remedy = "KVM must be the hardware's own (kvm_intel or kvm_amd; nested, if the cloud offers it); libvirt keeps QEMU's log of the VM below /var/log/libvirt/qemu. For a trial: hypervisor.accel = \"tcg\", slow and without isolation";
-            Finding::bad(format!("{name} is not proven: {}", chain(&error)), remedy)
+            findings.push(Finding::bad(format!("{name} is not proven: {}", chain(&error)), remedy));
         }
-    });
+    }
     findings
 }
 
@@ -399,13 +415,15 @@ mod tests {
     fn the_weakness_of_the_network_user_is_said() {
         let findings = configuration(&Config::assemble(None, []).unwrap());
         assert!(findings.iter().any(|f| f.what.contains("no configuration file") && f.remedy == "dayfly register"));
-        let of = |choice: Option<Choice>, relays: bool| {
+        let with = |choice: Option<Choice>, relays: bool, fenced: bool| {
             let mut manifest = crate::image::manifest::tests::example();
             if !relays {
                 manifest.networks.clear();
             }
-            network(&Class { network: choice, ..Class::new("c", "i") }, &Image::example(manifest))
+            network(&Class { network: choice, ..Class::new("c", "i") }, &Image::example(manifest), fenced)
         };
+        let of = |choice: Option<Choice>, relays: bool| with(choice, relays, false);
+        assert_eq!(with(Some(Choice::User), true, true).level, Level::Ok);
         assert!(of(None, true).what.contains("reach no port of this host"));
         let weak = of(None, false);
         assert!(weak.level == Level::Warn && weak.what.contains("every loopback port"), "{weak}");
@@ -439,7 +457,7 @@ mod tests {
     #[test]
     fn a_class_without_its_image_is_bad() {
         let dir = tempfile::tempdir().unwrap();
-        let findings = images(&example(), &ImageStore::new(dir.path()));
+        let findings = images(&example(), &ImageStore::new(dir.path()), false);
         assert_eq!(levels(&findings), [Level::Bad]);
         assert!(
             findings[0].what.contains("class `default`") && findings[0].remedy == "dayfly image build debian-12-shell",
