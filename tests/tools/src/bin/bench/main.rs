@@ -1,6 +1,6 @@
-//! `bench daemon`, `bench frozen`, `bench proxy`, `bench start`, `bench latency` and `bench wire`: what a daemon weighs,
-//! what it weighs while its disk hangs, what it costs to go through it, what a cold start costs, when GitLab sees what,
-//! and how much goes over a guest's wire.
+//! `bench daemon`, `bench frozen`, `bench proxy`, `bench start`, `bench latency`, `bench abuse` and `bench wire`: what a
+//! daemon weighs, what it weighs while its disk hangs, what it costs to go through it, what a cold start costs, when GitLab
+//! sees what, and when beside a neighbour that does its worst, and how much goes over a guest's wire.
 //!
 //! The last lines are figures, `figure NAME NUMBER UNIT`; it fails if something could not be measured.
 
@@ -24,6 +24,7 @@ const USAGE: &str = "usage: bench daemon [--vms N]
        bench proxy [--mib N] [--pairs N]
        bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
        bench latency [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
+       bench abuse [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
        bench wire [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
 
 #[tokio::main]
@@ -74,6 +75,13 @@ async fn main() -> ExitCode {
             let read = options(rest, &["--pairs", "--images", "--image", "--accel"]);
             match read.and_then(|options| start::Wanted::read(&options, ("--pairs", 10))) {
                 Some(wanted) => latency::measure(&wanted).await,
+                None => return usage(),
+            }
+        }
+        ["abuse", rest @ ..] => {
+            let read = options(rest, &["--runs", "--images", "--image", "--accel"]);
+            match read.and_then(|options| start::Wanted::read(&options, ("--runs", 5))) {
+                Some(wanted) => latency::abuse::measure(&wanted).await,
                 None => return usage(),
             }
         }

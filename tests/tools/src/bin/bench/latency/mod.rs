@@ -18,6 +18,7 @@
 //! And a cancel: jobs that say nothing are canceled at a random moment, so that GitLab refuses whatever is said of
 //! them (403), until the process of their machine is gone. Only dayfly has a machine to end, so there is no other side.
 
+pub(crate) mod abuse;
 mod direct;
 mod script;
 mod times;
@@ -38,7 +39,7 @@ use dayfly::telemetry::chain;
 use dayfly::vm;
 use dayfly::vm::Config;
 use dayfly::vm::libvirt::Libvirt;
-use dayfly_exec::standin::{JobState, ProjectId, Standin, serve};
+use dayfly_exec::standin::{JobState, ProjectId, Served, Standin, serve};
 use dayfly_test_tools::host::{Choice, Host};
 use script::{END, HOST, Pauses, Stamps};
 use std::sync::Arc;
@@ -74,8 +75,34 @@ enum Side {
     Direct,
 }
 
-/// Measures and prints.
-pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
+/// A daemon with machines of this image, and its GitLab.
+struct Begun {
+    standin: Standin,
+    ours: ProjectId,
+    direct: ProjectId,
+    registered: Told,
+    host: Host,
+    watch: StopWatch,
+    vms: vm::Host,
+    /// Serves for as long as it is there.
+    _served: Served,
+}
+
+impl Begun {
+    fn bench(&self) -> Bench<'_> {
+        Bench {
+            standin: self.standin.clone(),
+            ours: self.ours,
+            direct: self.direct,
+            registered: &self.registered,
+            host: &self.host,
+            watch: self.watch.clone(),
+            vms: self.vms.clone(),
+        }
+    }
+}
+
+async fn begin(wanted: &Wanted) -> Result<Begun, String> {
     let images = ImageStore::new(&wanted.images);
     let image = images.load(&wanted.image).await.map_err(|error| chain(&error))?;
     let vms = Libvirt::new(&Config { uri: "qemu:///session".into(), accel: wanted.accel, ..Config::default() }).host();
@@ -116,9 +143,14 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         state_below: None,
     };
     let host = Host::start(choice).await.map_err(|error| chain(&error))?;
-    let bench = Bench { standin, ours, direct, registered, host: &host, watch, vms };
-    let measured = bench.all(wanted.runs).await;
-    let ended = host.end().await;
+    Ok(Begun { standin, ours, direct, registered, host, watch, vms, _served: served })
+}
+
+/// Measures and prints.
+pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
+    let begun = begin(wanted).await?;
+    let measured = begun.bench().all(wanted.runs).await;
+    let ended = begun.host.end().await;
     let (pairs, cancels) = measured?;
     if !ended {
         return Err("the daemon did not end".into());
@@ -130,7 +162,7 @@ struct Bench<'a> {
     standin: Standin,
     ours: ProjectId,
     direct: ProjectId,
-    registered: Told,
+    registered: &'a Told,
     host: &'a Host,
     watch: StopWatch,
     vms: vm::Host,
@@ -187,13 +219,13 @@ impl Bench<'_> {
                 let job = self.standin.enqueue(self.ours, spec);
                 let came = self.over(job, told()).await;
                 let _ = self.host.jobs().kill(job, None, None);
-                self.no_machines().await?;
+                self.no_machine_of(Some(job)).await?;
                 (job, came)
             }
             Side::Direct => {
                 let job = self.standin.enqueue(self.direct, spec);
                 let like = self.watch.spec().ok_or("dayfly has started no VM")?;
-                let machine = direct::start(&self.vms, &like, &self.registered).await?;
+                let machine = direct::start(&self.vms, &like, self.registered).await?;
                 let came = self.over(job, told()).await;
                 machine.end().await?;
                 (job, came)
@@ -231,8 +263,13 @@ impl Bench<'_> {
     }
 
     async fn no_machines(&self) -> Result<(), String> {
+        self.no_machine_of(None).await
+    }
+
+    /// Waits until a job, or each, has no machine any more.
+    async fn no_machine_of(&self, job: Option<JobId>) -> Result<(), String> {
         let gone = async {
-            while !self.host.jobs().views().is_empty() {
+            while self.host.jobs().views().iter().any(|view| job.is_none_or(|job| view.key.id == job)) {
                 sleep(GLANCE).await;
             }
         };

@@ -88,7 +88,7 @@ impl Stamps {
     }
 
     /// The stamp goes after the line, so that it holds nothing up.
-    fn prologue(&self) -> String {
+    pub(super) fn prologue(&self) -> String {
         let line = line("$1", "$at");
         format!(
             "exec 9<>/dev/tcp/{HOST}/{}\nsay() {{ local at=$EPOCHREALTIME; echo \"{line}\"; echo $1 $at >&9; }}\n",
