@@ -471,14 +471,19 @@ pub fn run(program: &str, args: &[&str]) -> Output {
     Command::new(program).args(args).stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{program}: {e}"))
 }
 
+/// What a program has printed that must have done it.
+pub fn succeeded(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 /// A bare repository with one commit, ready for dumb HTTP, and the commit.
 fn repository(dir: &Path) -> (PathBuf, String) {
     let script = "set -e; cd \"$1\"; git init -q -b main work; cd work; echo content > file.txt; git add .; \
         git -c user.name=t -c user.email=t@t.invalid commit -q -m first; cd ..; git clone -q --bare work repository.git; \
         git -C repository.git update-server-info; git -C repository.git rev-parse HEAD";
-    let output = run("sh", &["-c", script, "sh", &dir.display().to_string()]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    (dir.join("repository.git"), String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    let printed = succeeded(&run("sh", &["-c", script, "sh", &dir.display().to_string()]));
+    (dir.join("repository.git"), printed.trim().to_owned())
 }
 
 /// A CA of our own in `ca.pem`, and a server certificate for both names of this GitLab.

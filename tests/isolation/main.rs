@@ -30,6 +30,7 @@ mod machine;
 mod mirror;
 mod names;
 mod site;
+mod ssh;
 mod whole;
 mod world;
 

@@ -1,6 +1,7 @@
-//! A server of packages: what `apt-get` and `pip` want is files over HTTP, with TLS and without.
+//! A server of packages: what `apt-get`, `pip` and `npm` want is files over HTTP, with TLS and without.
 
-use sha2::{Digest as _, Sha256};
+use base64::Engine as _;
+use sha2::{Digest as _, Sha256, Sha512};
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -18,7 +19,7 @@ use tokio_rustls::TlsAcceptor;
 pub(crate) const HELD_BYTES: usize = 200 << 20;
 
 /// What a package says, once it is installed.
-pub(crate) const WORDS: [&str; 2] = ["installed by apt", "installed by pip"];
+pub(crate) const WORDS: [&str; 3] = ["installed by apt", "installed by pip", "installed by npm"];
 
 type Files = Arc<HashMap<String, Vec<u8>>>;
 
@@ -39,7 +40,9 @@ struct Serving {
 impl Mirror {
     /// At ports 80 and 443 of an address, with packages that are made in `dir`.
     pub(crate) async fn new(at: IpAddr, tls: Arc<rustls::ServerConfig>, dir: &Path) -> Self {
-        let files = Arc::new(debian(dir).into_iter().chain(python()).collect());
+        let packages =
+            debian(dir).into_iter().chain(python()).chain(javascript(dir)).chain([("/node.tar".into(), node(dir))]);
+        let files = Arc::new(packages.collect());
         let ((let_go, released), (half, half_sent)) = (watch::channel(false), watch::channel(false));
         let serving = Serving { files, let_go: released, half_sent: half };
         let mut tasks = JoinSet::new();
@@ -141,8 +144,7 @@ fn debian(dir: &Path) -> Vec<(String, Vec<u8>)> {
     fs::create_dir_all(root.join("usr/share/dayfly-probe")).unwrap();
     fs::write(root.join("DEBIAN/control"), control).unwrap();
     fs::write(root.join("usr/share/dayfly-probe/word"), format!("{}\n", WORDS[0])).unwrap();
-    let built = Command::new("dpkg-deb").args(["--root-owner-group", "--build"]).args([&root, &file]).output().unwrap();
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    output(Command::new("dpkg-deb").args(["--root-owner-group", "--build"]).args([&root, &file]));
     let package = fs::read(file).unwrap();
     let list = format!(
         "{control}Filename: ./dayfly-probe.deb\nSize: {}\nSHA256: {}\n\n",
@@ -180,6 +182,71 @@ fn python() -> Vec<(String, Vec<u8>)> {
     ]);
     let index = format!("<!DOCTYPE html><html><body><a href=\"/files/{wheel}\">{wheel}</a></body></html>");
     vec![("/simple/dayfly-probe/".into(), index.into_bytes()), (format!("/files/{wheel}"), bytes)]
+}
+
+/// A registry of one package of JavaScript.
+fn javascript(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let (root, file) = (dir.join("javascript"), dir.join("javascript.tgz"));
+    fs::create_dir_all(root.join("package")).unwrap();
+    fs::write(root.join("package/package.json"), r#"{"name":"dayfly-probe","version":"1.0.0"}"#).unwrap();
+    fs::write(root.join("package/word"), format!("{}\n", WORDS[2])).unwrap();
+    output(Command::new("tar").arg("-C").arg(&root).arg("-czf").arg(&file).arg("package"));
+    let package = fs::read(file).unwrap();
+    let digest = base64::engine::general_purpose::STANDARD.encode(Sha512::digest(&package));
+    let index = serde_json::json!({
+        "name": "dayfly-probe",
+        "dist-tags": {"latest": "1.0.0"},
+        "versions": {"1.0.0": {
+            "name": "dayfly-probe",
+            "version": "1.0.0",
+            "dist": {
+                "tarball": "https://npm.example/files/dayfly-probe-1.0.0.tgz",
+                "integrity": format!("sha512-{digest}"),
+            },
+        }},
+    });
+    vec![("/dayfly-probe".into(), index.to_string().into_bytes()), ("/files/dayfly-probe-1.0.0.tgz".into(), package)]
+}
+
+/// This host's Node.js and npm, for an image that has none: the program and what it is linked with in `opt/node`, npm
+/// where it is here, which is where it looks for its parts.
+fn node(dir: &Path) -> Vec<u8> {
+    let (root, file) = (dir.join("node"), dir.join("node.tar"));
+    let opt = root.join("opt/node");
+    fs::create_dir_all(&opt).unwrap();
+    let copy = |from: &Path, name: &str| fs::copy(from, opt.join(name)).unwrap();
+    let node = fs::canonicalize(output(Command::new("sh").args(["-c", "command -v node"])).trim()).unwrap();
+    copy(&node, "node");
+    // `libname.so => /path/libname.so (0x…)`, and the loader as `/path/ld.so (0x…)`.
+    for line in output(Command::new("ldd").arg(&node)).lines() {
+        let Some(from) = line.split_whitespace().map(Path::new).find(|word| word.is_absolute()) else { continue };
+        let name = from.file_name().unwrap().to_str().unwrap();
+        copy(from, if name.starts_with("ld-") { "ld.so" } else { name });
+    }
+    // A program of its own has its parts beside it; Debian's has them where all of Debian's modules are.
+    let npm = fs::canonicalize(output(Command::new("sh").args(["-c", "command -v npm"])).trim()).unwrap();
+    let start =
+        format!("#!/bin/sh\nexec /opt/node/ld.so --library-path /opt/node /opt/node/node {} \"$@\"\n", npm.display());
+    fs::write(opt.join("npm"), start).unwrap();
+    let debian = Path::new("/usr/share/nodejs");
+    let parts = if npm.starts_with(debian) { debian } else { npm.parent().and_then(Path::parent).unwrap() };
+    output(
+        Command::new("tar")
+            .args(["--mode=a+rx", "-cf"])
+            .arg(&file)
+            .arg("-C")
+            .arg(&root)
+            .args(["opt", "-C", "/"])
+            .arg(parts.strip_prefix("/").unwrap()),
+    );
+    fs::read(file).unwrap()
+}
+
+/// What a program prints that must do it.
+fn output(command: &mut Command) -> String {
+    let done = command.output().unwrap();
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+    String::from_utf8(done.stdout).unwrap()
 }
 
 /// A zip file of these files, as they are.

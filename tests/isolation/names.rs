@@ -61,7 +61,7 @@ fn answer(
     };
     let (known, ttl) = match names.get(name.as_str()) {
         // The first time it is somewhere else.
-        Some(_) if name.starts_with("rebind.") && asked == 1 => (Some(IpAddr::V4(*OPEN.ip())), TTL_BEFORE),
+        Some(_) if name.ends_with(".rebind.example") && asked == 1 => (Some(IpAddr::V4(*OPEN.ip())), TTL_BEFORE),
         Some(address) => (Some(*address), TTL),
         None if name.ends_with(".flood.example") => (Some(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 77))), TTL),
         None => (None, TTL),

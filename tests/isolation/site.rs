@@ -4,6 +4,7 @@
 use crate::lab::{Lab, Options, Place};
 use crate::mirror::Mirror;
 use crate::names::Names;
+use crate::ssh::Ssh;
 use crate::world::{FORBIDDEN, HOST as SOMEBODY, OPEN, PORTS, World};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::collections::HashMap;
@@ -19,6 +20,7 @@ use tokio::task::JoinSet;
 const NAMESPACE: &str = "/run/netns/host";
 
 const GITLAB: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 20)), 443);
+const SSH: SocketAddr = SocketAddr::new(GITLAB.ip(), 22);
 const MIRROR: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 30));
 const RESOLVER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(198, 51, 100, 53)), 53);
 
@@ -42,6 +44,7 @@ pub(crate) struct Site {
     pub(crate) lab: Lab,
     pub(crate) mirror: Mirror,
     pub(crate) names: Names,
+    pub(crate) ssh: Ssh,
     world: World,
     host: Arc<AtomicUsize>,
     _listening: JoinSet<()>,
@@ -78,7 +81,7 @@ impl Site {
             place: Place {
                 gitlab: GITLAB,
                 names: ["gitlab.example"; 2],
-                aliases: &["mirror.example", "pypi.example"],
+                aliases: &["mirror.example", "pypi.example", "npm.example"],
                 namespace: Some(NAMESPACE),
             },
             // The default, which is meant here.
@@ -87,7 +90,8 @@ impl Site {
         })
         .await;
         let mirror = Mirror::new(MIRROR, Arc::clone(&lab.tls), lab.dir.path()).await;
-        let site = Self { lab, mirror, names, world, host, _listening: listening };
+        let ssh = Ssh::new(SSH, lab.dir.path());
+        let site = Self { lab, mirror, names, ssh, world, host, _listening: listening };
         site.has_positive_control().await;
         site
     }
@@ -167,10 +171,11 @@ fn names() -> HashMap<&'static str, IpAddr> {
         ("gitlab.example", GITLAB.ip()),
         ("mirror.example", MIRROR),
         ("pypi.example", MIRROR),
+        ("npm.example", MIRROR),
         ("deb.debian.org", MIRROR),
         ("open.example", open),
         ("other.example", open),
-        ("rebind.example", IpAddr::V4(HOST)),
+        ("www.rebind.example", OWN[2]),
         ("not-told-private.example", Ipv4Addr::new(192, 168, 1, 1).into()),
         ("not-told-slirp.example", Ipv4Addr::new(10, 0, 2, 2).into()),
         ("not-told-metadata.example", Ipv4Addr::new(169, 254, 169, 254).into()),
