@@ -333,8 +333,15 @@ impl Driver {
             // It runs, and we have not heard of it.
             reached(Point::K8);
             if new.spec.attachment == Attachment::Egress {
-                // Its guest needs seconds before it wants one.
-                self.begin_egress().await?;
+                let mut desired = self.desired.clone();
+                tokio::select! {
+                    biased;
+                    // What is to go does not wait for one, which may take three tries of 15 s: what is dropped here has begun
+                    // a process or has not, and taking the VM down ends it.
+                    Ok(_) = desired.wait_for(|desired| *desired != Desired::Running) => return Ok(None),
+                    // Its guest needs seconds before it wants one.
+                    begun = self.begin_egress() => begun?,
+                }
             }
         }
         self.tell(MachineEvent::Started).await;

@@ -208,6 +208,30 @@ fn a_machine_whose_egress_cannot_be_begun_gets_no_job() {
     });
 }
 
+/// G14: what is to go does not wait for who would carry its egress, however long that takes to begin.
+#[test]
+fn a_canceled_job_does_not_wait_for_an_egress_that_hangs() {
+    paused(async {
+        let mut world = World::new(1);
+        world.hypervisor.fail_always(Op::BeginEgress, Fault::Hangs);
+        let job = world.job(&["print never"]);
+        world.start().await.unwrap();
+        let until = async |there: bool| {
+            while world.hypervisor.vms().is_empty() == there {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let limit = Duration::from_secs(15);
+        assert!(tokio::time::timeout(limit, until(true)).await.is_ok(), "{}", world.histories());
+        world.standin.cancel(job, false);
+        let gone = tokio::time::timeout(limit, until(false)).await;
+        assert!(gone.is_ok(), "one keepalive, and the end of the machine\n{}", world.histories());
+        world.hypervisor.heal();
+        world.until(job, JobState::Canceled).await;
+        world.assert_clean().await;
+    });
+}
+
 fn reached() -> Vec<Destination> {
     let to = |name: &str| Destination { name: Some(name.into()), port: 443, ..Destination::default() };
     vec![

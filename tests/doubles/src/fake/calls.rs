@@ -116,6 +116,7 @@ impl FakeHypervisor {
         let (number, fault) = self.begin(op, subject);
         let result = match fault {
             None => act(&mut self.world()),
+            Some(Fault::Hangs) => Err(io::ErrorKind::TimedOut.into()),
             Some(fault) => Err(io::Error::other(format!("injected: {fault:?}"))),
         };
         self.finish(number, result)

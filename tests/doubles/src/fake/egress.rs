@@ -12,6 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
+/// How long one may take to begin.
+const BEGIN_DEADLINE: Duration = Duration::from_secs(15);
+
 /// How long a hung one is waited for before it is killed.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -107,6 +110,9 @@ impl Egress for FakeHypervisor {
                 }
                 Ok(Ok(()))
             });
+            if matches!(&begun, Err(error) if error.kind() == io::ErrorKind::TimedOut) {
+                tokio::time::sleep(BEGIN_DEADLINE).await;
+            }
             begun.map_err(EgressError::Start)?.map_err(EgressError::Port)
         })
     }
