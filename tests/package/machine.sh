@@ -60,6 +60,8 @@ check "starts when it is told to" started
 owned() { [ "$(ps -o user= -p "$(main_pid)")" = dayfly ] && is active active dayfly-logs.timer && is active active dayfly-egress.socket; }
 check "runs as user dayfly, with the timer for old logs and the socket for egress" owned
 check "takes a job and has libvirt start its machine" within 120 machine
+confined() { case $(stat -c %U "/proc/$(machine)") in dayfly-vm-*) ;; *) return 1 ;; esac; }
+check "its QEMU runs as a user of its own" confined
 check "says so" within 20 has_job
 
 # handed_over COMMAND...: another daemon goes on with the same machine.
