@@ -226,6 +226,7 @@ impl BootTest<'_> {
             power_off_after: self.deadline,
             log_mib_max: LOG_MIB_MAX,
             cache: false,
+            clone: None,
         };
         let clock = Clock::system();
         let config = guest_config(&parts, &clock, rng);

@@ -30,6 +30,7 @@ pub enum Point {
     K17,
     K18,
     K19,
+    K20,
 }
 
 /// What happens at a place: set once, by the program of a test.

@@ -4,12 +4,13 @@
 //! config.toml (decision D9). Its form on the wire is the crate `dayfly-guest-config`'s.
 
 use crate::clock::Clock;
+use crate::clones::Attached;
 use crate::machine_spec::{DockerSettings, EnvironmentLine, Executor, MachineSpec, PINNED_FLAGS};
 use crate::network::Lease;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::vm::VmId;
-use dayfly_guest_config::{CA_FILE, GuestConfig, GuestRunner, Pass, RELAY_URL};
+use dayfly_guest_config::{CA_FILE, CLONE_OBJECTS, GuestClone, GuestConfig, GuestRunner, Pass, RELAY_URL};
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -39,6 +40,12 @@ const BUILDS_VOLUME: &str = "/builds:/builds";
 /// Docker's socket, where its clients look for it.
 const SOCKET_VOLUME: &str = "/var/run/docker.sock:/var/run/docker.sock";
 
+/// What the host has of the repository, where it is in the machine, too.
+const CLONE_VOLUME: &str = "/run/dayfly/clone:/run/dayfly/clone:ro";
+
+/// By what git finds objects besides its own. In the environment only: nothing of it is written into a job's clone.
+const ALTERNATES: &str = "GIT_ALTERNATE_OBJECT_DIRECTORIES";
+
 /// Seconds until the runner says that a service does not answer, and goes on: the runner's own default, as is that it goes on.
 const SERVICE_WAIT_S: u32 = 30;
 
@@ -63,6 +70,8 @@ pub struct GuestParts<'a> {
     pub log_mib_max: u64,
     /// Whether its jobs have a cache at its door.
     pub cache: bool,
+    /// Disks with what the host has of its job's repository.
+    pub clone: Option<&'a Attached>,
 }
 
 /// A new guest config, with a pass of its own.
@@ -89,6 +98,7 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
             user: user.to_owned(),
             wait_timeout_s: parts.wait_timeout.as_secs(),
         },
+        clone: parts.clone.map(|clone| GuestClone { disks: clone.disks.len(), slot: clone.slot.is_some() }),
         door_patience_s: parts.door_patience.as_secs(),
         power_off_after_s: parts.power_off_after.as_secs(),
         may_stay: parts.spec.keep_failed.is_some(),
@@ -124,7 +134,11 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
     let log_mib = settings.output_limit_mib.map_or(parts.log_mib_max, |mib| mib.min(parts.log_mib_max));
     // An `int` of Go's; in KiB, whatever its documentation calls them.
     add(format!("  output_limit = {}", log_mib.saturating_mul(1024).min(i64::MAX.unsigned_abs())));
-    let environment = environment(&settings.environment);
+    let mut environment = environment(&settings.environment);
+    // An entry's own wins: whoever has one knows why.
+    if parts.clone.is_some() && !settings.environment.iter().any(|line| line.name() == ALTERNATES) {
+        environment.push(format!("{ALTERNATES}={CLONE_OBJECTS}"));
+    }
     if !environment.is_empty() {
         let lines: Vec<String> = environment.iter().map(|line| quoted(line)).collect();
         add(format!("  environment = [{}]", lines.join(", ")));
@@ -140,7 +154,7 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
         }
     }
     if let Executor::Docker(containers) = &parts.spec.executor {
-        docker(containers).into_iter().for_each(&mut add);
+        docker(containers, parts.clone.is_some()).into_iter().for_each(&mut add);
     }
     if settings.custom_build_dir {
         add("  [runners.custom_build_dir]".into());
@@ -167,7 +181,7 @@ fn config_toml(parts: &GuestParts<'_>, user: &str) -> String {
 /// The section of the Docker executor. The VM goes with its job: a volume for the sources and a cache would cost a container
 /// each and keep nothing, and a container image that is there was put there for this. For the same reason a job may ask for
 /// any policy.
-fn docker(containers: &DockerSettings) -> Vec<String> {
+fn docker(containers: &DockerSettings, clone: bool) -> Vec<String> {
     let quoted = |text: &str| toml_edit::Value::from(text).to_string();
     let mut lines = vec!["  [runners.docker]".to_owned()];
     for (key, image) in [("image", &containers.image), ("helper_image", &containers.helper_image)] {
@@ -179,6 +193,7 @@ fn docker(containers: &DockerSettings) -> Vec<String> {
     lines.push("    disable_cache = true".into());
     let mut volumes = vec![BUILDS_VOLUME];
     volumes.extend(containers.socket.then_some(SOCKET_VOLUME));
+    volumes.extend(clone.then_some(CLONE_VOLUME));
     lines.push(format!(
         "    volumes = [{}]",
         volumes.iter().map(|volume| quoted(volume)).collect::<Vec<_>>().join(", ")
@@ -259,6 +274,7 @@ mod tests {
             power_off_after: Duration::from_secs(1800),
             log_mib_max: 256,
             cache: true,
+            clone: None,
         };
         guest_config(&parts, &Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()), &rng)
     }
@@ -343,6 +359,7 @@ mod tests {
             power_off_after: Duration::from_secs(1800),
             log_mib_max: 256,
             cache: true,
+            clone: None,
         };
         let parsed: toml_edit::DocumentMut = config_toml(&parts, "gitlab-runner").parse().unwrap();
         parsed["runners"].as_array_of_tables().unwrap().get(0).unwrap().clone()
@@ -384,6 +401,51 @@ mod tests {
             (Some(true), Some("if-not-present"))
         );
         assert_eq!(all["feature_flags"]["FF_TIMESTAMPS"].as_bool(), Some(true), "what comes after it");
+    }
+
+    /// Git in a job is told where to look, by its environment and nothing else; in a container the place is the same.
+    #[test]
+    fn what_the_host_has_of_a_repository_is_told_to_git() {
+        let rng = Rng::seeded(1);
+        let attached = Attached { disks: vec!["/a".into(), "/b".into()], slot: Some("/c".into()) };
+        let with = |environment: Vec<EnvironmentLine>, executor: Executor, clone: Option<&Attached>| {
+            let mut spec = MachineSpec { executor, ..MachineSpec::example() };
+            spec.runner.settings.environment = environment;
+            let parts = GuestParts {
+                vm: &VmId::random(&rng),
+                lease: &Lease::User { port: 20_000 },
+                spec: &spec,
+                installation_machine_id: "0123456789abcdef0123456789abcdef",
+                wait_timeout: Duration::from_secs(360),
+                door_patience: Duration::from_secs(60),
+                power_off_after: Duration::from_secs(1800),
+                log_mib_max: 256,
+                cache: false,
+                clone,
+            };
+            guest_config(&parts, &Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()), &rng)
+        };
+        let line = "GIT_ALTERNATE_OBJECT_DIRECTORIES=/run/dayfly/clone/objects";
+        let config = with(Vec::new(), Executor::Shell, Some(&attached));
+        assert_eq!(config.clone, Some(GuestClone { disks: 2, slot: true }));
+        assert!(
+            config.runner.config_toml.contains(&format!("environment = [\"{line}\"]")),
+            "{}",
+            config.runner.config_toml
+        );
+        let none = with(Vec::new(), Executor::Shell, None);
+        assert!(none.clone.is_none() && !none.runner.config_toml.contains("GIT_ALTERNATE"));
+        let own =
+            with(vec![EnvironmentLine("GIT_ALTERNATE_OBJECT_DIRECTORIES=/x".into())], Executor::Shell, Some(&attached));
+        assert_eq!(own.runner.config_toml.matches("GIT_ALTERNATE").count(), 1);
+        let docker = with(Vec::new(), Executor::Docker(DockerSettings::default()), Some(&attached));
+        assert!(docker.runner.config_toml.contains("\"/run/dayfly/clone:/run/dayfly/clone:ro\""));
+        assert!(
+            !with(Vec::new(), Executor::Docker(DockerSettings::default()), None)
+                .runner
+                .config_toml
+                .contains("/run/dayfly")
+        );
     }
 
     /// U43: no job can have itself suspended: there is nobody to wake it.

@@ -21,6 +21,7 @@ pub mod vm; // how is a machine started, watched, ended?
 pub mod network; // which address and port has this machine?
 pub mod guest; // what may a guest say to us?
 pub mod cache; // what have jobs left for later ones?
+pub mod clones; // what have we of a job's repository already?
 pub mod gitlab; // how do we speak the runner API?
 pub mod recovery; // what exists, what should exist?
 pub mod history; // which jobs have ended here, and how?

@@ -326,6 +326,7 @@ mod tests {
                 overlay: "/o.qcow2".into(),
                 base: "/b.qcow2".into(),
                 attachment: Attachment::User,
+                read_only: Vec::new(),
                 nested: false,
                 confine: Confinement::default(),
                 socket_dir: "/s".into(),

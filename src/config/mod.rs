@@ -64,6 +64,8 @@ pub struct Config {
     pub capacity: capacity::Config,
     /// Section `[cache]`.
     pub cache: Cache,
+    /// Section `[clones]`.
+    pub clones: Clones,
     /// Section `[limits]`.
     pub limits: Limits,
     /// Section `[history]`.
@@ -94,6 +96,7 @@ impl Default for Config {
             network: network::Config::default(),
             capacity: capacity::Config::default(),
             cache: Cache::default(),
+            clones: Clones::default(),
             limits: Limits::default(),
             history: History::default(),
             class: Vec::new(),
@@ -195,6 +198,37 @@ pub struct Class {
     /// How much of the host each of its machines may use.
     #[serde(default)]
     pub limits: vm::Limits,
+}
+
+/// Section `[clones]`: what is kept of projects' repositories, see [`crate::clones`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Clones {
+    /// Whether anything is kept, and given to machines.
+    pub enabled: bool,
+    /// GiB of all projects together, mirrors and disks.
+    pub size_gib: u64,
+    /// GiB of one project; a mirror that has grown to that is made anew.
+    pub project_gib: u64,
+    /// MiB that one fetch may bring.
+    pub fetch_mib: u64,
+    /// How long one fetch may take.
+    pub fetch_deadline: Span,
+    /// A mirror that is older is made anew: it has what was deleted at GitLab since.
+    pub max_age: Span,
+}
+
+impl Default for Clones {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            size_gib: 40,
+            project_gib: 10,
+            fetch_mib: 4096,
+            fetch_deadline: Span::from_secs(120),
+            max_age: Span::from_secs(14 * 24 * 3600),
+        }
+    }
 }
 
 /// What becomes of a job whose `image:` names no image of its class, on machines whose runner makes no containers.

@@ -11,6 +11,7 @@
 //! | end (second signal of a drain) | none | ended with an honest verdict |
 
 mod caches;
+mod clones;
 mod consoles;
 mod disk;
 mod error;
@@ -39,6 +40,7 @@ pub use shutdown::{Mode, Shutdown};
 use crate::awake::Awake;
 use crate::capacity::{Capacity, Held, Resources};
 use crate::clock::Clock;
+use crate::clones::workshop::Workshop;
 use crate::config::Config;
 use crate::control::ControlHandler;
 use crate::files::Files;
@@ -108,6 +110,8 @@ pub struct Backends {
     pub rng: Rng,
     /// Base images.
     pub images: Arc<dyn Images>,
+    /// Git, and the disks that are made of repositories.
+    pub workshop: Arc<dyn Workshop>,
     /// Limits of doors.
     pub door_limits: guest::Limits,
 }
@@ -219,6 +223,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
     // Of these the guests may be in the middle of a cache.
     let readers = loaded.records.iter().map(|record| record.key.directory()).collect();
     let caches = caches::open(&config, &backends, &readers).await?;
+    let clones = clones::open(&config, &backends, &metrics).await?;
     let history =
         History::open(files.clone(), backends.clock.clone(), &config.state_directory, config.history.bounds());
     let consoles =
@@ -239,6 +244,7 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         journal,
         images: backends.images.clone(),
         caches,
+        clones,
         limits: Arc::new(config.limits.clone()),
         door_limits: backends.door_limits.clone(),
         metrics,
@@ -431,7 +437,11 @@ impl Daemon {
         };
         let mut pollers = std::mem::take(&mut self.pollers);
         let runners: Vec<Arc<Runner>> = self.runners.values().cloned().collect();
+        let clones = self.parts.clones.clone();
         let quiet = async {
+            if let Some(clones) = &clones {
+                clones.stop().await;
+            }
             while pollers.join_next().await.is_some() {}
             self.join_all(&mut tasks, patience).await;
             tokens::settled(&runners).await;

@@ -3,6 +3,7 @@
 use super::listener::Listener;
 use super::{Backends, DaemonError, Reloader, Shutdown, places, socket_directory, start};
 use crate::clock::Clock;
+use crate::clones::RealWorkshop;
 use crate::config::{Config, Loaded};
 use crate::control;
 use crate::files::{RealFiles, plain};
@@ -103,6 +104,7 @@ impl Backends {
             files: Arc::new(RealFiles),
             clock: Clock::system(),
             rng,
+            workshop: Arc::new(RealWorkshop::default()),
             images: Arc::new(ImageStore::new(&config.image_directory)),
             door_limits: guest::Limits::default(),
         })

@@ -72,6 +72,7 @@ fn fixed(old: &Config, new: &Config) -> Option<&'static str> {
         ("image_directory", old.image_directory != new.image_directory),
         ("hypervisor", old.hypervisor != new.hypervisor),
         ("cache", old.cache != new.cache),
+        ("clones", old.clones != new.clones),
         ("log", old.log != new.log),
         ("control", old.control != new.control),
     ]

@@ -92,6 +92,9 @@ impl Sweeper {
         if let Some(caches) = &self.parts.caches {
             caches.sweep().await;
         }
+        if let Some(clones) = &self.parts.clones {
+            clones.sweep(&owned()).await;
+        }
         for left in abandoned(&*self.parts.files, &self.image_directory, &self.hypervisor).await {
             let room: Held = self.capacity.adopt(NOBODY, self.unknown).into();
             reapers.spawn(take_down(self.parts.clone(), left, self.hypervisor.clone(), room, stop.clone()));

@@ -174,6 +174,8 @@ pub enum Ability {
     Stay,
     /// To give its host a shell.
     Shell,
+    /// To put what its host has of a job's repository where git finds it.
+    Clone,
 }
 
 impl Ability {
@@ -181,6 +183,7 @@ impl Ability {
         match self {
             Self::Stay => "stay",
             Self::Shell => "shell",
+            Self::Clone => "clone",
         }
     }
 }
@@ -237,7 +240,8 @@ impl Manifest {
         self.info = Some(learnt.info);
         self.contract = learnt.contract;
         self.networks = learnt.can.relay.then(|| RELAY.to_owned()).into_iter().collect();
-        let can = [(Ability::Stay, learnt.can.stay), (Ability::Shell, learnt.can.shell)];
+        let can =
+            [(Ability::Stay, learnt.can.stay), (Ability::Shell, learnt.can.shell), (Ability::Clone, learnt.can.clone)];
         self.abilities =
             can.into_iter().filter(|(_, can)| *can).map(|(ability, _)| ability.word().to_owned()).collect();
     }

@@ -23,7 +23,7 @@ impl Stamp {
     ///
     /// # Errors
     /// One of them cannot be looked at.
-    pub(super) fn of(files: impl IntoIterator<Item = PathBuf>) -> io::Result<Self> {
+    pub(crate) fn of(files: impl IntoIterator<Item = PathBuf>) -> io::Result<Self> {
         let one = |path: PathBuf| {
             let found = fs::metadata(&path)?;
             Ok((path, found.dev(), found.ino(), found.len(), found.mtime(), found.mtime_nsec()))

@@ -46,7 +46,7 @@ use url::Url;
 /// | 2 | `installation`, `newer_token`, `last_lines`, `received_uptime_ms`, and a checksum |
 /// | 3 | `machine_spec` |
 /// | 4 | a lease that may be `wire` or `relay` |
-/// | 5 | in `machine_spec`, `notes`, `egress`, `keep_failed`, and a network that may be `relay`; `reached`; a release that keeps the machine for a while |
+/// | 5 | in `machine_spec`, `notes`, `egress`, `keep_failed`, and a network that may be `relay`; `reached`; in `machine`, `clone`; a release that keeps the machine for a while |
 pub const RECORD_VERSION: u32 = 5;
 
 /// Bytes of one record at most; a real one has about 2 KiB, with a long job token 8.

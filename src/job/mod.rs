@@ -40,6 +40,7 @@ use crate::awake::Awake;
 use crate::cache::Caches;
 use crate::capacity::Held;
 use crate::clock::Clock;
+use crate::clones::Clones;
 use crate::config;
 use crate::files::Files;
 use crate::gitlab::{JobPayload, JobStatus, Reach, RunnerApi, Transport};
@@ -90,6 +91,8 @@ pub struct Parts {
     pub images: Arc<dyn Images>,
     /// What jobs leave for later ones; `None`: nothing.
     pub caches: Option<Caches>,
+    /// What is here of repositories; `None`: nothing is kept.
+    pub clones: Option<Clones>,
     /// Deadlines.
     pub limits: Arc<config::Limits>,
     /// Limits of doors.

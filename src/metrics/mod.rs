@@ -9,12 +9,14 @@
 //! node_exporter's textfile collector and `promtool check metrics` read.
 
 mod classic;
+mod clones;
 mod egress;
 mod gitlab;
 mod guest;
 mod job;
 mod snapshot;
 
+pub use clones::ClonesMetrics;
 pub use egress::EgressMetrics;
 pub use gitlab::GitlabMetrics;
 pub use guest::GuestMetrics;
@@ -41,6 +43,7 @@ struct Registered {
     job: JobMetrics,
     gitlab: GitlabMetrics,
     egress: EgressMetrics,
+    clones: ClonesMetrics,
 }
 
 /// Which text.
@@ -72,7 +75,8 @@ impl Metrics {
         let job = JobMetrics::register(&mut registry);
         let gitlab = GitlabMetrics::register(&mut registry);
         let egress = EgressMetrics::register(&mut registry);
-        Self(Arc::new(Registered { registry, guest, job, gitlab, egress }))
+        let clones = ClonesMetrics::register(&mut registry);
+        Self(Arc::new(Registered { registry, guest, job, gitlab, egress, clones }))
     }
 
     /// What the doors count.
@@ -97,6 +101,12 @@ impl Metrics {
     #[must_use]
     pub fn egress(&self) -> &EgressMetrics {
         &self.0.egress
+    }
+
+    /// What is counted of mirrors.
+    #[must_use]
+    pub fn clones(&self) -> &ClonesMetrics {
+        &self.0.clones
     }
 
     /// All of them, and how the daemon stands now.

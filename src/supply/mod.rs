@@ -27,6 +27,7 @@ pub use machine::{Binding, Machine, MachineEvent, Screen};
 pub use users::Users;
 
 use crate::clock::Clock;
+use crate::clones::Attached;
 use crate::image::store::Image;
 use crate::latest::Latest;
 use crate::machine_spec::MachineSpec;
@@ -35,9 +36,10 @@ use crate::network::{DoorKind, Entrance, Lease, LeaseError, Mode, Network, PortR
 use crate::rng::Rng;
 use crate::vm::sockets::DoorSocket;
 use crate::vm::{
-    Accel, Confinement, Host, Hypervisor, InstallationId, Usage, VmError, VmId, VmName, VmSpec, VmState, VmSummary,
-    VmUser,
+    Accel, Confinement, Host, Hypervisor, InstallationId, ReadOnlyDisk, Usage, VmError, VmId, VmName, VmSpec, VmState,
+    VmSummary, VmUser,
 };
+use dayfly_guest_config::{CLONE_SLOT_SERIAL, clone_serial};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -63,6 +65,9 @@ pub struct Claim {
     /// As whom its QEMU runs, of the host's users for VMs; none: as all do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<VmUser>,
+    /// Disks with what the host has of its job's repository.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone: Option<Attached>,
 }
 
 /// How often the hypervisor is asked for its list: a VM's end is seen within this time even if
@@ -174,7 +179,7 @@ impl Supply {
     pub async fn claim(&self, network: Mode, door: DoorKind) -> Result<Claim, LeaseError> {
         let user = self.0.setup.users.take()?;
         match self.0.network.acquire(network, door).await {
-            Ok(lease) => Ok(Claim { id: VmId::random(&self.0.rng), lease, user }),
+            Ok(lease) => Ok(Claim { id: VmId::random(&self.0.rng), lease, user, clone: None }),
             Err(error) => {
                 user.iter().for_each(|user| self.0.setup.users.release(user));
                 Err(error)
@@ -214,6 +219,7 @@ impl Supply {
                 overlay: self.overlay(&claim.id),
                 base: image.disk,
                 attachment: claim.lease.attachment(),
+                read_only: read_only(claim.clone.as_ref()),
                 nested: spec.nested,
                 confine: Confinement { user: claim.user.clone(), limits: spec.limits.clone() },
                 socket_dir: setup.socket_dir.clone(),
@@ -394,6 +400,15 @@ impl Supply {
             }
         }
     }
+}
+
+/// The disks of a clone, as its guest finds them.
+fn read_only(clone: Option<&Attached>) -> Vec<ReadOnlyDisk> {
+    let disks = clone.into_iter().flat_map(|clone| clone.disks.iter().enumerate());
+    let disks = disks.map(|(n, path)| ReadOnlyDisk { serial: clone_serial(n), path: path.clone() });
+    let slot = clone.and_then(|clone| clone.slot.as_ref());
+    let slot = slot.map(|path| ReadOnlyDisk { serial: CLONE_SLOT_SERIAL.to_owned(), path: path.clone() });
+    disks.chain(slot).collect()
 }
 
 /// Path of a VM's overlay. Parses back by [`overlay_id`].

@@ -122,6 +122,7 @@ fn absolute(what: &'static str, path: &Path) -> Result<String, BadSpec> {
 struct Texts {
     overlay: String,
     base: String,
+    read_only: Vec<(String, String)>,
     channel: String,
     door: String,
     shell: String,
@@ -142,6 +143,11 @@ impl Texts {
         Ok(Self {
             overlay: absolute("overlay", &spec.overlay)?,
             base: absolute("base image", &spec.base)?,
+            read_only: spec
+                .read_only
+                .iter()
+                .map(|disk| Ok((carried("serial number", &disk.serial)?, absolute("read-only disk", &disk.path)?)))
+                .collect::<Result<_, BadSpec>>()?,
             channel: absolute("channel socket", &VmSpec::channel_socket(&spec.socket_dir, &spec.id))?,
             door: absolute("door's socket", &VmSpec::door_socket(&spec.socket_dir, &spec.id))?,
             shell: absolute("shell's socket", &VmSpec::shell_socket(&spec.socket_dir, &spec.id))?,
@@ -314,6 +320,11 @@ fn devices(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownershi
     w.create_element("disk")
         .with_attributes([("type", "file"), ("device", "disk")])
         .write_inner_content(|w| disk(w, spec, texts, ownership))?;
+    for (n, (serial, path)) in texts.read_only.iter().enumerate() {
+        w.create_element("disk")
+            .with_attributes([("type", "file"), ("device", "disk")])
+            .write_inner_content(|w| read_only_disk(w, n, (serial, path), ownership))?;
+    }
     interface(w, spec, &texts.network)?;
     for (element, target) in [("serial", [("port", "0")].as_slice()), ("console", &[("type", "serial"), ("port", "0")])]
     {
@@ -401,6 +412,25 @@ fn disk(w: &mut Xml, spec: &VmSpec, texts: &Texts, ownership: Option<Ownership>)
     })?;
     empty(w, "target", &[("dev", DISK), ("bus", "virtio")])?;
     spec.confine.limits.as_ref().map_or(Ok(()), |limits| throttle(w, limits))
+}
+
+/// A disk that others read, too: it is nobody's to write, and its file stays whose it is.
+fn read_only_disk(w: &mut Xml, n: usize, (serial, path): (&str, &str), ownership: Option<Ownership>) -> io::Result<()> {
+    empty(w, "driver", &[("name", "qemu"), ("type", "raw"), ("error_policy", "report")])?;
+    w.create_element("source").with_attribute(("file", path)).write_inner_content(|w| {
+        if ownership.is_some() { empty(w, "seclabel", &[("model", "dac"), ("relabel", "no")]) } else { Ok(()) }
+    })?;
+    empty(w, "backingStore", &[])?;
+    empty(w, "target", &[("dev", &disk_name(n)), ("bus", "virtio")])?;
+    empty(w, "readonly", &[])?;
+    empty(w, "shareable", &[])?;
+    text(w, "serial", serial)
+}
+
+/// What libvirt calls the `n`th of them: `vdb`, and so on.
+fn disk_name(n: usize) -> String {
+    let last = b'b'.saturating_add(u8::try_from(n).unwrap_or(u8::MAX));
+    format!("vd{}", char::from(last.min(b'z')))
 }
 
 fn socket(w: &mut Xml, path: &str, confine: &Confinement, ownership: Option<Ownership>) -> io::Result<()> {

@@ -218,12 +218,23 @@ pub struct VmSpec {
     pub base: PathBuf,
     /// Its network.
     pub attachment: Attachment,
+    /// Disks that it reads and never writes, in this order behind its own.
+    pub read_only: Vec<ReadOnlyDisk>,
     /// Whether its guest may run VMs of its own, where the host's KVM lets it.
     pub nested: bool,
     /// As whom its QEMU runs, and what it may use at most.
     pub confine: Confinement,
     /// Directory for the unix sockets of channel, door, console, shell and egress.
     pub socket_dir: PathBuf,
+}
+
+/// A raw disk that several VMs may read at once, readable to QEMU's user as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadOnlyDisk {
+    /// What the guest finds it by: letters, digits and `-`, at most 20 bytes.
+    pub serial: String,
+    /// Its file.
+    pub path: PathBuf,
 }
 
 impl VmSpec {

@@ -143,6 +143,7 @@ impl Bench {
             overlay: self.overlay(&id),
             base: self.base(),
             attachment: Attachment::User,
+            read_only: Vec::new(),
             nested: false,
             confine: Confinement::default(),
             socket_dir: self.sockets(),

@@ -25,6 +25,9 @@ fn metrics() -> String {
     metrics.guest().refused.inc("rate");
     metrics.guest().cache.inc("hit");
     metrics.guest().begin_forward("apt-cache");
+    metrics.clones().jobs.inc("hit");
+    metrics.clones().fetches.inc("fetched");
+    metrics.clones().wiped.inc("age");
     metrics.job().begin_rule("rest", "deny");
     metrics.egress().count("default", &[]);
     let usage = Usage { promised: 1, bound: Some(2) };

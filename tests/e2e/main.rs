@@ -17,6 +17,7 @@
 mod canary;
 mod caches;
 mod forwards;
+mod clones;
 mod lab;
 mod leaks;
 mod restarts;

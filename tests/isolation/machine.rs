@@ -246,6 +246,7 @@ fn config(token: &str) -> GuestConfig {
             user: "root".into(),
             wait_timeout_s: LIMIT.as_secs(),
         },
+        clone: None,
         door_patience_s: 60,
         power_off_after_s: LIMIT.as_secs(),
         may_stay: false,

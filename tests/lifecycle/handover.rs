@@ -245,6 +245,7 @@ fn spec(id: &str, installation: VmId) -> VmSpec {
         boot: Boot::Disk,
         base: "/images/test/disk.qcow2".into(),
         attachment: Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         confine: Confinement::default(),
         socket_dir: "/run/vm".into(),

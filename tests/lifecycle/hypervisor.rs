@@ -487,6 +487,7 @@ fn foreign_spec(id: VmId) -> VmSpec {
         boot: dayfly::vm::Boot::Disk,
         base: "/images/test/disk.qcow2".into(),
         attachment: dayfly::vm::Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         confine: dayfly::vm::Confinement::default(),
         socket_dir: "/elsewhere".into(),

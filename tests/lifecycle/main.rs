@@ -17,6 +17,7 @@ mod support;
 mod canary;
 mod cancels;
 mod clocks;
+mod clones;
 mod crashes;
 mod determinism;
 mod egress;

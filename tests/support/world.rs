@@ -23,6 +23,7 @@ use dayfly::vm::paths::Paths;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine, Timing};
 use dayfly_doubles::files::MemoryFiles;
 use dayfly_doubles::images::{self, OneImage};
+use dayfly_doubles::workshop::FakeWorkshop;
 use dayfly_exec::standin::{Job, JobSpec, JobState, ProjectId, Recorded, Route, Standin};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,6 +54,8 @@ pub struct World {
     pub standin: Standin,
     pub hypervisor: FakeHypervisor,
     pub files: MemoryFiles,
+    /// Git, and disks of repositories.
+    pub workshop: FakeWorkshop,
     pub rng: Rng,
     /// The host's; GitLab has another, which goes the same way.
     pub clock: Clock,
@@ -138,11 +141,13 @@ impl World {
         };
         config.hypervisor.accel = dayfly::vm::AccelChoice::Tcg;
         config.capacity.memory_mib = Some(100_000);
+        let files = MemoryFiles::default();
         let mut world = Self {
+            workshop: FakeWorkshop::new(Arc::new(files.clone())),
             gitlabs: Gitlabs([(GITLAB.to_owned(), standin.clone())].into()),
             standin,
             hypervisor,
-            files: MemoryFiles::default(),
+            files,
             rng,
             clock,
             gitlab_clock,
@@ -238,6 +243,7 @@ impl World {
             clock: self.clock.clone(),
             rng: self.rng.clone(),
             images: self.images.clone(),
+            workshop: Arc::new(self.workshop.through(life.files(Arc::new(self.files.clone())))),
             door_limits: Limits::default(),
         }
     }

@@ -12,6 +12,7 @@
 )]
 mod support;
 
+mod clones;
 mod door;
 mod gitlab_client;
 mod gitlab_connections;

@@ -180,9 +180,10 @@ impl Standin {
     async fn dispatch(&self, head: &Head, body: Body) -> Answer {
         let answer = match head.route {
             Route::UploadArtifacts => self.upload(head, body).await,
-            Route::Git => {
-                Ok(git::serve(self, &head.request.method, head.request.uri.path(), &head.request.headers).await)
-            }
+            Route::Git => match self.collect(head.number, body, BODY_BYTES_MAX).await {
+                Ok(body) => Ok(git::serve(self, &head.request, body).await),
+                Err(refusal) => Err(refusal),
+            },
             Route::RequestJob => self.request_job(head, body).await,
             Route::DownloadArtifacts | Route::ObjectStorage => self.download(head).await,
             Route::Unknown => Err(Answer::error(StatusCode::NOT_FOUND, "404 Not Found")),

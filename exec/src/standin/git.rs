@@ -8,9 +8,11 @@ use super::Standin;
 use super::answer::Answer;
 use super::artifacts::FileBody;
 use super::auth;
+use super::git_smart;
 use super::model::Model;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode};
 use http_body_util::BodyExt as _;
 use jiff::Timestamp;
@@ -19,8 +21,8 @@ use std::path::PathBuf;
 /// Larger files are not served; a pack of that size has no place in an `exec` or a test.
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
-/// The file that a request may have.
-fn find(model: &Model, path: &str, headers: &HeaderMap, now: Timestamp) -> Result<(PathBuf, PathBuf), Answer> {
+/// What a request may have: a repository, and what of it is asked for.
+fn find(model: &Model, path: &str, headers: &HeaderMap, now: Timestamp) -> Result<(PathBuf, String), Answer> {
     let not_found = || Answer::message(StatusCode::NOT_FOUND, "404 Not Found");
     let challenge = || {
         let answer = Answer::message(StatusCode::UNAUTHORIZED, "HTTP Basic: Access denied");
@@ -32,15 +34,15 @@ fn find(model: &Model, path: &str, headers: &HeaderMap, now: Timestamp) -> Resul
     let job = model.job_by_token(&token).and_then(|job| model.jobs.get(&job)).ok_or_else(challenge)?;
     let project =
         model.projects.get(&job.project).filter(|own| own.path == project && !own.deleting).ok_or_else(challenge)?;
+    let agent = auth::header(headers, "user-agent").unwrap_or_default();
+    if model.settings.refuse_git_of.as_ref().is_some_and(|name| agent.starts_with(name)) {
+        return Err(Answer::message(StatusCode::FORBIDDEN, "403 Forbidden"));
+    }
     if !job.state.is_executing() || job.token_is_expired(now) || job.erased {
         return Err(challenge());
     }
     let root = project.repository.clone().ok_or_else(not_found)?;
-    if !is_served(file) {
-        return Err(not_found());
-    }
-    let file = root.join(file);
-    Ok((root, file))
+    Ok((root, file.to_owned()))
 }
 
 /// The password of `Authorization: Basic` for the user that GitLab gives to jobs.
@@ -76,13 +78,24 @@ fn is_served(file: &str) -> bool {
 }
 
 /// Answers one request.
-pub(super) async fn serve(standin: &Standin, method: &Method, path: &str, headers: &HeaderMap) -> Answer {
-    let now = standin.now();
-    let (root, path) = match standin.read(|model| find(model, path, headers, now)) {
+pub(super) async fn serve(standin: &Standin, request: &http::request::Parts, body: Bytes) -> Answer {
+    let (now, method, query) = (standin.now(), &request.method, request.uri.query());
+    let found = standin.read(|model| {
+        let found = find(model, request.uri.path(), &request.headers, now);
+        found.map(|(root, file)| (root, file, model.settings.smart_git))
+    });
+    let (root, file, smart) = match found {
         Ok(found) => found,
         Err(answer) => return answer,
     };
     let not_found = || Answer::message(StatusCode::NOT_FOUND, "404 Not Found");
+    if smart && git_smart::is_asked(method, &file, query) {
+        return git_smart::serve(standin, method, (&root, &file, query), &request.headers, body).await;
+    }
+    if !is_served(&file) {
+        return not_found();
+    }
+    let path = root.join(&file);
     if method != Method::GET && method != Method::HEAD {
         return Answer::refusal(StatusCode::FORBIDDEN, None);
     }

@@ -21,6 +21,7 @@ mod auth;
 mod exchange;
 mod fault;
 mod git;
+mod git_smart;
 mod history;
 mod job;
 mod misbehave;

@@ -48,6 +48,10 @@ pub struct Metrics {
     pub trace_missing: u64,
     /// Requests with a token that opens nothing.
     pub refused: u64,
+    /// Bytes that git's own protocol has carried to jobs.
+    pub git_bytes: u64,
+    /// And to dayfly itself.
+    pub git_bytes_host: u64,
 }
 
 /// A planned misbehaviour of GitLab's own database or storage.

@@ -23,6 +23,10 @@ pub struct Settings {
     pub migrations_backoff: bool,
     /// Registry host, if there is a container registry.
     pub registry: Option<String>,
+    /// Whether repositories are served by git's own protocol, too: else as files only, and a fetch has all of a history.
+    pub smart_git: bool,
+    /// A git whose `User-Agent` begins so gets 403.
+    pub refuse_git_of: Option<String>,
     /// Whether artifacts are on at all (else 405).
     pub artifacts_enabled: bool,
     /// Whether new artifacts go to object storage.
@@ -95,6 +99,8 @@ impl Default for Settings {
             rate_limits: BTreeMap::new(),
             migrations_backoff: false,
             registry: None,
+            smart_git: false,
+            refuse_git_of: None,
             artifacts_enabled: true,
             remote_artifacts: false,
             max_artifacts_size_mib: 100,

@@ -217,6 +217,7 @@ fn files(config: &Config, host: &Host) -> Vec<Finding> {
         findings.extend(host.confinement(&config.hypervisor.uri));
     }
     findings.extend(egress(config, process::find_program(EGRESS_PROGRAM).is_some()));
+    findings.extend(clones(config, |program| process::find_program(program).is_some()));
     findings.push(host.runtime_directory(&config.runtime_directory));
     findings.extend(host.shared_hardware());
     findings.extend(room(config));
@@ -232,6 +233,24 @@ fn egress(config: &Config, found: bool) -> Option<Finding> {
         Finding::bad(
             format!("`{EGRESS_PROGRAM}` is not here: no machine without a network card can be made"),
             "install it beside dayfly, from the package or build that has this dayfly, or set `network = \"user\"`",
+        )
+    })
+}
+
+/// Whether there is what mirrors of repositories are made with; `None`: none are to be made.
+fn clones(config: &Config, is_here: impl Fn(&str) -> bool) -> Option<Finding> {
+    config.clones.enabled.then(|| {
+        let missing: Vec<_> = crate::clones::PROGRAMS.into_iter().filter(|(program, _)| !is_here(program)).collect();
+        let [programs, packages] = [0, 1].map(|which| {
+            let words = missing.iter().map(|(program, package)| if which == 0 { *program } else { *package });
+            words.collect::<Vec<_>>().join(" ")
+        });
+        if missing.is_empty() {
+            return Finding::ok("git and mke2fs are here, for mirrors of repositories");
+        }
+        Finding::bad(
+            format!("not here, and jobs' repositories cannot be kept without: {programs}"),
+            format!("apt install {packages}"),
         )
     })
 }
@@ -433,12 +452,17 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_the_egress_program_is_red_for_who_needs_it() {
+    fn a_host_without_a_program_is_red_for_who_needs_it() {
         let mut config = example();
         assert_eq!(egress(&config, true).map(|finding| finding.level), Some(Level::Ok));
         assert_eq!(egress(&config, false).map(|finding| finding.level), Some(Level::Bad));
         config.class[0].network = Some(Choice::User);
         assert_eq!(egress(&config, false), None);
+        assert_eq!(clones(&config, |_| false), None);
+        config.clones.enabled = true;
+        assert_eq!(clones(&config, |_| true).map(|finding| finding.level), Some(Level::Ok));
+        let finding = clones(&config, |program| program != "mke2fs").unwrap();
+        assert_eq!((finding.level, finding.remedy.as_str()), (Level::Bad, "apt install e2fsprogs"));
     }
 
     /// U22: `doctor` is red for a class that is larger than its host.

@@ -154,6 +154,15 @@ fn general(config: &Config, report: &mut Report<'_>) {
     report.not_zero("concurrent", config.concurrent == 0);
     report.not_zero("image_versions", config.image_versions == 0);
     report.not_zero("image_max_age", config.image_max_age.is_some_and(|age| age.get().is_zero()));
+    let clones = &config.clones;
+    report.not_zero("clones.project_gib", clones.project_gib == 0);
+    report.not_zero("clones.fetch_mib", clones.fetch_mib == 0);
+    report.not_zero("clones.fetch_deadline", clones.fetch_deadline.get().is_zero());
+    report.not_zero("clones.max_age", clones.max_age.get().is_zero());
+    if clones.size_gib < clones.project_gib {
+        let what = format!("is less than one project may have, {} GiB", clones.project_gib);
+        report.error("clones.size_gib", what, "raise it, or lower `clones.project_gib`");
+    }
     report.not_zero("capacity.cpus", config.capacity.cpus == Some(0));
     report.not_zero("capacity.memory_mib", config.capacity.memory_mib == Some(0));
     report.not_zero("capacity.disk_gib", config.capacity.disk_gib == Some(0));

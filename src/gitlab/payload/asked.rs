@@ -27,6 +27,8 @@ pub struct Asked {
     pub disk: Option<String>,
     /// `image:`, with the job's variables in their places, as the runner would put them.
     pub container: Option<String>,
+    /// `DAYFLY_CLONE` says `off`, or the job wants no sources: nothing of its repository is wanted here.
+    pub no_clone: bool,
 }
 
 /// Whose job it is, and of what, by GitLab's word.
@@ -45,6 +47,10 @@ pub struct Source {
     pub user_id: Option<u64>,
     /// `job_info.project_id`.
     pub project_id: Option<u64>,
+    /// `git_info.sha`.
+    pub sha: Option<String>,
+    /// `git_info.refspecs`: what the runner fetches.
+    pub refspecs: Vec<String>,
 }
 
 impl Source {
@@ -79,6 +85,8 @@ pub(super) fn asked(object: &Object<'_>, variables: &[Object<'_>]) -> Asked {
         memory: wish("DAYFLY_MEMORY").map(kept),
         disk: wish("DAYFLY_DISK").map(kept),
         container: container.map(|name| expanded(&name, &values)).filter(|name| !name.is_empty()),
+        no_clone: wish("DAYFLY_CLONE").is_some_and(|word| matches!(word, "off" | "false" | "no" | "0"))
+            || wish("GIT_STRATEGY").is_some_and(|word| matches!(word, "none" | "empty")),
     }
 }
 
@@ -94,6 +102,8 @@ pub(super) fn source(object: &Object<'_>) -> Source {
         protected: get(&git, "protected"),
         user_id: get(&info, "user_id"),
         project_id: get(&info, "project_id").filter(|id| *id > 0),
+        sha: get::<String>(&git, "sha").and_then(path),
+        refspecs: get(&git, "refspecs").unwrap_or_default(),
     }
 }
 

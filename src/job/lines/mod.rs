@@ -5,10 +5,12 @@
 //! GitLab decides from the first line whether a log has timestamps, so ours must have them
 //! (decision D20). Lines name no host, no path and no secret: the CI user reads them.
 
+mod clone;
 mod ends;
 mod machine;
 mod reached;
 
+pub(super) use clone::clone;
 pub(super) use ends::{Hints, console, failure, kernel_words, masked, runner_words};
 pub(super) use machine::Section;
 pub(super) use reached::{reached, told};

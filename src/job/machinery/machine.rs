@@ -5,6 +5,7 @@ use crate::failpoint::{Point, reached};
 use crate::gitlab::JobPayload;
 use crate::guest::{self, Admission};
 use crate::guest_config::{GuestParts, guest_config, guest_token};
+use crate::image::manifest::Ability;
 use crate::job::journal::Record;
 use crate::job::lines;
 use crate::job::state::Event;
@@ -68,8 +69,11 @@ impl Machinery {
         // One of a former daemon may be half made.
         let adopted = self.record.machine.is_some();
         let (claim, config, entrance) = match (self.record.machine.clone(), &made_of) {
-            (Some(claim), made_of) => self.known_machine(claim, made_of.as_ref().map(|(spec, _)| spec)).await?,
-            (None, Some((spec, _))) => self.new_machine(spec).await?,
+            (Some(mut claim), made_of) => {
+                self.adopt_clone(&mut claim).await;
+                self.known_machine(claim, made_of.as_ref().map(|(spec, _)| spec)).await?
+            }
+            (None, Some((spec, image))) => self.new_machine(spec, image.manifest.can(Ability::Clone)).await?,
             (None, None) => return Err(Event::CannotGoOn),
         };
         self.open_door(&claim, &config, entrance)?;
@@ -213,11 +217,15 @@ impl Machinery {
     }
 
     /// A new machine: names and door, record, guest config, in this order.
-    async fn new_machine(&mut self, spec: &MachineSpec) -> Result<(Claim, GuestConfig, Entrance), Event> {
+    async fn new_machine(
+        &mut self,
+        spec: &MachineSpec,
+        takes_clone: bool,
+    ) -> Result<(Claim, GuestConfig, Entrance), Event> {
         if !self.gone.is_empty() && !self.put().await {
             return Err(Event::HostDiskFailed);
         }
-        let machine = self.parts.supply.claim(spec.network, spec.door()).await.map_err(|error| match error {
+        let mut machine = self.parts.supply.claim(spec.network, spec.door()).await.map_err(|error| match error {
             LeaseError::NoFreePort(_) | LeaseError::NoFreeUser(_) => {
                 tracing::warn!(error = chain(&error), "choose the lease of a new machine; the job waits for one");
                 Event::NoDoor
@@ -228,15 +236,21 @@ impl Machinery {
             }
         })?;
         reached(Point::K7);
-        let begun = self.begin_machine(&machine, spec).await;
+        self.begin_clone(&mut machine, takes_clone);
+        let begun = self.begin_machine(&mut machine, spec).await;
         if begun.is_err() {
+            self.release_clone().await;
             self.let_go().await;
         }
         let (config, entrance) = begun?;
         Ok((machine, config, entrance))
     }
 
-    async fn begin_machine(&mut self, machine: &Claim, spec: &MachineSpec) -> Result<(GuestConfig, Entrance), Event> {
+    async fn begin_machine(
+        &mut self,
+        machine: &mut Claim,
+        spec: &MachineSpec,
+    ) -> Result<(GuestConfig, Entrance), Event> {
         self.record.machine = Some(machine.clone());
         self.past.vm = Some(VmName::from(machine.id.clone()).to_string());
         if !self.put().await {
@@ -244,6 +258,7 @@ impl Machinery {
         }
         // The record names a machine now, and nothing of it is there.
         reached(Point::K4);
+        self.prepare_clone(machine).await;
         let config = self.write_config(machine, spec).await?;
         reached(Point::K6);
         let entrance = self.parts.supply.listen(machine).await.map_err(|error| {
@@ -284,6 +299,7 @@ impl Machinery {
                 power_off_after: limits.guest_power_off.get(),
                 log_mib_max: limits.spool_mib,
                 cache: self.cache.is_some(),
+                clone: machine.clone.as_ref(),
             },
             &self.parts.clock,
             &self.parts.rng,
@@ -348,6 +364,7 @@ impl Machinery {
         self.past.console = self.console_kept().filter(|_| !self.another);
         self.machine = None;
         self.end_phase(Phase::CleanUp);
+        self.release_clone().await;
         self.close_door().await;
         if self.another {
             self.let_go().await;

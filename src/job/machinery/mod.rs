@@ -1,6 +1,7 @@
 //! The moving parts of one job: spool, uploader, machine, door, record. `task` decides, this acts.
 
 mod cached;
+mod clone;
 mod machine;
 mod past;
 mod phases;
@@ -21,6 +22,7 @@ use super::state::State;
 use super::{Parts, Runner, forget};
 use crate::awake::Moment;
 use crate::cache::JobCache;
+use crate::clones::JobClone;
 use crate::failpoint::{Point, reached};
 use crate::gitlab::{JobPayload, JobStatus};
 use crate::guest::{DoorHandle, GuestEvent, GuestView};
@@ -75,6 +77,8 @@ pub(super) struct Machinery {
     guest_in: mpsc::Receiver<GuestEvent>,
     guest_view: watch::Sender<GuestView>,
     machine: Option<Machine>,
+    /// What its machine has of the job's repository.
+    clone: Option<JobClone>,
     /// Machines that are gone, and whose leases a record on disk may still name.
     gone: Vec<Claim>,
     /// The task of the machine died of a bug: when that is news for the job.
@@ -122,6 +126,7 @@ impl Machinery {
             guest_in,
             guest_view,
             machine: None,
+            clone: None,
             gone: Vec::new(),
             machine_task_lost: None,
             another: false,

@@ -226,6 +226,7 @@ impl Machinery {
         if self.record.guest_base.is_some() {
             return;
         }
+        self.close_clone().await;
         let elapsed = self.elapsed();
         self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
         self.end_boot_section().await;

@@ -46,6 +46,7 @@ impl Job {
             }
             MachineEvent::Started => {
                 self.m.begin_phase(Phase::Boot);
+                self.m.clone_is_up();
                 self.phase("machine started").await;
             }
             MachineEvent::Report(report) => self.report(report).await,

@@ -2,6 +2,7 @@
 
 use super::read::METADATA_BYTES_MAX;
 use super::*;
+use crate::vm::ReadOnlyDisk;
 use proptest::prelude::*;
 use quick_xml::Reader;
 use quick_xml::events::Event;
@@ -24,6 +25,7 @@ fn spec() -> VmSpec {
         overlay: directory.join("overlays/df-abcdefghijklmnop.qcow2"),
         base: directory.join("images/d/disk.qcow2"),
         attachment: Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         confine: Confinement::default(),
         socket_dir: "/run/dayfly".into(),
@@ -116,6 +118,26 @@ fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
     insta::assert_snapshot!(write(&spec, Some(Ownership { qemu_uid: 64055, socket_gid: 990, limits: true })).unwrap());
 }
 
+/// Files that many machines read, behind its own disk: libvirt gives none of them to QEMU's user, and none is written.
+#[test]
+fn disks_that_are_only_read_stay_whose_they_are() {
+    let disk = |n: usize| ReadOnlyDisk { serial: format!("disk-{n}"), path: format!("/var/{n}.img").into() };
+    let spec = VmSpec { read_only: vec![disk(0), disk(1)], ..spec() };
+    for ownership in [None, Some(Ownership { qemu_uid: 64055, socket_gid: 990, limits: false })] {
+        let Tree(tree) = parse(&write(&spec, ownership).unwrap());
+        let all = |path: &str| tree.iter().filter(|e| e.0 == format!("domain/devices/disk/{path}")).collect::<Vec<_>>();
+        let targets: Vec<_> = all("target").iter().map(|e| e.1["dev"].as_str()).collect();
+        assert_eq!(targets, ["vda", "vdb", "vdc"]);
+        let sources: Vec<_> = all("source").iter().map(|e| e.1["file"].as_str()).collect();
+        assert_eq!(sources[1..], ["/var/0.img", "/var/1.img"]);
+        assert_eq!(all("serial").iter().map(|e| e.2.as_str()).collect::<Vec<_>>(), ["disk-0", "disk-1"]);
+        assert_eq!((all("readonly").len(), all("shareable").len()), (2, 2));
+        let labels = all("source/seclabel");
+        assert_eq!(labels.len(), if ownership.is_some() { 2 } else { 0 });
+        assert!(labels.iter().all(|e| e.1["relabel"] == "no" && e.1["model"] == "dac"));
+    }
+}
+
 #[test]
 fn a_machine_without_a_network_card_has_a_third_port() {
     let spec = VmSpec { attachment: Attachment::Egress, ..spec() };
@@ -165,6 +187,10 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
         "domain/devices/disk",
         "domain/devices/disk/driver",
         "domain/devices/disk/source",
+        "domain/devices/disk/source/seclabel",
+        "domain/devices/disk/readonly",
+        "domain/devices/disk/shareable",
+        "domain/devices/disk/serial",
         "domain/devices/disk/backingStore",
         "domain/devices/disk/backingStore/format",
         "domain/devices/disk/backingStore/source",
@@ -214,7 +240,9 @@ fn t15_only_the_devices_of_the_allow_list_appear() {
             for attachment in [Attachment::Egress, Attachment::User, bridge()] {
                 for ownership in [None, Some(Ownership { qemu_uid: 1, socket_gid: 2, limits: true })] {
                     let confine = if boot == Boot::Disk { Confinement::default() } else { confine.clone() };
-                    let spec = VmSpec { accel, boot: boot.clone(), attachment: attachment.clone(), confine, ..spec() };
+                    let read_only = vec![ReadOnlyDisk { serial: "a-disk-1".into(), path: "/var/a&1.img".into() }];
+                    let (boot, attachment) = (boot.clone(), attachment.clone());
+                    let spec = VmSpec { accel, boot, attachment, read_only, confine, ..spec() };
                     let tree = parse(&write(&spec, ownership).unwrap());
                     assert!(tree.0.iter().all(|e| ALLOWED.contains(&e.0.as_str())), "{tree:?}");
                     assert_eq!(tree.attribute("domain/devices/controller", "model"), "none");

@@ -240,6 +240,7 @@ async fn prove_as(
         overlay: places.disks.join(format!("df-{id}.qcow2")),
         base: places.disks.join(format!("proof-{id}.qcow2")),
         attachment: Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         confine,
         socket_dir: places.sockets.to_owned(),

@@ -90,6 +90,18 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     // A failing host disk pauses the guest, which we see, instead of failing its job (V11).
     let drive = if throttled.is_some() { "slowed" } else { "disk" };
     add("-device", virtio("blk", &format!(",drive={drive},bootindex=1,write-cache=on,werror=stop,rerror=stop")));
+    for (n, read_only) in spec.read_only.iter().enumerate() {
+        let (file, node) = (format!("read-only-{n}-file"), format!("read-only-{n}"));
+        let path = absolute("read-only disk", &read_only.path)?;
+        add(
+            "-blockdev",
+            json!({ "driver": "file", "node-name": file, "filename": path, "read-only": true }).to_string(),
+        );
+        add("-blockdev", json!({ "driver": "raw", "node-name": node, "file": file, "read-only": true }).to_string());
+        // Not ours to stop the machine for: its guest does without.
+        let serial = value(&read_only.serial);
+        add("-device", virtio("blk", &format!(",drive={node},serial={serial},werror=report,rerror=report")));
+    }
     match &spec.attachment {
         Attachment::Egress => add("-nic", "none".into()),
         Attachment::User => {
@@ -143,7 +155,7 @@ fn disk(base: &str, overlay: &str) -> [Value; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::Confinement;
+    use crate::vm::{Confinement, ReadOnlyDisk};
 
     fn spec() -> VmSpec {
         VmSpec {
@@ -161,6 +173,7 @@ mod tests {
             overlay: "/var/lib/dayfly/overlays/df-abcdefghijklmnop.qcow2".into(),
             base: "/var/lib/dayfly/images/d/disk.qcow2".into(),
             attachment: Attachment::User,
+            read_only: Vec::new(),
             nested: false,
             confine: Confinement::default(),
             socket_dir: "/run/dayfly".into(),
@@ -203,6 +216,17 @@ mod tests {
         assert!(text.contains("drive=slowed,") && !text.contains("drive=disk,"), "{text}");
         let none = Limits { disk_bytes_a_second: None, disk_operations_a_second: None, ..Limits::default() };
         assert!(!of(none).contains("throttle"));
+    }
+
+    #[test]
+    fn disks_that_are_only_read_come_behind_its_own() {
+        let disk = |n: usize, path: &str| ReadOnlyDisk { serial: format!("dayfly-clone-{n}"), path: path.into() };
+        let read_only = vec![disk(0, "/var/lib/dayfly/clones/a/0.img"), disk(1, "/var/lib/dayfly/clones/a/1,x.img")];
+        let text = lines(&VmSpec { read_only, ..spec() });
+        let own = text.find("drive=disk,").unwrap();
+        let first = text.find("drive=read-only-0,serial=dayfly-clone-0,werror=report,rerror=report").unwrap();
+        assert!(own < first && first < text.find("drive=read-only-1,").unwrap(), "{text}");
+        assert!(text.contains(r#"{"driver":"file","node-name":"read-only-1-file","filename":"/var/lib/dayfly/clones/a/1,x.img","read-only":true}"#), "{text}");
     }
 
     /// T16: no path is read as an option.

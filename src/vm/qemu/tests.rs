@@ -39,6 +39,7 @@ impl Bench {
             overlay: self.dir.path().join("overlay"),
             base: self.dir.path().join("base"),
             attachment: Attachment::User,
+            read_only: Vec::new(),
             nested: false,
             confine: Confinement::default(),
             socket_dir: self.dir.path().to_owned(),

@@ -12,3 +12,4 @@ pub mod fuzzing; // what must hold for any bytes?
 pub mod images; // an image on no disk
 mod pieces; // how do bytes arrive, when a property is tried?
 pub mod processes; // machines as processes
+pub mod workshop; // git and disks of a world on paused time

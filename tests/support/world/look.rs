@@ -171,6 +171,18 @@ impl World {
         self.ended().await;
     }
 
+    /// Whether this is a mirror's `mirror.json`, or named by it.
+    fn is_of_a_mirror(&self, path: &Path) -> bool {
+        const JSON: &str = "mirror.json";
+        let mut names = path.strip_prefix(self.config.state_directory.join("clones")).into_iter().flatten();
+        let (Some(project), Some(name)) = (names.next(), names.next().and_then(|name| name.to_str())) else {
+            return false;
+        };
+        let json = self.config.state_directory.join("clones").join(project).join(JSON);
+        let text = self.files.look(&json, |bytes| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned());
+        name == JSON || text.contains(&format!("\"{name}\""))
+    }
+
     /// The host and GitLab as they must be when every job is over: one verdict each, nothing left.
     /// Drains the daemon, so that pollers hold no room either.
     pub async fn assert_clean(&mut self) {
@@ -187,7 +199,9 @@ impl World {
         // So is what is kept of their consoles, and the recordings of shells.
         let bounded = ["ended", "consoles", "shells"].map(|name| self.config.state_directory.join(name));
         let kept = |path: &Path| {
-            path.ends_with("installation.json") || bounded.iter().any(|directory| path.starts_with(directory))
+            path.ends_with("installation.json")
+                || bounded.iter().any(|directory| path.starts_with(directory))
+                || self.is_of_a_mirror(path)
         };
         let left: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|path| !kept(path)).collect();
         assert!(left.is_empty(), "files are left: {left:?}\n{}", self.histories());

@@ -1,6 +1,7 @@
 //! A whole daemon on real clock and real files.
 
 use dayfly::clock::Clock;
+use dayfly::clones::RealWorkshop;
 use dayfly::config::{Class, Config, Runner, Span};
 use dayfly::daemon::{self, Backends, DaemonError, Shutdown};
 use dayfly::files::Files;
@@ -101,6 +102,7 @@ impl Host {
             files: choice.files,
             clock: Clock::system(),
             rng: Rng::system(),
+            workshop: Arc::new(RealWorkshop::default()),
             images: choice.images.0,
             door_limits: Limits::default(),
         };

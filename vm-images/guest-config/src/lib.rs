@@ -80,6 +80,28 @@ pub const CONTRACT: u32 = 3;
 /// The oldest contract that is spoken.
 pub const CONTRACT_OLDEST: u32 = CONTRACT - 1;
 
+/// Where a guest puts what its host has of the job's repository: a repository without branches, on memory, whose packs are
+/// those of the disks. Below it, the disks.
+pub const CLONE_DIR: &str = "/run/dayfly/clone";
+
+/// What git in a job is told by `GIT_ALTERNATE_OBJECT_DIRECTORIES`.
+pub const CLONE_OBJECTS: &str = "/run/dayfly/clone/objects";
+
+/// The serial number of the `n`th disk with a part of the repository: it has 20 bytes at most.
+#[must_use]
+pub fn clone_serial(n: usize) -> String {
+    format!("dayfly-clone-{n}")
+}
+
+/// The serial number of the disk that is empty at first, and may be written until the job is handed out.
+pub const CLONE_SLOT_SERIAL: &str = "dayfly-clone-slot";
+
+/// In the root of such a disk: a line `<name> <bytes>` for each pack that the disk's [`CLONE_REFS`] need, wherever it is.
+pub const CLONE_PACKS: &str = "packs";
+
+/// In the root of such a disk: what git's `packed-refs` holds.
+pub const CLONE_REFS: &str = "packed-refs";
+
 /// Bytes of one guest config at most, its line break included.
 pub const CONFIG_BYTES_MAX: usize = 256 * 1024;
 
@@ -116,6 +138,9 @@ pub struct GuestConfig {
     pub forwards: Vec<u16>,
     /// The guest runner.
     pub runner: GuestRunner,
+    /// What the host has of the job's repository. Only for a guest whose [`Report::Contract`] says that it knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone: Option<GuestClone>,
     /// Seconds that the relay waits for a door that refuses, before it gives a connection up.
     pub door_patience_s: u64,
     /// Seconds after which a guest whose door has not answered powers off by itself.
@@ -124,6 +149,16 @@ pub struct GuestConfig {
     /// [`Report::Contract`] says that it can.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub may_stay: bool,
+}
+
+/// The disks with what the host has of the job's repository, found by their serial numbers ([`clone_serial`]). Whatever
+/// of it is missing costs the job time and nothing else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestClone {
+    /// How many there are.
+    pub disks: usize,
+    /// Whether there is one more ([`CLONE_SLOT_SERIAL`]), which may be written while the machine boots.
+    pub slot: bool,
 }
 
 /// The guest's side of its network.
@@ -219,12 +254,13 @@ mod tests {
     use std::collections::BTreeSet;
 
     /// The configs of each contract, as its daemons write them: never edited, only added to.
-    const GOLDEN: [(u32, &str); 5] = [
+    const GOLDEN: [(u32, &str); 6] = [
         (2, include_str!("../golden/contract-2.json")),
         (3, include_str!("../golden/contract-3.json")),
         (3, include_str!("../golden/contract-3-relay.json")),
         (3, include_str!("../golden/contract-3-stay.json")),
         (3, include_str!("../golden/contract-3-forwards.json")),
+        (3, include_str!("../golden/contract-3-clone.json")),
     ];
 
     fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
@@ -254,6 +290,7 @@ mod tests {
             assert_eq!(members_of(&again), members_of(line.as_bytes()), "contract {contract}");
             assert_eq!(config.network.relay, line.contains("\"relay\":true"));
             assert_eq!(config.forwards, if line.contains("\"forwards\"") { vec![3142, 5000] } else { vec![] });
+            assert_eq!(config.clone.is_some(), line.contains("\"clone\""));
         }
     }
 

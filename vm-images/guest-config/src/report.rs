@@ -17,11 +17,13 @@ pub struct Can {
     pub stay: bool,
     /// It gives its host a shell ([`crate::SHELL_PORT_NAME`]).
     pub shell: bool,
+    /// It puts what its host has of a job's repository where git finds it ([`crate::GuestClone`]).
+    pub clone: bool,
 }
 
 impl Can {
     fn words(self) -> impl Iterator<Item = &'static str> {
-        [("relay", self.relay), ("stay", self.stay), ("shell", self.shell)]
+        [("relay", self.relay), ("stay", self.stay), ("shell", self.shell), ("clone", self.clone)]
             .into_iter()
             .filter_map(|(w, can)| can.then_some(w))
     }
@@ -31,6 +33,7 @@ impl Can {
             "relay" => Self { relay: true, ..can },
             "stay" => Self { stay: true, ..can },
             "shell" => Self { shell: true, ..can },
+            "clone" => Self { clone: true, ..can },
             _ => can,
         })
     }
@@ -112,7 +115,8 @@ mod tests {
             Report::Ready,
             Report::Contract { contract: 2, can: Can::default() },
             Report::Contract { contract: 3, can: Can { relay: true, ..Can::default() } },
-            Report::Contract { contract: 3, can: Can { stay: true, shell: true, relay: false } },
+            Report::Contract { contract: 3, can: Can { stay: true, shell: true, ..Can::default() } },
+            Report::Contract { contract: 3, can: Can { clone: true, ..Can::default() } },
             Report::Applied,
             Report::RunnerStarted,
             Report::RunnerConnected,
@@ -134,7 +138,7 @@ mod tests {
             Some(Report::Contract { contract: 3, can }) => can.relay,
             other => panic!("{line}: {other:?}"),
         };
-        assert!(relay("contract 3 bridge relay tap") && !relay("contract 3 relays") && !relay("contract 3 "));
+        assert!(relay("contract 3 bridge relay clones tap") && !relay("contract 3 relays") && !relay("contract 3 "));
     }
 
     #[test]

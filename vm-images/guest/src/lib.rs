@@ -19,6 +19,7 @@
 
 pub mod apply;
 pub mod channel;
+pub mod clone;
 pub mod console;
 pub mod egress;
 pub mod host_clock;

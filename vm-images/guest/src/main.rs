@@ -6,6 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use dayfly_guest::apply::{self, ApplyError};
 use dayfly_guest::channel::{self, Line, Reporter};
+use dayfly_guest::clone;
 use dayfly_guest::console::{chain, say};
 use dayfly_guest::egress::{self, EgressError, Places};
 use dayfly_guest::netfilter::rules::Rules;
@@ -163,6 +164,9 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     }
     apply::files(Path::new("/"), &config, &user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
+    if let Some(disks) = &config.clone {
+        clone::prepare(disks);
+    }
     if let Err(error) = runner::make_room(&user) {
         say(&format!("make room for the runner's temporary files: {error}"));
     }
@@ -304,7 +308,7 @@ fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line
             reporter.report(Report::Ready);
             reporter.report(Report::Contract {
                 contract: CONTRACT,
-                can: Can { relay: egress::is_possible(), stay: true, shell: true },
+                can: Can { relay: egress::is_possible(), stay: true, shell: true, clone: true },
             });
             let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
             Ok((config, Some(inbox)))

@@ -22,6 +22,7 @@ fn spec(id: &str) -> VmSpec {
         overlay: PathBuf::from(format!("/o/df-{id}.qcow2")),
         base: "/b.qcow2".into(),
         attachment: Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         confine: Confinement::default(),
         socket_dir: DIRECTORY.into(),

@@ -34,6 +34,7 @@ fn spec(texts: &[&str]) -> VmSpec {
             1 => Attachment::Egress,
             _ => Attachment::User,
         },
+        read_only: Vec::new(),
         nested: texts.len() % 2 == 1,
         confine: Confinement::default(),
         socket_dir: path(8),

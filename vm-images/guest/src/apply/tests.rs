@@ -32,6 +32,7 @@ fn config() -> GuestConfig {
             user: "ci".into(),
             wait_timeout_s: 60,
         },
+        clone: None,
         door_patience_s: 60,
         power_off_after_s: 1800,
         may_stay: false,

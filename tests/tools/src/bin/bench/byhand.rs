@@ -68,6 +68,7 @@ impl Told {
             power_off_after: PATIENCE,
             log_mib_max: 4,
             cache: false,
+            clone: None,
         };
         guest_config(&parts, &Clock::system(), rng)
     }

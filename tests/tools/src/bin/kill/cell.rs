@@ -7,13 +7,14 @@ use crate::judge;
 use crate::leftovers::{self, Places};
 use crate::place::{self, Paths};
 use crate::plan::{Kind, Round, STORM_KILLS, small};
+use crate::repository::{REFSPEC, Repository};
 use crate::window;
 use crate::work::{Source, Wanted};
 use dayfly::clock::Clock;
 use dayfly::control::{self, Answer, Request};
 use dayfly::gitlab::JobId;
 use dayfly::rng::Rng;
-use dayfly_exec::standin::{Job, JobState, Model, ProjectId, Served, Standin, serve};
+use dayfly_exec::standin::{Job, JobSpec, JobState, Model, ProjectId, Served, Standin, serve};
 use jiff::Timestamp;
 use std::collections::BTreeMap;
 use std::fs;
@@ -53,6 +54,7 @@ pub(crate) struct Cell {
     project: ProjectId,
     _served: Served,
     source: Source,
+    repository: Repository,
     on_disk: bool,
     daemon: Option<Daemon>,
     /// When the last daemon was started, and when the one before it died.
@@ -107,6 +109,14 @@ impl Cell {
         });
         let source = place::source(&standin, project);
         let (config, places) = paths.cell(number, &url, token.expose())?;
+        let repository = Repository::make(config.with_file_name("repository.git"));
+        let repository = repository.map_err(|error| format!("make a repository: {error}"))?;
+        standin.edit(|model| {
+            model.settings.smart_git = true;
+            if let Some(project) = model.projects.get_mut(&project) {
+                project.repository = Some(repository.path().to_owned());
+            }
+        });
         Ok(Self {
             paths: paths.clone(),
             log: config.with_file_name("log"),
@@ -116,6 +126,7 @@ impl Cell {
             project,
             _served: served,
             source,
+            repository,
             on_disk: paths.is_on_disk(number),
             daemon: None,
             started: Instant::now(),
@@ -147,7 +158,7 @@ impl Cell {
             Kind::Random { kills } => {
                 self.running()?;
                 match kills {
-                    1 | 2 => self.feed(&rng, 3 + small(&rng, 3)),
+                    1 | 2 => self.feed(&rng, 3 + small(&rng, 3))?,
                     _ => self.feed_simple(&rng, 3 + small(&rng, 3)),
                 }
                 self.kill_after(&rng, 1500).await?;
@@ -174,7 +185,7 @@ impl Cell {
             }
             Kind::HandOver { beside } => {
                 self.running()?;
-                self.feed(&rng, 3 + small(&rng, 3));
+                self.feed(&rng, 3 + small(&rng, 3))?;
                 sleep(Duration::from_millis(rng.below(1200))).await;
                 if beside {
                     self.another()?.until_refused().await?;
@@ -184,7 +195,7 @@ impl Cell {
             }
             Kind::Drain { twice } => {
                 self.running()?;
-                self.feed(&rng, 3 + small(&rng, 3));
+                self.feed(&rng, 3 + small(&rng, 3))?;
                 sleep(Duration::from_millis(rng.below(1200))).await;
                 let daemon = self.daemon.take().ok_or_else(|| "no daemon runs".to_owned())?;
                 daemon.drain(twice.then(|| Duration::from_millis(rng.below(400)))).await?;
@@ -251,9 +262,12 @@ impl Cell {
     /// Feeds jobs until the daemon has died at its point.
     async fn until_dead(&mut self, point: &str, rng: &Rng) -> Result<(), String> {
         let since = Instant::now();
-        self.feed(rng, 3);
+        self.feed(rng, 3)?;
         loop {
             if point == "K13" && !self.jobs.values().any(is_uploading) || self.open_jobs().len() < 2 {
+                if point == "K20" {
+                    self.push()?;
+                }
                 self.enqueue(match point {
                     "K13" => Wanted::uploading(rng),
                     "K19" => Wanted::caching(rng),
@@ -272,11 +286,18 @@ impl Cell {
         }
     }
 
-    fn feed(&mut self, rng: &Rng, count: u32) {
+    fn feed(&mut self, rng: &Rng, count: u32) -> Result<(), String> {
+        self.push()?;
         for _ in 0..count {
             let wanted = Wanted::choose(rng, self.source);
             self.enqueue(wanted);
         }
+        Ok(())
+    }
+
+    /// Jobs from now on are of a commit that no daemon has seen.
+    fn push(&mut self) -> Result<(), String> {
+        self.repository.push().map_err(|error| format!("push a commit: {error}"))
     }
 
     /// Jobs that stand any number of kills.
@@ -288,7 +309,9 @@ impl Cell {
     }
 
     fn enqueue(&mut self, wanted: Wanted) {
-        let id = self.standin.enqueue(self.project, wanted.spec());
+        let spec = wanted.spec();
+        let (sha, refspecs) = (self.repository.sha().to_owned(), Some(vec![REFSPEC.into()]));
+        let id = self.standin.enqueue(self.project, JobSpec { sha, refspecs, ..spec });
         if let Some(cancel) = wanted.cancel {
             let standin = self.standin.clone();
             self.cancels.spawn(async move {

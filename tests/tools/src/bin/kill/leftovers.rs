@@ -1,5 +1,7 @@
 //! What jobs leave behind in one state directory: files, sockets, doors, machines. A clean host has none of them.
 
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use std::fs;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -15,7 +17,8 @@ pub(crate) struct Places {
 }
 
 /// What may always be there, below each of the directories.
-const STATE: [&str; 8] = ["installation.json", "jobs", "overlays", "lock", "ended", "consoles", "shells", "cache"];
+const STATE: [&str; 9] =
+    ["installation.json", "jobs", "overlays", "lock", "ended", "consoles", "shells", "cache", "clones"];
 const RUNTIME: [&str; 4] = ["control.sock", "jobs", "status.sock", "vm"];
 const MACHINES: [&str; 2] = ["guest", "guest.log"];
 
@@ -26,14 +29,18 @@ pub(crate) fn left(places: &Places) -> Vec<String> {
     for (directory, known) in [(state, &STATE[..]), (runtime, &RUNTIME), (machines, &MACHINES)] {
         others(directory, known, &mut left);
     }
-    for directory in
-        [state.join("jobs"), state.join("overlays"), state.join("cache/pins"), runtime.join("jobs"), runtime.join("vm")]
-    {
+    let of_jobs = ["jobs", "overlays", "cache/pins", "clones/slots"].map(|name| state.join(name));
+    for directory in of_jobs.into_iter().chain([runtime.join("jobs"), runtime.join("vm")]) {
         others(&directory, &[], &mut left);
     }
     left.extend(listeners(ports).into_iter().map(|port| format!("a listener at port {port}")));
     // The dearest look comes last, once all else is gone.
     if left.is_empty() {
+        for entry in fs::read_dir(state.join("clones")).into_iter().flatten().flatten() {
+            if entry.file_name() != "slots" {
+                mirror(&entry.path(), &mut left);
+            }
+        }
         left.extend(processes(&runtime.join("vm")));
     }
     left
@@ -45,6 +52,26 @@ fn others(directory: &Path, known: &[&str], left: &mut Vec<String>) {
             left.push(entry.path().display().to_string());
         }
     }
+}
+
+/// What a mirror's directory has besides that which its `mirror.json` names, and what of that is not whole. A mirror may
+/// be changed meanwhile: then it is looked at again.
+fn mirror(directory: &Path, left: &mut Vec<String>) {
+    const JSON: &str = "mirror.json";
+    let text = fs::read(directory.join(JSON)).unwrap_or_default();
+    let meta: Value = serde_json::from_slice(&text).unwrap_or_default();
+    let mut named = vec![JSON];
+    named.extend(meta["mirror"].as_str());
+    for disk in meta["disks"].as_array().into_iter().flatten() {
+        let Some(file) = disk["file"].as_str() else { continue };
+        named.push(file);
+        let digest = fs::read(directory.join(file))
+            .map(|bytes| Sha256::digest(bytes).iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}")));
+        if digest.ok().as_deref() != disk["sha256"].as_str() {
+            left.push(format!("{} is not whole", directory.join(file).display()));
+        }
+    }
+    others(directory, &named, left);
 }
 
 /// Ports of this range at which somebody listens, by the kernel's own table.
@@ -102,6 +129,20 @@ mod tests {
             assert_eq!(left(&places), [path.display().to_string()]);
             fs::remove_file(path).unwrap();
         }
+        // A mirror, a disk of it, and what it does not name.
+        let project = places.state.join("clones/0-1");
+        fs::create_dir_all(project.join("aa.git")).unwrap();
+        fs::write(project.join("bb.img"), "disk").unwrap();
+        let sha256 = "00";
+        let json = |sha256: &str| format!(r#"{{"mirror":"aa.git","disks":[{{"file":"bb.img","sha256":"{sha256}"}}]}}"#);
+        fs::write(project.join("mirror.json"), json(sha256)).unwrap();
+        assert_eq!(left(&places), [format!("{} is not whole", project.join("bb.img").display())]);
+        let digest = Sha256::digest("disk").iter().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
+        fs::write(project.join("mirror.json"), json(&digest)).unwrap();
+        assert_eq!(left(&places), [""; 0]);
+        fs::write(project.join("cc.img"), "").unwrap();
+        assert_eq!(left(&places), [project.join("cc.img").display().to_string()]);
+        fs::remove_dir_all(project).unwrap();
         places.ports = port..=port;
         assert_eq!(left(&places), [format!("a listener at port {port}")]);
     }

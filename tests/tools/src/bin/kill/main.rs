@@ -19,6 +19,7 @@ mod judge;
 mod leftovers;
 mod place;
 mod plan;
+mod repository;
 mod upgrade;
 mod window;
 mod work;
@@ -35,7 +36,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::task::JoinSet;
 
 const USAGE: &str =
-    "usage: kill-test --dayfly PROGRAM --guest PROGRAM [--kills N] [--seed S] [--point K0..K19] [--last DIRECTORY]";
+    "usage: kill-test --dayfly PROGRAM --guest PROGRAM [--kills N] [--seed S] [--point K0..K20] [--last DIRECTORY]";
 
 /// State directories side by side.
 const CELLS: u16 = 4;
@@ -125,7 +126,7 @@ async fn run(wanted: &Wanted) -> Result<bool, String> {
     say(&format!("seed {}: {} rounds in {CELLS} state directories", wanted.seed, plan.rounds.len()))?;
     let rounds: Shared<VecDeque<Round>> = Arc::new(Mutex::new(plan.rounds.into()));
     let tally: Shared<Tally> = Arc::default();
-    let paths = Paths::make(&wanted.dayfly, &wanted.guest)?;
+    let paths = Paths::make(&wanted.dayfly, &wanted.guest, true)?;
     let mut disk = JoinSet::new();
     let (watched, tallied) = (paths.disk().to_owned(), tally.clone());
     disk.spawn(async move { window::watch_disk(&watched, |ms| locked(&tallied).fsync_ms.push(ms)).await });

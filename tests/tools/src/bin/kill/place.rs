@@ -37,18 +37,20 @@ pub(crate) struct Paths {
     base: PathBuf,
     /// Runtime directories.
     memory: PathBuf,
+    /// Whether daemons keep their jobs' repositories. The last version's does not know how.
+    clones: bool,
 }
 
 impl Paths {
     /// Makes the directories.
-    pub(crate) fn make(dayfly: &Path, guest: &Path) -> Result<Self, String> {
+    pub(crate) fn make(dayfly: &Path, guest: &Path, clones: bool) -> Result<Self, String> {
         let made = || -> io::Result<Self> {
             // Short paths: unix sockets end at 107 bytes.
             let base = tempfile::Builder::new().prefix("df-kill-").tempdir_in("/tmp")?.keep();
             fs::set_permissions(&base, fs::Permissions::from_mode(0o711))?;
             let memory = tempfile::Builder::new().prefix("df-kill-").tempdir_in(MEMORY);
             let memory = memory.map_or_else(|_| base.clone(), tempfile::TempDir::keep);
-            Ok(Self { dayfly: fs::canonicalize(dayfly)?, guest: fs::canonicalize(guest)?, base, memory })
+            Ok(Self { dayfly: fs::canonicalize(dayfly)?, guest: fs::canonicalize(guest)?, base, memory, clones })
         };
         made().map_err(|error| format!("make the directories: {error}"))
     }
@@ -92,7 +94,7 @@ impl Paths {
         let made = || -> io::Result<PathBuf> {
             fs::create_dir_all(&places.machines)?;
             boot_with(&places, &self.guest)?;
-            empty_image(&dir.join(IMAGE))?;
+            empty_image(&dir.join(IMAGE), if self.clones { &["clone"] } else { &[] })?;
             let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(dir.join("token"))?;
             file.write_all(token.as_bytes())?;
             let config = dir.join("config.toml");
@@ -117,6 +119,9 @@ impl Paths {
         add(format!("[hypervisor]\nuri = \"processes://{}\"\naccel = \"kvm\"", places.machines.display()));
         add(format!("[network]\nguest_ports = \"{}-{}\"", places.ports.start(), places.ports.end()));
         add("[capacity]\nmemory_mib = 1000000\ndisk_gib = 1000000".into());
+        if self.clones {
+            add("[clones]\nenabled = true\nsize_gib = 1\nproject_gib = 1".into());
+        }
         // A guest that a failed round forgets ends soon.
         add("[limits]\nkeepalive = \"2s\"\nguest_power_off = \"3m\"".into());
         add("[[class]]\nname = \"small\"\nimage = \"test\"\ncpus = 1\nmemory_mib = 512\ndisk_gib = 1".into());

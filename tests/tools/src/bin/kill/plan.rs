@@ -4,8 +4,8 @@
 use dayfly::rng::Rng;
 use std::fmt;
 
-/// K0 to K19.
-pub(crate) const POINTS: u8 = 20;
+/// K0 to K20.
+pub(crate) const POINTS: u8 = 21;
 
 /// How often each point is died at.
 const KILLS_AT_EACH: u32 = 5;

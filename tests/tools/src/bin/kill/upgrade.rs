@@ -110,7 +110,7 @@ pub(crate) async fn run(wanted: &Wanted, last: &Path) -> Result<bool, String> {
     let there =
         |name| std::fs::canonicalize(last.join(name)).map_err(|error| format!("the last version's {name}: {error}"));
     let last = Last { dayfly: there("dayfly")?, guest: there("kill-guest")? };
-    let paths = Paths::make(&wanted.dayfly, &wanted.guest)?;
+    let paths = Paths::make(&wanted.dayfly, &wanted.guest, false)?;
     let (left, tally): (Shared<VecDeque<Upgrade>>, Shared<Tally>) = (Arc::new(Mutex::new(plan())), Arc::default());
     let mut lanes = JoinSet::new();
     for lane in 0..CELLS {

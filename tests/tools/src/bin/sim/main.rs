@@ -15,6 +15,7 @@
 mod args;
 mod batch;
 mod check;
+mod clones;
 mod dice;
 mod event;
 mod guest;

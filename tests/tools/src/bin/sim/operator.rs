@@ -239,6 +239,7 @@ impl World {
             overlay: overlay.clone(),
             base: "/images/test/disk.qcow2".into(),
             attachment: Attachment::User,
+            read_only: Vec::new(),
             nested: false,
             confine: Confinement::default(),
             socket_dir: "/run/vm".into(),

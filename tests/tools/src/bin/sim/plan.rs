@@ -3,6 +3,7 @@
 use crate::dice::Dice;
 use crate::kinds::Kind;
 use crate::planted::Bug;
+use dayfly_doubles::workshop::Mood;
 use std::time::Duration;
 
 /// One run.
@@ -25,6 +26,8 @@ pub(crate) struct Plan {
     pub(crate) by_port: bool,
     /// For so many seconds the machine of a job that failed is kept.
     pub(crate) keep_s: Option<u64>,
+    /// Repositories are kept on the host, and what fetches come to, one after the other.
+    pub(crate) clones: Option<Vec<(Mood, Duration)>>,
 }
 
 /// Deadlines and bounds of the daemon.
@@ -339,6 +342,7 @@ impl Plan {
                 let mut dice = Dice::new(seed, 11);
                 if dice.chance(250) { Some(*dice.pick(&[15, 60, 200])) } else { None }
             },
+            clones: fetches(seed, 300),
         }
     }
 }
@@ -352,6 +356,9 @@ impl Plan {
             &[Kind::RateLimited, Kind::OverAtFirstWord, Kind::FinalLost, Kind::DestroyFails, Kind::SyncFails];
         let (mut plan, mut dice) = (Self { bug, ..Self::draw(seed) }, Dice::new(seed, 3));
         plan.by_port |= bug == Some(Bug::DoorLeftOpen);
+        if matches!(bug, Some(Bug::ForeignClone | Bug::SlotKept)) {
+            (plan.clones, plan.by_port) = (fetches(seed, 1000), false);
+        }
         for kind in [*dice.pick(RARE), Kind::HandOver] {
             if let Some((_, from, to)) = ACTION_KINDS.iter().find(|(of, _, _)| *of == kind) {
                 let at = dice.time(0, u64::try_from(plan.heals.as_millis()).unwrap_or(u64::MAX));
@@ -373,6 +380,22 @@ impl Plan {
         }
         plan
     }
+}
+
+/// What becomes of fetches, in so many runs of a thousand.
+fn fetches(seed: u64, per_mille: u64) -> Option<Vec<(Mood, Duration)>> {
+    let mut dice = Dice::new(seed, 11);
+    if !dice.chance(per_mille) {
+        return None;
+    }
+    let moods = [Mood::Refused, Mood::Broken, Mood::Full, Mood::NoDisk, Mood::Damaged];
+    let count = dice.range(1, 8);
+    let mut fetch = || {
+        let longest = *dice.pick(&[500, 3_000, 200_000]);
+        let mood = if dice.chance(500) { Mood::Well } else { *dice.pick(&moods) };
+        (mood, dice.time(0, longest))
+    };
+    Some((0..count).map(|_| fetch()).collect())
 }
 
 impl Script {

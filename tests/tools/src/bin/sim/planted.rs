@@ -22,6 +22,7 @@ use dayfly::rng::Rng;
 use dayfly::vm::Hypervisor;
 use dayfly::vm::paths::Paths;
 use dayfly_doubles::fake::FakeHypervisor;
+use dayfly_doubles::workshop::FakeWorkshop;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -87,6 +88,10 @@ bugs! {
     DoorLeftOpen breaks 13,
     /// A machine that could not be destroyed at once counts as gone.
     DestroyGivenUp breaks 16,
+    /// What a machine is given of its project's repository is another's.
+    ForeignClone breaks 12,
+    /// The disk that one machine had alone stays when that is gone.
+    SlotKept breaks 13,
     /// One job more than configured.
     OneJobTooMany breaks 14,
     /// Machines of other installations are taken for ours.
@@ -173,6 +178,14 @@ impl Planted {
             not_made: Mutex::default(),
         });
         (host.clone(), host)
+    }
+
+    /// Git, and the disks of repositories.
+    pub(crate) fn workshop(&self, workshop: FakeWorkshop) -> FakeWorkshop {
+        if self.bug == Some(Bug::ForeignClone) {
+            workshop.mix_up();
+        }
+        workshop
     }
 
     /// Where doors are opened.

@@ -17,6 +17,9 @@ use tokio::time::{sleep, timeout};
 /// Nothing takes longer than this, in virtual time, once nothing new goes wrong.
 const PATIENCE: Duration = Duration::from_secs(8 * 3600);
 
+/// What a machine has alone goes with it, or with a sweep soon after; what has not gone by then is left behind.
+const SLOT_PATIENCE: Duration = Duration::from_secs(2 * 3600);
+
 /// Between two looks at the whole.
 const LOOK: Duration = Duration::from_millis(1000);
 
@@ -115,6 +118,7 @@ impl World {
                 self.over(kind);
             }
             self.look_after_outage();
+            self.look_at_clones();
             if !self.is_alive() {
                 self.begin().await;
                 continue;
@@ -135,6 +139,10 @@ impl World {
                 self.story.heal();
             }
             if healed && next_job.is_none() && lasting.is_empty() && self.is_done() {
+                if !self.slots().is_empty() && now < plan.heals + SLOT_PATIENCE {
+                    sleep(LOOK).await;
+                    continue;
+                }
                 return;
             }
             let wake =
@@ -237,6 +245,7 @@ impl World {
                 || path.starts_with("/state/consoles")
                 // What a job has left for others; of its own it leaves nothing there.
                 || (path.starts_with("/state/cache") && !path.starts_with("/state/cache/pins"))
+                || (path.starts_with("/state/clones") && !path.starts_with("/state/clones/slots"))
         };
         let files: Vec<_> = self.files.paths_below(Path::new("/")).into_iter().filter(|path| !usual(path)).collect();
         if !files.is_empty() {

@@ -134,6 +134,7 @@ fn plan(seed: u64) -> Plan {
         bug: None,
         by_port: false,
         keep_s: None,
+        clones: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a run's daemon lives in: the stand-in, the fake hypervisor, files in memory; and the lives themselves.
 
+use crate::clones;
 use crate::event::{DaemonDoes, Event};
 use crate::guest;
 use crate::ledger::JobNote;
@@ -22,6 +23,7 @@ use dayfly::rng::Rng;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine, Timing};
 use dayfly_doubles::files::MemoryFiles;
 use dayfly_doubles::images::{self, OneImage};
+use dayfly_doubles::workshop::FakeWorkshop;
 use dayfly_exec::standin::{JobSpec, Persist, ProjectId, Standin, Variable};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +41,7 @@ pub(crate) struct World {
     pub(crate) files: MemoryFiles,
     pub(crate) clock: Clock,
     pub(crate) images: OneImage,
+    pub(crate) workshop: FakeWorkshop,
     pub(crate) rng: Rng,
     pub(crate) config: Config,
     pub(crate) project: ProjectId,
@@ -88,11 +91,13 @@ impl World {
         fake.set_witness(move |name, word| witness.tell(&Event::Vm { name, word }));
         let told = story.clone();
         fake.set_guest(move |machine: GuestMachine| guest::run(machine, told.clone()));
+        let files = MemoryFiles::quiet();
         let mut world = Self {
+            workshop: FakeWorkshop::new(Arc::new(files.clone())),
             story,
             standin,
             fake,
-            files: MemoryFiles::quiet(),
+            files,
             clock,
             images: OneImage::new(if plan.by_port { images::image_of_before() } else { images::image() }),
             rng,
@@ -104,6 +109,15 @@ impl World {
         };
         for number in 0..plan.runners {
             world.add_runner(number, plan);
+        }
+        if let Some(fetches) = &plan.clones {
+            let sha = JobSpec::script(["true"]).sha;
+            for project in ["project", "doomed"] {
+                world.workshop.push(&clones::url(project), &sha, 200 << 20);
+            }
+            world.workshop.set_moods(fetches.clone());
+            world.config.clones =
+                dayfly::config::Clones { enabled: true, size_gib: 1, project_gib: 1, ..world.config.clones };
         }
         world
     }
@@ -149,13 +163,15 @@ impl World {
         let (token, _) = tokens::of_runner(0);
         let listen = self.planted.listen(host.clone(), life);
         let (hypervisor, paths) = self.planted.host(host, &self.fake, &token);
+        let files = life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() })));
         Backends {
             host: life.host(hypervisor, paths),
             listen: life.listen(listen),
             egress: life.egress(Arc::new(self.fake.clone())),
             transport: life
                 .transport(self.planted.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() }))),
-            files: life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() }))),
+            workshop: Arc::new(self.planted.workshop(self.workshop.through(files.clone()))),
+            files,
             clock: self.clock.clone(),
             rng: self.planted.rng(&self.rng),
             images: Arc::new(self.images.clone()),

@@ -130,7 +130,7 @@ fn is_over(state: JobState) -> bool {
 fn lay_out(dir: &Path, guest: &Path, gitlab: &str, token: &str) -> io::Result<PathBuf> {
     fs::create_dir_all(dir.join("vms"))?;
     symlink(fs::canonicalize(guest)?, dir.join("vms/guest"))?;
-    empty_image(&dir.join("images/test"))?;
+    empty_image(&dir.join("images/test"), &[])?;
     for (name, text) in [("token", token), ("page-token", TOKEN)] {
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(dir.join(name))?;
         file.write_all(text.as_bytes())?;

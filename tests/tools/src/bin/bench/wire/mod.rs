@@ -76,6 +76,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         overlay: PathBuf::new(),
         base: image.disk.clone(),
         attachment: Attachment::User,
+        read_only: Vec::new(),
         nested: false,
         confine: Confinement::default(),
         socket_dir: PathBuf::new(),

@@ -109,6 +109,7 @@ impl Files for Disk {
 
     fn remove<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         match (self.bug, job_of(path)) {
+            (Bug::SlotKept, _) if path.starts_with("/state/clones/slots") => Box::pin(std::future::ready(Ok(()))),
             (Bug::RecordKept, Some((_, ""))) => Box::pin(std::future::ready(Ok(()))),
             _ => self.files.remove(path),
         }
