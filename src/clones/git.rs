@@ -134,8 +134,14 @@ impl Git {
 
 /// The git of one fetch. Nothing of it is a secret but its environment.
 fn fetching(mirror: &Path, fetch: &Fetch) -> Git {
+    // Whatever GitLab's URL is, nothing else: by others git would start programs.
+    let protocol = match fetch.url.scheme() {
+        "https" => "https",
+        "http" => "http",
+        _ => "",
+    };
     let mut git = Git::new(mirror, fetch.deadline, fetch.bytes_max)
-        .env("GIT_ALLOW_PROTOCOL", fetch.url.scheme())
+        .env("GIT_ALLOW_PROTOCOL", protocol)
         .set("http.userAgent", concat!("dayfly/", env!("CARGO_PKG_VERSION"), " (git)"));
     // For this repository only: no other URL would get it.
     let credentials = STANDARD.encode(format!("gitlab-ci-token:{}", fetch.token.expose()));

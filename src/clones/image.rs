@@ -258,6 +258,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(clippy::disallowed_methods, reason = "what looks into a file system is a tool of the test's")]
     async fn an_image_is_a_file_system_with_the_packs_as_they_were() {
         let dir = tempfile::tempdir().unwrap();
         let source = dir.path().join("m.git");

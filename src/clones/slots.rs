@@ -52,8 +52,12 @@ impl Slots {
     /// A machine's: its name follows from the machine's, and parses back.
     pub(super) fn take(&self, vm: &VmId) -> Slot {
         lock(&self.taken).insert(vm.clone());
-        let path = child(&self.directory, &format!("{}{SUFFIX}", VmName::from(vm.clone())));
-        Slot { path, vm: vm.clone(), taken: self.taken.clone() }
+        Slot { path: self.path(vm), vm: vm.clone(), taken: self.taken.clone() }
+    }
+
+    /// Where a machine's is, if it has one.
+    pub(super) fn path(&self, vm: &VmId) -> PathBuf {
+        child(&self.directory, &format!("{}{SUFFIX}", VmName::from(vm.clone())))
     }
 
     /// Removes those whose machines are not among the living, and that no job has.

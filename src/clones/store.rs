@@ -770,6 +770,14 @@ impl Clones {
         self.0.files.remove(slot).await
     }
 
+    /// A machine is gone whose disks no [`JobClone`] has taken up: so goes what was its own.
+    pub async fn release(&self, vm: &VmId) {
+        if let Err(error) = self.remove_slot(&self.0.slots.path(vm)).await {
+            // The sweep tries it again.
+            tracing::warn!(error = chain(&error), "remove a machine's disk for what was fetched");
+        }
+    }
+
     /// A job has had something of it: noted now and then.
     pub(super) async fn note_use(&self, shelves: &[Arc<Shelf>]) {
         let Some(first) = shelves.first() else { return };

@@ -320,7 +320,7 @@ fn what_is_kept_goes_when_it_is_switched_off() {
 fn metric(world: &World, name: &str) -> u64 {
     let text = world.metrics();
     let line = text.lines().find(|line| line.starts_with(&format!("{name} "))).unwrap_or_else(|| panic!("{text}"));
-    line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64
+    line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
 /// Too old: what was deleted at GitLab since is not kept for ever.

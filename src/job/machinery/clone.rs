@@ -66,7 +66,13 @@ impl Machinery {
     /// The machine is gone.
     pub(super) async fn release_clone(&mut self) {
         if let Some(clone) = self.clone.take() {
-            clone.release().await;
+            return clone.release().await;
+        }
+        // One of a former daemon that was on its way out already.
+        let slot = |machine: &&Claim| machine.clone.as_ref().is_some_and(|attached| attached.slot.is_some());
+        let machine = self.record.machine.as_ref().filter(slot);
+        if let (Some(machine), Some(clones)) = (machine, &self.parts.clones) {
+            clones.release(&machine.id).await;
         }
     }
 }
