@@ -12,18 +12,18 @@ use crate::guest::{self, Admission, GuestEvent, GuestView, Limits};
 use crate::guest_config::{GuestParts, guest_config, guest_token, new_machine_id};
 use crate::image::manifest::Learnt;
 use crate::image::store::Image;
-use crate::machine_spec::{DockerSettings, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use crate::machine_spec::{DockerSettings, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec, Start};
 use crate::metrics::Metrics;
 use crate::network::{self, EgressProcesses, Listen, Network};
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::spool::Spool;
 use crate::supply::unassigned::{Abandoned, Owner, Workspace, abandoned};
-use crate::supply::{Binding, Machine, MachineEvent, Setup, Supply, Users};
+use crate::supply::{Binding, Claim, Machine, MachineEvent, Setup, Supply, Users};
 use crate::telemetry::chain;
 use crate::vm::proof::{self, ProofError};
 use crate::vm::{self, Accel, AccelChoice, Host, PASSWD, PASSWD_BYTES_MAX, Pause, VmError, VmId};
-use dayfly_guest_config::{Can, Pass, Report};
+use dayfly_guest_config::{Can, GuestConfig, Pass, Report};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -199,6 +199,7 @@ impl BootTest<'_> {
             run_as_root: false,
             nested: false,
             limits: Some(vm::Limits::default()),
+            start: Start::Cold,
             network: network::Mode::User,
             egress: None,
             forwards: Vec::new(),
@@ -215,7 +216,6 @@ impl BootTest<'_> {
         };
         let claim = supply.claim(spec.network, spec.door()).await.map_err(no_door)?;
         own.plan(&claim).await.map_err(|e| BootTestError::Set("write the VM's names down", e))?;
-        let entrance = supply.listen(&claim).await.map_err(|e| BootTestError::Set("open a door for the guest", e))?;
         let parts = GuestParts {
             vm: &claim.id,
             lease: &claim.lease,
@@ -228,39 +228,16 @@ impl BootTest<'_> {
             cache: false,
             clone: None,
         };
-        let clock = Clock::system();
-        let config = guest_config(&parts, &clock, rng);
-        let spool = Spool::open(Arc::new(RealFiles), &own.directory().join("trace"), 0, None).await;
-        let spool = spool.map_err(|e| BootTestError::Set("make the spool", e))?;
-        let (events, mut asked) = mpsc::channel(16);
-        let view = GuestView { status: JobStatus::Running, verdict: None, update_interval: Duration::from_secs(1) };
-        let (_view, view) = watch::channel(view);
-        let door = guest::admit(Admission {
-            vm: claim.id.clone(),
-            entrance,
-            pass: Pass::from_text(&config.pass).expect("the pass was written by the same crate"),
-            guest_token: guest_token(&config),
-            job: JobId(u64::MAX),
-            job_token: Secret::new(VmId::random(rng).to_string()),
-            dependencies: Vec::new(),
-            spool: spool.writer(),
-            client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
-            cache: None,
-            forwards: Vec::new(),
-            direct_download: spec.runner.direct_download,
-            events,
-            view,
-            limits: Limits::default(),
-            rng: rng.clone(),
-            clock,
-            metrics: Metrics::new(),
-        });
-        let mut machine = supply.start(claim, &spec, image.clone(), ("boot test".into(), 0));
+        let config = guest_config(&parts, &Clock::system(), rng);
+        let mut door = NobodysDoor::open(supply, &claim, &config, own.directory(), rng)
+            .await
+            .map_err(|e| BootTestError::Set("open a door for the guest", e))?;
+        let mut machine = supply.start(claim, &spec, image.clone(), ("boot test".into(), 0), &config);
         machine.bind(Binding { config: config.to_line(), egress: None });
-        let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut asked, since, progress)).await;
+        let booted = tokio::time::timeout(self.deadline, wait(&mut machine, &mut door.asked, since, progress)).await;
         let console = machine.console_tail();
         let released = tokio::time::timeout(RELEASE_DEADLINE, machine.release()).await;
-        door.revoke().await;
+        door.close().await;
         if released.is_err() {
             tracing::warn!(vm = %machine.id(), "the boot test's VM could not be taken down yet");
             machine.leave().await;
@@ -310,7 +287,7 @@ async fn wait(
             },
             event = machine.event() => match event {
                 Some(MachineEvent::DiskReady) => "disk ready",
-                Some(MachineEvent::Started) => "machine started",
+                Some(MachineEvent::Started | MachineEvent::Restored(_)) => "machine started",
                 Some(MachineEvent::Report(Report::Ready)) => "guest is up",
                 Some(MachineEvent::Report(Report::Applied)) => "guest has its identity",
                 Some(MachineEvent::Report(Report::RunnerStarted)) => "gitlab-runner started",
@@ -322,7 +299,7 @@ async fn wait(
                     progress(&format!("guest: {text}"));
                     continue;
                 }
-                Some(MachineEvent::Report(_) | MachineEvent::Resumed | MachineEvent::Paused(Pause::Operator)) => continue,
+                Some(MachineEvent::Report(_) | MachineEvent::NotRestored | MachineEvent::Resumed | MachineEvent::Paused(Pause::Operator)) => continue,
                 Some(MachineEvent::Failed(error)) => return Err(Early::Failed(error)),
                 Some(MachineEvent::Stopped(_) | MachineEvent::Paused(_) | MachineEvent::Gone) | None => {
                     return Err(Early::Ended);
@@ -339,6 +316,61 @@ async fn take_down(left: Abandoned, supply: &Supply, hypervisor: &vm::Config) {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(error = chain(&error), "take a boot test's VM down; left for the next one"),
         Err(_) => tracing::warn!("a boot test's VM could not be taken down yet; left for the next one"),
+    }
+}
+
+/// The door of a guest that belongs to no job: whoever proves the pass may ask, and there is no GitLab behind it.
+pub(crate) struct NobodysDoor {
+    handle: guest::DoorHandle,
+    /// What its guest asks.
+    pub(crate) asked: mpsc::Receiver<GuestEvent>,
+    _view: watch::Sender<GuestView>,
+}
+
+impl NobodysDoor {
+    /// Opens it, with its files in this directory.
+    ///
+    /// # Errors
+    /// A file, or a port.
+    pub(crate) async fn open(
+        supply: &Supply,
+        claim: &Claim,
+        config: &GuestConfig,
+        directory: &Path,
+        rng: &Rng,
+    ) -> std::io::Result<Self> {
+        let entrance = supply.listen(claim).await?;
+        let spool = Spool::open(Arc::new(RealFiles), &directory.join("trace"), 0, None).await;
+        let spool = spool.map_err(std::io::Error::other)?;
+        let (events, asked) = mpsc::channel(16);
+        let view = GuestView { status: JobStatus::Running, verdict: None, update_interval: Duration::from_secs(1) };
+        let (view_out, view) = watch::channel(view);
+        let handle = guest::admit(Admission {
+            vm: claim.id.clone(),
+            entrance,
+            pass: Pass::from_text(&config.pass).ok_or(std::io::ErrorKind::InvalidData)?,
+            guest_token: guest_token(config),
+            job: JobId(u64::MAX),
+            job_token: Secret::new(VmId::random(rng).to_string()),
+            dependencies: Vec::new(),
+            spool: spool.writer(),
+            client: JobClient::new(Arc::new(NoGitlab), JobId(u64::MAX), Secret::new(""), rng.clone()),
+            cache: None,
+            forwards: Vec::new(),
+            direct_download: false,
+            events,
+            view,
+            limits: Limits::default(),
+            rng: rng.clone(),
+            clock: Clock::system(),
+            metrics: Metrics::new(),
+        });
+        Ok(Self { handle, asked, _view: view_out })
+    }
+
+    /// Closes it.
+    pub(crate) async fn close(self) {
+        self.handle.revoke().await;
     }
 }
 

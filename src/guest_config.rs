@@ -10,7 +10,9 @@ use crate::network::Lease;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use crate::vm::VmId;
-use dayfly_guest_config::{CA_FILE, CLONE_OBJECTS, GuestClone, GuestConfig, GuestRunner, Pass, RELAY_URL};
+use dayfly_guest_config::{
+    CA_FILE, CLONE_OBJECTS, GuestClone, GuestConfig, GuestNetwork, GuestRunner, Pass, RELAY_URL,
+};
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -89,7 +91,7 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         boot_id: uuid(rng.bytes::<16>()),
         seed: hex(&rng.bytes::<64>()),
         clock_us: clock.now().as_microsecond(),
-        network: parts.lease.guest_network(),
+        network: network(parts),
         forwards: parts.spec.forwards.iter().map(|forward| forward.port).collect(),
         runner: GuestRunner {
             config_toml: config_toml(parts, user),
@@ -102,7 +104,29 @@ pub fn guest_config(parts: &GuestParts<'_>, clock: &Clock, rng: &Rng) -> GuestCo
         door_patience_s: parts.door_patience.as_secs(),
         power_off_after_s: parts.power_off_after.as_secs(),
         may_stay: parts.spec.keep_failed.is_some(),
+        hold: false,
     }
+}
+
+/// What a guest is told that is to be nobody yet: its runner is the one of `config`, and nothing else is ever somebody's.
+#[must_use]
+pub fn held(config: &GuestConfig, vm: &VmId, rng: &Rng) -> GuestConfig {
+    GuestConfig {
+        vm: vm.to_string(),
+        pass: Pass::new(rng.bytes()).to_text(),
+        hostname: "dayfly".into(),
+        machine_id: config.runner_machine_id.clone(),
+        boot_id: uuid(rng.bytes::<16>()),
+        seed: hex(&rng.bytes::<64>()),
+        hold: true,
+        ..config.clone()
+    }
+}
+
+/// A card has the machine's own address, also in a machine that was restored, whose card thinks that it is another's.
+fn network(parts: &GuestParts<'_>) -> GuestNetwork {
+    let network = parts.lease.guest_network();
+    if network.relay { network } else { GuestNetwork { mac: Some(parts.vm.mac()), ..network } }
 }
 
 /// The guest runner's config.toml. Unknown keys are ignored by every version, so newer ones may

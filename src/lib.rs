@@ -15,6 +15,7 @@ pub mod uploader; // what has GitLab got of it, what is still owed?
 pub mod machine_spec; // what machine does it get?
 pub mod guest_config; // what is its guest told?
 pub mod supply; // where does its machine come from, who takes it down?
+pub mod golden; // which machines are frozen, for others to be restored from?
 pub mod image; // which disk does the VM start from?
 pub mod boot_test; // does an image boot and ask for a job?
 pub mod vm; // how is a machine started, watched, ended?

@@ -38,6 +38,9 @@ pub struct MachineSpec {
     /// How much it may use of the host; none in records of before there were such limits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<vm::Limits>,
+    /// Where its machine may come from.
+    #[serde(default, skip_serializing_if = "Start::is_auto")]
+    pub start: Start,
     /// What the guest's network is.
     pub network: network::Mode,
     /// What its job may reach, where it has no network card.
@@ -64,6 +67,27 @@ pub struct KeepFailed {
     pub for_s: u64,
     /// So many of its class at once at most.
     pub at_once: u32,
+}
+
+/// Where a job's machine comes from. Its job does not know the difference.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Start {
+    /// The quickest way that this host has proven.
+    #[default]
+    Auto,
+    /// It boots.
+    Cold,
+    /// It is restored from one that was frozen while it waited for a job; until there is one, it boots.
+    Restored,
+}
+
+impl Start {
+    /// Whether nothing else was asked for.
+    #[must_use]
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 /// How large a machine is.
@@ -235,6 +259,7 @@ impl MachineSpec {
             run_as_root: false,
             nested: false,
             limits: None,
+            start: Start::Auto,
             network: network::Mode::User,
             egress: None,
             forwards: Vec::new(),

@@ -325,6 +325,7 @@ mod tests {
                 boot: Boot::Disk,
                 overlay: "/o.qcow2".into(),
                 base: "/b.qcow2".into(),
+                frozen: None,
                 attachment: Attachment::User,
                 read_only: Vec::new(),
                 nested: false,

@@ -8,7 +8,7 @@ pub const EXAMPLE: &str = include_str!("../../config.example.toml");
 mod tests {
     use super::EXAMPLE;
     use crate::config::{Class, Config, Runner, Span, UnknownImage};
-    use crate::machine_spec::EnvironmentLine;
+    use crate::machine_spec::{EnvironmentLine, Start};
     use crate::network::{Choice, EgressChange, EgressConfig, ForwardConfig};
     use crate::rules::Rule;
     use crate::vm::Limits;
@@ -60,6 +60,7 @@ mod tests {
             keep_failed: Some(Span::from_secs(1)),
             keep_failed_projects: vec!["a".into()],
             keep_failed_max: 1,
+            start: Start::Cold,
             network: Some(Choice::Relay),
             egress: EgressConfig::default(),
             limits: Limits::default(),

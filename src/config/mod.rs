@@ -26,7 +26,7 @@ pub use schema::schema;
 pub use validate::{Problem, Problems};
 
 use crate::image::store::VERSIONS_KEPT;
-use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size};
+use crate::machine_spec::{DockerSettings, EnvironmentLine, GuestSettings, Size, Start};
 use crate::rules::Rule;
 use crate::{capacity, control, network, telemetry, vm, web};
 use serde::{Deserialize, Serialize};
@@ -66,6 +66,8 @@ pub struct Config {
     pub cache: Cache,
     /// Section `[clones]`.
     pub clones: Clones,
+    /// Section `[goldens]`.
+    pub goldens: Goldens,
     /// Section `[limits]`.
     pub limits: Limits,
     /// Section `[history]`.
@@ -97,6 +99,7 @@ impl Default for Config {
             capacity: capacity::Config::default(),
             cache: Cache::default(),
             clones: Clones::default(),
+            goldens: Goldens::default(),
             limits: Limits::default(),
             history: History::default(),
             class: Vec::new(),
@@ -189,6 +192,9 @@ pub struct Class {
     /// So many machines of the class are kept at once at most.
     #[serde(default = "defaults::keep_failed_max")]
     pub keep_failed_max: u32,
+    /// Where their machines come from.
+    #[serde(default, skip_serializing_if = "Start::is_auto")]
+    pub start: Start,
     /// What network its jobs have; none: `relay` where the image can, else `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<network::Choice>,
@@ -231,6 +237,20 @@ impl Default for Clones {
     }
 }
 
+/// Section `[goldens]`: frozen machines, which others are restored from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Goldens {
+    /// GiB of their files; 0: none is made.
+    pub disk_gib: u64,
+}
+
+impl Default for Goldens {
+    fn default() -> Self {
+        Self { disk_gib: 8 }
+    }
+}
+
 /// What becomes of a job whose `image:` names no image of its class, on machines whose runner makes no containers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -266,6 +286,7 @@ impl Class {
             keep_failed: None,
             keep_failed_projects: Vec::new(),
             keep_failed_max: defaults::keep_failed_max(),
+            start: Start::Auto,
             network: None,
             egress: network::EgressConfig::default(),
             limits: vm::Limits::default(),

@@ -17,10 +17,11 @@ use crate::job::{JobView, Parts};
 use crate::metrics::{Form, ImageTime, Metrics, RunnerGauges, Snapshot, Usage};
 use crate::shell::{Recordings, ShellOutcome};
 use crate::status::{
-    CapacityStatus, ConsoleFound, DaemonStatus, ImageStatus, JobDetail, JobFound, JobStatusReport, Reports,
-    RunnerState, RunnerStatus, StatusReport,
+    CapacityStatus, ConsoleFound, DaemonStatus, GoldenStatus, ImageStatus, JobDetail, JobFound, JobStatusReport,
+    Reports, RunnerState, RunnerStatus, StatusReport,
 };
 use crate::supply::Supply;
+use crate::supply::goldens::Golden;
 use crate::vm::{VmId, VmName};
 use jiff::Timestamp;
 use std::collections::BTreeMap;
@@ -135,6 +136,17 @@ impl Handler {
         }
     }
 
+    fn goldens(&self) -> Vec<GoldenStatus> {
+        let now_s = self.clock.now().as_second();
+        let of = |golden: Golden| GoldenStatus {
+            image: golden.image.name,
+            runner: golden.runner,
+            bytes: golden.bytes,
+            age_s: u64::try_from(now_s.saturating_sub(golden.made_s)).unwrap_or(0),
+        };
+        self.supply.goldens().list().into_iter().map(of).collect()
+    }
+
     /// Jobs of each runner that hold room, less the polls.
     fn jobs_by_runner(&self) -> BTreeMap<String, u32> {
         let (mut jobs, asking) = (self.capacity.promised().by_runner, self.capacity.asking().by_runner);
@@ -225,6 +237,7 @@ impl Reports for Handler {
             },
             capacity: self.capacity(),
             jobs: jobs.collect(),
+            goldens: self.goldens(),
             images: self
                 .ages(&views)
                 .into_iter()

@@ -15,6 +15,7 @@ mod clones;
 mod consoles;
 mod disk;
 mod error;
+mod goldens;
 mod handler;
 mod installation;
 mod listener;
@@ -56,6 +57,7 @@ use crate::recovery;
 use crate::repeats::Repeats;
 use crate::rng::Rng;
 use crate::shell::Recordings;
+use crate::supply::goldens::Goldens;
 use crate::supply::{Setup, Supply};
 use crate::telemetry::chain;
 use crate::vm::proof::Places;
@@ -281,13 +283,17 @@ pub async fn start(config: Config, backends: Backends, shutdown: Shutdown) -> Re
         consoles::keep(kept, keeper, stops).await;
         "keeper of consoles"
     });
+    let on_host = host.map(|host| (host.version, overhead));
+    if let Some(keeper) = goldens::keeper(&config, &backends, &parts, &capacity, on_host).await {
+        background.spawn(goldens::keep(keeper, parts.clone(), stop.clone()));
+    }
     let sweeper = Sweeper {
         parts: parts.clone(),
         jobs: jobs.clone(),
         kept: adopted.kept,
         capacity: capacity.clone(),
         unknown,
-        image_directory: config.image_directory.clone(),
+        workspaces: [config.image_directory.clone(), goldens::directory(&config)],
         hypervisor: config.hypervisor.clone(),
         unseen: Repeats::new("look for orphans; trying again in a minute"),
     };
@@ -350,6 +356,12 @@ impl Daemon {
     #[must_use]
     pub fn reloader(&self) -> Reloader {
         self.reloader.clone()
+    }
+
+    /// What its machines are restored from.
+    #[must_use]
+    pub fn goldens(&self) -> Goldens {
+        self.parts.supply.goldens().clone()
     }
 
     /// The jobs under way.

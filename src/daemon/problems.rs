@@ -46,6 +46,7 @@ pub(super) fn problems(
     let weaker: BTreeSet<String> =
         runners.iter().filter_map(|view| view.poller.borrow().weaker_network.clone()).collect();
     problems.extend(weaker);
+    problems.extend(supply.goldens().problem());
     let stuck = metrics.job().machines_stuck.get();
     if stuck > 0 {
         problems.push(format!("{stuck} VMs cannot be taken down, and hold their room until they go; see the log"));

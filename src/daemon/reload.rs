@@ -73,6 +73,7 @@ fn fixed(old: &Config, new: &Config) -> Option<&'static str> {
         ("hypervisor", old.hypervisor != new.hypervisor),
         ("cache", old.cache != new.cache),
         ("clones", old.clones != new.clones),
+        ("goldens", old.goldens != new.goldens),
         ("log", old.log != new.log),
         ("control", old.control != new.control),
     ]

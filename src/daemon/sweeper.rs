@@ -28,8 +28,8 @@ pub(super) struct Sweeper {
     pub(super) capacity: Capacity,
     /// What an orphan may take, of which no record tells.
     pub(super) unknown: Resources,
-    /// Where VMs without a job are written down.
-    pub(super) image_directory: PathBuf,
+    /// Below which VMs without a job are written down.
+    pub(super) workspaces: [PathBuf; 2],
     /// The hypervisor that is looked at: they are written down with its name.
     pub(super) hypervisor: vm::Config,
     /// Sweeps that saw nothing.
@@ -95,9 +95,11 @@ impl Sweeper {
         if let Some(clones) = &self.parts.clones {
             clones.sweep(&owned()).await;
         }
-        for left in abandoned(&*self.parts.files, &self.image_directory, &self.hypervisor).await {
-            let room: Held = self.capacity.adopt(NOBODY, self.unknown).into();
-            reapers.spawn(take_down(self.parts.clone(), left, self.hypervisor.clone(), room, stop.clone()));
+        for directory in &self.workspaces {
+            for left in abandoned(&*self.parts.files, directory, &self.hypervisor).await {
+                let room: Held = self.capacity.adopt(NOBODY, self.unknown).into();
+                reapers.spawn(take_down(self.parts.clone(), left, self.hypervisor.clone(), room, stop.clone()));
+            }
         }
     }
 }

@@ -176,6 +176,8 @@ pub enum Ability {
     Shell,
     /// To put what its host has of a job's repository where git finds it.
     Clone,
+    /// To be frozen while it waits for a job, for others to be restored from it.
+    Hold,
 }
 
 impl Ability {
@@ -184,6 +186,7 @@ impl Ability {
             Self::Stay => "stay",
             Self::Shell => "shell",
             Self::Clone => "clone",
+            Self::Hold => "hold",
         }
     }
 }
@@ -240,8 +243,12 @@ impl Manifest {
         self.info = Some(learnt.info);
         self.contract = learnt.contract;
         self.networks = learnt.can.relay.then(|| RELAY.to_owned()).into_iter().collect();
-        let can =
-            [(Ability::Stay, learnt.can.stay), (Ability::Shell, learnt.can.shell), (Ability::Clone, learnt.can.clone)];
+        let can = [
+            (Ability::Stay, learnt.can.stay),
+            (Ability::Shell, learnt.can.shell),
+            (Ability::Clone, learnt.can.clone),
+            (Ability::Hold, learnt.can.hold),
+        ];
         self.abilities =
             can.into_iter().filter(|(_, can)| *can).map(|(ability, _)| ability.word().to_owned()).collect();
     }
@@ -256,6 +263,12 @@ impl Manifest {
     #[must_use]
     pub fn can_relay(&self) -> bool {
         self.contract >= WIRE_CONTRACT && self.networks.iter().any(|network| network == RELAY)
+    }
+
+    /// Whether its guests can be frozen while they wait for a job, for others to be restored from them.
+    #[must_use]
+    pub fn can_hold(&self) -> bool {
+        self.contract >= WIRE_CONTRACT && self.can(Ability::Hold)
     }
 
     /// Why no job can run in it, if that is so by the contract of its guest program.

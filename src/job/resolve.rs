@@ -16,12 +16,12 @@ use crate::image::manifest::{Ability, ExecutorKind};
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, KeepFailed, MachineSpec, Size};
 use crate::network::{self, Forward, ForwardConfig, Mode};
-use crate::rng::Rng;
 use crate::rules::{self, Action, Facts, Rule};
 use crate::secret::Secret;
 use crate::telemetry::chain;
 use dayfly_egress::policy::{HostPort, Policy};
 use dayfly_guest_config::{RELAY_URL, WIRE_CONTRACT};
+use sha2::{Digest as _, Sha256};
 
 /// Why a job gets no machine.
 #[derive(Debug)]
@@ -100,7 +100,7 @@ pub(super) async fn resolve(parts: &Parts, runner: &Runner, payload: &JobPayload
         change.map_or_else(|| class.egress.clone(), |change| class.egress.changed(change)).policy(needed())
     });
     let kept = keep_failed(class, &image, payload.source.project_at(&runner.config.url));
-    let told = told(runner, &parts.rng);
+    let told = told(runner, &parts.machine_id);
     Ok(MachineSpec { keep_failed: kept, forwards, ..spec(class, &image, size, (network, egress), told, notes) })
 }
 
@@ -219,6 +219,7 @@ fn spec(
         run_as_root: class.run_as_root,
         nested: class.nested,
         limits: Some(class.limits.clone()),
+        start: class.start,
         network,
         egress,
         forwards: Vec::new(),
@@ -263,8 +264,12 @@ fn needed(entry: &config::Runner, registries: &[String]) -> Vec<HostPort> {
     network::always([&entry.url].into_iter().chain(&entry.clone_url), registries)
 }
 
-fn told(runner: &Runner, rng: &Rng) -> GuestRunnerSpec {
-    let random: String = rng.bytes::<12>().iter().map(|b| format!("{b:02x}")).collect();
+/// What the guest's runner is told is the same for all jobs of an entry, so that a runner may have been told before its job
+/// is known: its token, too, which only looks right, and opens nothing (decision D9). `machine_id`: the installation's.
+fn told(runner: &Runner, machine_id: &str) -> GuestRunnerSpec {
+    let own = Sha256::new().chain_update(b"dayfly guest token\0").chain_update(machine_id);
+    let own = own.chain_update(b"\0").chain_update(&runner.config.name).finalize();
+    let random: String = own[..12].iter().map(|b| format!("{b:02x}")).collect();
     GuestRunnerSpec {
         name: runner.config.name.clone(),
         token: Secret::new(runner.api.token().guest_token(&random)),

@@ -46,6 +46,8 @@ pub struct JobMetrics {
     /// Seconds from GitLab's 201 to each step of the boot.
     boot: Family<[(&'static str, &'static str); 1], Histogram>,
     phases: Family<[(&'static str, &'static str); 1], Histogram>,
+    /// Seconds from GitLab's 201 to the hand-out, by where the machine came from.
+    starts: Family<[(&'static str, &'static str); 1], Histogram>,
 }
 
 /// A part of a job's time on this host.
@@ -90,6 +92,9 @@ impl Phase {
     }
 }
 
+/// Where machines come from.
+const STARTS: [&str; 2] = ["cold", "restored"];
+
 /// How a job ended here, as far as is counted.
 const VERDICTS: [&str; 3] = ["success", "failed", "over"];
 
@@ -125,6 +130,7 @@ impl JobMetrics {
             rules: Family::default(),
             boot: Family::new_with_constructor((|| Histogram::new(BOOT_BUCKETS)) as fn() -> Histogram),
             phases: Family::new_with_constructor((|| Histogram::new(PHASE_BUCKETS)) as fn() -> Histogram),
+            starts: Family::new_with_constructor((|| Histogram::new(BOOT_BUCKETS)) as fn() -> Histogram),
         };
         for (name, help, counter) in [
             ("jobs_assigned", "Jobs that GitLab assigned", &metrics.assigned),
@@ -181,6 +187,14 @@ impl JobMetrics {
         );
         registry.register("boot_seconds", "Seconds from the job's assignment to each boot step", metrics.boot.clone());
         registry.register("job_phase_seconds", "Seconds that each phase of a job took", metrics.phases.clone());
+        registry.register(
+            "start_seconds",
+            "Seconds from the job's assignment to its hand-out, by where its machine came from",
+            metrics.starts.clone(),
+        );
+        for start in STARTS {
+            drop(metrics.starts.get_or_create(&[("start", start)]));
+        }
         for phase in Phase::ALL {
             drop(metrics.phases.get_or_create(&[("phase", phase.word())]));
         }
@@ -190,6 +204,11 @@ impl JobMetrics {
     /// Notes that a boot reached `step` this long after GitLab's 201.
     pub fn boot_step(&self, step: &'static str, since: Duration) {
         self.boot.get_or_create(&[("phase", step)]).observe(since.as_secs_f64());
+    }
+
+    /// Notes that a job was handed out this long after GitLab's 201, in a machine that came from there.
+    pub fn start(&self, came_from: &'static str, since: Duration) {
+        self.starts.get_or_create(&[("start", came_from)]).observe(since.as_secs_f64());
     }
 
     /// Notes how long a phase took.

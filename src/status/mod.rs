@@ -50,6 +50,22 @@ pub struct StatusReport {
     /// The images of the runners' classes.
     #[serde(default)]
     pub images: Vec<ImageStatus>,
+    /// The frozen machines from which jobs' machines are restored.
+    #[serde(default)]
+    pub goldens: Vec<GoldenStatus>,
+}
+
+/// A frozen machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GoldenStatus {
+    /// Its image.
+    pub image: String,
+    /// The runner entry whose jobs it is for.
+    pub runner: String,
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// Seconds since it was made.
+    pub age_s: u64,
 }
 
 /// A base image that a class uses.
@@ -201,6 +217,13 @@ impl fmt::Display for StatusReport {
         });
         table(f, ["RUNNER", "GITLAB", "CLASS", "JOBS", "ANSWERED", "STATE"], runners)?;
         writeln!(f)?;
+        if !self.goldens.is_empty() {
+            let goldens = self.goldens.iter().map(|g| {
+                [g.image.clone(), g.runner.clone(), format!("{} MiB", g.bytes >> 20), format!("{} ago", age(g.age_s))]
+            });
+            table(f, ["FROZEN", "FOR RUNNER", "SIZE", "MADE"], goldens)?;
+            writeln!(f)?;
+        }
         if self.jobs.is_empty() {
             return writeln!(f, "no jobs");
         }
@@ -311,6 +334,7 @@ mod tests {
                 age_s: 7_500,
             }],
             images: vec![ImageStatus { name: "debian".into(), age_s: 90_000 }],
+            goldens: vec![GoldenStatus { image: "debian".into(), runner: "ci".into(), bytes: 300 << 20, age_s: 60 }],
         }
     }
 
@@ -325,6 +349,9 @@ promised: 1 of 4 jobs, 2 of 8 CPUs, 2048 of 15000 MiB memory, 20 of 400 GiB disk
 RUNNER  GITLAB                       CLASS  JOBS  ANSWERED  STATE
 ci      https://gitlab.example.com/  small  1     3 s ago   polling
 other   https://git.example.org/     large  0     never     waiting for room: 4 CPUs
+
+FROZEN  FOR RUNNER  SIZE     MADE
+debian  ci          300 MiB  1 min ago
 
 JOB  RUNNER  AGE        STATE    PHASE        VM                   WHAT
 42   ci      2 h 5 min  running  trace 4 KiB  df-abcdefghijklmnop  group/app: test\\u{1b}[2J\\nforged

@@ -6,10 +6,12 @@
 //! ```
 //!
 //! Every step may run twice, so a VM found running after a restart of the daemon enters at
-//! "wires". On `leave` (hand-over) the task ends and the VM lives on.
+//! "wires". On `leave` (hand-over) the task ends and the VM lives on. A machine that is restored takes the same steps; one
+//! of which nothing comes is taken down here, and boots in its own stead, with the same names.
 
 mod down;
 
+use super::goldens::Key;
 use super::wires::Wires;
 use super::{Claim, Supply};
 use crate::failpoint::{Point, reached};
@@ -18,16 +20,21 @@ use crate::network::Terms;
 use crate::retry::Backoff;
 use crate::telemetry::chain;
 use crate::vm::console::{Ring, TAIL_BYTES_MAX};
-use crate::vm::{Attachment, Ending, Pause, VmError, VmId, VmName, VmSpec, VmState};
+use crate::vm::{Attachment, Ending, Frozen, Pause, VmError, VmId, VmName, VmSpec, VmState};
 use dayfly_guest_config::Report;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 /// Events that may wait for the owner.
 const EVENTS_MAX: usize = 64;
+
+/// How long a restored machine's guest may take to show its pass: 0.6 s, and ten times that on a busy host. It boots then,
+/// within the same deadline.
+const RESTORE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a machine's task tells its owner.
 #[derive(Debug)]
@@ -36,6 +43,10 @@ pub enum MachineEvent {
     DiskReady,
     /// The VM has been started, or was found running.
     Started,
+    /// The VM has been restored from one that was frozen, in this time, and goes on.
+    Restored(Duration),
+    /// Nothing came of that: it boots.
+    NotRestored,
     /// What the guest program says; a hint, see [`Report`].
     Report(Report),
     /// It could not be made. It must still be taken down.
@@ -73,6 +84,18 @@ pub(super) struct NewVm {
     pub(super) disk_gib: u64,
     /// By what the image's files were known when they were checked.
     pub(super) stamp: Stamp,
+    /// What it is restored from, if anything comes of that.
+    pub(super) golden: Option<(Key, Frozen)>,
+}
+
+/// How far a start came.
+enum Made {
+    /// It runs.
+    Up,
+    /// It runs: what it is.
+    Restored(Key),
+    /// It should have run, and has ended.
+    Ended(Ending),
 }
 
 /// The owner's handle to its machine: a VM, and what is beside it.
@@ -262,28 +285,20 @@ impl Driver {
         let _ = self.wires.events.send(event).await;
     }
 
-    async fn run(mut self, new: Option<NewVm>) {
+    async fn run(mut self, mut new: Option<NewVm>) {
         let mut desired = self.desired.clone();
-        let started = tokio::select! {
-            biased;
-            // As for a call that hangs while the VM is taken down.
-            Ok(_) = desired.wait_for(|desired| *desired == Desired::Left) => return,
-            started = self.start(new) => started,
-        };
-        match started {
-            Ok(None) => self.watch().await,
-            Ok(Some(ending)) => {
-                self.tell(MachineEvent::Stopped(ending)).await;
-                self.wait_for_change().await;
-            }
-            // Its guest has shown the pass: it runs, whatever became of the call's answer.
-            Err(error) if self.wires.greeted.load(Ordering::Relaxed) => {
-                tracing::warn!(vm = %self.id, error = chain(&error), "make a VM that runs already; it goes on");
-                self.watch().await;
-            }
-            Err(error) => {
-                self.tell(MachineEvent::Failed(error)).await;
-                self.wait_for_change().await;
+        loop {
+            let started = tokio::select! {
+                biased;
+                // As for a call that hangs while the VM is taken down.
+                Ok(_) = desired.wait_for(|desired| *desired == Desired::Left) => return,
+                started = self.start(new.as_mut()) => started,
+            };
+            let Ok(Made::Restored(key)) = started else { break self.go_with(started).await };
+            let Watched::Unheard(error) = self.watch(Some(&key)).await else { break };
+            // Its guest has no job yet, and will have none.
+            if let Err(error) = self.not_restored(&key, error).await {
+                break self.go_with(Err(error)).await;
             }
         }
         if self.desired() == Desired::Gone {
@@ -291,14 +306,55 @@ impl Driver {
         }
     }
 
-    /// Makes overlay and VM, unless the VM runs already. `Some`: it should have, and has ended.
-    async fn start(&mut self, new: Option<NewVm>) -> Result<Option<Ending>, VmError> {
+    /// The life of a machine that has booted, or could not.
+    async fn go_with(&mut self, started: Result<Made, VmError>) {
+        match started {
+            Ok(Made::Up | Made::Restored(_)) => drop(self.watch(None).await),
+            Ok(Made::Ended(ending)) => {
+                self.tell(MachineEvent::Stopped(ending)).await;
+                self.wait_for_change().await;
+            }
+            // Its guest has shown the pass: it runs, whatever became of the call's answer.
+            Err(error) if self.wires.greeted.load(Ordering::Relaxed) => {
+                tracing::warn!(vm = %self.id, error = chain(&error), "make a VM that runs already; it goes on");
+                self.watch(None).await;
+            }
+            Err(error) => {
+                self.tell(MachineEvent::Failed(error)).await;
+                self.wait_for_change().await;
+            }
+        }
+    }
+
+    /// Nothing came of a restore: noted, told in one line, and what there is of it taken down.
+    async fn not_restored(&self, key: &Key, error: VmError) -> Result<(), VmError> {
+        tracing::warn!(vm = %self.id, golden = %key, error = chain(&error), "restore a machine; it boots instead");
+        self.supply.0.goldens.failed(key, &error);
+        self.tell(MachineEvent::NotRestored).await;
+        if self.is_ours().await? {
+            self.supply.hypervisor().destroy(&self.name).await?;
+        }
+        self.supply.end_egress(&self.id).await?;
+        self.remove_sockets().await
+    }
+
+    /// Makes overlay and VM, unless the VM runs already.
+    async fn start(&mut self, mut new: Option<&mut NewVm>) -> Result<Made, VmError> {
         let mut state = self.look(new.is_none()).await?;
         if state != VmState::Gone && new.is_some() {
             match (self.is_ours().await?, state) {
                 // What is left of it is in the way of another of this name.
-                (true, VmState::Ended(ending)) => return Ok(Some(ending)),
-                (true, _) => {}
+                (true, VmState::Ended(ending)) => return Ok(Made::Ended(ending)),
+                // A daemon may have died between its restore and its going on.
+                (true, _) => match self.supply.hypervisor().go_on(&self.name).await {
+                    Ok(()) => {}
+                    Err(error) if error.is_transient() => return Err(error),
+                    Err(error) => {
+                        tracing::warn!(vm = %self.id, error = chain(&error), "go on with a machine that is half made; it is made anew");
+                        self.supply.hypervisor().destroy(&self.name).await?;
+                        state = VmState::Gone;
+                    }
+                },
                 (false, VmState::Ended(_)) => state = VmState::Gone,
                 (false, _) => {
                     return Err(VmError::refused("start VM", &self.name, "a VM of this name is somebody else's"));
@@ -306,47 +362,74 @@ impl Driver {
             }
         }
         if let Some(ending) = state.ending() {
-            let Some(new) = new else { return Ok(Some(ending)) };
-            self.remove_sockets().await?;
-            let host = self.supply.host().clone();
-            host.disks.create(&new.spec.overlay, &new.spec.base, new.disk_gib).await?;
-            reached(Point::K5);
-            self.tell(MachineEvent::DiskReady).await;
-            if self.desired() != Desired::Running {
-                return Ok(None);
-            }
-            let mut spec = new.spec.clone();
-            if spec.confine.user.is_some() {
-                spec.boot = host.disks.lend(&spec.boot, &spec.overlay).await?;
-            }
-            reached(Point::K8);
-            host.hypervisor.start(&spec).await?;
-            // QEMU has the files open by now: what is exchanged later does not matter to this machine.
-            if !new.stamp.holds().await {
-                let base = new.spec.base.display();
-                return Err(VmError::refused(
-                    "start VM",
-                    &self.name,
-                    format!("base image `{base}` was changed while the VM was being made"),
-                ));
-            }
-            // It runs, and we have not heard of it.
-            reached(Point::K8);
-            if new.spec.attachment == Attachment::Egress {
-                let mut desired = self.desired.clone();
-                tokio::select! {
-                    biased;
-                    // What is to go does not wait for one, which may take three tries of 15 s: what is dropped here has begun
-                    // a process or has not, and taking the VM down ends it.
-                    Ok(_) = desired.wait_for(|desired| *desired != Desired::Running) => return Ok(None),
-                    // Its guest needs seconds before it wants one.
-                    begun = self.begin_egress() => begun?,
+            let Some(new) = new.take() else { return Ok(Made::Ended(ending)) };
+            if let Some((key, frozen)) = new.golden.take() {
+                match self.restore(new, frozen).await {
+                    Ok(false) => return Ok(Made::Up),
+                    Ok(true) => return Ok(Made::Restored(key)),
+                    Err(error) => self.not_restored(&key, error).await?,
                 }
+            }
+            if !self.make(new, None).await? {
+                return Ok(Made::Up);
             }
         }
         self.tell(MachineEvent::Started).await;
         reached(Point::K9);
-        Ok(None)
+        Ok(Made::Up)
+    }
+
+    /// Makes what was frozen go on in a new VM. `false`: it is not wanted any more.
+    async fn restore(&mut self, new: &NewVm, frozen: Frozen) -> Result<bool, VmError> {
+        let since = Instant::now();
+        if !self.make(new, Some(frozen)).await? {
+            return Ok(false);
+        }
+        self.supply.hypervisor().go_on(&self.name).await?;
+        self.tell(MachineEvent::Restored(since.elapsed())).await;
+        reached(Point::K9);
+        Ok(true)
+    }
+
+    /// Makes overlay and VM. `false`: it is not wanted any more.
+    async fn make(&mut self, new: &NewVm, frozen: Option<Frozen>) -> Result<bool, VmError> {
+        let host = self.supply.host().clone();
+        self.remove_sockets().await?;
+        host.disks.create(&new.spec.overlay, &new.spec.base, new.disk_gib).await?;
+        reached(Point::K5);
+        self.tell(MachineEvent::DiskReady).await;
+        if self.desired() != Desired::Running {
+            return Ok(false);
+        }
+        let mut spec = VmSpec { frozen, ..new.spec.clone() };
+        if spec.confine.user.is_some() {
+            spec.boot = host.disks.lend(&spec.boot, &spec.overlay).await?;
+        }
+        reached(Point::K8);
+        host.hypervisor.start(&spec).await?;
+        // QEMU has the files open by now: what is exchanged later does not matter to this machine.
+        if !new.stamp.holds().await {
+            let base = new.spec.base.display();
+            return Err(VmError::refused(
+                "start VM",
+                &self.name,
+                format!("base image `{base}` was changed while the VM was being made"),
+            ));
+        }
+        // It runs, and we have not heard of it.
+        reached(Point::K8);
+        if new.spec.attachment == Attachment::Egress {
+            let mut desired = self.desired.clone();
+            tokio::select! {
+                biased;
+                // What is to go does not wait for one, which may take three tries of 15 s: what is dropped here has begun
+                // a process or has not, and taking the VM down ends it.
+                Ok(_) = desired.wait_for(|desired| *desired != Desired::Running) => return Ok(false),
+                // The guest of one that boots needs seconds before it wants one.
+                begun = self.begin_egress() => begun?,
+            }
+        }
+        Ok(true)
     }
 
     /// Begins what carries its egress, once it is bound.
@@ -397,14 +480,16 @@ impl Driver {
         let _ = self.desired.wait_for(|desired| *desired != Desired::Running).await;
     }
 
-    /// Serves channel and console, and waits for the VM's end or its owner's word.
-    async fn watch(&mut self) {
+    /// Serves channel and console, and waits for the VM's end or its owner's word. `golden`: it was restored from that, and is
+    /// not heard of for ever.
+    async fn watch(&mut self, golden: Option<&Key>) -> Watched {
         let mut wires = JoinSet::new();
         let (ended_out, mut ended) = mpsc::channel(1);
         wires.spawn(self.wires.clone().serve_console());
         wires.spawn(self.wires.clone().serve_channel(ended_out));
         wires.spawn(self.wires.clone().keep_egress());
         let started = Instant::now();
+        let mut unheard = golden;
         let mut listing = self.supply.0.listing.clone();
         let mut told = VmState::Running;
         while self.desired() == Desired::Running {
@@ -414,8 +499,15 @@ impl Driver {
                 changed = self.desired.changed() => {
                     if changed.is_err() {
                         // The owner's task died; another takes the VM up, or the sweep reaps it.
-                        return;
+                        return Watched::ToTheEnd;
                     }
+                    continue;
+                }
+                () = tokio::time::sleep_until(started + RESTORE_PATIENCE), if unheard.is_some() => {
+                    if !self.wires.greeted.load(Ordering::Relaxed) {
+                        return Watched::Unheard(VmError::late("hear of restored VM", &self.name, RESTORE_PATIENCE));
+                    }
+                    unheard = None;
                     continue;
                 }
                 // The channel's end tells QEMU's death within milliseconds …
@@ -433,6 +525,10 @@ impl Driver {
             }
             // The end is told once, and a pause once until it is over.
             let Some(seen) = seen.filter(|seen| *seen != told && told.ending().is_none()) else { continue };
+            if unheard.is_some() && seen.ending().is_some() && !self.wires.greeted.load(Ordering::Relaxed) {
+                let why = "it ended before its guest had shown the pass";
+                return Watched::Unheard(VmError::refused("hear of restored VM", &self.name, why));
+            }
             told = seen;
             if let VmState::Paused(why @ (Pause::Disk | Pause::Itself)) = seen {
                 let qemu = self.supply.hypervisor().last_words(&self.name).await;
@@ -447,5 +543,18 @@ impl Driver {
             })
             .await;
         }
+        if let Some(key) = golden.filter(|_| self.wires.greeted.load(Ordering::Relaxed)) {
+            self.supply.0.goldens.did_well(key);
+        }
+        Watched::ToTheEnd
     }
+}
+
+/// How a watch ended.
+#[derive(Debug)]
+enum Watched {
+    /// By the machine's owner.
+    ToTheEnd,
+    /// The guest of a restored machine has not shown its pass in time, or will not any more.
+    Unheard(VmError),
 }

@@ -12,10 +12,14 @@
 //! | [`take_down`](Machine::take_down) | takes it down, for ever trying | nothing; the record names it still |
 //! | [`release`](Supply::release) | gives the lease back, when no record names it | nothing |
 //!
+//! Where a guest comes from, a boot or a machine that was frozen ([`goldens`]), shows in the events alone: one that cannot be
+//! restored boots, and its owner hears of a line.
+//!
 //! Each VM has a task of its own ([`machine`]), which alone calls the hypervisor for it, so a call that hangs holds up
 //! that one and nobody else. What exists is asked of the hypervisor in one list for all VMs.
 
 mod egress;
+pub mod goldens;
 mod losses;
 mod machine;
 mod silence;
@@ -36,10 +40,10 @@ use crate::network::{DoorKind, Entrance, Lease, LeaseError, Mode, Network, PortR
 use crate::rng::Rng;
 use crate::vm::sockets::DoorSocket;
 use crate::vm::{
-    Accel, Confinement, Host, Hypervisor, InstallationId, ReadOnlyDisk, Usage, VmError, VmId, VmName, VmSpec, VmState,
-    VmSummary, VmUser,
+    Accel, Confinement, Frozen, Host, Hypervisor, InstallationId, ReadOnlyDisk, Usage, VmError, VmId, VmName, VmSpec,
+    VmState, VmSummary, VmUser,
 };
-use dayfly_guest_config::{CLONE_SLOT_SERIAL, clone_serial};
+use dayfly_guest_config::{CLONE_SLOT_SERIAL, GuestConfig, clone_serial};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -50,6 +54,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::goldens::{Goldens, Key};
 use self::losses::Losses;
 use self::machine::NewVm;
 use self::silence::Silence;
@@ -90,6 +95,7 @@ struct Shared {
     driven: Mutex<BTreeMap<VmId, Driven>>,
     losses: Losses,
     silence: Silence,
+    goldens: Goldens,
 }
 
 /// The tasks of one VM in this daemon, of which one is at work: a second one waits for the call under way of a first
@@ -147,6 +153,7 @@ impl Supply {
             driven: Mutex::default(),
             losses: Losses::default(),
             silence: Silence::default(),
+            goldens: Goldens::default(),
         });
         let supply = Self(shared);
         let lister = supply.clone();
@@ -156,7 +163,7 @@ impl Supply {
     }
 
     /// The same supply with another setup, whose VMs it takes down. No list is kept of those.
-    fn at(&self, host: Host, setup: Setup) -> Self {
+    pub(crate) fn at(&self, host: Host, setup: Setup) -> Self {
         let Shared { clock, rng, network, metrics, .. } = &*self.0;
         Self(Arc::new(Shared {
             host,
@@ -169,6 +176,8 @@ impl Supply {
             driven: Mutex::default(),
             losses: Losses::default(),
             silence: Silence::default(),
+            // Whoever has a place of its own says itself what is restored there.
+            goldens: Goldens::default(),
         }))
     }
 
@@ -203,9 +212,42 @@ impl Supply {
     }
 
     /// Makes a VM for this job of a runner entry, from this image, or goes on with it if it runs already. Returns at
-    /// once; the machine's events tell how it went.
+    /// once; the machine's events tell how it went. `config`: what its guest will be told ([`Machine::bind`]).
     #[must_use]
-    pub fn start(&self, claim: Claim, spec: &MachineSpec, image: Image, job: (String, u64)) -> Machine {
+    pub fn start(
+        &self,
+        claim: Claim,
+        spec: &MachineSpec,
+        image: Image,
+        job: (String, u64),
+        config: &GuestConfig,
+    ) -> Machine {
+        // What was frozen has no disks with a repository's objects, and none can come to it.
+        let golden = self.0.goldens.find(spec, config, image.manifest.can_hold()).filter(|_| claim.clone.is_none());
+        self.start_from(claim, spec, image, job, golden)
+    }
+
+    /// The same from what was frozen here and stands in no list yet: the first to be restored from it.
+    #[must_use]
+    pub(crate) fn start_of(
+        &self,
+        claim: Claim,
+        spec: &MachineSpec,
+        image: Image,
+        job: (String, u64),
+        (key, frozen): (Key, Frozen),
+    ) -> Machine {
+        self.start_from(claim, spec, image, job, Some((key, frozen)))
+    }
+
+    fn start_from(
+        &self,
+        claim: Claim,
+        spec: &MachineSpec,
+        image: Image,
+        job: (String, u64),
+        golden: Option<(Key, Frozen)>,
+    ) -> Machine {
         let setup = &self.0.setup;
         let new = NewVm {
             spec: VmSpec {
@@ -218,6 +260,7 @@ impl Supply {
                 boot: image.boot,
                 overlay: self.overlay(&claim.id),
                 base: image.disk,
+                frozen: None,
                 attachment: claim.lease.attachment(),
                 read_only: read_only(claim.clone.as_ref()),
                 nested: spec.nested,
@@ -226,6 +269,7 @@ impl Supply {
             },
             disk_gib: spec.disk_gib,
             stamp: image.stamp,
+            golden,
         };
         Machine::start(self.clone(), claim, Some(new))
     }
@@ -269,6 +313,12 @@ impl Supply {
     #[must_use]
     pub fn setup(&self) -> &Setup {
         &self.0.setup
+    }
+
+    /// What machines are restored from.
+    #[must_use]
+    pub fn goldens(&self) -> &Goldens {
+        &self.0.goldens
     }
 
     /// The hypervisor.

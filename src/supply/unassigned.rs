@@ -43,6 +43,8 @@ const TRIES: u32 = 3;
 pub enum Owner {
     /// The boot test of an image.
     BootTest,
+    /// A machine that is being frozen, and the first that is restored from it.
+    Golden,
 }
 
 /// What is known of such a VM, durable.
@@ -268,11 +270,14 @@ impl Abandoned {
             if !left(&supply).await?.is_empty() {
                 return Err(AbandonedError::Back);
             }
-            match tokio::fs::remove_dir(&record.socket_dir).await {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(path = %record.socket_dir.display(), error = chain(&error), "remove a directory of sockets");
+            // All goldens are made in one: the next one's owner is about to use it.
+            if record.owner == Owner::BootTest {
+                match tokio::fs::remove_dir(&record.socket_dir).await {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(path = %record.socket_dir.display(), error = chain(&error), "remove a directory of sockets");
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
         }
         Ok(RealFiles.remove(&self.directory).await?)

@@ -195,6 +195,18 @@ pub enum Attachment {
     },
 }
 
+/// A VM that was frozen, from which others are restored. Its files are ours, and nobody writes to them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frozen {
+    /// All that it was, memory and devices, as the hypervisor wrote it ([`Hypervisor::freeze`]). Nobody but us opens it: each
+    /// restored VM is sent its own copy.
+    pub state: PathBuf,
+    /// The digest of that: one bit more or less, and no VM goes on from it.
+    pub sha256: [u8; 32],
+    /// Its disk as it was then (qcow2), between the overlay and the base image; opened for reading only.
+    pub disk: PathBuf,
+}
+
 /// Everything that a VM is started from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmSpec {
@@ -216,6 +228,8 @@ pub struct VmSpec {
     pub overlay: PathBuf,
     /// The overlay's base image (qcow2): named, so that no header has to be believed.
     pub base: PathBuf,
+    /// What it is restored from; `None`: it boots.
+    pub frozen: Option<Frozen>,
     /// Its network.
     pub attachment: Attachment,
     /// Disks that it reads and never writes, in this order behind its own.
@@ -332,6 +346,12 @@ pub enum VmError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// What it is to be restored from is not what was frozen.
+    #[error("restore VM `{name}`: what was frozen is not what it was")]
+    Damaged {
+        /// VM.
+        name: String,
+    },
     /// No answer within the deadline; the call may still take effect.
     #[error("{what} `{name}`: no answer within {seconds} s")]
     Deadline {
@@ -377,7 +397,7 @@ pub trait Hypervisor: Send + Sync + 'static {
     fn probe(&self) -> BoxFuture<'_, Result<HostInfo, VmError>>;
 
     /// Starts a transient VM. Deadline 60 s. One of this name and installation that runs already
-    /// counts as started.
+    /// counts as started. One that is [restored](VmSpec::frozen) stands still until [`Hypervisor::go_on`].
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<(), VmError>>;
     /// State of one VM; of one that has ended also how, where that was seen. Deadline 10 s.
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>>;
@@ -389,6 +409,20 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// What a VM that runs has used so far, as far as is known. Deadline 10 s; whoever asks may drop it before.
     fn usage<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Usage> {
         Box::pin(std::future::ready(Usage::default()))
+    }
+    /// Whether VMs can be frozen here, and others restored from them.
+    fn can_freeze(&self) -> bool {
+        false
+    }
+    /// Stops a VM for good and writes all that it is, memory and devices, into a new file; its digest. It is there until it is
+    /// destroyed. Nobody may be connected to its channel. Deadline 120 s.
+    fn freeze<'a>(&'a self, name: &'a VmName, _state: &'a Path) -> BoxFuture<'a, Result<[u8; 32], VmError>> {
+        Box::pin(std::future::ready(Err(VmError::refused("freeze VM", name, "this back end cannot"))))
+    }
+    /// Lets a VM go on that was restored and stands still. One that runs counts; one that was not restored to its end is
+    /// refused. Deadline 10 s.
+    fn go_on<'a>(&'a self, _name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(std::future::ready(Ok(())))
     }
     /// Ends a VM at once, and removes what is left of one that has ended; one that is gone counts as ended. Deadline 30 s.
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>>;

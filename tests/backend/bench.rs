@@ -30,6 +30,8 @@ pub(crate) struct Bench {
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     pub(crate) installation: InstallationId,
     pub(crate) rng: Rng,
+    /// The world of a host that is not a real one.
+    fake: Option<FakeHypervisor>,
     dir: TempDir,
 }
 
@@ -53,7 +55,7 @@ impl Bench {
         mode(&dir.path().join("base.qcow2"), 0o644);
         let rng = Rng::system();
         let host = host(&dir.path().join("sockets"));
-        Self { hypervisor: host.hypervisor.clone(), host, installation: VmId::random(&rng), rng, dir }
+        Self { hypervisor: host.hypervisor.clone(), host, installation: VmId::random(&rng), rng, fake: None, dir }
     }
 
     /// The fake, its guests doing what the boot sector does.
@@ -61,7 +63,8 @@ impl Bench {
         let fake = FakeHypervisor::new();
         fake.set_timing(Timing { boot: Duration::from_secs(1), ..Timing::default() });
         fake.set_guest(sector::script);
-        Self::new(fake.host())
+        fake.set_freezes(true);
+        Self { fake: Some(fake.clone()), ..Self::new(fake.host()) }
     }
 
     /// libvirt's test driver.
@@ -130,6 +133,33 @@ impl Bench {
         self.disks().join(format!("df-{id}.qcow2"))
     }
 
+    /// A file for what is frozen.
+    pub(crate) fn frozen_state(&self) -> PathBuf {
+        self.dir.path().join("frozen-state")
+    }
+
+    /// Puts the disk of a machine that was frozen aside, once its QEMU has gone.
+    pub(crate) async fn keep_disk(&self, spec: &VmSpec) -> PathBuf {
+        let kept = self.disks().join("frozen.qcow2");
+        self.hypervisor.destroy(&spec.id.clone().into()).await.unwrap();
+        if self.fake.is_none() {
+            std::fs::rename(&spec.overlay, &kept).unwrap();
+        }
+        kept
+    }
+
+    /// One bit of what was frozen is another.
+    pub(crate) async fn damage(&self, state: &Path) {
+        if let Some(fake) = &self.fake {
+            return fake.damage(state);
+        }
+        let mut bytes = std::fs::read(state).unwrap();
+        let last = bytes.len() / 2;
+        bytes[last] ^= 1;
+        std::fs::remove_file(state).unwrap();
+        std::fs::write(state, bytes).unwrap();
+    }
+
     /// A small machine of the boot sector.
     pub(crate) fn spec(&self) -> VmSpec {
         let id = VmId::random(&self.rng);
@@ -142,6 +172,7 @@ impl Bench {
             boot: Boot::Disk,
             overlay: self.overlay(&id),
             base: self.base(),
+            frozen: None,
             attachment: Attachment::User,
             read_only: Vec::new(),
             nested: false,

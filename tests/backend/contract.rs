@@ -2,7 +2,7 @@
 
 use crate::bench::{Bench, LIMIT, await_bytes, await_end, await_line};
 use dayfly::vm::proof::{Places, Subject, prove, prove_kvm};
-use dayfly::vm::{Accel, Ending, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
+use dayfly::vm::{Accel, Ending, Frozen, VmError, VmId, VmName, VmSpec, VmState, VmSummary};
 use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
@@ -72,7 +72,8 @@ contract! {
         a_guest_that_panics_or_sleeps_has_ended_and_is_kept_until_it_is_destroyed
         a_new_daemon_finds_each_wire_again
         a_door_that_nobody_reads_holds_up_no_guest_and_no_other_wire
-        a_vm_without_a_disk_is_refused_by_name;
+        a_vm_without_a_disk_is_refused_by_name
+        what_was_frozen_goes_on_in_others_and_nothing_else_does;
     with QEMU:
         a_socket_path_that_linux_cannot_hold_is_refused_in_words
         a_vm_leaves_its_base_image_as_it_was
@@ -269,6 +270,54 @@ async fn a_vm_without_a_disk_is_refused_by_name(bench: &Bench) {
     assert!(matches!(error, VmError::Refused { what: "start VM", .. }), "{error}");
     assert!(error.to_string().contains(spec.id.as_str()) && !error.is_transient());
     bench.end(&spec).await;
+    bench.assert_clean().await;
+}
+
+/// Several come of one, each by its own name; what was frozen is not what it was: nothing comes of that.
+async fn what_was_frozen_goes_on_in_others_and_nothing_else_does(bench: &Bench) {
+    if !bench.hypervisor.can_freeze() {
+        crate::bench::skipped("what_was_frozen_goes_on_in_others_and_nothing_else_does", "this back end cannot freeze");
+        return;
+    }
+    let (golden, name) = bench.started().await;
+    await_line(&mut bench.console(&golden).await).await;
+    let state = bench.frozen_state();
+    let sha256 = bench.hypervisor.freeze(&name, &state).await.unwrap();
+    assert!(matches!(bench.hypervisor.state(&name).await.unwrap(), VmState::Paused(_)), "it is there, and stands");
+    let disk = bench.keep_disk(&golden).await;
+    bench.end(&golden).await;
+
+    let of = |sha256| Frozen { state: state.clone(), sha256, disk: disk.clone() };
+    let mut restored = Vec::new();
+    for _ in 0..2 {
+        let spec = VmSpec { frozen: Some(of(sha256)), ..bench.spec() };
+        bench.host.disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
+        bench.hypervisor.start(&spec).await.unwrap();
+        restored.push(spec);
+    }
+    for spec in &restored {
+        let name = spec.id.clone().into();
+        let mut console = bench.console(spec).await;
+        assert!(matches!(bench.hypervisor.state(&name).await.unwrap(), VmState::Paused(_)), "it stands still");
+        for _ in 0..2 {
+            bench.hypervisor.go_on(&name).await.unwrap();
+        }
+        await_line(&mut console).await;
+        console.write_all(b"x").await.unwrap();
+        await_bytes(&mut console, b"x").await;
+    }
+    for spec in &restored {
+        bench.end(spec).await;
+    }
+
+    bench.damage(&state).await;
+    let spec = VmSpec { frozen: Some(of(sha256)), ..bench.spec() };
+    bench.host.disks.create(&spec.overlay, &spec.base, 1).await.unwrap();
+    let error = bench.hypervisor.start(&spec).await.unwrap_err();
+    assert!(matches!(error, VmError::Damaged { .. }), "{}", chain(&error));
+    bench.end(&spec).await;
+    assert!(bench.hypervisor.go_on(&spec.id.clone().into()).await.is_err(), "it is gone");
+    bench.host.disks.remove(&disk).await.unwrap();
     bench.assert_clean().await;
 }
 

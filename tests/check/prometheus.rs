@@ -15,6 +15,7 @@ fn metrics() -> String {
     metrics.job().begin_runner("ci");
     metrics.job().phase(Phase::Run, Duration::from_secs(1));
     metrics.job().boot_step("hand-out", Duration::from_secs(1));
+    metrics.job().start("restored", Duration::from_secs(1));
     metrics.gitlab().request("ci", Some(204));
     let guest = metrics.guest();
     let labelled = [&guest.greetings_failed, &guest.connections_closed, &guest.sessions_failed, &guest.sessions_ended];

@@ -59,6 +59,8 @@ pub struct Options {
     pub cache_mib: Option<u32>,
     /// The class's network; none: the default.
     pub network: &'static str,
+    /// Where its machines come from. A machine that is frozen beside a test takes its processor.
+    pub start: &'static str,
     /// Lines for the class.
     pub class: &'static str,
     /// Whole sections.
@@ -99,6 +101,7 @@ impl Default for Options {
             cache_mib: None,
             // GitLab is on this host's loopback, at 10.0.2.2 for a guest.
             network: "user",
+            start: "cold",
             class: "",
             sections: String::new(),
             alone: false,
@@ -212,7 +215,7 @@ impl Lab {
         )
         .unwrap();
         let Place { names: [gitlab, guests], .. } = options.place;
-        writeln!(text, "allow_standin_runner = true").unwrap();
+        writeln!(text, "allow_standin_runner = true\nstart = \"{}\"", options.start).unwrap();
         if !options.network.is_empty() {
             writeln!(text, "network = \"{}\"", options.network).unwrap();
         }

@@ -21,6 +21,7 @@ mod clones;
 mod lab;
 mod leaks;
 mod restarts;
+mod restored;
 mod times;
 mod tools;
 

@@ -250,6 +250,7 @@ fn config(token: &str) -> GuestConfig {
         door_patience_s: 60,
         power_off_after_s: LIMIT.as_secs(),
         may_stay: false,
+        hold: false,
     }
 }
 

@@ -244,6 +244,7 @@ fn spec(id: &str, installation: VmId) -> VmSpec {
         accel: Accel::Tcg,
         boot: Boot::Disk,
         base: "/images/test/disk.qcow2".into(),
+        frozen: None,
         attachment: Attachment::User,
         read_only: Vec::new(),
         nested: false,

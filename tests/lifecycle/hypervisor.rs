@@ -486,6 +486,7 @@ fn foreign_spec(id: VmId) -> VmSpec {
         accel: dayfly::vm::Accel::Tcg,
         boot: dayfly::vm::Boot::Disk,
         base: "/images/test/disk.qcow2".into(),
+        frozen: None,
         attachment: dayfly::vm::Attachment::User,
         read_only: Vec::new(),
         nested: false,

@@ -46,6 +46,7 @@ mod panics;
 mod proof;
 mod refusals;
 mod reload;
+mod restored;
 mod room;
 mod rules;
 mod storage;

@@ -350,6 +350,18 @@ impl Hypervisor for MortalHypervisor {
         self.call(async move { self.hypervisor.usage(name).await })
     }
 
+    fn can_freeze(&self) -> bool {
+        self.hypervisor.can_freeze()
+    }
+
+    fn freeze<'a>(&'a self, name: &'a VmName, state: &'a Path) -> BoxFuture<'a, Result<[u8; 32], VmError>> {
+        self.call(async move { self.hypervisor.freeze(name, state).await })
+    }
+
+    fn go_on<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        self.call(async move { self.hypervisor.go_on(name).await })
+    }
+
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
         self.call(async move { self.hypervisor.destroy(name).await })
     }

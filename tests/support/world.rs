@@ -19,6 +19,7 @@ use dayfly::job::Jobs;
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
 use dayfly::status::{ConsoleFound, JobFound, StatusReport};
+use dayfly::supply::goldens::Goldens;
 use dayfly::vm::paths::Paths;
 use dayfly_doubles::fake::{FakeHypervisor, GuestMachine, Timing};
 use dayfly_doubles::files::MemoryFiles;
@@ -87,6 +88,7 @@ struct Running {
     jobs: Jobs,
     handler: Arc<dyn ControlHandler>,
     reloader: Reloader,
+    goldens: Goldens,
     life: Life,
 }
 
@@ -269,7 +271,7 @@ impl World {
         let task = tokio::spawn(async move {
             match daemon::start(config, backends, switch).await {
                 Ok(daemon) => {
-                    let _ = tell.send(Ok((daemon.jobs(), daemon.handler(), daemon.reloader())));
+                    let _ = tell.send(Ok((daemon.jobs(), daemon.handler(), daemon.reloader(), daemon.goldens())));
                     daemon.run().await;
                 }
                 Err(error) => drop(tell.send(Err(error))),
@@ -280,8 +282,8 @@ impl World {
             () = life.over() => return Ok(()),
             started = told => started,
         };
-        let (jobs, handler, reloader) = started.expect("a daemon starts or says why not")?;
-        self.daemon = Some(Running { task, shutdown, jobs, handler, reloader, life });
+        let (jobs, handler, reloader, goldens) = started.expect("a daemon starts or says why not")?;
+        self.daemon = Some(Running { task, shutdown, jobs, handler, reloader, goldens, life });
         Ok(())
     }
 
@@ -294,6 +296,11 @@ impl World {
     /// Whether the daemon has died; then the next may be started.
     pub fn is_dead(&self) -> bool {
         self.daemon.as_ref().is_none_or(|running| running.life.is_over())
+    }
+
+    /// What the daemon restores machines from.
+    pub fn goldens(&self) -> Goldens {
+        self.daemon.as_ref().expect("a daemon runs").goldens.clone()
     }
 
     /// The life of the daemon.

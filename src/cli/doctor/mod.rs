@@ -18,6 +18,7 @@ use crate::image::alike;
 use crate::image::manifest::RunnerOrigin;
 use crate::image::store::{Image, ImageStore};
 use crate::job;
+use crate::machine_spec::Start;
 use crate::network::{Choice, EGRESS_PROGRAM, Mode};
 use crate::process;
 use crate::rng::Rng;
@@ -175,6 +176,27 @@ fn network(class: &Class, image: &Image, fenced: bool) -> Finding {
     }
 }
 
+/// Where a class's machines come from, and why; `None`: it was asked for that they boot.
+fn start(config: &Config, class: &Class, image: &Image) -> Option<Finding> {
+    let name = &class.name;
+    let boots = |why: &str| format!("class `{name}`: its machines boot: {why}");
+    if class.start == Start::Cold {
+        return None;
+    }
+    Some(if config.hypervisor.backend == Backend::Libvirt {
+        Finding::ok(boots("only those of `hypervisor.backend = \"qemu\"` can be restored yet"))
+    } else if config.goldens.disk_gib == 0 {
+        Finding::ok(boots("`goldens.disk_gib` is 0"))
+    } else if !image.manifest.can_hold() {
+        let what = boots(&format!("image `{}` is of a time before machines could be frozen", image.name));
+        Finding::warn(what, format!("dayfly image build {}", image.name))
+    } else {
+        Finding::ok(format!(
+            "class `{name}`: its machines are restored once one of its kind has been frozen, which `dayfly status` lists; each is sent a copy of its own of that one's memory"
+        ))
+    })
+}
+
 /// Whether a runner's GitLab answers and knows the token. `None`: this host has never run as a runner
 /// manager, and asking would make GitLab list one.
 async fn gitlab(config: &Config, runner: &Runner, backends: &Backends) -> Option<Finding> {
@@ -315,6 +337,7 @@ fn images(config: &Config, store: &ImageStore, fenced: bool) -> Vec<Finding> {
     for class in &config.class {
         for name in class.all_images() {
             findings.extend(class_image(class, name, store, fenced));
+            findings.extend(store.get(name).ok().and_then(|image| start(config, class, &image)));
         }
     }
     for runner in &config.runner {
@@ -449,6 +472,26 @@ mod tests {
         assert!(weak.remedy.starts_with("dayfly image build debian-12-shell"), "{weak}");
         assert_eq!(of(Some(Choice::User), true).level, Level::Warn);
         assert_eq!(of(Some(Choice::Relay), false).level, Level::Bad);
+    }
+
+    #[test]
+    fn where_machines_come_from_is_said_with_the_reason() {
+        let of = |backend, disk_gib, can: bool, start| {
+            let mut config = example();
+            (config.hypervisor.backend, config.goldens.disk_gib) = (backend, disk_gib);
+            let mut manifest = crate::image::manifest::tests::example();
+            manifest.abilities = can.then(|| "hold".to_owned()).into_iter().collect();
+            super::start(&config, &Class { start, ..Class::new("c", "i") }, &Image::example(manifest))
+        };
+        let what = |finding: Option<Finding>| finding.unwrap().what;
+        assert!(
+            what(of(Backend::Qemu, 8, true, Start::Auto)).contains("restored once one of its kind has been frozen")
+        );
+        assert!(what(of(Backend::Libvirt, 8, true, Start::Auto)).contains("boot: only those of"));
+        assert!(what(of(Backend::Qemu, 0, true, Start::Auto)).contains("boot: `goldens.disk_gib` is 0"));
+        let old = of(Backend::Qemu, 8, false, Start::Restored).unwrap();
+        assert_eq!((old.level, old.remedy.as_str()), (Level::Warn, "dayfly image build debian-12-shell"));
+        assert_eq!(of(Backend::Qemu, 8, true, Start::Cold), None);
     }
 
     #[test]

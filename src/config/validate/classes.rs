@@ -3,9 +3,10 @@
 use super::{BRIDGE, BRIDGE_REMEDY, Report, name_of, unique};
 use crate::config::origin::nearest_name;
 use crate::config::{Class, Config, Runner};
-use crate::machine_spec::Size;
+use crate::machine_spec::{Size, Start};
 use crate::network::{Choice, EgressConfig, always};
 use crate::rules::{Rule, are_patterns};
+use crate::vm::Backend;
 use dayfly_egress::policy::PolicyError;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ const RULES_MAX: usize = 256;
 
 pub(super) fn classes(config: &Config, report: &mut Report<'_>) {
     for (i, class) in config.class.iter().enumerate() {
-        one_class(i, class, report);
+        one_class(i, class, config, report);
         egress(i, class, config, report);
         unfenced(i, class, config, report);
         for (name, what, remedy) in class.limits.flaws() {
@@ -30,7 +31,7 @@ pub(super) fn classes(config: &Config, report: &mut Report<'_>) {
     unique("class", config.class.iter().map(|class| class.name.as_str()), report);
 }
 
-fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
+fn one_class(i: usize, class: &Class, config: &Config, report: &mut Report<'_>) {
     let key = |name: &str| format!("class.{i}.{name}");
     name_of(&key("name"), &class.name, report);
     // It names a directory below `image_directory`.
@@ -71,6 +72,16 @@ fn one_class(i: usize, class: &Class, report: &mut Report<'_>) {
         }
     }
     keep_failed(i, class, report);
+    if class.start == Start::Restored && config.hypervisor.backend == Backend::Libvirt {
+        report.error(
+            &key("start"),
+            "is `restored`, and libvirt's machines always boot: only those of `hypervisor.backend = \"qemu\"` can be restored yet",
+            "leave it away, or set it to \"cold\"",
+        );
+    } else if class.start == Start::Restored && config.goldens.disk_gib == 0 {
+        let what = "is `restored`, but `goldens.disk_gib` is 0: nothing to restore from is ever made";
+        report.error(&key("start"), what, "leave it away, or raise that");
+    }
     if class.network == Some(Choice::Bridge) {
         report.error(&key("network"), BRIDGE, BRIDGE_REMEDY);
     }

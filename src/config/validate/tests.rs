@@ -30,6 +30,22 @@ fn refused(text: &str, parts: &[&str]) {
     }
 }
 
+/// `restored` is refused where nothing can be restored, and `warm`, which is not there, by name.
+#[test]
+fn a_start_that_this_host_cannot_give_is_refused() {
+    let with = |start: &str, more: &str| {
+        let class = format!("image = \"debian-12-shell\"\nstart = \"{start}\"");
+        format!("{}\n{more}", GOOD.replace("image = \"debian-12-shell\"", &class))
+    };
+    let qemu = "[hypervisor]\nbackend = \"qemu\"\n";
+    for (start, more) in [("auto", ""), ("cold", ""), ("auto", qemu), ("restored", qemu)] {
+        assert!(load(&with(start, more), &[]).unwrap().warnings.is_empty(), "{start} {more}");
+    }
+    refused(&with("restored", ""), &["`class.0.start` ", "is `restored`, and libvirt's machines always boot"]);
+    refused(&with("restored", &format!("{qemu}[goldens]\ndisk_gib = 0")), &["`class.0.start` ", "is 0: nothing"]);
+    refused(&with("warm", qemu), &["`class.0.start` ", "cannot be `warm`; it is one of: auto, cold, restored"]);
+}
+
 #[test]
 fn a_good_file_loads_and_relative_paths_are_its_own() {
     let loaded = load(GOOD, &[]).unwrap();

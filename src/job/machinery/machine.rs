@@ -78,12 +78,13 @@ impl Machinery {
         };
         self.open_door(&claim, &config, entrance)?;
         self.machine_task_lost = None;
+        self.came_from = "cold";
         if made_of.is_some() && !adopted {
             self.begin_phase(Phase::Overlay);
         }
         let job = (self.record.key.runner.clone(), self.record.key.id.0);
         let machine = match made_of {
-            Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job),
+            Some((spec, image)) => self.parts.supply.start(claim, &spec, image, job, &config),
             None => self.parts.supply.resume(claim),
         };
         machine.bind(Binding { egress: self.terms(&config), config: config.to_line() });

@@ -95,6 +95,8 @@ pub(super) struct Machinery {
     pub(super) past: Past,
     /// Where others look at the machine's console.
     looks: Looks,
+    /// How its machine came to be, as far as is known: `cold`, `restored`.
+    pub(super) came_from: &'static str,
 }
 
 impl Machinery {
@@ -135,6 +137,7 @@ impl Machinery {
             repeated: Repeated::default(),
             past,
             looks,
+            came_from: "cold",
             parts,
             record,
             journalled,

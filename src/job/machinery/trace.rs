@@ -231,6 +231,7 @@ impl Machinery {
         self.own_line(|now| lines::phase(now, "gitlab-runner asks for the job", elapsed)).await;
         self.end_boot_section().await;
         self.parts.metrics.job().boot_step("hand-out", elapsed);
+        self.parts.metrics.job().start(self.came_from, elapsed);
         self.begin_phase(Phase::Run);
         tracing::info!(elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX), "job handed to its guest");
         self.record.guest_base = Some(self.trace.spool.begin_guest().await);

@@ -49,6 +49,21 @@ impl Job {
                 self.m.clone_is_up();
                 self.phase("machine started").await;
             }
+            MachineEvent::Restored(took) => {
+                self.m.came_from = "restored";
+                tracing::info!(
+                    took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+                    "the machine was restored"
+                );
+                // Its guest is up.
+                self.m.begin_phase(Phase::Boot);
+                self.m.begin_phase(Phase::PickUp);
+                self.phase("machine restored").await;
+            }
+            MachineEvent::NotRestored => {
+                self.m.came_from = "cold";
+                self.phase("machine could not be restored; it boots").await;
+            }
             MachineEvent::Report(report) => self.report(report).await,
             MachineEvent::Failed(error) => {
                 tracing::warn!(error = chain(&error), "the machine could not be made");
@@ -96,7 +111,9 @@ impl Job {
             }
             Report::Applied => self.phase("guest has its identity").await,
             Report::RunnerStarted => self.phase("gitlab-runner started").await,
-            Report::Contract { .. } | Report::RunnerConnected => tracing::debug!(%report, "guest reports"),
+            Report::Contract { .. } | Report::Held | Report::RunnerConnected => {
+                tracing::debug!(%report, "guest reports")
+            }
             Report::RunnerExited(code) => {
                 tracing::debug!(code, "guest reports the end of its runner");
                 self.seen.runner_exited = Some(code);

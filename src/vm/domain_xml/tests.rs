@@ -24,6 +24,7 @@ fn spec() -> VmSpec {
         },
         overlay: directory.join("overlays/df-abcdefghijklmnop.qcow2"),
         base: directory.join("images/d/disk.qcow2"),
+        frozen: None,
         attachment: Attachment::User,
         read_only: Vec::new(),
         nested: false,
@@ -112,6 +113,7 @@ fn a_disk_boot_under_kvm_with_a_bridge_at_a_privileged_libvirtd() {
         bound: None,
         accel: Accel::Kvm,
         boot: Boot::Disk,
+        frozen: None,
         attachment: Attachment::Bridge { network: "dayfly".into(), tap: "dfabcdefghijkl".into() },
         ..spec()
     };

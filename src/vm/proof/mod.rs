@@ -239,6 +239,7 @@ async fn prove_as(
         boot,
         overlay: places.disks.join(format!("df-{id}.qcow2")),
         base: places.disks.join(format!("proof-{id}.qcow2")),
+        frozen: None,
         attachment: Attachment::User,
         read_only: Vec::new(),
         nested: false,

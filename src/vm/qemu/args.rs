@@ -43,6 +43,10 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     let mut add = |option: &str, text: String| all.extend([option.to_owned(), text]);
     add("-name", format!("guest={name},debug-threads=on"));
     add("-uuid", uuid(&spec.id));
+    if spec.frozen.is_some() {
+        // What it is restored from is sent to it.
+        add("-incoming", "defer".into());
+    }
     add("-display", "none".into());
     add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
     add("-machine", "q35,usb=off,dump-guest-core=off".into());
@@ -78,7 +82,8 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     if let Some(group) = &throttled {
         add("-object", group.clone());
     }
-    let mut nodes = disk(absolute("base image", &spec.base)?, absolute("overlay", &spec.overlay)?).to_vec();
+    let frozen = spec.frozen.as_ref().map(|frozen| absolute("frozen disk", &frozen.disk)).transpose()?;
+    let mut nodes = disk(absolute("base image", &spec.base)?, frozen, absolute("overlay", &spec.overlay)?);
     if throttled.is_some() {
         nodes.push(json!({ "driver": "throttle", "node-name": "slowed", "throttle-group": GROUP, "file": "disk" }));
     }
@@ -127,6 +132,8 @@ pub(super) fn arguments(spec: &VmSpec, qmp: &Path) -> Result<Vec<String>, BadSpe
     add("-object", "rng-random,id=rng,filename=/dev/urandom".into());
     add("-device", virtio("rng", ",rng=rng"));
     add("-device", PANIC_PORT.into());
+    // By this a guest's kernel learns that it is another machine than the one that was frozen.
+    add("-device", format!("vmgenid,guid={}", uuid(&spec.id)));
     Ok(all)
 }
 
@@ -138,24 +145,36 @@ fn throttle(limits: &Limits) -> Option<String> {
 }
 
 /// The disk's nodes. The whole chain is spelt out, with its formats: no image's header decides what the host opens
-/// (T16), and the base image is opened for reading only (T17).
-fn disk(base: &str, overlay: &str) -> [Value; 4] {
+/// (T16), and base image and frozen disk are opened for reading only (T17).
+fn disk(base: &str, frozen: Option<&str>, overlay: &str) -> Vec<Value> {
     // No overlay outlives its VM, so nothing in it need ever reach the platters.
     let unsafe_cache = json!({ "direct": false, "no-flush": true });
-    [
+    let mut nodes = vec![
         json!({ "driver": "file", "node-name": "base-file", "filename": base, "read-only": true }),
         json!({ "driver": "qcow2", "node-name": "base", "file": "base-file", "read-only": true, "backing": null }),
+    ];
+    let mut below = "base";
+    if let Some(frozen) = frozen {
+        below = "frozen";
+        nodes.extend([
+            json!({ "driver": "file", "node-name": "frozen-file", "filename": frozen, "read-only": true }),
+            json!({ "driver": "qcow2", "node-name": "frozen", "file": "frozen-file", "read-only": true,
+                "backing": "base" }),
+        ]);
+    }
+    nodes.extend([
         json!({ "driver": "file", "node-name": "disk-file", "filename": overlay, "discard": "unmap",
             "cache": unsafe_cache.clone() }),
-        json!({ "driver": "qcow2", "node-name": "disk", "file": "disk-file", "backing": "base", "discard": "unmap",
+        json!({ "driver": "qcow2", "node-name": "disk", "file": "disk-file", "backing": below, "discard": "unmap",
             "cache": unsafe_cache }),
-    ]
+    ]);
+    nodes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::{Confinement, ReadOnlyDisk};
+    use crate::vm::{Confinement, Frozen, ReadOnlyDisk};
 
     fn spec() -> VmSpec {
         VmSpec {
@@ -172,6 +191,7 @@ mod tests {
             },
             overlay: "/var/lib/dayfly/overlays/df-abcdefghijklmnop.qcow2".into(),
             base: "/var/lib/dayfly/images/d/disk.qcow2".into(),
+            frozen: None,
             attachment: Attachment::User,
             read_only: Vec::new(),
             nested: false,
@@ -194,6 +214,22 @@ mod tests {
         let text = lines(&VmSpec { attachment: Attachment::Egress, ..spec() });
         assert!(text.contains("-nic\nnone") && !text.contains("netdev") && !text.contains("virtio-net"), "{text}");
         insta::assert_snapshot!(text);
+    }
+
+    /// A restored machine is the one that was frozen, device by device, but for its names and the disk between its own and
+    /// the base image, which it cannot write to.
+    #[test]
+    fn a_restored_machine_differs_by_what_it_is_sent_and_by_a_disk() {
+        let frozen = Frozen { state: "/g/state".into(), sha256: [0; 32], disk: "/g/disk.qcow2".into() };
+        let restored = lines(&VmSpec { frozen: Some(frozen), ..spec() });
+        let booted = lines(&spec());
+        let more: Vec<&str> = restored.lines().filter(|line| !booted.contains(line)).collect();
+        assert_eq!(more.len(), 5, "{more:#?}");
+        assert!(
+            more[..2] == ["-incoming", "defer"] && more[2].contains("/g/disk.qcow2") && !restored.contains("/g/state")
+        );
+        assert!(more[2..4].iter().all(|line| line.contains("\"read-only\":true")), "{more:#?}");
+        assert!(more[3].contains("\"backing\":\"base\"") && more[4].contains("\"backing\":\"frozen\""));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! | `df-<id>.vm` | whose machine it is, and what became of it; its lock is the machine: [`record`] | ours |
 //! | `df-<id>.qmp` | QEMU's monitor: [`qmp`], listened to by one task: [`watch`] | QEMU's |
 //! | `df-<id>.log` | what QEMU complains of, its first 16 KiB: [`log`] | ours |
+//! | `df-<id>.mig` | for the moment in which a machine is frozen or restored: [`frozen`] | ours, or QEMU's |
 //! | `df-<id>.guest`, `.door`, `.con`, `.egress` | channel, door, console and egress, as with any back end | QEMU's |
 //!
 //! A start that is cut at any point leaves a record without a lock, which the next look removes, or a QEMU that holds
@@ -15,6 +16,7 @@
 
 mod apart;
 mod args;
+mod frozen;
 mod log;
 mod qmp;
 mod record;
@@ -254,6 +256,8 @@ impl Qemu {
         for path in spec.sockets().iter().chain([&qmp]) {
             check_path(path).map_err(|error| VmError::refused(WHAT, &name, error))?;
         }
+        let moving = self.0.records.path(&name, "mig");
+        check_path(&moving).map_err(|error| VmError::refused(WHAT, &name, error))?;
         let arguments = args::arguments(spec, &qmp).map_err(|error| VmError::refused(WHAT, &name, error))?;
         let apart = *self.0.apart.get_or_init(Apart::find).await;
         let properties = apart::properties(spec);
@@ -291,7 +295,11 @@ impl Qemu {
             }
             sleep(GLANCE).await;
         }
-        self.note_up(WHAT, &name).await
+        self.note_up(WHAT, &name).await?;
+        match &spec.frozen {
+            Some(frozen) => self.restore(&name, frozen, &moving, until).await,
+            None => Ok(()),
+        }
     }
 
     async fn destroy_one(&self, name: &VmName) -> Result<(), VmError> {
@@ -437,6 +445,18 @@ impl Hypervisor for Qemu {
             let (process, disks) = tokio::join!(process, disks);
             Usage { disk_written_bytes: disks.ok().flatten(), ..process.unwrap_or_default() }
         })
+    }
+
+    fn can_freeze(&self) -> bool {
+        true
+    }
+
+    fn freeze<'a>(&'a self, name: &'a VmName, state: &'a Path) -> BoxFuture<'a, Result<[u8; 32], VmError>> {
+        Box::pin(self.freeze_one(name, state))
+    }
+
+    fn go_on<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        Box::pin(self.go_on_one(name))
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {

@@ -4,7 +4,7 @@
 //! passed over, and whoever waits here has a deadline of his own.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io;
 use std::path::Path;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, AsyncWriteExt as _, BufReader};
@@ -82,7 +82,12 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Qmp<R, W> {
 
     /// Sends a command without arguments.
     pub(super) async fn send(&mut self, command: &str) -> io::Result<()> {
-        self.writer.write_all(format!("{{\"execute\":\"{command}\"}}\n").as_bytes()).await
+        self.tell(&json!({ "execute": command })).await
+    }
+
+    /// Sends a command as QEMU reads it.
+    pub(super) async fn tell(&mut self, command: &Value) -> io::Result<()> {
+        self.writer.write_all(format!("{command}\n").as_bytes()).await
     }
 
     /// Sends a command and waits for its answer; events in between are passed over.

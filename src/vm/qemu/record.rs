@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 const BYTES_MAX: u64 = 4096;
 
 /// What follows `df-<id>.` in the names of a machine's own files, but for channel and console.
-const OWN: [&str; 3] = ["vm", "qmp", "log"];
+const OWN: [&str; 4] = ["vm", "qmp", "log", "mig"];
 
 /// Whose a machine is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +66,7 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// A file of a machine's: `vm`, `qmp` or `log`.
+    /// A file of a machine's: `vm`, `qmp`, `log` or `mig`.
     pub(super) fn path(&self, name: &VmName, what: &str) -> PathBuf {
         self.directory.join(format!("{name}.{what}"))
     }

@@ -20,7 +20,7 @@ use super::qmp::{Message, Qmp};
 use super::record::Records;
 use crate::telemetry::chain;
 use crate::vm::{Ending, Pause, VmName, VmState};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,6 +43,8 @@ pub(super) enum Question {
     Quit(oneshot::Sender<()>),
     /// What went through its disks.
     Disks(oneshot::Sender<Value>),
+    /// Whatever QEMU answers to this command, or its refusal.
+    Command(Value, oneshot::Sender<Result<Value, String>>),
 }
 
 /// A machine that is listened to. Dropping it ends that.
@@ -136,12 +138,13 @@ impl Listener {
             // Both are cancel safe. What QEMU says goes first.
             message = qmp.next() => message?,
             Some(question) = asked.recv(), if self.due.len() < QUESTIONS_MAX => {
-                let command = match question {
-                    Question::State(_) => "query-status",
-                    Question::Quit(_) => "quit",
-                    Question::Disks(_) => "query-blockstats",
+                let command = match &question {
+                    Question::State(_) => json!({ "execute": "query-status" }),
+                    Question::Quit(_) => json!({ "execute": "quit" }),
+                    Question::Disks(_) => json!({ "execute": "query-blockstats" }),
+                    Question::Command(command, _) => command.clone(),
                 };
-                return self.send(qmp, command, Due::Theirs(question)).await;
+                return self.send(qmp, &command, Due::Theirs(question)).await;
             }
         };
         match message {
@@ -160,11 +163,15 @@ impl Listener {
                 // One that is asked already may be answered with what was before.
                 let asked = self.due.iter().filter(|due| matches!(due, Due::Ours)).count();
                 if changes.contains(&name.as_str()) && asked < 2 {
-                    self.send(qmp, "query-status", Due::Ours).await?;
+                    self.send(qmp, &json!({ "execute": "query-status" }), Due::Ours).await?;
                 }
                 Ok(())
             }
             Message::Answer(answer) => match (self.due.pop_front(), answer) {
+                (Some(Due::Theirs(Question::Command(_, reply))), answer) => {
+                    let _ = reply.send(answer);
+                    Ok(())
+                }
                 (Some(Due::Theirs(Question::State(reply))), Ok(status)) => {
                     let state = self.take(qmp, &status).await?;
                     // Who does not wait any more has had its deadline.
@@ -187,9 +194,9 @@ impl Listener {
         }
     }
 
-    async fn send(&mut self, qmp: &mut Qmp, command: &str, due: Due) -> io::Result<()> {
+    async fn send(&mut self, qmp: &mut Qmp, command: &Value, due: Due) -> io::Result<()> {
         self.due.push_back(due);
-        timeout(TALK_DEADLINE, qmp.send(command)).await.map_err(|_| io::ErrorKind::TimedOut)?
+        timeout(TALK_DEADLINE, qmp.tell(command)).await.map_err(|_| io::ErrorKind::TimedOut)?
     }
 
     /// The state that an answer tells; from now on it is known.
@@ -215,7 +222,7 @@ impl Listener {
         self.ended = Some(ending);
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = VmState::Ended(ending);
         match noted.map_err(io::Error::other).and_then(|noted| noted) {
-            Ok(()) if stays => self.send(qmp, "quit", Due::Nobodys).await,
+            Ok(()) if stays => self.send(qmp, &json!({ "execute": "quit" }), Due::Nobodys).await,
             Ok(()) => Ok(()),
             // Its record has gone with it: it was destroyed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -6,7 +6,7 @@ use dayfly::capacity::Resources;
 use dayfly::gitlab::JobId;
 use dayfly::job::journal::{JobKey, RECORD_VERSION, Record};
 use dayfly::job::state::State;
-use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec, Start};
 use dayfly::network::Mode;
 use dayfly::secret::Secret;
 
@@ -52,6 +52,7 @@ pub fn machine_spec() -> MachineSpec {
         run_as_root: false,
         nested: false,
         limits: None,
+        start: Start::Auto,
         network: Mode::User,
         egress: None,
         forwards: Vec::new(),

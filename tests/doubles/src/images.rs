@@ -30,7 +30,7 @@ pub fn image() -> Image {
             contract: dayfly_guest_config::CONTRACT,
             executor: ExecutorKind::Shell,
             networks: vec!["relay".into()],
-            abilities: vec!["stay".into(), "shell".into(), "clone".into()],
+            abilities: vec!["stay".into(), "shell".into(), "clone".into(), "hold".into()],
             info: Some(r#"{"name":"gitlab-runner","version":"19.3.0","features":{"cancel_gracefully":true}}"#.into()),
             runner: ImageRunner {
                 version: "19.3.0".into(),

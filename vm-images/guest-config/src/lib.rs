@@ -71,7 +71,7 @@ pub const RELAY_URL: &str = "http://192.0.2.1";
 /// | --- | --- |
 /// | 1 | the guest config as in `golden/contract-1.json`; a guest refuses members that it does not know |
 /// | 2 | a guest ignores members and words that it does not know, and says its contract when it is up; its init knows [`PROOF_WORD`]; it may ask for the time ([`ClockQuestion`]) |
-/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without; it may be told to stay when its runner has ended ([`Stay`]) and asked for a shell ([`SHELL_PORT_NAME`]), if it has said that it can; it may have forwards ([`GuestConfig::forwards`]) |
+/// | 3 | the door may be behind a virtio-serial port ([`DOOR_PORT_NAME`]): `door` says [`DOOR_WIRE`], and the relay speaks as `dayfly_wire` does; the machine may have no network card ([`GuestNetwork::relay`]), if the guest has said that it can do without; it may be told to stay when its runner has ended ([`Stay`]) and asked for a shell ([`SHELL_PORT_NAME`]), if it has said that it can; it may have forwards ([`GuestConfig::forwards`]); it may be frozen while it waits for a job ([`GuestConfig::hold`]), if it has said that it can |
 ///
 /// A daemon speaks this one and the one before, each as the image's manifest says ([`CONTRACT_OLDEST`]); what is new in
 /// a contract has a default in [`GuestConfig`] and is left out of lines for guests of the one before.
@@ -149,6 +149,11 @@ pub struct GuestConfig {
     /// [`Report::Contract`] says that it can.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub may_stay: bool,
+    /// This is not the guest's own yet: it starts the runner that this config describes, takes no identity, reports
+    /// [`Report::Held`], and waits to be frozen and, as whatever is restored from that, for a config of its own, which
+    /// has the same [`GuestConfig::runner`]. Only for a guest whose [`Report::Contract`] says that it can.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hold: bool,
 }
 
 /// The disks with what the host has of the job's repository, found by their serial numbers ([`clone_serial`]). Whatever
@@ -179,7 +184,7 @@ pub struct GuestNetwork {
 }
 
 /// How the guest starts its runner.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestRunner {
     /// Whole text of the runner's config.toml.
     pub config_toml: String,
@@ -254,13 +259,14 @@ mod tests {
     use std::collections::BTreeSet;
 
     /// The configs of each contract, as its daemons write them: never edited, only added to.
-    const GOLDEN: [(u32, &str); 6] = [
+    const GOLDEN: [(u32, &str); 7] = [
         (2, include_str!("../golden/contract-2.json")),
         (3, include_str!("../golden/contract-3.json")),
         (3, include_str!("../golden/contract-3-relay.json")),
         (3, include_str!("../golden/contract-3-stay.json")),
         (3, include_str!("../golden/contract-3-forwards.json")),
         (3, include_str!("../golden/contract-3-clone.json")),
+        (3, include_str!("../golden/contract-3-hold.json")),
     ];
 
     fn members(value: &Value, path: &str, into: &mut BTreeSet<String>) {
@@ -291,6 +297,7 @@ mod tests {
             assert_eq!(config.network.relay, line.contains("\"relay\":true"));
             assert_eq!(config.forwards, if line.contains("\"forwards\"") { vec![3142, 5000] } else { vec![] });
             assert_eq!(config.clone.is_some(), line.contains("\"clone\""));
+            assert_eq!(config.hold, line.contains("\"hold\":true"));
         }
     }
 

@@ -19,11 +19,13 @@ pub struct Can {
     pub shell: bool,
     /// It puts what its host has of a job's repository where git finds it ([`crate::GuestClone`]).
     pub clone: bool,
+    /// It waits for a job without being anybody ([`crate::GuestConfig::hold`]).
+    pub hold: bool,
 }
 
 impl Can {
     fn words(self) -> impl Iterator<Item = &'static str> {
-        [("relay", self.relay), ("stay", self.stay), ("shell", self.shell), ("clone", self.clone)]
+        [("relay", self.relay), ("stay", self.stay), ("shell", self.shell), ("clone", self.clone), ("hold", self.hold)]
             .into_iter()
             .filter_map(|(w, can)| can.then_some(w))
     }
@@ -34,6 +36,7 @@ impl Can {
             "stay" => Self { stay: true, ..can },
             "shell" => Self { shell: true, ..can },
             "clone" => Self { clone: true, ..can },
+            "hold" => Self { hold: true, ..can },
             _ => can,
         })
     }
@@ -51,6 +54,8 @@ pub enum Report {
         /// And what it can besides.
         can: Can,
     },
+    /// The guest runner has been started and waits at the relay; the machine is nobody yet, and may be frozen.
+    Held,
     /// Identity, network and files are in place.
     Applied,
     /// The guest runner has been started.
@@ -75,6 +80,7 @@ impl Report {
                 let mut words = rest.split(' ');
                 Self::Contract { contract: words.next()?.parse().ok()?, can: Can::of(words) }
             }
+            "held" => Self::Held,
             "applied" => Self::Applied,
             "runner-started" => Self::RunnerStarted,
             "runner-connected" => Self::RunnerConnected,
@@ -93,6 +99,7 @@ impl fmt::Display for Report {
                 write!(f, "contract {contract}")?;
                 can.words().try_for_each(|word| write!(f, " {word}"))
             }
+            Self::Held => f.write_str("held"),
             Self::Applied => f.write_str("applied"),
             Self::RunnerStarted => f.write_str("runner-started"),
             Self::RunnerConnected => f.write_str("runner-connected"),
@@ -117,6 +124,8 @@ mod tests {
             Report::Contract { contract: 3, can: Can { relay: true, ..Can::default() } },
             Report::Contract { contract: 3, can: Can { stay: true, shell: true, ..Can::default() } },
             Report::Contract { contract: 3, can: Can { clone: true, ..Can::default() } },
+            Report::Contract { contract: 3, can: Can { hold: true, ..Can::default() } },
+            Report::Held,
             Report::Applied,
             Report::RunnerStarted,
             Report::RunnerConnected,

@@ -55,14 +55,36 @@ pub enum ApplyError {
     User(#[from] UserError),
 }
 
-/// Seed, clock, boot id and host name. `clock` is what the host has answered, if it has.
+/// Mixes the seed in, uncredited: a machine that has booted has virtio-rng for that.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn seed(config: &GuestConfig) -> Result<(), ApplyError> {
+    write_at("/dev/urandom", &seed_of(config)?)
+}
+
+/// Makes the kernel's random numbers this machine's own, from the next one on. Those of a machine that was restored would
+/// be its brothers', too, up to a minute, for so long does the kernel keep a key; and no virtio-rng is asked before that.
+///
+/// # Errors
+/// [`ApplyError`]: a machine that cannot do this must not go on.
+pub fn seed_anew(config: &GuestConfig) -> Result<(), ApplyError> {
+    let seed = seed_of(config)?;
+    let bits = u32::try_from(seed.len() * 8).map_err(|_| ApplyError::Member("seed", "seed of some bytes"))?;
+    let failed = |what| move |error| ApplyError::System(what, io::Error::other(error));
+    linux_crng_ioctl::ioctl::add_randomness_to_kernel(&seed, bits).map_err(failed("add the seed"))?;
+    linux_crng_ioctl::ioctl::force_kernel_crng_reseed().map_err(failed("seed the kernel's random numbers anew"))
+}
+
+fn seed_of(config: &GuestConfig) -> Result<Vec<u8>, ApplyError> {
+    from_hex(&config.seed).ok_or(ApplyError::Member("seed", "even number of hex digits"))
+}
+
+/// Clock, boot id and host name. `clock` is what the host has answered, if it has.
 ///
 /// # Errors
 /// [`ApplyError`].
 pub fn identity(config: &GuestConfig, clock: Option<HostClock>) -> Result<(), ApplyError> {
-    let seed = from_hex(&config.seed).ok_or(ApplyError::Member("seed", "even number of hex digits"))?;
-    // Mixed in, not credited: the kernel has virtio-rng for that in a cold guest.
-    write_at("/dev/urandom", &seed)?;
     let set = match clock {
         Some(clock) => machine::set_clock(clock.at(machine::own_us())),
         None => machine::set_clock_at_least(config.clock_us),
@@ -96,6 +118,24 @@ fn card(devices: &Path) -> Option<String> {
     cards.into_iter().next()
 }
 
+/// Loopback with the relay's address alone: what a machine needs that is nobody yet.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn loopback() -> Result<(), ApplyError> {
+    up_to_the_relay(&mut Netlink::open()?).map(drop)
+}
+
+/// The index of loopback, which is up and has the relay's address.
+fn up_to_the_relay(netlink: &mut Netlink) -> Result<u32, ApplyError> {
+    let relay: SocketAddr = RELAY_ADDRESS.parse().expect("a constant");
+    let lo = netlink.index("lo").ok_or(ApplyError::NoDevice)?;
+    netlink.set_up(lo)?;
+    netlink.add_address(lo, "127.0.0.1".parse().expect("a constant"), 8)?;
+    netlink.add_address(lo, relay.ip(), 32)?;
+    Ok(lo)
+}
+
 /// Loopback with the relay's address, then MAC, address and route of the card, or, in a machine without one, address and
 /// route on loopback: what is sent out by it comes to [`crate::egress`].
 ///
@@ -107,13 +147,8 @@ pub fn network(network: &GuestNetwork) -> Result<(), ApplyError> {
         Some(mac) => Some(parse_mac(mac).ok_or(ApplyError::Member("mac", "MAC"))?),
         None => None,
     };
-    let relay: SocketAddr = RELAY_ADDRESS.parse().expect("a constant");
-
     let mut netlink = Netlink::open()?;
-    let lo = netlink.index("lo").ok_or(ApplyError::NoDevice)?;
-    netlink.set_up(lo)?;
-    netlink.add_address(lo, "127.0.0.1".parse().expect("a constant"), 8)?;
-    netlink.add_address(lo, relay.ip(), 32)?;
+    let lo = up_to_the_relay(&mut netlink)?;
     if network.relay {
         netlink.add_address(lo, address, prefix)?;
         netlink.set_default_device(lo, address)?;
@@ -131,20 +166,25 @@ pub fn network(network: &GuestNetwork) -> Result<(), ApplyError> {
     Ok(())
 }
 
-/// Host name, hosts, resolv.conf, and the runner's config.toml and CA file, below `root`. The
-/// runner's files belong to `user`, and are read back.
+/// Host name, hosts and resolv.conf below `root`.
 ///
 /// # Errors
 /// [`ApplyError`].
-pub fn files(root: &Path, config: &GuestConfig, user: &User) -> Result<(), ApplyError> {
+pub fn names(root: &Path, config: &GuestConfig) -> Result<(), ApplyError> {
     let write_text = |path: &str, text: &str| write(&below(root, path), text.as_bytes(), 0o644, None);
     write_text("/etc/hostname", &format!("{}\n", config.hostname))?;
     write_text(
         "/etc/hosts",
         &format!("127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost\n", config.hostname),
     )?;
-    write_text("/etc/resolv.conf", &resolv_conf(&config.network.dns))?;
+    write_text("/etc/resolv.conf", &resolv_conf(&config.network.dns))
+}
 
+/// The runner's config.toml and CA file below `root`. They belong to `user`, and are read back.
+///
+/// # Errors
+/// [`ApplyError`].
+pub fn files(root: &Path, config: &GuestConfig, user: &User) -> Result<(), ApplyError> {
     let runner = &config.runner;
     let ca = match &runner.ca_pem {
         Some(pem) if pem.contains("-----BEGIN CERTIFICATE-----") => Some(pem),

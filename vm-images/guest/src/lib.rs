@@ -13,6 +13,8 @@
 //!                          └──► power off: runner gone, door silent, or anything failed
 //! ```
 //!
+//! A machine that is to be frozen starts its runner first and becomes somebody later ([`hold`]).
+//!
 //! Std threads, but for the wire to the door, the egress and the shell, which have a runtime on a thread each. Nothing here protects
 //! itself from the job: a job may
 //! be root, and the VM is the wall. `vm-images/README.md` has the contract in words.
@@ -22,6 +24,7 @@ pub mod channel;
 pub mod clone;
 pub mod console;
 pub mod egress;
+pub mod hold;
 pub mod host_clock;
 pub mod machine;
 pub mod modules;

@@ -12,7 +12,8 @@ use dayfly_guest::egress::{self, EgressError, Places};
 use dayfly_guest::netfilter::rules::Rules;
 use dayfly_guest::relay::port::{Device, RareDevice};
 use dayfly_guest::relay::{Door, Limits, Relay, Target, forward};
-use dayfly_guest::{host_clock, machine, runner, shell, stay, users};
+use dayfly_guest::users::User;
+use dayfly_guest::{hold, host_clock, machine, runner, shell, stay, users};
 use dayfly_guest_config::{
     CONFIG_BYTES_MAX, CONTRACT, Can, ConfigError, DOOR_PORT_NAME, DOOR_WIRE, EGRESS_PORT_NAME, GuestConfig, PORT_NAME,
     Pass, RELAY_ADDRESS, Report, SHELL_PORT_NAME, Stay,
@@ -48,6 +49,9 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long a machine that may stay waits for that word when its runner has ended: less than its host takes to end it.
 const STAY_WORD_DEADLINE: Duration = Duration::from_secs(10);
 
+/// From its start to the runner's first request, in a machine that is to be frozen: 3 s under TCG on an idle host.
+const RUNNER_DEADLINE: Duration = Duration::from_secs(120);
+
 /// How often the door's silence is measured; it is allowed minutes.
 const WATCHDOG_PERIOD: Duration = Duration::from_secs(1);
 
@@ -74,6 +78,12 @@ enum GuestError {
     Egress(#[from] EgressError),
     #[error("listen on 192.0.2.1:{0} for what the host forwards there")]
     Forward(u16, #[source] io::Error),
+    #[error("wait for a job without being anybody")]
+    Hold(#[from] hold::HoldError),
+    #[error("gitlab-runner ended with code {0} while the machine waited to be frozen")]
+    RunnerGone(i32),
+    #[error("gitlab-runner did not connect within {} s", RUNNER_DEADLINE.as_secs())]
+    RunnerSilent,
     #[error("the door has not answered for {0} s")]
     DoorSilent(u64),
 }
@@ -150,60 +160,135 @@ fn run(reporter: &Reporter) -> Result<(), GuestError> {
     let early = !apply::has_card() && egress::is_possible();
     let rules = if early { Some(egress::prepare()?) } else { None };
     let (config, lines) = read_config(reporter)?;
-    let mut target = target(&config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
-    let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
+    let start = Start { reporter, files, rules };
+    if config.hold {
+        return start.held(&config, lines.ok_or(GuestError::NoSource)?);
+    }
+    start.at_once(&config, lines)
+}
 
-    let clock = lines.as_ref().and_then(|lines| host_clock::ask(reporter, lines));
-    apply::identity(&config, clock)?;
+/// What a machine has when it reads its first config.
+struct Start<'a> {
+    reporter: &'a Reporter,
+    files: runner::OpenFiles,
+    rules: Option<Rules>,
+}
+
+/// A runner that was started, and the relay that it speaks to.
+struct Running {
+    relay: Relay,
+    /// The runner's process id.
+    runner: u32,
+    events: SyncSender<Event>,
+    inbox: Receiver<Event>,
+}
+
+impl Start<'_> {
+    /// Becomes itself, and starts its runner.
+    fn at_once(self, config: &GuestConfig, lines: Option<Receiver<Line>>) -> Result<(), GuestError> {
+        let target = target(config, || apply::wait_for(PORT_DEADLINE, || find_port(DOOR_PORT_NAME)))?;
+        let user = users::find(Path::new("/etc"), &config.runner.user).map_err(ApplyError::User)?;
+        let clock = lines.as_ref().and_then(|lines| host_clock::ask(self.reporter, lines));
+        apply::seed(config)?;
+        apply::identity(config, clock)?;
+        be_reached(config, self.rules)?;
+        apply::names(Path::new("/"), config)?;
+        write_files(config, &user)?;
+        self.reporter.report(Report::Applied);
+
+        let running = start_runner(config, self.files, self.reporter)?;
+        let target = Target { forwards: forwards(config)?, ..target };
+        running.be_minded(config, lines)?;
+        in_background("disk", grow_root)?;
+        running.supervise(config, self.reporter, Some(target))
+    }
+
+    /// Starts its runner as nobody, is frozen while that waits, perhaps, and goes on as whoever it is told to be.
+    fn held(self, held: &GuestConfig, lines: Receiver<Line>) -> Result<(), GuestError> {
+        let user = users::find(Path::new("/etc"), &held.runner.user).map_err(ApplyError::User)?;
+        apply::loopback()?;
+        apply::names(Path::new("/"), held)?;
+        hold::warm_up(&user.name);
+        grow_root();
+        write_files(held, &user)?;
+        let running = start_runner(held, self.files, self.reporter)?;
+        match running.inbox.recv_timeout(RUNNER_DEADLINE) {
+            Ok(Event::RunnerConnected) => {}
+            Ok(Event::RunnerExited(code)) => return Err(GuestError::RunnerGone(code)),
+            _ => return Err(GuestError::RunnerSilent),
+        }
+        self.reporter.report(Report::Held);
+
+        let config = hold::config(&lines, held, CONFIG_DEADLINE)?;
+        let target = target(&config, || find_port(DOOR_PORT_NAME))?;
+        // Nothing random is read before this.
+        apply::seed_anew(&config)?;
+        apply::identity(&config, host_clock::ask(self.reporter, &lines))?;
+        be_reached(&config, self.rules)?;
+        apply::names(Path::new("/"), &config)?;
+        self.reporter.report(Report::Applied);
+        let target = Target { forwards: forwards(&config)?, ..target };
+        running.be_minded(&config, Some(lines))?;
+        running.become_own(&config, self.reporter, target)?;
+        running.supervise(&config, self.reporter, None)
+    }
+}
+
+/// The network of the machine, whatever carries it.
+fn be_reached(config: &GuestConfig, rules: Option<Rules>) -> Result<(), GuestError> {
     apply::network(&config.network)?;
     if config.network.relay {
         let rules = rules.map_or_else(egress::prepare, Ok)?;
-        carry(&config, rules)?;
-    } else {
-        drop(rules);
+        carry(config, rules)?;
     }
-    apply::files(Path::new("/"), &config, &user)?;
+    Ok(())
+}
+
+/// What the runner reads when it starts.
+fn write_files(config: &GuestConfig, user: &User) -> Result<(), GuestError> {
+    apply::files(Path::new("/"), config, user)?;
     apply::machine_id(Path::new("/"), &config.runner_machine_id)?;
     if let Some(disks) = &config.clone {
         clone::prepare(disks);
     }
-    if let Err(error) = runner::make_room(&user) {
+    if let Err(error) = runner::make_room(user) {
         say(&format!("make room for the runner's temporary files: {error}"));
     }
-    reporter.report(Report::Applied);
+    Ok(())
+}
 
+/// Starts relay and runner; the relay has no door yet.
+fn start_runner(config: &GuestConfig, files: runner::OpenFiles, reporter: &Reporter) -> Result<Running, GuestError> {
     let (events, inbox) = sync_channel(4);
     let listener = TcpListener::bind(RELAY_ADDRESS).map_err(|error| GuestError::Io("listen on 192.0.2.1:80", error))?;
-    target.forwards = forward::listen(&config.forwards).map_err(|(port, error)| GuestError::Forward(port, error))?;
     let connected = events.clone();
     let relay = Relay::start(listener, Limits::default(), move || {
         // The main thread has gone on to power off if nobody listens.
         let _ = connected.try_send(Event::RunnerConnected);
     })
     .map_err(|error| GuestError::Io("start the relay", error))?;
-    let watchdog = events.clone();
-    let silence_max = Duration::from_secs(config.power_off_after_s);
-    in_background("watchdog", {
-        let relay = relay.clone();
-        move || {
-            while relay.silent_for() < silence_max {
-                thread::sleep(WATCHDOG_PERIOD);
-            }
-            let _ = watchdog.try_send(Event::DoorSilent);
-        }
+    let mut child =
+        runner::start(&config.runner, files).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
+    reporter.report(Report::RunnerStarted);
+    let runner = child.id();
+    let exited = events.clone();
+    in_background("runner", move || {
+        let code = child.wait().map_or(-1, runner::exit_code);
+        let _ = exited.try_send(Event::RunnerExited(code));
     })?;
-    if let Some(lines) = lines {
-        listen(lines, events.clone())?;
+    Ok(Running { relay, runner, events, inbox })
+}
+
+/// Listens for what the host forwards to this machine.
+fn forwards(config: &GuestConfig) -> Result<Vec<forward::Forward>, GuestError> {
+    forward::listen(&config.forwards).map_err(|(port, error)| GuestError::Forward(port, error))
+}
+
+/// A job may do with the small disk; the host sees why if it does not.
+fn grow_root() {
+    if let Err(error) = machine::grow_root() {
+        say(&format!("grow the root file system: {error}"));
     }
-    offer_shell(&config);
-    let runner = start_runner(&config, files, reporter, events)?;
-    in_background("disk", || {
-        // A job may do with the small disk; the host sees why if it does not.
-        if let Err(error) = machine::grow_root() {
-            say(&format!("grow the root file system: {error}"));
-        }
-    })?;
-    supervise(&config, reporter, (&relay, target), &inbox, runner)
 }
 
 /// Hears what the host says besides config and time.
@@ -234,58 +319,66 @@ fn carry(config: &GuestConfig, rules: Rules) -> Result<(), GuestError> {
     Ok(egress::start(rules, Places::default(), Box::new(Device(port)), pass.for_egress())?)
 }
 
-fn start_runner(
-    config: &GuestConfig,
-    files: runner::OpenFiles,
-    reporter: &Reporter,
-    events: SyncSender<Event>,
-) -> Result<u32, GuestError> {
-    let mut child =
-        runner::start(&config.runner, files).map_err(|error| GuestError::Io("start gitlab-runner", error))?;
-    reporter.report(Report::RunnerStarted);
-    let id = child.id();
-    in_background("runner", move || {
-        let code = child.wait().map_or(-1, runner::exit_code);
-        let _ = events.try_send(Event::RunnerExited(code));
-    })?;
-    Ok(id)
-}
+impl Running {
+    /// Sees to it that a machine ends whose door is silent for longer than it may be, hears what the host says besides
+    /// config and time, and offers it a shell.
+    fn be_minded(&self, config: &GuestConfig, lines: Option<Receiver<Line>>) -> Result<(), GuestError> {
+        let (relay, events) = (self.relay.clone(), self.events.clone());
+        let silence_max = Duration::from_secs(config.power_off_after_s);
+        in_background("watchdog", move || {
+            while relay.silent_for() < silence_max {
+                thread::sleep(WATCHDOG_PERIOD);
+            }
+            let _ = events.try_send(Event::DoorSilent);
+        })?;
+        if let Some(lines) = lines {
+            listen(lines, self.events.clone())?;
+        }
+        offer_shell(config);
+        Ok(())
+    }
 
-fn supervise(
-    config: &GuestConfig,
-    reporter: &Reporter,
-    (relay, target): (&Relay, Target),
-    inbox: &Receiver<Event>,
-    runner: u32,
-) -> Result<(), GuestError> {
-    // Each kind comes once, and watchdog and runner between them always send one: this ends.
-    let mut target = Some(target);
-    loop {
-        match inbox.recv() {
-            Ok(Event::RunnerConnected) => {
-                // It has read its files and made its system id: now the machine becomes itself, and
-                // last of all the relay opens (`vm-images/README.md`).
-                apply::machine_id(Path::new("/"), &config.machine_id)?;
-                if let Some(target) = target.take() {
-                    relay.hand_over(target).map_err(|error| GuestError::Io("open the relay", error))?;
+    /// The runner has connected: it has read its files and made its system id. Now the machine becomes itself, and last
+    /// of all the relay opens (`vm-images/README.md`).
+    fn become_own(&self, config: &GuestConfig, reporter: &Reporter, target: Target) -> Result<(), GuestError> {
+        apply::machine_id(Path::new("/"), &config.machine_id)?;
+        self.relay.hand_over(target).map_err(|error| GuestError::Io("open the relay", error))?;
+        reporter.report(Report::RunnerConnected);
+        Ok(())
+    }
+
+    /// Until it ends. `target`: of a machine that becomes itself when its runner has connected.
+    fn supervise(
+        &self,
+        config: &GuestConfig,
+        reporter: &Reporter,
+        mut target: Option<Target>,
+    ) -> Result<(), GuestError> {
+        // Each kind comes once, and watchdog and runner between them always send one: this ends.
+        loop {
+            match self.inbox.recv() {
+                Ok(Event::RunnerConnected) => {
+                    if let Some(target) = target.take() {
+                        self.become_own(config, reporter, target)?;
+                    }
                 }
-                reporter.report(Report::RunnerConnected);
-            }
-            Ok(Event::RunnerExited(code)) => {
-                say(&format!("gitlab-runner ended with code {code}"));
-                reporter.report(Report::RunnerExited(code));
-                // Its host may want it looked at.
-                if let Some(first) = config.may_stay.then(|| stay::word(inbox, STAY_WORD_DEADLINE, of_stay)).flatten() {
-                    stay::stay(first, inbox, of_stay);
+                Ok(Event::RunnerExited(code)) => {
+                    say(&format!("gitlab-runner ended with code {code}"));
+                    reporter.report(Report::RunnerExited(code));
+                    // Its host may want it looked at.
+                    let word = || stay::word(&self.inbox, STAY_WORD_DEADLINE, of_stay);
+                    if let Some(first) = config.may_stay.then(word).flatten() {
+                        stay::stay(first, &self.inbox, of_stay);
+                    }
+                    return Ok(());
                 }
-                return Ok(());
+                Ok(Event::Stay(first)) => {
+                    runner::end(self.runner);
+                    stay::stay(first, &self.inbox, of_stay);
+                    return Ok(());
+                }
+                Ok(Event::DoorSilent) | Err(_) => return Err(GuestError::DoorSilent(config.power_off_after_s)),
             }
-            Ok(Event::Stay(first)) => {
-                runner::end(runner);
-                stay::stay(first, inbox, of_stay);
-                return Ok(());
-            }
-            Ok(Event::DoorSilent) | Err(_) => return Err(GuestError::DoorSilent(config.power_off_after_s)),
         }
     }
 }
@@ -308,7 +401,7 @@ fn read_config(reporter: &Reporter) -> Result<(GuestConfig, Option<Receiver<Line
             reporter.report(Report::Ready);
             reporter.report(Report::Contract {
                 contract: CONTRACT,
-                can: Can { relay: egress::is_possible(), stay: true, shell: true, clone: true },
+                can: Can { relay: egress::is_possible(), stay: true, shell: true, clone: true, hold: true },
             });
             let config = config_of(&inbox, CONFIG_DEADLINE, SECOND_LINE_DEADLINE)?;
             Ok((config, Some(inbox)))

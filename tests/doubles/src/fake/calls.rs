@@ -8,7 +8,8 @@ use dayfly::BoxFuture;
 use dayfly::network::{DoorListener, Listen};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{
-    Ending, Host, HostInfo, Hypervisor, InstallationId, Stream, Usage, VmError, VmName, VmSpec, VmState, VmSummary,
+    Ending, Host, HostInfo, Hypervisor, InstallationId, Pause, Stream, Usage, VmError, VmName, VmSpec, VmState,
+    VmSummary,
 };
 use std::io;
 use std::net::SocketAddr;
@@ -137,6 +138,10 @@ impl FakeHypervisor {
         let name = VmName::from(spec.id.clone());
         let [channel, door, shell, console] = std::array::from_fn(|_| Wire::default());
         let control = Control::default();
+        // What was restored stands still, its guest up already.
+        let restored = spec.frozen.is_some();
+        control.set(restored, false);
+        let state = if restored { VmState::Paused(Pause::Operator) } else { VmState::Running };
         let (relay, mut sessions) = dayfly_test_guest::relay();
         let port = door.guest_end();
         let mut world = self.world();
@@ -153,17 +158,18 @@ impl FakeHypervisor {
         };
         world.sockets.insert((spec.socket_dir.clone(), spec.id.clone()));
         world.endings.remove(&name);
-        world.vms.insert(
-            name.clone(),
-            Machine { spec, state: VmState::Running, channel, door, shell, console, control: control.clone() },
-        );
-        world.note(None, &name.to_string(), "started");
+        world
+            .vms
+            .insert(name.clone(), Machine { spec, state, channel, door, shell, console, control: control.clone() });
+        world.note(None, &name.to_string(), if restored { "restored" } else { "started" });
         drop(world);
         let fake = self.clone();
         let life = async move {
-            sleep(timing.boot).await;
-            fake.await_step().await;
-            fake.world().note(None, &name.to_string(), "booted");
+            if !restored {
+                sleep(timing.boot).await;
+                fake.await_step().await;
+                fake.world().note(None, &name.to_string(), "booted");
+            }
             let rest = timing.lifetime.map_or(Duration::MAX, |lifetime| lifetime.saturating_sub(timing.boot));
             // Returned or out of time: either way the guest powers off.
             let inside = async {
@@ -223,10 +229,57 @@ impl Hypervisor for FakeHypervisor {
                 Some(machine) if machine.spec.installation == spec.installation => return Ok(()),
                 Some(_) => return refuse("a VM of this name is somebody else's"),
                 None if !world.overlays.contains_key(&spec.overlay) => return refuse("overlay does not exist"),
-                None => drop(world),
+                None => {}
             }
+            if let Some(frozen) = &spec.frozen {
+                match world.frozen.get(&frozen.state) {
+                    None => return refuse("there is nothing of this name that was frozen"),
+                    Some(digest) if *digest != frozen.sha256 => {
+                        return Err(VmError::Damaged { name: name.to_string() });
+                    }
+                    Some(_) => {}
+                }
+            }
+            drop(world);
             fake.boot(spec);
             Ok(())
+        }))
+    }
+
+    fn can_freeze(&self) -> bool {
+        self.world().freezes
+    }
+
+    fn freeze<'a>(&'a self, name: &'a VmName, state: &'a Path) -> BoxFuture<'a, Result<[u8; 32], VmError>> {
+        let (name, state) = (name.clone(), state.to_owned());
+        Box::pin(self.change(Op::Freeze, name.to_string(), move |fake| {
+            let mut world = fake.world();
+            let World { vms, frozen, .. } = &mut *world;
+            let Some(machine) = vms.get_mut(&name) else {
+                return Err(refused(Op::Freeze, &name.to_string(), "there is no such VM"));
+            };
+            machine.state = VmState::Paused(Pause::Operator);
+            machine.control.set(true, false);
+            let mut digest = [0; 32];
+            digest[16..].copy_from_slice(name.id().as_str().as_bytes());
+            frozen.insert(state, digest);
+            world.note(None, &name.to_string(), "frozen");
+            Ok(digest)
+        }))
+    }
+
+    fn go_on<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
+        let name = name.clone();
+        Box::pin(self.change(Op::GoOn, name.to_string(), move |fake| {
+            let state = fake.world().vms.get(&name).map(|machine| machine.state);
+            match state {
+                None => Err(refused(Op::GoOn, &name.to_string(), "there is no such VM")),
+                Some(VmState::Paused(Pause::Operator)) => {
+                    fake.resume(name.id());
+                    Ok(())
+                }
+                Some(_) => Ok(()),
+            }
         }))
     }
 

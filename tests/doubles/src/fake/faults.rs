@@ -15,6 +15,8 @@ pub enum Op {
     RemoveOverlay,
     ListOverlays,
     Start,
+    Freeze,
+    GoOn,
     State,
     Destroy,
     List,
@@ -31,12 +33,14 @@ pub enum Op {
 
 impl Op {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::Probe,
         Self::CreateOverlay,
         Self::RemoveOverlay,
         Self::ListOverlays,
         Self::Start,
+        Self::Freeze,
+        Self::GoOn,
         Self::State,
         Self::Destroy,
         Self::List,
@@ -68,6 +72,7 @@ impl Op {
     #[must_use]
     pub fn deadline(self) -> Duration {
         Duration::from_secs(match self {
+            Self::Freeze => 120,
             Self::CreateOverlay | Self::Start => 60,
             Self::Probe | Self::Destroy => 30,
             _ => 10,
@@ -77,7 +82,7 @@ impl Op {
     /// Whether libvirtd has a hand in it; the others are files and sockets.
     #[must_use]
     pub fn needs_libvirtd(self) -> bool {
-        matches!(self, Self::Probe | Self::Start | Self::State | Self::Destroy | Self::List)
+        matches!(self, Self::Probe | Self::Start | Self::Freeze | Self::GoOn | Self::State | Self::Destroy | Self::List)
     }
 
     /// The call in words, as errors say it.
@@ -88,6 +93,8 @@ impl Op {
             Self::RemoveOverlay => "remove overlay",
             Self::ListOverlays => "list overlays in",
             Self::Start => "start VM",
+            Self::Freeze => "freeze VM",
+            Self::GoOn => "go on with VM",
             Self::State => "read state of VM",
             Self::Destroy => "destroy VM",
             Self::List => "list VMs of",

@@ -25,7 +25,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::DuplexStream;
@@ -152,6 +152,9 @@ struct World {
     endings: BTreeMap<VmName, Ending>,
     endings_seen: bool,
     overlays: BTreeMap<PathBuf, Overlay>,
+    /// Whether VMs can be frozen, and what has been, by its file.
+    freezes: bool,
+    frozen: BTreeMap<PathBuf, [u8; 32]>,
     sockets: BTreeSet<(PathBuf, VmId)>,
     doors: BTreeMap<SocketAddr, mpsc::Sender<DuplexStream>>,
     carriers: BTreeMap<VmName, Carrier>,
@@ -187,7 +190,7 @@ impl World {
     fn takes(&self, op: Op) -> Duration {
         match op {
             Op::CreateOverlay => self.timing.overlay,
-            Op::Start => self.timing.start,
+            Op::Start | Op::Freeze => self.timing.start,
             Op::Destroy => self.timing.destroy,
             _ => Duration::ZERO,
         }
@@ -230,6 +233,8 @@ impl FakeHypervisor {
             endings: BTreeMap::new(),
             endings_seen: true,
             overlays: BTreeMap::new(),
+            freezes: false,
+            frozen: BTreeMap::new(),
             sockets: BTreeSet::new(),
             doors: BTreeMap::new(),
             carriers: BTreeMap::new(),
@@ -260,6 +265,18 @@ impl FakeHypervisor {
     /// What guests do that are started from now on.
     pub fn set_guest(&self, script: impl GuestScript) {
         self.world().script = Arc::new(script);
+    }
+
+    /// Whether VMs can be frozen here. They cannot, unless set otherwise.
+    pub fn set_freezes(&self, freezes: bool) {
+        self.world().freezes = freezes;
+    }
+
+    /// What was frozen into this file is not what it was any more.
+    pub fn damage(&self, state: &Path) {
+        if let Some(digest) = self.world().frozen.get_mut(state) {
+            digest[0] ^= 1;
+        }
     }
 
     /// Whether libvirtd answers. VMs, sockets and files do not mind.

@@ -21,6 +21,7 @@ fn spec(id: &str) -> VmSpec {
         boot: Boot::Disk,
         overlay: PathBuf::from(format!("/o/df-{id}.qcow2")),
         base: "/b.qcow2".into(),
+        frozen: None,
         attachment: Attachment::User,
         read_only: Vec::new(),
         nested: false,

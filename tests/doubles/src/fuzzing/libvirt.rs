@@ -29,6 +29,7 @@ fn spec(texts: &[&str]) -> VmSpec {
         },
         overlay: path(1),
         base: path(2),
+        frozen: None,
         attachment: match texts.len() % 3 {
             0 => Attachment::Bridge { network: text(6).to_owned(), tap: text(7).to_owned() },
             1 => Attachment::Egress,

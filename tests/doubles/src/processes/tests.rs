@@ -36,6 +36,7 @@ impl Bench {
             boot: Boot::Disk,
             overlay: self.dir.path().join("overlay"),
             base: self.dir.path().join("base"),
+            frozen: None,
             attachment: Attachment::User,
             read_only: Vec::new(),
             nested: false,

@@ -36,6 +36,7 @@ fn config() -> GuestConfig {
         door_patience_s: 60,
         power_off_after_s: 1800,
         may_stay: false,
+        hold: false,
     }
 }
 
@@ -58,6 +59,7 @@ fn all_files_are_written_and_a_second_time_changes_nothing() {
     config.runner.ca_pem = Some(PEM.into());
     let read = |path: &str| fs::read_to_string(below(root.path(), path)).unwrap();
     for _ in 0..2 {
+        names(root.path(), &config).unwrap();
         files(root.path(), &config, &me()).unwrap();
         assert_eq!(read("/etc/hostname"), "df-abc\n");
         assert!(read("/etc/hosts").contains("127.0.1.1 df-abc\n"));
@@ -82,7 +84,7 @@ fn a_ca_file_that_the_runner_would_miss_is_an_error() {
 #[test]
 fn a_disk_that_cannot_be_written_is_an_error_with_its_path() {
     let root = tempfile::tempdir().unwrap(); // has no /etc
-    let error = files(root.path(), &config(), &me()).unwrap_err();
+    let error = names(root.path(), &config()).unwrap_err();
     assert!(error.to_string().ends_with("/etc/hostname"), "{error}");
 }
 

@@ -3,7 +3,7 @@
 
 use dayfly::clock::Clock;
 use dayfly::guest_config::{GuestParts, guest_config, new_machine_id};
-use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec};
+use dayfly::machine_spec::{Executor, GuestRunnerSpec, GuestSettings, ImageRef, MachineSpec, Start};
 use dayfly::network::{Lease, Mode};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -44,6 +44,7 @@ impl Told {
             run_as_root: false,
             nested: false,
             limits: None,
+            start: Start::Cold,
             network: Mode::User,
             egress: None,
             forwards: Vec::new(),

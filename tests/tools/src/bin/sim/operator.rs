@@ -238,6 +238,7 @@ impl World {
             boot: Boot::Disk,
             overlay: overlay.clone(),
             base: "/images/test/disk.qcow2".into(),
+            frozen: None,
             attachment: Attachment::User,
             read_only: Vec::new(),
             nested: false,

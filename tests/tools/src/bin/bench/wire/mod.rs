@@ -75,6 +75,7 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
         boot: image.boot.clone(),
         overlay: PathBuf::new(),
         base: image.disk.clone(),
+        frozen: None,
         attachment: Attachment::User,
         read_only: Vec::new(),
         nested: false,
