@@ -89,6 +89,7 @@ impl JobClone {
             // The sweep tries it again.
             tracing::warn!(error = chain(&error), "remove a machine's disk for what was fetched");
         }
+        self.clones.let_go(self.shelves).await;
     }
 }
 

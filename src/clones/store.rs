@@ -770,6 +770,16 @@ impl Clones {
         self.0.files.remove(slot).await
     }
 
+    /// A machine is gone that had these: those of no mirror any more go with the last that has them.
+    pub(super) async fn let_go(&self, shelves: Vec<Arc<Shelf>>) {
+        let Some(directory) = shelves.first().and_then(|shelf| shelf.path.parent()).map(Path::to_owned) else { return };
+        drop(shelves);
+        let mirror = self.mirrors().values().find(|mirror| mirror.directory == directory).cloned();
+        if let Some(mirror) = mirror {
+            self.bury(&mirror).await;
+        }
+    }
+
     /// A machine is gone whose disks no [`JobClone`] has taken up: so goes what was its own.
     pub async fn release(&self, vm: &VmId) {
         if let Err(error) = self.remove_slot(&self.0.slots.path(vm)).await {
