@@ -100,6 +100,11 @@ kinds! {
     IgnoresShutdown "V13" "the guest never powers off";
     DestroyFails "V14" "destroy is refused";
     DestroyHangs "V14" "destroy hangs";
+    EgressRefused "V1" "the process that carries a VM's egress does not begin";
+    EgressHangs "V1" "beginning it hangs";
+    EgressDies "V12" "it is killed from outside";
+    EgressStays "V13" "it does not end with its VM";
+    AuditFails "H8" "what it wrote down cannot be read";
     SlowLoris "P1" "a head that never ends";
     ManyConnections "P2" "more connections than are served";
     HugeHead "P3" "a head beyond all limits";

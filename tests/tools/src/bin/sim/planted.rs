@@ -17,7 +17,7 @@ use crate::mortal::Life;
 use dayfly::config::Config;
 use dayfly::files::Files;
 use dayfly::gitlab::OpenTransport;
-use dayfly::network::Listen;
+use dayfly::network::{Egress, Listen};
 use dayfly::rng::Rng;
 use dayfly::vm::Hypervisor;
 use dayfly::vm::paths::Paths;
@@ -86,6 +86,8 @@ bugs! {
     LeakedOverlay breaks 13,
     /// The door of a machine that is gone stays open.
     DoorLeftOpen breaks 13,
+    /// Who carries a machine's egress is left alone when that is gone, for it ends by itself.
+    EgressLeft breaks 13,
     /// A machine that could not be destroyed at once counts as gone.
     DestroyGivenUp breaks 16,
     /// What a machine is given of its project's repository is another's.
@@ -193,6 +195,14 @@ impl Planted {
         match self.bug {
             Some(Bug::DoorLeftOpen) => Arc::new(host::Doors { listen, life: life.clone() }),
             _ => listen,
+        }
+    }
+
+    /// Who carries egress.
+    pub(crate) fn egress(&self, egress: Arc<dyn Egress>) -> Arc<dyn Egress> {
+        match self.bug {
+            Some(Bug::EgressLeft) => Arc::new(host::LeftAlone(egress)),
+            _ => egress,
         }
     }
 

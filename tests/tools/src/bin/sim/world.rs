@@ -162,12 +162,12 @@ impl World {
         let host = Arc::new(Host { fake: self.fake.clone(), story: story() });
         let (token, _) = tokens::of_runner(0);
         let listen = self.planted.listen(host.clone(), life);
-        let (hypervisor, paths) = self.planted.host(host, &self.fake, &token);
+        let (hypervisor, paths) = self.planted.host(host.clone(), &self.fake, &token);
         let files = life.files(self.planted.files(Arc::new(Disk { files: self.files.clone(), story: story() })));
         Backends {
             host: life.host(hypervisor, paths),
             listen: life.listen(listen),
-            egress: life.egress(Arc::new(self.fake.clone())),
+            egress: life.egress(self.planted.egress(host.clone())),
             transport: life
                 .transport(self.planted.transport(Arc::new(Opener { standin: self.standin.clone(), story: story() }))),
             workshop: Arc::new(self.planted.workshop(self.workshop.through(files.clone()))),

@@ -3,10 +3,11 @@
 use super::Bug;
 use crate::mortal::Life;
 use dayfly::BoxFuture;
-use dayfly::network::{DoorListener, Listen};
+use dayfly::network::{DoorListener, Egress, EgressError, EgressOf, Listen, Terms};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
 use dayfly_doubles::fake::{FakeHypervisor, Op};
+use dayfly_egress::audit::Destination;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
@@ -128,6 +129,27 @@ impl Paths for Host {
             }
             Ok(Box::new(Telling { stream, token: self.runner_token.clone(), waiting: Vec::new() }) as Box<dyn Stream>)
         })
+    }
+}
+
+/// Egress that nobody ends.
+pub(super) struct LeftAlone(pub(super) Arc<dyn Egress>);
+
+impl Egress for LeftAlone {
+    fn ensure<'a>(&'a self, of: &'a EgressOf, terms: &'a Terms) -> BoxFuture<'a, Result<(), EgressError>> {
+        self.0.ensure(of, terms)
+    }
+
+    fn gone<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, ()> {
+        self.0.gone(of)
+    }
+
+    fn audit<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, io::Result<Vec<Destination>>> {
+        self.0.audit(of)
+    }
+
+    fn end<'a>(&'a self, _of: &'a EgressOf) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
     }
 }
 

@@ -4,10 +4,11 @@ use crate::event::Event;
 use crate::kinds::Kind as K;
 use crate::story::Story;
 use dayfly::BoxFuture;
-use dayfly::network::{DoorListener, Listen};
+use dayfly::network::{DoorListener, Egress, EgressError, EgressOf, Listen, Terms};
 use dayfly::vm::paths::Paths;
 use dayfly::vm::{HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
 use dayfly_doubles::fake::{FakeHypervisor, Fault, Op};
+use dayfly_egress::audit::Destination;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -15,6 +16,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::sleep;
 
 /// The fake hypervisor and what lies beside its machines, seen by the story.
 #[derive(Clone)]
@@ -41,6 +43,8 @@ pub(crate) fn judge(story: &Story) -> impl FnMut(Op, &str) -> Option<Fault> + Se
             Op::Destroy if inner.strikes(K::DestroyHangs) => {
                 Some(if inner.dice().chance(500) { Fault::Hangs } else { Fault::HangsAfterEffect })
             }
+            Op::BeginEgress if inner.strikes(K::EgressRefused) => refused("resource temporarily unavailable"),
+            Op::BeginEgress if inner.strikes(K::EgressHangs) => Some(Fault::Hangs),
             Op::List if inner.strikes(K::ListHangs) => Some(Fault::Hangs),
             Op::Listen if inner.strikes(K::FdShort) => Some(Fault::Unreachable),
             Op::State | Op::List | Op::ListOverlays | Op::OpenChannel | Op::OpenConsole | Op::RemoveSockets
@@ -172,6 +176,50 @@ impl Hypervisor for Host {
 
     fn list<'a>(&'a self, installation: &'a InstallationId) -> BoxFuture<'a, Result<Vec<VmSummary>, VmError>> {
         Box::pin(self.call(Op::List, String::new(), None, async move { self.fake.list(installation).await }))
+    }
+}
+
+impl Egress for Host {
+    fn ensure<'a>(&'a self, of: &'a EgressOf, terms: &'a Terms) -> BoxFuture<'a, Result<(), EgressError>> {
+        let subject = VmName::from(of.vm.clone()).to_string();
+        Box::pin(self.call(Op::BeginEgress, subject, None, async move {
+            Egress::ensure(&self.fake, of, terms).await?;
+            if self.story.strikes(K::EgressStays) {
+                self.fake.hang_egress(&of.vm, false);
+            }
+            Ok(())
+        }))
+    }
+
+    fn gone<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, ()> {
+        Box::pin(async move {
+            if self.story.strikes(K::EgressDies) {
+                let after = self.story.inner().dice().range(0, 60_000);
+                tokio::select! {
+                    biased;
+                    () = self.fake.gone(of) => return,
+                    () = sleep(Duration::from_millis(after)) => self.fake.kill_egress(&of.vm),
+                }
+            }
+            self.fake.gone(of).await;
+        })
+    }
+
+    fn audit<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, io::Result<Vec<Destination>>> {
+        Box::pin(async move {
+            if self.story.strikes(K::AuditFails) {
+                // Or it takes so long that nobody waits for it.
+                let after = self.story.inner().dice().range(0, 1000);
+                sleep(Duration::from_millis(after)).await;
+                return Err(io::Error::other("injected"));
+            }
+            self.fake.audit(of).await
+        })
+    }
+
+    fn end<'a>(&'a self, of: &'a EgressOf) -> BoxFuture<'a, io::Result<()>> {
+        let subject = VmName::from(of.vm.clone()).to_string();
+        Box::pin(self.call(Op::EndEgress, subject, None, async move { self.fake.end(of).await }))
     }
 }
 
