@@ -187,7 +187,8 @@ impl Goldens {
     /// be frozen.
     #[must_use]
     pub(super) fn find(&self, spec: &MachineSpec, config: &GuestConfig, able: bool) -> Option<(Key, Frozen)> {
-        if spec.start == Start::Cold || !able {
+        // A machine with disks of its job's repository has more devices than one that was frozen before.
+        if spec.start == Start::Cold || !able || config.clone.is_some() {
             return None;
         }
         let mut state = self.state();
@@ -414,6 +415,9 @@ mod tests {
         let goldens = begun();
         let spec = MachineSpec::example();
         assert!(goldens.find(&spec, &config(), false).is_none() && goldens.wanted().is_none(), "its guest cannot");
+        let disks = dayfly_guest_config::GuestClone { disks: 1, slot: false };
+        let with_disks = GuestConfig { clone: Some(disks), ..config() };
+        assert!(goldens.find(&spec, &with_disks, true).is_none() && goldens.wanted().is_none(), "it has more disks");
         let cold = MachineSpec { start: Start::Cold, ..spec.clone() };
         assert!(
             goldens.find(&cold, &config(), true).is_none() && goldens.wanted().is_none(),

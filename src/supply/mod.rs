@@ -222,8 +222,7 @@ impl Supply {
         job: (String, u64),
         config: &GuestConfig,
     ) -> Machine {
-        // What was frozen has no disks with a repository's objects, and none can come to it.
-        let golden = self.0.goldens.find(spec, config, image.manifest.can_hold()).filter(|_| claim.clone.is_none());
+        let golden = self.0.goldens.find(spec, config, image.manifest.can_hold());
         self.start_from(claim, spec, image, job, golden)
     }
 

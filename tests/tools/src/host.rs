@@ -9,7 +9,6 @@ use dayfly::gitlab::OpenTransport;
 use dayfly::guest::Limits;
 use dayfly::image::store::Images;
 use dayfly::job::Jobs;
-use dayfly::machine_spec::Start;
 use dayfly::network::{self, Listen, PortRange};
 use dayfly::rng::Rng;
 use dayfly::secret::Secret;
@@ -63,10 +62,6 @@ pub enum HostError {
 pub struct Choice {
     /// Machines, and what lies beside them.
     pub host: vm::Host,
-    /// What they are made by.
-    pub hypervisor: vm::Config,
-    /// Where they come from.
-    pub start: Start,
     /// How they run.
     pub accel: AccelChoice,
     /// The images; the machine class uses the one of this name.
@@ -146,7 +141,6 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
             memory_mib: 512,
             disk_gib: DISK_GIB,
             allow_standin_runner: true,
-            start: choice.start,
             // GitLab is on this host's loopback.
             network: Some(network::Choice::User),
             ..Class::new("small", choice.images.1.clone())
@@ -162,7 +156,7 @@ fn config(dir: &Path, choice: &Choice) -> io::Result<Config> {
         std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700).create(below)?;
     }
     config.network.guest_ports = choice.ports;
-    config.hypervisor = vm::Config { accel: choice.accel, ..choice.hypervisor.clone() };
+    config.hypervisor.accel = choice.accel;
     // The tool says how many VMs there are, so the host's size is no bound.
     config.capacity.cpus = Some(u32::MAX);
     config.capacity.memory_mib = Some(1 << 30);

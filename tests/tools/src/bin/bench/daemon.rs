@@ -280,8 +280,6 @@ pub(crate) async fn process(url: &str, token_file: &str, vms: u16, ways: Ways) -
     let choice = Choice {
         host: RealDirectories(hypervisor).host(),
         listen: Arc::new(Tcp),
-        hypervisor: dayfly::vm::Config::default(),
-        start: dayfly::machine_spec::Start::Cold,
         accel: AccelChoice::Tcg,
         images: no_image(),
         transport: Arc::new(Trusting(ways.ca_file)),

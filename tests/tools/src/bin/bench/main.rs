@@ -13,7 +13,6 @@ mod guest;
 mod latency;
 mod process;
 mod proxy;
-mod restored;
 mod start;
 mod watched;
 mod wire;
@@ -24,7 +23,6 @@ const USAGE: &str = "usage: bench daemon [--vms N]
        bench frozen [--seconds N] [--mount DIRECTORY]
        bench proxy [--mib N] [--pairs N]
        bench start [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
-       bench restored [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
        bench latency [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
        bench abuse [--runs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]
        bench wire [--pairs N] --images DIRECTORY [--image NAME] [--accel auto|kvm|tcg]";
@@ -70,13 +68,6 @@ async fn main() -> ExitCode {
             let read = options(rest, &["--runs", "--images", "--image", "--accel"]);
             match read.and_then(|options| start::Wanted::read(&options, ("--runs", 5))) {
                 Some(wanted) => start::measure(&wanted).await,
-                None => return usage(),
-            }
-        }
-        ["restored", rest @ ..] => {
-            let read = options(rest, &["--runs", "--images", "--image", "--accel"]);
-            match read.and_then(|options| start::Wanted::read(&options, ("--runs", 5))) {
-                Some(wanted) => restored::measure(&wanted).await,
                 None => return usage(),
             }
         }

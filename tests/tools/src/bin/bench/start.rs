@@ -86,8 +86,6 @@ pub(crate) async fn measure(wanted: &Wanted) -> Result<(), String> {
     let choice = Choice {
         host: watched(&vms, &watch),
         listen: Arc::new(WatchedDoors(watch.clone())),
-        hypervisor: dayfly::vm::Config::default(),
-        start: dayfly::machine_spec::Start::Cold,
         accel: wanted.accel,
         images: (Arc::new(images), wanted.image.clone()),
         transport: Arc::new(WatchedGitlab(standin.opener(), watch.clone())),

@@ -6,9 +6,7 @@ use dayfly::gitlab::transport::{Body, OpenError};
 use dayfly::gitlab::{Call, Endpoint, OpenTransport, Transport, TransportError};
 use dayfly::network::{DoorListener, Listen, Tcp};
 use dayfly::vm::paths::{Paths, RealPaths};
-use dayfly::vm::{
-    Host, HostInfo, Hypervisor, InstallationId, Stream, Usage, VmError, VmName, VmSpec, VmState, VmSummary,
-};
+use dayfly::vm::{Host, HostInfo, Hypervisor, InstallationId, Stream, VmError, VmName, VmSpec, VmState, VmSummary};
 use dayfly_guest_config::Report;
 use jiff::Timestamp;
 use std::io;
@@ -238,22 +236,6 @@ impl Hypervisor for WatchedHypervisor {
 
     fn state<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<VmState, VmError>> {
         self.0.state(name)
-    }
-
-    fn can_freeze(&self) -> bool {
-        self.0.can_freeze()
-    }
-
-    fn freeze<'a>(&'a self, name: &'a VmName, state: &'a Path) -> BoxFuture<'a, Result<[u8; 32], VmError>> {
-        self.0.freeze(name, state)
-    }
-
-    fn go_on<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {
-        self.0.go_on(name)
-    }
-
-    fn usage<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Usage> {
-        self.0.usage(name)
     }
 
     fn destroy<'a>(&'a self, name: &'a VmName) -> BoxFuture<'a, Result<(), VmError>> {

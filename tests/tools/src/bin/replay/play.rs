@@ -66,8 +66,6 @@ impl Scene {
         let choice = Choice {
             host: RealDirectories(hypervisor.clone()).host(),
             listen: Arc::new(Tcp),
-            hypervisor: dayfly::vm::Config::default(),
-            start: dayfly::machine_spec::Start::Cold,
             accel: AccelChoice::Tcg,
             images: no_image(),
             transport: gitlab.standin.opener(),

@@ -132,8 +132,6 @@ async fn begin(wanted: &Wanted) -> Result<Begun, String> {
     let choice = Choice {
         host: watched(&vms, &watch),
         listen: Arc::new(WatchedDoors(watch.clone())),
-        hypervisor: dayfly::vm::Config::default(),
-        start: dayfly::machine_spec::Start::Cold,
         accel: wanted.accel,
         images: (Arc::new(images), wanted.image.clone()),
         transport: Arc::new(RealOpenTransport::default()),
