@@ -58,7 +58,7 @@ const USE: [&str; 8] = [
     "git fsck --connectivity-only",
     "git -c gc.auto=0 gc --quiet",
     "git -c user.name=t -c user.email=t@t.invalid commit --quiet --allow-empty -m job",
-    "git init --quiet --bare ../pushed.git && git push --quiet ../pushed.git HEAD:refs/heads/job",
+    "git init --quiet --bare ../pushed.git && git -C ../pushed.git config receive.shallowUpdate true && git push --quiet ../pushed.git HEAD:refs/heads/job",
     "find .git/objects -name '*.pack' -size +1000k | wc -l",
 ];
 
