@@ -131,9 +131,20 @@ impl Caches {
         if !is_there {
             return;
         }
-        // What stays is removed at the next start.
+        // What stays goes with a sweep, or at the next start.
         if let Err(error) = self.0.files.remove(&self.pins_path(job)).await {
             tracing::debug!(error = chain(&error), "remove the note which caches a job has read");
+            self.index().left.insert(job.to_owned());
+        }
+    }
+
+    /// Removes what the disk did not let go when its job ended.
+    pub(super) async fn remove_left(&self) {
+        let left = self.index().left.clone();
+        for job in left {
+            if self.0.files.remove(&self.pins_path(&job)).await.is_ok() {
+                self.index().left.remove(&job);
+            }
         }
     }
 }

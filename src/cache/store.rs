@@ -119,6 +119,8 @@ pub(super) struct Index {
     pub(super) restored: Found,
     /// Jobs that have a file of what they read.
     pub(super) pinned: BTreeSet<String>,
+    /// Jobs that have ended, and whose file of that the disk has kept.
+    pub(super) left: BTreeSet<String>,
 }
 
 impl Index {
@@ -275,6 +277,7 @@ impl Caches {
             }
         }
         self.bury().await;
+        self.remove_left().await;
     }
 
     pub(super) fn is_old(&self, saved: Timestamp, now: Timestamp) -> bool {

@@ -234,6 +234,29 @@ async fn a_version_is_held_over_a_restart_for_as_long_as_its_reader_lives() {
     assert!(place.files().iter().all(|file| !file.contains("pins")), "{:?}", place.files());
 }
 
+/// A disk that does not let a job's file go when the job ends gives it up to a later sweep.
+#[tokio::test]
+async fn a_file_that_stays_when_its_job_ends_goes_with_a_sweep() {
+    let place = Host::new();
+    let caches = place.open().await;
+    saved(&caches.of(tenant(42, true), 9, "r-9"), "k", b"first").await;
+    let reader = caches.of(tenant(42, false), 1, "r-1");
+    found(&reader, "k").await;
+    reader.hold(&key("k")).await;
+    let directory = place.dir.path().join("cache/pins");
+    let (file, aside) = (directory.join("r-1.json"), place.dir.path().join("aside"));
+    // What is no directory has no file to remove.
+    std::fs::rename(&directory, &aside).unwrap();
+    std::fs::write(&directory, "").unwrap();
+    caches.let_go("r-1").await;
+    caches.sweep().await;
+    std::fs::remove_file(&directory).unwrap();
+    std::fs::rename(&aside, &directory).unwrap();
+    assert!(file.exists());
+    caches.sweep().await;
+    assert!(!file.exists());
+}
+
 /// `dayfly cache`: by path, number or id; what is thrown away is read to its end by whoever reads it.
 #[tokio::test]
 async fn an_operator_sees_what_is_kept_and_throws_it_away() {
