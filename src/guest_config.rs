@@ -282,23 +282,28 @@ mod tests {
     }
 
     fn config_with(name: &str, settings: GuestSettings) -> GuestConfig {
-        let rng = Rng::seeded(1);
         let mut spec = MachineSpec::example();
         spec.runner.name = name.to_owned();
         spec.runner.settings = settings;
         spec.runner.clone_url = "https://gitlab.example/root/".parse().unwrap();
         spec.runner.ca_pem = Some("PEM".into());
+        config_of(&spec, true, None)
+    }
+
+    /// What a guest of this machine is told.
+    fn config_of(spec: &MachineSpec, cache: bool, clone: Option<&Attached>) -> GuestConfig {
+        let rng = Rng::seeded(1);
         let parts = GuestParts {
             vm: &VmId::random(&rng),
             lease: &Lease::User { port: 20_000 },
-            spec: &spec,
+            spec,
             installation_machine_id: "0123456789abcdef0123456789abcdef",
             wait_timeout: Duration::from_secs(360),
             door_patience: Duration::from_secs(60),
             power_off_after: Duration::from_secs(1800),
             log_mib_max: 256,
-            cache: true,
-            clone: None,
+            cache,
+            clone,
         };
         guest_config(&parts, &Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()), &rng)
     }
@@ -430,24 +435,11 @@ mod tests {
     /// Git in a job is told where to look, by its environment and nothing else; in a container the place is the same.
     #[test]
     fn what_the_host_has_of_a_repository_is_told_to_git() {
-        let rng = Rng::seeded(1);
         let attached = Attached { disks: vec!["/a".into(), "/b".into()], slot: Some("/c".into()) };
         let with = |environment: Vec<EnvironmentLine>, executor: Executor, clone: Option<&Attached>| {
             let mut spec = MachineSpec { executor, ..MachineSpec::example() };
             spec.runner.settings.environment = environment;
-            let parts = GuestParts {
-                vm: &VmId::random(&rng),
-                lease: &Lease::User { port: 20_000 },
-                spec: &spec,
-                installation_machine_id: "0123456789abcdef0123456789abcdef",
-                wait_timeout: Duration::from_secs(360),
-                door_patience: Duration::from_secs(60),
-                power_off_after: Duration::from_secs(1800),
-                log_mib_max: 256,
-                cache: false,
-                clone,
-            };
-            guest_config(&parts, &Clock::simulated("2026-01-01T00:00:00Z".parse().unwrap()), &rng)
+            config_of(&spec, false, clone)
         };
         let line = "GIT_ALTERNATE_OBJECT_DIRECTORIES=/run/dayfly/clone/objects";
         let config = with(Vec::new(), Executor::Shell, Some(&attached));
