@@ -5,6 +5,7 @@
 
 use crate::clock::Clock;
 use crate::clones::Attached;
+use crate::hex::hex;
 use crate::machine_spec::{DockerSettings, EnvironmentLine, Executor, MachineSpec, PINNED_FLAGS};
 use crate::network::Lease;
 use crate::rng::Rng;
@@ -249,13 +250,6 @@ pub fn guest_token(config: &GuestConfig) -> Secret {
     let parsed = config.runner.config_toml.parse::<toml_edit::DocumentMut>().ok();
     let token = parsed.as_ref().and_then(|doc| doc.get("runners")?.get(0)?.get("token")?.as_str().map(str::to_owned));
     Secret::new(token.unwrap_or_default())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes all");
-        text
-    })
 }
 
 /// Random bytes as a UUID of version 4.

@@ -34,6 +34,7 @@ pub mod files; // how do bytes get to disk for good?
 pub mod process; // how do we run another program?
 pub mod clock; // what time is it, for people and protocols?
 pub mod awake; // for how long did this process not run?
+pub mod hex; // how do bytes stand in names and texts?
 pub mod rng; // where do ids and jitter come from?
 pub mod retry; // when do we try again?
 pub mod latest; // who waits for the newest value?

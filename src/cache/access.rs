@@ -11,10 +11,10 @@
 //! else. Each tenant is a project of one GitLab, or those of one GitLab that the operator has named together; no key leads
 //! out of it.
 
+use crate::hex::hex;
 use crate::rules::path_fits;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use std::fmt::Write as _;
 use url::Url;
 
 /// Characters of a tenant's name at most.
@@ -195,13 +195,6 @@ fn decoded(text: &str) -> Option<String> {
         }
     }
     String::from_utf8(plain).ok()
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The caches as one job may use them.
 
-use super::access::{Key, Tenant, hex};
+use super::access::{Key, Tenant};
 use super::notes::{Note, Notes, What};
 use super::pins::{PINS_MAX, Pinned, Pins, place};
 use super::save::Save;
@@ -8,6 +8,7 @@ use super::store::{CacheError, Caches, Version};
 use super::upstream::{Object, Upstream, UpstreamError};
 use crate::files::child;
 use crate::gitlab::transport::Body;
+use crate::hex::hex;
 use bytes::Bytes;
 use http::{Response, header};
 use sha2::{Digest as _, Sha256};

@@ -1,9 +1,10 @@
 //! A save under way: a file of its own, which is the entry once all of it has come, and nothing otherwise.
 
-use super::access::{Key, hex};
+use super::access::Key;
 use super::job::JobCache;
 use super::store::{CacheError, Entry, Meta, Place, Version};
 use crate::failpoint::{Point, reached};
+use crate::hex::hex;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use std::sync::Arc;

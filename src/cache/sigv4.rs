@@ -3,7 +3,7 @@
 //! Pure, and small enough to be our own: SHA-256 and HMAC are here for other reasons, the crates that sign bring ten more.
 //! Held to the examples that AWS has published.
 
-use super::access::hex;
+use crate::hex::hex;
 use crate::secret::Secret;
 use hmac::{Hmac, Mac as _};
 use jiff::Timestamp;

@@ -10,11 +10,12 @@
 //! A file that nothing names is a save that came to no end: it is removed at the next start. Readers hold the version that
 //! they began with, so that ranges of one entry fit together whoever saves meanwhile; its file goes with the last of them.
 
-use super::access::{CacheTenant, Space, hex};
+use super::access::{CacheTenant, Space};
 use super::pins::{DIRECTORY as PINS, Found};
 use super::upstream::Upstream;
 use crate::clock::Clock;
 use crate::files::{Files, child};
+use crate::hex::hex;
 use crate::rng::Rng;
 use crate::telemetry::chain;
 use jiff::Timestamp;

@@ -9,8 +9,8 @@
 //! On the host they are written, digested and copied, and never mounted.
 
 use super::meta::Pack;
-use super::repository::hex;
 use super::workshop::{Built, Contents};
+use crate::hex::hex;
 use crate::process::Program;
 use dayfly_guest_config::{CLONE_PACKS, CLONE_REFS};
 use sha2::{Digest as _, Sha256};

@@ -1,8 +1,8 @@
 //! What of which repository does a job want? Pure: of the payload only what no variable changes.
 
 use crate::gitlab::Source;
+use crate::hex::hex;
 use sha2::{Digest as _, Sha256};
-use std::fmt::Write as _;
 use url::Url;
 
 /// Refs of one fetch; GitLab names two or three.
@@ -63,13 +63,6 @@ impl Repository {
             self.project
         )
     }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes all");
-        text
-    })
 }
 
 /// The id of an object: SHA-1, or SHA-256 in a repository of that kind.

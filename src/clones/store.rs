@@ -15,13 +15,14 @@
 use super::Attached;
 use super::job::{JobClone, Progress, Watched};
 use super::meta::{self, Disk, Meta, Pack};
-use super::repository::{Repository, hex};
+use super::repository::Repository;
 use super::slots::Slots;
 use super::workshop::{Contents, Fetch, FetchError, Held, Workshop};
 use crate::clock::Clock;
 use crate::config::Clones as Config;
 use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
+use crate::hex::hex;
 use crate::metrics::Metrics;
 use crate::rng::Rng;
 use crate::secret::Secret;

@@ -4,6 +4,7 @@
 //! of threats.md §6.5.
 
 use super::transport::{Body, Call, Connection, full};
+use crate::hex::hex;
 use crate::rng::Rng;
 use crate::secret::Secret;
 use bytes::Bytes;
@@ -105,11 +106,7 @@ impl Draft {
 
 /// A new id, of the form that the official runner sends since 18.3: 32 hex digits.
 fn request_id(rng: &Rng) -> String {
-    rng.bytes::<16>().iter().fold(String::with_capacity(32), |mut id, byte| {
-        // Writing to a String cannot fail.
-        let _ = write!(id, "{byte:02x}");
-        id
-    })
+    hex(&rng.bytes::<16>())
 }
 
 /// Whether `text` may be a request id: what it is made of can neither split a header nor a log line.

@@ -5,11 +5,12 @@
 //!                                             └─► restored as somebody ─► asks for a job ─► gone ─► into its place
 //! ```
 
-use super::{DISK, Keeper, MAKE_DEADLINE, RECORD, Record, STATE, VERSION, bytes_on_disk, digest_of, hex, remove};
+use super::{DISK, Keeper, MAKE_DEADLINE, RECORD, Record, STATE, VERSION, bytes_on_disk, digest_of, remove};
 use crate::boot_test::NobodysDoor;
 use crate::files::{Files as _, RealFiles};
 use crate::guest::GuestEvent;
 use crate::guest_config::held;
+use crate::hex::hex;
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{MachineSpec, Start};
 use crate::network::LeaseError;

@@ -20,6 +20,7 @@ use self::make::MakeError;
 use crate::capacity::{Capacity, Resources};
 use crate::clock::Clock;
 use crate::files::{Files as _, RealFiles, plain};
+use crate::hex::hex;
 use crate::image::store::Images;
 use crate::machine_spec::ImageRef;
 use crate::rng::Rng;
@@ -260,10 +261,6 @@ fn digest_of(path: &Path) -> io::Result<[u8; 32]> {
 fn bytes_on_disk(path: &Path) -> io::Result<u64> {
     use std::os::unix::fs::MetadataExt as _;
     Ok(fs::metadata(path)?.blocks().saturating_mul(512))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn from_hex(text: &str) -> Option<[u8; 32]> {

@@ -17,6 +17,7 @@ use super::qcow2::{self, Qcow2Error};
 use super::stamp::{Known, Stamp, Stamps};
 use crate::BoxFuture;
 use crate::files::plain;
+use crate::hex::hex;
 use crate::machine_spec::ImageRef;
 use crate::vm::Boot;
 use crate::vm::proof::Subject;
@@ -444,10 +445,6 @@ pub(super) fn digest_of(file: &mut File) -> io::Result<String> {
     let mut hasher = Sha256::new();
     io::copy(file, &mut hasher)?;
     Ok(hex(&hasher.finalize()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use super::state::State;
 use crate::failpoint::{Point, reached};
 use crate::files::{Files, child};
 use crate::gitlab::JobId;
+use crate::hex::hex;
 use crate::machine_spec::MachineSpec;
 use crate::retry;
 use crate::secret::{self, Secret};
@@ -73,8 +74,7 @@ impl JobKey {
     #[must_use]
     pub fn directory(&self) -> String {
         let digest = Sha256::digest(self.runner.as_bytes());
-        let short: String = digest[..6].iter().map(|b| format!("{b:02x}")).collect();
-        format!("{short}-{}", self.id)
+        format!("{}-{}", hex(&digest[..6]), self.id)
     }
 }
 

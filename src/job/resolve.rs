@@ -12,6 +12,7 @@ use super::{Parts, Runner};
 use crate::capacity::Resources;
 use crate::config::{self, Class, UnknownImage};
 use crate::gitlab::{Containers, JobPayload};
+use crate::hex::hex;
 use crate::image::manifest::{Ability, ExecutorKind};
 use crate::image::store::{Image, ImageError};
 use crate::machine_spec::{GuestRunnerSpec, ImageRef, KeepFailed, MachineSpec, Size};
@@ -269,7 +270,7 @@ fn needed(entry: &config::Runner, registries: &[String]) -> Vec<HostPort> {
 fn told(runner: &Runner, machine_id: &str) -> GuestRunnerSpec {
     let own = Sha256::new().chain_update(b"dayfly guest token\0").chain_update(machine_id);
     let own = own.chain_update(b"\0").chain_update(&runner.config.name).finalize();
-    let random: String = own[..12].iter().map(|b| format!("{b:02x}")).collect();
+    let random = hex(&own[..12]);
     GuestRunnerSpec {
         name: runner.config.name.clone(),
         token: Secret::new(runner.api.token().guest_token(&random)),

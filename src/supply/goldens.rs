@@ -4,6 +4,7 @@
 //! froze it. If anything of that is another, so is the key, and nothing is restored. Who makes them is the module `golden`;
 //! here is what is known, for the machines that are about to be made. Plain data behind a mutex, held for some lines.
 
+use crate::hex::hex;
 use crate::machine_spec::{ImageRef, MachineSpec, Start};
 use crate::vm::{Accel, Frozen, VmError};
 use dayfly_guest_config::{GuestConfig, GuestRunner};
@@ -108,7 +109,7 @@ fn key(host: &HostTraits, spec: &MachineSpec, runner: &GuestRunner) -> Key {
     })
     .to_string();
     let digest = Sha256::new().chain_update(b"dayfly golden 1\0").chain_update(text).finalize();
-    Key(digest[..16].iter().map(|byte| format!("{byte:02x}")).collect())
+    Key(hex(&digest[..16]))
 }
 
 /// A golden that may be restored from.

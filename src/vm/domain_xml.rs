@@ -10,6 +10,7 @@ mod read;
 pub use read::{Metadata, offers_kvm, read_metadata, read_qemu_uid};
 
 use super::{Accel, Attachment, Boot, Confinement, Limits, VmId, VmName, VmSpec};
+use crate::hex::hex;
 use quick_xml::Writer;
 use quick_xml::events::BytesText;
 use sha2::{Digest as _, Sha256};
@@ -83,7 +84,7 @@ pub fn uuid(id: &VmId) -> String {
     bytes.copy_from_slice(&digest[..16]);
     bytes[6] = bytes[6] & 0x0f | 0x80;
     bytes[8] = bytes[8] & 0x3f | 0x80;
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = hex(&bytes);
     format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 

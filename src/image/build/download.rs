@@ -17,6 +17,7 @@ use crate::gitlab::{
     Call, Connection, Endpoint, GitlabError, OpenTransport, ProxyEnvironment, RealLimits, RealOpenTransport, Transport,
     TransportError, readers,
 };
+use crate::hex::hex;
 use crate::image::manifest::RunnerOrigin;
 use crate::secret::Secret;
 use crate::telemetry::chain;
@@ -388,8 +389,7 @@ async fn keep(
         Ok::<_, io::Error>(file.into_temp_path())
     });
     let file = file.await.map_err(io::Error::other).and_then(|synced| synced).map_err(failed)?;
-    let hex = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok((file, hex))
+    Ok((file, hex(&digest.finalize())))
 }
 
 async fn write(mut file: NamedTempFile, data: bytes::Bytes) -> io::Result<NamedTempFile> {

@@ -4,8 +4,9 @@
 //! the rename of its staged directory, is put into use by that of a link, and goes by that to a name that no version has.
 //! What lies there half removed, or staged, the next change removes. One change at a time in an image directory.
 
-use super::{Image, ImageError, ImageStore, MANIFEST_FILE, Manifest, hex, open, valid};
+use super::{Image, ImageError, ImageStore, MANIFEST_FILE, Manifest, open, valid};
 use crate::files::plain;
+use crate::hex::hex;
 use crate::image::qcow2;
 use crate::machine_spec::ImageRef;
 use sha2::{Digest as _, Sha256};

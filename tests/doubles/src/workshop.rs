@@ -5,10 +5,10 @@
 use dayfly::BoxFuture;
 use dayfly::clones::workshop::{Built, Contents, Disk, Fetch, FetchError, Held, Pack, Workshop};
 use dayfly::files::Files;
+use dayfly::hex::hex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -72,13 +72,6 @@ pub struct FakeWorkshop {
 
 /// How much of a pack's bytes an index takes.
 const INDEX_BYTES: u64 = 1000;
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes all");
-        text
-    })
-}
 
 impl FakeWorkshop {
     /// One that keeps its files there.
